@@ -1,0 +1,69 @@
+# The commands of this project: `make` lists them. The first that runs sets up .venv with the pinned dependencies.
+# Needs Python 3.11 or newer with its venv module, found on the PATH or named: make demo PYTHON=/path/to/python3.12
+# .venv belongs to this file: a set-up that did not finish is started again from nothing.
+
+# What `make demo` asks of generate_adapter.py. All three can be given: make train TRAIN_ARGS="trainer.max_steps=10"
+DEMO_ARGS ?= document=examples/article.txt output_dir=outputs/demo overwrite=true 'ask=["What is this about?"]'
+TRAIN_ARGS ?=
+TEST_ARGS ?= -n 2 --dist loadfile
+
+VENV_PYTHON := .venv/bin/python
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check train figures clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(STAMP) ## turn an example document into an adapter and ask it questions
+	$(VENV_PYTHON) generate_adapter.py $(DEMO_ARGS)
+
+test: $(STAMP) ## run the tests
+	$(VENV_PYTHON) -m pytest $(TEST_ARGS)
+
+check: $(STAMP) ## lint with ruff
+	$(VENV_PYTHON) -m ruff check .
+
+train: $(STAMP) ## train a hypernetwork (TRAIN_ARGS="key=value ...")
+	$(VENV_PYTHON) train.py $(TRAIN_ARGS)
+
+figures: $(STAMP) ## print the figures of the shipped model
+	$(VENV_PYTHON) -m benchmarks.tiny_figures
+
+clean: ## remove .venv and the caches; outputs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp whose interpreter no longer runs (system Python replaced, folder moved to another machine) does not count.
+ifneq ($(shell $(VENV_PYTHON) -c 'import pip; print("ok")' 2>/dev/null),ok)
+.PHONY: $(STAMP)
+endif
+
+# The stamp goes before pip starts and comes back when pip is done, so an interrupted set-up never looks finished.
+# Only `python -m ...` is called: the scripts in .venv/bin cannot start from a path with a space.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -f $@ ] || ! $(VENV_PYTHON) -c 'import pip' 2>/dev/null; then $(choose_python); \
+	  echo "Creating .venv with $$python."; "$$python" -m venv --clear .venv; fi
+	@rm -f $@
+	@echo "Installing the pinned dependencies into .venv (some minutes the first time)."
+	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,documents]' || \
+	  { echo "make: pip could not install the dependencies, see above. Is the package index reachable? Then run make again." >&2; exit 1; }
+	@touch $@
+
+# Sets $python, or says in one line what was found and what to do. 3.11 comes first: constraints.txt was frozen with it.
+# A candidate that does not even run (a pyenv shim without a version) is passed over.
+define choose_python
+found=; chosen=; \
+if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; else set -- python3.11 python3.12 python3.13 python3 python; fi; \
+for python do \
+  if ! version=$$("$$python" --version 2>&1); then continue; \
+  elif ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found="$$found $$python is $$version, too old."; \
+  elif ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+    found="$$found $$python has no venv module (Debian, Ubuntu: apt-get install python3-venv)."; \
+  else chosen=yes; break; fi; \
+done; \
+if [ -z "$$chosen" ]; then \
+  echo "make: Python 3.11 or newer with its venv module is needed.$${found:- None found: $$*.} Install one (https://www.python.org/downloads/)" \
+    "or name yours: make PYTHON=/path/to/python3.12" >&2; exit 1; fi
+endef

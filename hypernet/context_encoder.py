@@ -1,0 +1,109 @@
+"""ContextEncoder: token ids of chunks to features, read off the frozen base model.
+
+Three kinds: the hidden states that enter every layer (per_layer_activations), the normed last state of the model cut
+short (early_exit), or the token embeddings (embed_only). The base model lends its weights; it is not part of this
+module's parameters or state dict.
+
+    encoder = ContextEncoder(base_model, kind="per_layer_activations")
+    features = encoder(ids, mask)            # [C, T], [C, T] -> [C, num_maps, T, D]
+"""
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("per_layer_activations", "early_exit", "embed_only")
+
+
+class ContextEncoder(nn.Module):
+    """Features of the base model, always without gradient.
+
+    Args:
+        base_model: a transformers causal LM, kept by reference: moving or saving this module does not touch it.
+        kind: "per_layer_activations": the base model without its last block, as L maps: the states entering its L - 1
+            blocks, embeddings first, and the state after them with the final norm applied. "early_exit": one map, the
+            state after `layer_idx` blocks with the final norm applied. "embed_only": one map, the output of the
+            embedding layer.
+        layer_idx: blocks to run, 1 to L; for early_exit only.
+
+    Attributes:
+        num_maps: feature maps per chunk, L or 1.
+        feature_dim: D, the base model's hidden size.
+
+    The base model runs as it is: an adapter that is injected changes the features, so set none while encoding.
+
+    Raises:
+        ValueError: unknown kind, layer_idx missing, out of range or given where it means nothing, or a base model whose
+            blocks cannot be found.
+    """
+
+    def __init__(self, base_model: nn.Module, *, kind: str = "per_layer_activations", layer_idx: int | None = None):
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"Unknown context encoder kind {kind!r}: choose one of {', '.join(KINDS)}.")
+        # Around nn.Module's registration: a registered base model would be saved with every hypernetwork.
+        self.__dict__["base_model"] = base_model
+        self.__dict__["_decoder"] = base_model.get_decoder()
+        config = base_model.config.get_text_config()
+        self._blocks_name = _find_blocks(self._decoder, config.num_hidden_layers)
+        self.kind = kind
+        self.layer_idx = layer_idx
+        self.feature_dim = config.hidden_size
+        self.num_maps = config.num_hidden_layers if kind == "per_layer_activations" else 1
+        if kind != "early_exit":
+            if layer_idx is not None:
+                raise ValueError(
+                    f"layer_idx is for early_exit only, got layer_idx={layer_idx} with {kind}. Leave it out."
+                )
+        elif layer_idx is None or not 1 <= layer_idx <= config.num_hidden_layers:
+            raise ValueError(f"early_exit needs layer_idx between 1 and {config.num_hidden_layers}, got {layer_idx}.")
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids [C, T], right-padded, and mask [C, T] (True or 1: a token) -> features [C, num_maps, T, D].
+
+        Features at the padding are not defined.
+        """
+        if self.kind == "embed_only":
+            return self._decoder.get_input_embeddings()(ids).unsqueeze(1)
+        if self.kind == "early_exit":
+            with self._cut_after(self.layer_idx):
+                return self._last_state(ids, mask).unsqueeze(1)
+
+        maps = []
+        with ExitStack() as undo, self._cut_after(self.num_maps - 1) as blocks:
+            for block in blocks:
+                hook = block.register_forward_pre_hook(
+                    lambda _, args, kwargs: maps.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+                )
+                undo.callback(hook.remove)
+            maps.append(self._last_state(ids, mask))
+        return torch.stack(maps, dim=1)
+
+    def _last_state(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self._decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+
+    @contextmanager
+    def _cut_after(self, num_blocks: int):
+        """The decoder with its first blocks only, until the context ends."""
+        # Not transformers' output_hidden_states: it installs its hooks once per model, so a first call on the cut model
+        # would leave the last block without them for good.
+        blocks = getattr(self._decoder, self._blocks_name)
+        setattr(self._decoder, self._blocks_name, blocks[:num_blocks])
+        try:
+            yield blocks[:num_blocks]
+        finally:
+            setattr(self._decoder, self._blocks_name, blocks)
+
+
+def _find_blocks(decoder: nn.Module, num_layers: int) -> str:
+    """Name of the decoder's list of blocks: `layers`, `h`, ..."""
+    for name, child in decoder.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+            return name
+    raise ValueError(
+        f"Found no list of {num_layers} blocks in {type(decoder).__name__}, "
+        f"which has {[name for name, _ in decoder.named_children()]}. "
+        "The context encoder needs a decoder whose blocks are one nn.ModuleList."
+    )

@@ -1,0 +1,180 @@
+"""HyperNetwork = aggregator + LoRA head: features of chunks to their LoRA matrices, the only thing that trains.
+
+    hypernetwork = HyperNetwork(
+        targets=find_targets(base_model, ["down_proj"]), feature_dim=192, num_maps=4, rank=8,
+        aggregator={"name": "perceiver", "latent_dim": 128, "num_latents": 16, "num_blocks": 2},
+    )
+    A, B = hypernetwork(features, mask)      # [C, L, T, D], [C, T] -> name -> [C, L, R, d_in], [C, L, R, d_out]
+    HyperNetwork(**hypernetwork.config)      # the same network with fresh weights
+
+An aggregator is a class with `forward(features, mask) -> outputs` and `latent_dim`, entered in AGGREGATORS.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from hypernet.adapter import LoRATarget
+from hypernet.lora_head import LoRAHead
+from hypernet.perceiver import Perceiver
+from hypernet.pooling import MeanPool
+
+# A closed list: checkpoints name the aggregator.
+AGGREGATORS: dict[str, type[nn.Module]] = {"perceiver": Perceiver, "mean_pool": MeanPool}
+
+
+class HyperNetwork(nn.Module):
+    """Generates one LoRA block of rank R per chunk, for every layer and target module.
+
+    Args:
+        targets: the modules to adapt, LoRATarget or a mapping with its fields; kept sorted by name, which is the order
+            of the M axis.
+        feature_dim: D, size of a token's features.
+        num_maps: feature maps per chunk: one per adapted layer (each map yields its layer's weights) or one for all
+            layers.
+        rank: R, rank per chunk.
+        scaling: factor on BA, not divided by the rank; None means 2 * rank**1.5, as in the published checkpoints.
+        aggregator: {"name": key of AGGREGATORS, ...its sizes}.
+        num_pre_head_blocks, pre_head_multiple: residual blocks before the head, and their hidden size in units of the
+            latent size.
+
+    Attributes:
+        config: plain dict (numbers, strings, lists) with every size spelled out; HyperNetwork(**config) has the same
+            state dict keys.
+        bias_A, bias_B: the bias block by target name, [L, R, d_in] and [L, R, d_out]; added once per adapter, whatever
+            its chunk count.
+
+    An untrained network gives B = 0 exactly: the base model answers as without it.
+
+    The state dict of a Perceiver with its published sizes has the published shapes, and keys that differ in two
+    prefixes: `aggregator.perceiver.*` there is `aggregator.*` here, everything else there is below `lora_head.` here.
+
+    Raises:
+        ValueError: unknown aggregator or size, targets of unequal depth or repeated names, num_maps neither one nor the
+            layer count.
+    """
+
+    def __init__(
+        self,
+        *,
+        targets: Sequence[LoRATarget | Mapping[str, Any]],
+        feature_dim: int,
+        num_maps: int,
+        rank: int = 8,
+        scaling: float | None = None,
+        aggregator: Mapping[str, Any],
+        num_pre_head_blocks: int = 1,
+        pre_head_multiple: int = 4,
+    ):
+        super().__init__()
+        self.targets = _checked_targets(targets)
+        self.num_layers = len(self.targets[0].paths)
+        if num_maps not in (1, self.num_layers):
+            raise ValueError(
+                f"num_maps must be 1 or the number of adapted layers, {self.num_layers}, got {num_maps}. "
+                "Adapt as many layers as the context encoder has maps, or use one with a single map (early_exit)."
+            )
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}.")
+        self.feature_dim = feature_dim
+        self.num_maps = num_maps
+        self.rank = rank
+        self.scaling = 2 * rank**1.5 if scaling is None else float(scaling)
+
+        num_outputs = (self.num_layers // num_maps) * len(self.targets) * rank
+        aggregator_class, sizes = _aggregator_sizes(aggregator)
+        self.aggregator = aggregator_class(feature_dim=feature_dim, num_outputs=num_outputs, **sizes)
+        self.lora_head = LoRAHead(
+            self.targets,
+            latent_dim=self.aggregator.latent_dim,
+            rank=rank,
+            num_pre_head_blocks=num_pre_head_blocks,
+            pre_head_multiple=pre_head_multiple,
+        )
+        self.config = {
+            "targets": [{**target._asdict(), "paths": list(target.paths)} for target in self.targets],
+            "feature_dim": feature_dim,
+            "num_maps": num_maps,
+            "rank": rank,
+            "scaling": self.scaling,
+            "aggregator": {"name": aggregator["name"], **sizes},
+            "num_pre_head_blocks": num_pre_head_blocks,
+            "pre_head_multiple": pre_head_multiple,
+        }
+
+    @property
+    def bias_A(self) -> nn.ParameterDict:
+        return self.lora_head.bias_A
+
+    @property
+    def bias_B(self) -> nn.ParameterDict:
+        return self.lora_head.bias_B
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters: {"aggregator": ..., "lora_head": ..., "total": ...}."""
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        return {**counts, "total": sum(counts.values())}
+
+    def forward(self, features: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """LoRA matrices of every chunk, each computed from that chunk alone.
+
+        Args:
+            features: [C, num_maps, T, D]. What stands where the mask is False is never read, it may be NaN.
+            mask: [C, T], True (or 1) where there is a token.
+
+        Returns:
+            A, B by target name, [C, L, R, d_in] and [C, L, R, d_out], without the bias block and without `scaling`.
+
+        Raises:
+            ValueError: if the shapes do not fit each other or the network, or a chunk has no token.
+        """
+        mask = mask.bool()
+        expected = (len(mask), self.num_maps, mask.shape[-1], self.feature_dim)
+        if mask.ndim != 2 or features.shape != expected:
+            raise ValueError(
+                f"Wanted features [C, num_maps={self.num_maps}, T, D={self.feature_dim}] with mask [C, T], got "
+                f"features {list(features.shape)} with mask {list(mask.shape)}. "
+                "Use the context encoder this hypernetwork was made for."
+            )
+        if not mask.any(1).all():
+            raise ValueError("Every chunk needs a token, but a row of the mask is all False. Leave empty chunks out.")
+
+        latents = self.aggregator(
+            rearrange(features, "c l t d -> (c l) t d"), repeat(mask, "c t -> (c l) t", l=self.num_maps)
+        )
+        # With one map per layer its outputs are that layer's (m r); with a single map they are all layers' (l m r).
+        latents = rearrange(
+            latents, "(c l) (k m r) h -> c (l k) m r h", l=self.num_maps, m=len(self.targets), r=self.rank
+        )
+        return self.lora_head(latents)
+
+
+def _checked_targets(targets: Sequence[LoRATarget | Mapping[str, Any]]) -> tuple[LoRATarget, ...]:
+    targets = [t if isinstance(t, LoRATarget) else LoRATarget(**{**t, "paths": tuple(t["paths"])}) for t in targets]
+    targets = tuple(sorted(targets, key=lambda t: t.name))
+    if not targets:
+        raise ValueError("HyperNetwork needs at least one target module, got none. Set target_modules.")
+    names = [t.name for t in targets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Each target module may be given once, got {names}.")
+    depths = {t.name: len(t.paths) for t in targets}
+    if len(set(depths.values())) > 1:
+        raise ValueError(f"All targets must occur in the same number of layers, got {depths}. Drop those that do not.")
+    return targets
+
+
+def _aggregator_sizes(aggregator: Mapping[str, Any]) -> tuple[type[nn.Module], dict[str, Any]]:
+    """Class and all its sizes, defaults filled in: a checkpoint must not change when a default does."""
+    sizes = dict(aggregator)
+    name = sizes.pop("name", None)
+    if name not in AGGREGATORS:
+        raise ValueError(f"Unknown aggregator {name!r}: set aggregator's name to one of {sorted(AGGREGATORS)}.")
+    parameters = inspect.signature(AGGREGATORS[name]).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.name not in ("feature_dim", "num_outputs")}
+    unknown = sorted(set(sizes) - set(defaults))
+    if unknown:
+        raise ValueError(f"Aggregator {name!r} has no {', '.join(unknown)}; it has {', '.join(defaults)}.")
+    return AGGREGATORS[name], {**defaults, **sizes}

@@ -1,0 +1,241 @@
+"""LoRAInjector: makes the frozen base model answer with adapters, without touching its modules or weights.
+
+    injector = LoRAInjector(base_model, targets)
+    with injector.using([adapter_1, None, adapter_2]):      # inference: one adapter, or none, for each sequence
+        base_model.generate(...)
+    injector.set(A, B, slots, scaling=scaling)              # training: stays until clear(), which comes after backward
+
+Forward hooks stay on the target layers for good and read the injector's state: with none set they do nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hypernet.adapter import LoRAAdapter, LoRATarget
+from hypernet.kernels.lora_delta import Plan, lora_delta
+
+
+@dataclass(frozen=True)
+class _Active:
+    """The adapters in force. One slot list for all sequences if `shared`, else one per sequence."""
+
+    A: dict[str, tuple[Tensor, ...]]  # target name to the pool of each layer, [slots, R, d_in]
+    B: dict[str, tuple[Tensor, ...]]
+    slots: list[list[int]]
+    num_slots: int
+    shared: bool
+    scaling: float
+    plans: dict[tuple[int, torch.device], Plan] = field(default_factory=dict)  # by tokens per sequence
+
+    def plan(self, x: Tensor) -> Plan:
+        if self.shared:
+            num_tokens = x.shape[:-1].numel()
+        elif x.ndim == 3 and x.shape[0] == len(self.slots):
+            num_tokens = x.shape[1]
+        else:
+            raise ValueError(
+                f"{len(self.slots)} adapters are set, one per sequence, but the layer's input {list(x.shape)} has a "
+                f"batch of {x.shape[0] if x.ndim == 3 else 'unknown size'}. Give one adapter (or None) per sequence, "
+                "or one adapter for all."
+            )
+        key = (num_tokens, x.device)
+        if key not in self.plans:
+            lengths = [num_tokens] * len(self.slots)
+            self.plans[key] = Plan.from_lists(lengths, self.slots, num_slots=self.num_slots, device=x.device)
+        return self.plans[key]
+
+
+class LoRAInjector:
+    """Adds the adapters' delta to the outputs of a frozen model's target layers.
+
+    The base model's module tree and state_dict stay as they are; with no adapter set its outputs are bit-identical.
+
+    Args:
+        base_model: the frozen model.
+        targets: what `find_targets` found in it.
+
+    Raises:
+        ValueError: if a target's path is no nn.Linear of that shape in this model.
+    """
+
+    def __init__(self, base_model: nn.Module, targets: Sequence[LoRATarget]) -> None:
+        self.targets = tuple(targets)
+        self._active: _Active | None = None
+        self._modules = {
+            target.name: [_target_module(base_model, target, path) for path in target.paths] for target in self.targets
+        }
+        self._hooks = [
+            module.register_forward_hook(partial(self._add_delta, name, layer))
+            for name, modules in self._modules.items()
+            for layer, module in enumerate(modules)
+        ]
+
+    def set(
+        self, A: dict[str, Tensor], B: dict[str, Tensor], slots: Sequence[Sequence[int]], *, scaling: float
+    ) -> None:
+        """Puts pools of LoRA blocks in force until `clear()`, differentiably.
+
+        They must stay until after backward: checkpointed layers run their forward again there. With gradient
+        checkpointing use use_reentrant=False; the reentrant kind walks back through whatever produced A and B once per
+        layer, which torch refuses, unless A and B are leaves.
+
+        Args:
+            A, B: target name to pool, [slots, L, R, d_in] and [slots, L, R, d_out].
+            slots: the slot ids of each sequence of the batch, in any order; an empty list means no adapter.
+            scaling: factor on BA.
+
+        Raises:
+            ValueError: if names, shapes or ids do not fit.
+        """
+        names = {target.name for target in self.targets}
+        if set(A) != names or set(B) != names:
+            raise ValueError(
+                f"Expected A and B for the targets {sorted(names)}, got {sorted(A)} and {sorted(B)}. "
+                "Use the targets the injector was built with."
+            )
+        num_slots, _, rank, _ = next(iter(A.values())).shape
+        for target in self.targets:
+            layers = len(target.paths)
+            expected = (num_slots, layers, rank, target.d_in), (num_slots, layers, rank, target.d_out)
+            if (A[target.name].shape, B[target.name].shape) != expected:
+                raise ValueError(
+                    f"The pools of {target.name} do not fit: expected A {list(expected[0])} and B {list(expected[1])} "
+                    f"([slots, L, R, d]), got {list(A[target.name].shape)} and {list(B[target.name].shape)}."
+                )
+        slots = [list(ids) for ids in slots]
+        wrong = [ids for ids in slots if ids and not 0 <= min(ids) <= max(ids) < num_slots]
+        if wrong:
+            raise ValueError(f"Slot ids {wrong[0]} are not all in the pool: it has {num_slots} slots, from 0 on.")
+        self._active = _Active(
+            # One unbind for all layers: its backward stacks the layers' gradients, while indexing each layer would
+            # add up as many pool-sized ones as there are layers.
+            A={name: pool.unbind(1) for name, pool in A.items()},
+            B={name: pool.unbind(1) for name, pool in B.items()},
+            slots=slots,
+            num_slots=num_slots,
+            shared=False,
+            scaling=scaling,
+        )
+
+    def clear(self) -> None:
+        """Back to the plain base model."""
+        self._active = None
+
+    @contextmanager
+    def using(self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None]) -> Iterator[None]:
+        """The base model with these adapters inside the `with` block; afterwards what was in force before.
+
+        For inference: with gradient checkpointing, a backward pass after the block does not find the adapters any more.
+
+        Args:
+            adapters: one adapter for all sequences of any batch, None for the plain base model, or one adapter or
+                None for each sequence. The adapters may be on any device; a layer's weights are moved to the layer.
+
+        Raises:
+            ValueError: if an adapter is for other targets, or adapters differ in scaling or rank per chunk; on
+                forward, if there is one adapter per sequence and the batch has another size.
+        """
+        shared = adapters is None or isinstance(adapters, LoRAAdapter)
+        active = self._pooled([adapters] if shared else list(adapters), shared=shared)
+        previous, self._active = self._active, active
+        try:
+            yield
+        finally:
+            self._active = previous
+
+    def remove(self) -> None:
+        """Takes the hooks away: the base model is as it was before, and this injector is of no further use."""
+        self.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _pooled(self, adapters: list[LoRAAdapter | None], *, shared: bool) -> _Active | None:
+        distinct = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
+        if not distinct:
+            return None
+        for adapter in distinct:
+            if adapter.targets != self.targets:
+                raise ValueError(
+                    f"The adapter is for {_summary(adapter.targets)}, the injector for {_summary(self.targets)}, or "
+                    "their paths differ. Use an adapter made for this base model and these target modules."
+                )
+        for what in ("scaling", "rank_per_chunk"):
+            found = {getattr(adapter, what) for adapter in distinct}
+            if len(found) > 1:
+                raise ValueError(
+                    f"Adapters used together must agree in {what}, got {sorted(found)}. Use adapters of one generator."
+                )
+
+        # Every chunk is a slot; so is every bias block, once for all adapters that hold the same memory.
+        parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        num_slots, bias_slots, slots_of = 0, {}, {}
+        for adapter in distinct:
+            parts.append((adapter.A, adapter.B))
+            ids = list(range(num_slots, num_slots + adapter.num_chunks))
+            num_slots += adapter.num_chunks
+            biases = [bias for blocks in (adapter.bias_A, adapter.bias_B) for bias in blocks.values()]
+            key = tuple((bias.data_ptr(), bias.stride(), bias.dtype, bias.device) for bias in biases)
+            if key not in bias_slots:
+                bias_slots[key] = num_slots
+                num_slots += 1
+                parts.append(
+                    ({n: A[None] for n, A in adapter.bias_A.items()}, {n: B[None] for n, B in adapter.bias_B.items()})
+                )
+            slots_of[id(adapter)] = [*ids, bias_slots[key]]
+
+        def per_layer(index: int, name: str) -> tuple[Tensor, ...]:
+            return tuple(
+                torch.cat([part[index][name][:, layer].to(module.weight.device) for part in parts])
+                for layer, module in enumerate(self._modules[name])
+            )
+
+        return _Active(
+            A={target.name: per_layer(0, target.name) for target in self.targets},
+            B={target.name: per_layer(1, target.name) for target in self.targets},
+            slots=[slots_of.get(id(adapter), []) for adapter in adapters],
+            num_slots=num_slots,
+            shared=shared,
+            scaling=distinct[0].scaling,
+        )
+
+    def _add_delta(
+        self, name: str, layer: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> Tensor | None:
+        active = self._active
+        if active is None:
+            return None  # torch keeps the output as it is
+        (x,) = inputs
+        y = lora_delta(
+            output.flatten(0, -2),
+            x.flatten(0, -2),
+            active.A[name][layer],
+            active.B[name][layer],
+            active.plan(x),
+            scaling=active.scaling,
+        )
+        return y.view(output.shape)
+
+
+def _summary(targets: Sequence[LoRATarget]) -> str:
+    return ", ".join(f"{t.name} ({t.d_in} to {t.d_out}, {len(t.paths)} layers)" for t in targets)
+
+
+def _target_module(base_model: nn.Module, target: LoRATarget, path: str) -> nn.Linear:
+    try:
+        module = base_model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(base_model).__name__} has no module {path!r}. Find the targets in this base model (find_targets)."
+        ) from error
+    if not isinstance(module, nn.Linear) or (module.in_features, module.out_features) != (target.d_in, target.d_out):
+        raise ValueError(
+            f"Expected {path!r} to be an nn.Linear from {target.d_in} to {target.d_out} features, got {module}. "
+            "Find the targets in this base model (find_targets)."
+        )
+    return module

@@ -1,0 +1,178 @@
+"""ContextEncoder against transformers' own hidden states; the base model stays as it was."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
+
+from hypernet.context_encoder import ContextEncoder
+
+LAYERS, D = 3, 16
+SIZES = dict(
+    vocab_size=50,
+    hidden_size=D,
+    intermediate_size=24,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    pad_token_id=0,
+)
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    # Scales its embeddings outside the embedding layer, norms after attention, sliding windows.
+    "gemma2": Gemma2Config(**SIZES, sliding_window=4, query_pre_attn_scalar=4),
+    # Its blocks are called h, its positions are learned.
+    "gpt2": GPT2Config(vocab_size=50, n_embd=D, n_layer=LAYERS, n_head=4, n_positions=32),
+}
+LENGTHS = [9, 1, 6]
+by_model = pytest.mark.parametrize("model_type", CONFIGS)
+
+
+def make_base_model(model_type="llama"):
+    torch.manual_seed(0)
+    base_model = AutoModelForCausalLM.from_config(CONFIGS[model_type], attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in base_model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return base_model.eval()
+
+
+def batch():
+    torch.manual_seed(1)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    return torch.randint(1, 50, mask.shape) * mask, mask
+
+
+@torch.no_grad()
+def hidden_states(base_model, ids, mask):
+    return base_model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+
+
+@torch.no_grad()
+def final_norm(base_model, x):
+    decoder = base_model.get_decoder()
+    return (decoder.norm if hasattr(decoder, "norm") else decoder.ln_f)(x)
+
+
+@by_model
+def test_per_layer_maps_are_the_states_entering_every_block_the_last_one_normed(model_type):
+    base_model = make_base_model(model_type)
+    ids, mask = batch()
+    states = hidden_states(base_model, ids, mask)
+    encoder = ContextEncoder(base_model)
+    features = encoder(ids, mask)
+    assert features.shape == (3, LAYERS, 9, D) == (3, encoder.num_maps, 9, encoder.feature_dim)
+    expected = [*states[: LAYERS - 1], final_norm(base_model, states[LAYERS - 1])]
+    for i, state in enumerate(expected):
+        torch.testing.assert_close(features[:, i][mask], state[mask], rtol=0, atol=1e-6)
+
+
+@by_model
+def test_per_layer_maps_equal_output_hidden_states_of_a_model_without_its_last_block(model_type):
+    base_model, cut = make_base_model(model_type), make_base_model(model_type)
+    decoder = cut.get_decoder()
+    name = "h" if model_type == "gpt2" else "layers"
+    setattr(decoder, name, getattr(decoder, name)[:-1])
+    ids, mask = batch()
+    expected = hidden_states(cut, ids, mask)
+    features = ContextEncoder(base_model)(ids, mask)
+    assert len(expected) == LAYERS
+    torch.testing.assert_close(
+        features[mask[:, None].expand(-1, LAYERS, -1)],
+        torch.stack(expected, 1)[mask[:, None].expand(-1, LAYERS, -1)],
+        rtol=0,
+        atol=1e-6,
+    )
+
+
+@by_model
+@pytest.mark.parametrize("layer_idx", [1, 2, LAYERS])
+def test_early_exit_equals_the_normed_state_after_that_many_blocks(model_type, layer_idx):
+    base_model = make_base_model(model_type)
+    ids, mask = batch()
+    states = hidden_states(base_model, ids, mask)
+    # The last of transformers' states is normed already.
+    expected = states[-1] if layer_idx == LAYERS else final_norm(base_model, states[layer_idx])
+    features = ContextEncoder(base_model, kind="early_exit", layer_idx=layer_idx)(ids, mask)
+    assert features.shape == (3, 1, 9, D)
+    torch.testing.assert_close(features[:, 0][mask], expected[mask], rtol=0, atol=1e-6)
+
+
+@by_model
+def test_embed_only_equals_the_embedding_layer(model_type):
+    base_model = make_base_model(model_type)
+    ids, mask = batch()
+    features = ContextEncoder(base_model, kind="embed_only")(ids, mask)
+    assert torch.equal(features, base_model.get_input_embeddings()(ids)[:, None])
+
+
+@pytest.mark.parametrize("kind", ["per_layer_activations", "early_exit", "embed_only"])
+def test_padding_does_not_change_a_chunks_features(kind):
+    encoder = ContextEncoder(make_base_model(), kind=kind, layer_idx=2 if kind == "early_exit" else None)
+    ids, mask = batch()
+    features = encoder(ids, mask)
+    for c, length in enumerate(LENGTHS):
+        alone = encoder(ids[c : c + 1, :length], mask[c : c + 1, :length])
+        torch.testing.assert_close(features[c : c + 1, :, :length], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["per_layer_activations", "early_exit", "embed_only"])
+def test_no_graph_is_kept_even_if_the_base_model_could_train(kind):
+    base_model = make_base_model()
+    features = ContextEncoder(base_model, kind=kind, layer_idx=1 if kind == "early_exit" else None)(*batch())
+    assert all(p.requires_grad for p in base_model.parameters())
+    assert not features.requires_grad and features.grad_fn is None
+
+
+@by_model
+def test_the_base_model_is_not_part_of_the_encoder(model_type):
+    encoder = ContextEncoder(make_base_model(model_type))
+    assert not encoder.state_dict() and not list(encoder.parameters()) and not list(encoder.children())
+
+
+@by_model
+def test_the_base_model_is_left_as_it_was(model_type):
+    base_model, untouched = make_base_model(model_type), make_base_model(model_type)
+    modules = [(name, id(module)) for name, module in base_model.named_modules()]
+    ids, mask = batch()
+    for kind, layer_idx in (("per_layer_activations", None), ("early_exit", 1)):
+        ContextEncoder(base_model, kind=kind, layer_idx=layer_idx)(ids, mask)
+    assert [name for name, _ in modules] == [name for name, _ in untouched.named_modules()]
+    assert [(name, id(module)) for name, module in base_model.named_modules()] == modules
+    # All hidden states are still there: transformers installs its own hooks at the first call that asks for them.
+    states, expected = hidden_states(base_model, ids, mask), hidden_states(untouched, ids, mask)
+    assert len(states) == len(expected) == LAYERS + 1
+    assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
+    assert not any(module._forward_pre_hooks for module in base_model.modules())
+
+
+def test_the_base_model_is_left_as_it_was_after_an_error():
+    base_model = make_base_model()
+    blocks = base_model.get_decoder().layers
+    with pytest.raises(IndexError):
+        ContextEncoder(base_model)(torch.full((1, 4), 99), torch.ones(1, 4))
+    assert base_model.get_decoder().layers is blocks
+    assert not any(module._forward_pre_hooks for module in base_model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ({"kind": "last"}, "Unknown context encoder kind 'last': choose one of per_layer_activations, early_exit"),
+        ({"kind": "early_exit"}, "layer_idx between 1 and 3, got None"),
+        ({"kind": "early_exit", "layer_idx": 4}, "layer_idx between 1 and 3, got 4"),
+        ({"kind": "early_exit", "layer_idx": 0}, "layer_idx between 1 and 3, got 0"),
+        ({"kind": "embed_only", "layer_idx": 2}, "early_exit only, got layer_idx=2 with embed_only"),
+    ],
+)
+def test_a_wrong_choice_is_refused_with_the_choices(arguments, hint):
+    with pytest.raises(ValueError, match=hint):
+        ContextEncoder(make_base_model(), **arguments)
+
+
+def test_a_base_model_without_a_list_of_blocks_is_refused():
+    base_model = make_base_model()
+    base_model.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match="no list of 5 blocks in LlamaModel, which has .*layers"):
+        ContextEncoder(base_model)

@@ -1,0 +1,241 @@
+"""HyperNetwork: shapes, independence of chunks, zero start, gradients, configuration, errors and the published size."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from hypernet.adapter import LoRATarget
+from hypernet.hypernetwork import AGGREGATORS, HyperNetwork
+
+LAYERS, RANK, D, CHUNKS, T = 3, 2, 6, 5, 11
+DOWN = LoRATarget("down_proj", ("a", "b", "c"), 13, 7)
+UP = LoRATarget("up_proj", ("d", "e", "f"), 7, 13)
+PERCEIVER = dict(name="perceiver", latent_dim=8, num_latents=3, num_blocks=2, num_heads=4, num_kv_heads=2, head_dim=3)
+MEAN_POOL = dict(name="mean_pool", latent_dim=8)
+by_aggregator = pytest.mark.parametrize("aggregator", [PERCEIVER, MEAN_POOL], ids=lambda a: a["name"])
+
+
+def make(*, trained=True, **changes) -> HyperNetwork:
+    torch.manual_seed(0)
+    arguments = dict(targets=[UP, DOWN], feature_dim=D, num_maps=LAYERS, rank=RANK, aggregator=PERCEIVER)
+    hypernetwork = HyperNetwork(**{**arguments, **changes})
+    if trained:
+        with torch.no_grad():
+            for parameter in hypernetwork.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+    return hypernetwork
+
+
+def batch(num_maps=LAYERS, lengths=(11, 3, 1, 8, 11)) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    return torch.randn(len(lengths), num_maps, T, D), mask
+
+
+def assert_same(got, expected, **tolerance):
+    for matrices, wanted in zip(got, expected, strict=True):
+        assert list(matrices) == list(wanted)
+        for name in matrices:
+            torch.testing.assert_close(matrices[name], wanted[name], **tolerance)
+
+
+@by_aggregator
+@pytest.mark.parametrize("num_maps", [1, LAYERS])
+def test_every_chunk_layer_and_target_gets_its_matrices(aggregator, num_maps):
+    hypernetwork = make(aggregator=aggregator, num_maps=num_maps)
+    A, B = hypernetwork(*batch(num_maps))
+    assert list(A) == list(B) == list(hypernetwork.bias_A) == ["down_proj", "up_proj"]
+    for target in (DOWN, UP):
+        assert A[target.name].shape == (CHUNKS, LAYERS, RANK, target.d_in)
+        assert B[target.name].shape == (CHUNKS, LAYERS, RANK, target.d_out)
+        assert hypernetwork.bias_A[target.name].shape == (LAYERS, RANK, target.d_in)
+        assert hypernetwork.bias_B[target.name].shape == (LAYERS, RANK, target.d_out)
+
+
+def test_each_map_yields_the_weights_of_its_own_layer_only():
+    hypernetwork = make()
+    features, mask = batch()
+    A, _ = hypernetwork(features, mask)
+    features[:, 1] += 1
+    changed, _ = hypernetwork(features, mask)
+    difference = (changed["down_proj"] - A["down_proj"]).abs().amax((0, 2, 3))
+    assert difference[1] > 0 and difference[0] == difference[2] == 0
+
+
+def test_a_single_maps_outputs_are_ordered_by_layer_target_and_rank():
+    hypernetwork = make(num_maps=1)
+    features, mask = batch(1)
+    latents = hypernetwork.aggregator(features[:, 0], mask)
+    assert latents.shape[1] == LAYERS * 2 * RANK
+    expected = hypernetwork.lora_head(latents.view(CHUNKS, LAYERS, 2, RANK, -1))
+    assert_same(hypernetwork(features, mask), expected)
+
+
+@by_aggregator
+def test_padding_changes_nothing_even_where_it_is_nan(aggregator):
+    hypernetwork = make(aggregator=aggregator)
+    features, mask = batch()
+    expected = hypernetwork(features, mask)
+    poisoned = features.masked_fill(~mask[:, None, :, None], float("nan"))
+    assert_same(hypernetwork(poisoned, mask), expected, rtol=0, atol=0)
+    for c, length in enumerate(mask.sum(1)):
+        alone = hypernetwork(features[c : c + 1, :, :length], mask[c : c + 1, :length])
+        assert_same(alone, [{n: x[c : c + 1] for n, x in matrices.items()} for matrices in expected])
+
+
+@by_aggregator
+def test_permuting_the_chunks_permutes_their_matrices(aggregator):
+    hypernetwork = make(aggregator=aggregator)
+    features, mask = batch()
+    expected = hypernetwork(features, mask)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    assert_same(
+        hypernetwork(features[order], mask[order]),
+        [{n: x[order] for n, x in matrices.items()} for matrices in expected],
+    )
+
+
+def test_an_integer_mask_means_the_same():
+    hypernetwork = make()
+    features, mask = batch()
+    assert_same(hypernetwork(features, mask.long()), hypernetwork(features, mask))
+
+
+@by_aggregator
+@pytest.mark.parametrize("num_maps", [1, LAYERS])
+def test_b_is_exactly_zero_at_the_start_and_a_differs_between_chunks(aggregator, num_maps):
+    hypernetwork = make(trained=False, aggregator=aggregator, num_maps=num_maps)
+    A, B = hypernetwork(*batch(num_maps))
+    assert not any(x.any() for x in (*B.values(), *hypernetwork.bias_B.values()))
+    assert all(x.std(0).mean() > 0.01 for x in A.values())
+
+
+@by_aggregator
+def test_every_parameter_gets_a_gradient_once_b_is_not_zero(aggregator):
+    hypernetwork = make(aggregator=aggregator)
+    A, B = hypernetwork(*batch())
+    chunks = sum((A[n].mT @ B[n]).square().sum() for n in A)
+    shared = sum((hypernetwork.bias_A[n].mT @ hypernetwork.bias_B[n]).square().sum() for n in A)
+    (chunks + shared).backward()
+    without = [n for n, p in hypernetwork.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize("aggregator", [{"name": "perceiver"}, {"name": "mean_pool"}], ids=lambda a: a["name"])
+def test_the_config_survives_yaml_and_json_and_rebuilds_the_same_network(aggregator):
+    hypernetwork = make(aggregator={**aggregator, "latent_dim": 8}, scaling=3, num_pre_head_blocks=2)
+    for dump in (yaml.safe_load(yaml.safe_dump(hypernetwork.config)), json.loads(json.dumps(hypernetwork.config))):
+        assert dump == hypernetwork.config
+        rebuilt = HyperNetwork(**dump)
+        assert rebuilt.config == hypernetwork.config
+        assert rebuilt.targets == hypernetwork.targets == (DOWN, UP)
+        assert rebuilt.scaling == 3
+        rebuilt.load_state_dict(hypernetwork.state_dict())
+        assert_same(rebuilt(*batch()), hypernetwork(*batch()), rtol=0, atol=0)
+
+
+def test_the_config_spells_defaults_out():
+    assert make(aggregator={"name": "perceiver", "latent_dim": 8}).config["aggregator"] == dict(
+        name="perceiver",
+        latent_dim=8,
+        num_latents=8,
+        num_blocks=9,
+        num_self_attention_blocks=0,
+        num_heads=16,
+        num_kv_heads=4,
+        head_dim=128,
+        mlp_multiple=4,
+        projection_multiple=4,
+    )
+
+
+def test_scaling_defaults_to_the_published_one():
+    assert make(rank=8).scaling == pytest.approx(45.254834)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"aggregator": {"name": "perciever"}}, r"Unknown aggregator 'perciever'.*'mean_pool', 'perceiver'"),
+        ({"aggregator": {"latent_dim": 8}}, r"Unknown aggregator None.*'mean_pool', 'perceiver'"),
+        ({"aggregator": {**MEAN_POOL, "num_latents": 4}}, "'mean_pool' has no num_latents; it has latent_dim"),
+        ({"aggregator": {**PERCEIVER, "feature_dim": 4}}, "'perceiver' has no feature_dim"),
+        ({"num_maps": 2}, "num_maps must be 1 or the number of adapted layers, 3, got 2"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"targets": []}, "at least one target module"),
+        ({"targets": [DOWN, DOWN]}, "may be given once"),
+        (
+            {"targets": [DOWN, UP._replace(paths=("d",))]},
+            r"same number of layers, got \{'down_proj': 3, 'up_proj': 1\}",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_the_choices(changes, hint):
+    with pytest.raises(ValueError, match=hint):
+        make(**changes)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((5, 3, 11, 7), (5, 11)), ((5, 2, 11, 6), (5, 11)), ((5, 3, 11, 6), (5, 10)), ((5, 3, 11, 6), (4, 11))]
+    + [((3, 11, 6), (3, 11)), ((5, 3, 11, 6), (5, 3, 11))],
+)
+def test_features_that_do_not_fit_are_refused_with_both_shapes(shapes):
+    features, mask = torch.zeros(shapes[0]), torch.ones(shapes[1], dtype=torch.bool)
+    with pytest.raises(ValueError) as error:
+        make()(features, mask)
+    assert (
+        "D=6" in str(error.value) and str(list(shapes[0])) in str(error.value) and "context encoder" in str(error.value)
+    )
+
+
+def test_a_chunk_without_a_token_is_refused():
+    features, mask = batch()
+    mask[2] = False
+    with pytest.raises(ValueError, match="Every chunk needs a token"):
+        make()(features, mask)
+
+
+def test_parameter_counts_add_up():
+    hypernetwork = make()
+    counts = hypernetwork.parameter_counts()
+    assert (
+        counts["total"]
+        == counts["aggregator"] + counts["lora_head"]
+        == sum(p.numel() for p in hypernetwork.parameters())
+    )
+
+
+def test_the_published_configuration_has_the_papers_309_million_parameters():
+    """gemma-2-2b, down_proj, rank 8, 8 blocks: 309,456,384 without the parts that are listed here and all vectors."""
+    with torch.device("meta"):
+        hypernetwork = HyperNetwork(
+            targets=[LoRATarget("down_proj", tuple(f"layers.{i}" for i in range(26)), 9216, 2304)],
+            feature_dim=2304,
+            num_maps=26,
+            aggregator={"name": "perceiver", "num_blocks": 8},
+        )
+    not_counted = (
+        "latents_q",
+        "encoder.layernorm",
+        "decoder.layernorm",
+        "scaler_",
+        "layers.0.layers.0",
+        "layers.0.layers.4",
+    )
+    rest = {
+        name: parameter.numel()
+        for name, parameter in hypernetwork.named_parameters()
+        if any(part in name.removeprefix("aggregator.").removeprefix("lora_head.") for part in not_counted)
+    }
+    assert hypernetwork.parameter_counts()["total"] - sum(rest.values()) == 309_456_384
+    assert sum(rest.values()) == 2 * 8 * 512 + 2 * 512 + 2 * 26 * 8 + 4 * 512
+
+
+def test_an_aggregator_is_a_class_with_latent_dim_and_the_two_sizes_it_is_given():
+    for aggregator_class in AGGREGATORS.values():
+        aggregator = aggregator_class(feature_dim=D, num_outputs=4, latent_dim=8)
+        assert aggregator.latent_dim == 8
+        assert aggregator(torch.randn(2, 5, D), torch.ones(2, 5, dtype=torch.bool)).shape == (2, 4, 8)

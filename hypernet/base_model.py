@@ -1,0 +1,156 @@
+"""The frozen causal LM that answers, with its tokenizer: from the hub, a local folder, or a tiny random configuration.
+
+    base_model, tokenizer = load_base_model("assets/tiny/base_model")
+    fingerprint(base_model)      # names the weights; adapters carry it
+
+`train_tokenizer` makes the byte-level tokenizer of the tiny model: single digits, so that numbers are copied digit by digit.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|> {{ message['content'] }}<|end|>"
+    "{% else %}<|user|>{{ message['content'] }}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+# Words with their leading space, single digits, single newlines, runs of punctuation. A newline ends a token, so a document and
+# the question after it are tokenized the same together and apart.
+_WORDS = Regex(r" ?\p{L}+| ?\p{N}|\n| ?[^\s\p{L}\p{N}]+|\s")
+
+
+def load_base_model(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """A causal LM, frozen and in evaluation mode, and its tokenizer.
+
+    Args:
+        source: hub name or local folder.
+        dtype: the weights' type; None keeps the one they are stored in.
+        attention: transformers' `attn_implementation`; None lets transformers choose.
+
+    Raises:
+        ValueError: there is no model at `source`, or it cannot be read.
+    """
+    looks_local = Path(source).is_dir() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    if looks_local and not (Path(source) / "config.json").is_file():
+        raise ValueError(
+            f"No base model in {source}: config.json is missing. Give a folder in transformers' format or a hub name."
+        )
+    try:
+        base_model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (
+        Exception
+    ) as error:  # transformers and safetensors raise a dozen types for a bad source; all of them mean this
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"Could not load the base model from {source}: {reason}. Check the name, the files and the network."
+        ) from error
+    return freeze(base_model.to(device)), tokenizer
+
+
+def freeze(base_model: nn.Module) -> nn.Module:
+    """Evaluation mode, no gradients on the weights."""
+    return base_model.eval().requires_grad_(False)
+
+
+def build_base_model(config: dict, *, seed: int = 0) -> nn.Module:
+    """A causal LM with random weights from a transformers configuration given as a dict with `model_type`.
+
+    Raises:
+        ValueError: no or unknown `model_type`.
+    """
+    settings = dict(config)
+    model_type = settings.pop("model_type", None)
+    try:
+        model_config = AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise ValueError(
+            f"model_type is {model_type!r}; give one that transformers knows, e.g. llama or gemma2."
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(model_config)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with single digits and a chat template; any text round-trips through it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(_WORDS, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def fingerprint(tensors: nn.Module | dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and values of a module's tensors: the identity of the weights, on any device.
+
+    Large tensors (over 2^20 elements) are represented by 2^16 evenly spaced elements, so that a model of billions of parameters
+    takes well under a second.
+    """
+    state = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.reshape(-1)
+        if flat.numel() > 2**20:
+            flat = flat[:: flat.numel() // 2**16]
+        digest.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def generate_text(
+    base_model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+) -> list[str]:
+    """Greedy continuations of rendered prompts, one batch, left-padded."""
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    batch = {key: batch[key].to(next(base_model.parameters()).device) for key in ("input_ids", "attention_mask")}
+    output = base_model.generate(
+        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, use_cache=True
+    )
+    return [
+        text.strip()
+        for text in tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    ]

@@ -1,0 +1,1 @@
+"""Data: records, the synthetic encyclopedia, collation, curricula and the Lightning data module."""

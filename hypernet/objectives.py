@@ -1,0 +1,66 @@
+"""Losses and token-level measures: tensors → tensors, no model inside.
+
+`N` rows, `S` positions, `V` vocabulary, `P` predicted answer tokens. A row is one document's questions packed side by side
+(`hypernet.data.collate`), so means per row are means per document.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def answer_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target token.
+
+    Args:
+        logits: [P, V]. targets: [P].
+
+    Returns:
+        [P], float32.
+    """
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def context_distillation_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student) of each predicted token, in nats.
+
+    Args:
+        student_logits, teacher_logits: [P, V]; no gradient flows into the teacher.
+
+    Returns:
+        [P], float32.
+
+    Source: Charakorn et al. 2026, Doc-to-LoRA, section 3, https://arxiv.org/abs/2602.15902
+    """
+    student = student_logits.float().log_softmax(-1)
+    teacher = teacher_logits.detach().float().log_softmax(-1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def mean_per_document(values: Tensor, document: Tensor, num_documents: int) -> Tensor:
+    """Mean over documents of each document's mean, so that a document with many answer tokens counts like any other.
+
+    Args:
+        values: [P]. document: [P], which document each value belongs to, 0 to num_documents - 1.
+
+    Returns:
+        A scalar; documents without values are left out of the mean. 0 if there are no values at all.
+    """
+    total = values.new_zeros(num_documents).index_add(0, document, values)
+    count = values.new_zeros(num_documents).index_add(0, document, torch.ones_like(values))
+    present = count > 0
+    return (total / count.clamp(min=1)).sum() / present.sum().clamp(min=1)
+
+
+def answers_right(predicted: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
+    """Whether every token of an answer is the most likely one: exactly the answers that greedy decoding would get right.
+
+    Args:
+        predicted, targets: [P] token ids. answer: [P], which answer each token belongs to; any integers.
+
+    Returns:
+        [number of distinct answers] bool, in the order of `answer`'s sorted distinct values.
+    """
+    _, group = answer.unique(return_inverse=True)
+    right = torch.ones(int(group.max()) + 1 if len(group) else 0, dtype=torch.int8, device=answer.device)
+    return right.scatter_reduce(0, group, (predicted == targets).to(torch.int8), "amin").bool()

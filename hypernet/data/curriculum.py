@@ -33,6 +33,7 @@ class Stage(NamedTuple):
     facts_per_entity: tuple[int, int] = (1, 4)
     num_distractors: tuple[int, int] = (0, 2)
     max_questions: int = 8  # per article
+    num_background: int = 1  # background questions per article
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
     restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
 
@@ -130,9 +131,8 @@ class BaseModelBatches(_Batches):
     A question of the article asked without the article is answered `UNKNOWN`.
     """
 
-    def __init__(self, curriculum: Curriculum, tokenizer: PreTrainedTokenizerBase, *, num_background: int = 3) -> None:
+    def __init__(self, curriculum: Curriculum, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(curriculum, tokenizer)
-        self.num_background = num_background
         self.background = background_questions()
 
     def __getitem__(self, step: int) -> PackedRows:
@@ -143,7 +143,7 @@ class BaseModelBatches(_Batches):
         asked = []
         for record in records:
             background = [
-                (question, rng.random() < 0.3) for question in rng.sample(self.background, self.num_background)
+                (question, rng.random() < 0.3) for question in rng.sample(self.background, stage.num_background)
             ]
             without = rng.choice(record.questions)._replace(answer=UNKNOWN, kind="unanswerable")
             asked.append([(question, True) for question in record.questions] + background + [(without, False)])
@@ -190,18 +190,17 @@ class DistillationBatches(_Batches):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_chunk_tokens: int,
-        num_background: int = 1,
         background_half: int = 0,
     ) -> None:
         super().__init__(curriculum, tokenizer)
         self.max_chunk_tokens = max_chunk_tokens
-        self.num_background = num_background
         self.background = background_questions(half=background_half)
 
     def __getitem__(self, step: int) -> DistillationBatch:
+        _, stage, _ = self.curriculum.stage(step)
         records = self.curriculum.records(step)
         rng = self.curriculum.encyclopedia.rng("distillation", step)
-        asked = [[*record.questions, *rng.sample(self.background, self.num_background)] for record in records]
+        asked = [[*record.questions, *rng.sample(self.background, stage.num_background)] for record in records]
         return self.batch([record.document for record in records], asked)
 
     def batch(self, documents: Sequence[str], asked: Sequence[Sequence[Question]]) -> DistillationBatch:

@@ -1,0 +1,142 @@
+"""Real text end to end: paragraphs of a SQuAD-format file → adapters → PEFT folders → answers. `python -m benchmarks.real_text`
+
+Exact match and token F1 against the human answers, with the adapter, without context, with another paragraph's adapter, and with the
+paragraph in the prompt where it fits into the base model's window.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+
+def read_squad(path: str | Path) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """(paragraph, [(question, human answers)]) of a file in SQuAD's v1.1 JSON format.
+
+    Raises:
+        ValueError: the file is missing or not in this format.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
+        return [
+            (p["context"], [(qa["question"], [a["text"] for a in qa["answers"]]) for qa in p["qas"]])
+            for article in data
+            for p in article["paragraphs"]
+        ]
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}. Set squad_file to a file in SQuAD's format.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not in SQuAD's v1.1 JSON format ({type(error).__name__}: {error}).") from error
+
+
+def peft_difference(model: Any, adapter: Any, folder: Path, question: str) -> float:
+    """Largest difference of the logits between the folder loaded by PEFT and the injected adapter, on one question."""
+    import torch
+    from peft import PeftModel
+
+    adapter.save(folder, overwrite=True)
+    ids = torch.tensor([model.tokenizer(model.layout.prompt(question), add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        with model.injector.using(adapter):
+            injected = model.base_model(ids).logits
+        loaded = PeftModel.from_pretrained(model.base_model, folder)
+        try:
+            difference = (loaded(ids).logits - injected).abs().max().item()
+        finally:
+            loaded.unload()
+    return difference
+
+
+def evaluate(model: Any, cfg: DictConfig) -> dict[str, Any]:
+    """Counts, the largest PEFT difference, seconds, and exact match and F1 by method."""
+    from tqdm import tqdm
+
+    from benchmarks.tiny_figures import answer_all
+    from hypernet.metrics import exact_match, token_f1
+
+    paragraphs = read_squad(cfg.squad_file)[: cfg.max_paragraphs]
+    adapters, difference, seconds = [], 0.0, 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        for text, asked in tqdm(paragraphs, desc="paragraphs", file=sys.stderr):
+            started = time.perf_counter()
+            adapters.append(model.internalize(text))
+            seconds += time.perf_counter() - started
+            if cfg.peft:
+                difference = max(
+                    difference, peft_difference(model, adapters[-1], Path(scratch) / "adapter", asked[0][0])
+                )
+    window = model.base_model.config.get_text_config().max_position_embeddings
+    flat = [(i, question, answers) for i, (_, asked) in enumerate(paragraphs) for question, answers in asked]
+    length = {i: len(model.tokenizer(text)["input_ids"]) for i, (text, _) in enumerate(paragraphs)}
+    fits = {i for i in length if length[i] + 64 <= window}
+    methods = {
+        "no_context": [(q, None, None) for i, q, _ in flat],
+        "wrong_adapter": [(q, adapters[(i + 1) % len(adapters)], None) for i, q, _ in flat],
+        "adapter": [(q, adapters[i], None) for i, q, _ in flat],
+        "document_in_prompt": [(q, None, paragraphs[i][0] if i in fits else None) for i, q, _ in flat],
+    }
+    result: dict[str, Any] = {
+        "paragraphs": len(paragraphs),
+        "adapters": len(adapters),
+        "chunks": sum(adapter.num_chunks for adapter in adapters),
+        "tokens": sum(length.values()),
+        "peft_logit_difference": difference if cfg.peft else None,
+        "internalize_s": seconds,
+        "questions": len(flat),
+        "questions_fitting_window": sum(i in fits for i, _, _ in flat),
+        "scores": {},
+    }
+    for method, asked in methods.items():
+        answers = answer_all(model, asked, questions_per_batch=cfg.questions_per_batch, label=method)
+        # Only paragraphs that fit the window are scored in the prompt; the number of questions says so.
+        scored = [
+            (answer, truth)
+            for answer, (i, _, truth) in zip(answers, flat, strict=True)
+            if method != "document_in_prompt" or i in fits
+        ]
+        result["scores"][method] = {
+            "questions": len(scored),
+            "exact_match": sum(float(exact_match(a, t)) for a, t in scored) / max(len(scored), 1),
+            "token_f1": sum(float(token_f1(a, t)) for a, t in scored) / max(len(scored), 1),
+        }
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = ["| method | questions | exact match | token F1 |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {method.replace('_', ' ')} | {s['questions']} | {s['exact_match']:.4f} | {s['token_f1']:.4f} |"
+        for method, s in result["scores"].items()
+    ]
+    summary = (
+        f"{result['adapters']} of {result['paragraphs']} paragraphs became adapters ({result['tokens']} tokens, "
+        f"{result['chunks']} chunks, {result['internalize_s']:.1f} s)."
+    )
+    if result["peft_logit_difference"] is not None:
+        summary += f" PEFT loaded every one; largest logit difference {result['peft_logit_difference']:.1e}."
+    return "\n".join([*lines, "", summary])
+
+
+@hydra.main(config_path="../conf", config_name="real_text", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    from benchmarks.rows import describe_run, write_rows
+    from hypernet.doc_to_lora import DocToLoRA
+
+    try:
+        read_squad(cfg.squad_file)  # before the model is loaded
+        model = DocToLoRA.from_pretrained(cfg.checkpoint)
+    except ValueError as error:
+        sys.exit(f"benchmarks.real_text: {error}")
+    result = evaluate(model, cfg)
+    if cfg.output:
+        write_rows(cfg.output, [result], run=describe_run(OmegaConf.to_container(cfg)))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

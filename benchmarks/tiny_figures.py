@@ -1,0 +1,180 @@
+"""The figures of the shipped model on held-out articles, with its controls: `python -m benchmarks.tiny_figures`
+
+Articles come from the encyclopedia's test split: no entity or invented name of training, and sentence forms that training never
+showed. Every answer is generated; every row of the table has the same questions.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+METHODS = ("no_context", "wrong_adapter", "adapter", "document_in_prompt")
+
+
+def held_out_articles(model: Any, *, seed: int, one_chunk: int, many_chunks: int) -> dict[str, list]:
+    """Test records by set: "one chunk" and "2-4 chunks", as many of each as asked for."""
+    from hypernet.chunking import chunk_document
+    from hypernet.data.encyclopedia import Encyclopedia
+
+    encyclopedia = Encyclopedia("test", seed=seed)
+    wanted = {"one chunk": (one_chunk, range(1, 2)), "2-4 chunks": (many_chunks, range(2, 5))}
+    sets: dict[str, list] = {name: [] for name in wanted}
+    index = 0
+    while any(len(sets[name]) < number for name, (number, _) in wanted.items()):
+        rng = encyclopedia.rng(index, "sizes")
+        name = "one chunk" if len(sets["one chunk"]) < one_chunk else "2-4 chunks"
+        entities = 1 if name == "one chunk" else rng.randint(2, 4)
+        facts = sum(rng.randint(2 if entities == 1 else 4, 6) for _ in range(entities))
+        record = encyclopedia.record(index, num_entities=entities, num_facts=facts, num_distractors=rng.randint(0, 2))
+        num_chunks = len(chunk_document(record.document, model.tokenizer, max_chunk_tokens=model.max_chunk_tokens).ids)
+        if num_chunks in wanted[name][1]:
+            sets[name].append(record)
+        index += 1
+    return sets
+
+
+def answer_all(model: Any, asked: Sequence[tuple], *, questions_per_batch: int, label: str) -> list[str]:
+    """Answers to (question, adapter or None, document or None), in order, in batches of prompts of similar length."""
+    from tqdm import tqdm
+
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i][2] or ""))
+    answers = [""] * len(asked)
+    starts = range(0, len(order), questions_per_batch)
+    for start in tqdm(starts, desc=label, leave=False, file=sys.stderr):
+        batch = order[start : start + questions_per_batch]
+        questions, adapters, documents = zip(*(asked[i] for i in batch), strict=True)
+        for i, answer in zip(batch, model.generate(questions, list(adapters), documents=documents), strict=True):
+            answers[i] = answer
+    return answers
+
+
+def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
+    """One row per question and method: set, document, question, answer, prediction, exact match."""
+    from hypernet.data.encyclopedia import background_questions
+    from hypernet.metrics import exact_match
+
+    sets = held_out_articles(
+        model, seed=cfg.seed, one_chunk=cfg.documents_one_chunk, many_chunks=cfg.documents_many_chunks
+    )
+    rows, all_adapters = [], []
+    for name, records in sets.items():
+        adapters = [model.internalize(record.document) for record in records]
+        all_adapters += adapters
+        asked = [(d, question) for d, record in enumerate(records) for question in record.questions]
+        prompts = {
+            "no_context": [(q.text, None, None) for _, q in asked],
+            "wrong_adapter": [(q.text, adapters[(d + 1) % len(adapters)], None) for d, q in asked],
+            "adapter": [(q.text, adapters[d], None) for d, q in asked],
+            "document_in_prompt": [(q.text, None, records[d].document) for d, q in asked],
+        }
+        for method in METHODS:
+            answers = answer_all(
+                model, prompts[method], questions_per_batch=cfg.questions_per_batch, label=f"{name}, {method}"
+            )
+            rows += [
+                {
+                    "set": name,
+                    "method": method,
+                    "document": d,
+                    "num_chunks": adapters[d].num_chunks,
+                    "relation": question.group,
+                    "question": question.text,
+                    "answer": question.answer,
+                    "prediction": answer,
+                    "exact_match": float(exact_match(answer, question.answer)),
+                }
+                for (d, question), answer in zip(asked, answers, strict=True)
+            ]
+    # Background facts that the locality term of the training never saw.
+    questions = background_questions(half=1)[: cfg.num_background]
+    unrelated = [all_adapters[i % len(all_adapters)] for i in range(len(questions))]
+    for method, adapters in (("no_context", [None] * len(questions)), ("unrelated_adapter", unrelated)):
+        prompts = [(q.text, adapter, None) for q, adapter in zip(questions, adapters, strict=True)]
+        answers = answer_all(
+            model, prompts, questions_per_batch=cfg.questions_per_batch, label=f"background, {method}"
+        )
+        rows += [
+            {
+                "set": "background",
+                "method": method,
+                "document": i,
+                "relation": question.group,
+                "question": question.text,
+                "answer": question.answer,
+                "prediction": answer,
+                "exact_match": float(exact_match(answer, question.answer)),
+            }
+            for i, (question, answer) in enumerate(zip(questions, answers, strict=True))
+        ]
+    return rows
+
+
+def summarize(rows: Sequence[dict]) -> list[dict]:
+    """Mean exact match per set and method with its interval over documents, and the share of the gap closed."""
+    from hypernet.metrics import bootstrap_interval, gap_closed
+
+    summary = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        means = {}
+        for method in dict.fromkeys(row["method"] for row in rows if row["set"] == name):
+            chosen = [row for row in rows if row["set"] == name and row["method"] == method]
+            values = [row["exact_match"] for row in chosen]
+            means[method] = sum(values) / len(values)
+            low, high = bootstrap_interval(values, groups=[row["document"] for row in chosen])
+            summary.append(
+                {
+                    "set": name,
+                    "method": method,
+                    "questions": len(chosen),
+                    "documents": len({row["document"] for row in chosen}),
+                    "exact_match": means[method],
+                    "low": low,
+                    "high": high,
+                }
+            )
+        if "adapter" in means:
+            for row in summary:
+                if row["set"] == name and row["method"] in ("wrong_adapter", "adapter"):
+                    row["gap_closed"] = gap_closed(
+                        means[row["method"]], floor=means["no_context"], ceiling=means["document_in_prompt"]
+                    )
+    return summary
+
+
+def markdown(summary: Sequence[dict]) -> str:
+    """The table as it stands in the model card and README."""
+    lines = [
+        "| set | method | questions | documents | exact match | 95 % interval | share of the gap closed |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for row in summary:
+        closed = f"{row['gap_closed']:.2f}" if "gap_closed" in row else ""
+        lines.append(
+            f"| {row['set']} | {row['method'].replace('_', ' ')} | {row['questions']} | {row['documents']} | "
+            f"{row['exact_match']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {closed} |"
+        )
+    return "\n".join(lines)
+
+
+@hydra.main(config_path="../conf", config_name="tiny_figures", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    from benchmarks.rows import describe_run, write_rows
+    from hypernet.doc_to_lora import DocToLoRA
+
+    try:
+        model = DocToLoRA.from_pretrained(cfg.checkpoint)
+    except ValueError as error:
+        sys.exit(f"benchmarks.tiny_figures: {error}")
+    rows = evaluate(model, cfg)
+    summary = summarize(rows)
+    if cfg.output:
+        run = describe_run(OmegaConf.to_container(cfg))
+        write_rows(cfg.output, [{"kind": "summary", **row} for row in summary], run=run)
+    print(markdown(summary))
+
+
+if __name__ == "__main__":
+    main()

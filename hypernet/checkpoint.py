@@ -1,0 +1,144 @@
+"""A trained hypernetwork on disk: YAML for what it is, safetensors for its weights, fingerprints for what belongs together.
+
+    checkpoint/
+      config.yaml                  format, base model, context encoder, chunk size, the hypernetwork's sizes
+      hypernetwork.safetensors     its weights
+      base_model/                  optional: the base model in transformers' format, found from config.yaml
+
+Nothing in it is executed: config.yaml names only what `hypernet.hypernetwork.AGGREGATORS` and the context encoder list.
+"""
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from hypernet.base_model import fingerprint
+from hypernet.hypernetwork import HyperNetwork
+
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE, BASE_MODEL_FOLDER = "config.yaml", "hypernetwork.safetensors", "base_model"
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint folder holds, read and verified.
+
+    base_model: hub name or folder of the base model; base_model_fingerprint: of its weights.
+    context_encoder: {"kind": ..., "layer_idx": ...}. max_chunk_tokens: document tokens per chunk.
+    """
+
+    hypernetwork: HyperNetwork
+    base_model: str
+    base_model_fingerprint: str
+    context_encoder: dict[str, Any]
+    max_chunk_tokens: int
+    fingerprint: str
+
+
+def save_checkpoint(
+    directory: str | Path,
+    *,
+    hypernetwork: HyperNetwork,
+    base_model: str,
+    base_model_fingerprint: str,
+    context_encoder: dict[str, Any],
+    max_chunk_tokens: int,
+) -> None:
+    """Writes config.yaml and hypernetwork.safetensors, each complete or not at all; the config comes last.
+
+    Args:
+        base_model: hub name or folder; a path relative to `directory` if it lies inside.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint(weights),
+        "base_model": {"source": base_model, "fingerprint": base_model_fingerprint},
+        "context_encoder": context_encoder,
+        "max_chunk_tokens": max_chunk_tokens,
+        "hypernetwork": hypernetwork.config,
+    }
+    # A config beside older weights must not load, so the old one goes first; weights without a config are no checkpoint.
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    with replaced(directory / WEIGHTS_FILE) as path:
+        save_file(weights, path)
+    with replaced(directory / CONFIG_FILE) as path:
+        path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_checkpoint(directory: str | Path) -> Checkpoint:
+    """Reads a checkpoint folder and verifies its weights.
+
+    Raises:
+        ValueError: the folder, a file or a key is missing, a file is cut off or changed, or the format is another version's.
+    """
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise ValueError(
+            f"No checkpoint at {directory}: there is no such folder. Give a folder that holds {CONFIG_FILE}."
+        )
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} is not a complete checkpoint: {name} is missing. Copy or train it again.")
+    try:
+        config = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        version = config["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{directory} has checkpoint format {version}, this version reads format {FORMAT_VERSION}. "
+                "Use the version that wrote it."
+            )
+        source, base_fingerprint = str(config["base_model"]["source"]), str(config["base_model"]["fingerprint"])
+        expected, settings = str(config["fingerprint"]), dict(config["hypernetwork"])
+        context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
+    except (KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{directory / CONFIG_FILE} is damaged ({type(error).__name__}: {reason}). Copy it again."
+        ) from error
+    try:
+        weights = load_file(directory / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} cannot be read ({error}); it is probably cut off. Copy it again."
+        ) from error
+    if fingerprint(weights) != expected:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} is not what {CONFIG_FILE} was written for: its fingerprint differs. Copy both again."
+        )
+    try:
+        with torch.device("meta"):
+            hypernetwork = HyperNetwork(**settings)
+        hypernetwork.load_state_dict(weights, assign=True)
+    except (TypeError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{directory / CONFIG_FILE} does not describe the weights beside it ({reason}). Copy both again."
+        ) from error
+    if (directory / source / "config.json").is_file():
+        source = str(directory / source)
+    return Checkpoint(hypernetwork, source, base_fingerprint, context_encoder, max_chunk_tokens, expected)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when the block ends well, and is removed if it fails."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        if path.exists():
+            shutil.copymode(path, temporary)
+        else:
+            temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,252 @@
+"""The two trainings as Lightning modules: the base model on the encyclopedia, and the hypernetwork by context distillation.
+
+`LitBaseModel` trains every weight of a small causal LM; `LitDocToLoRA` trains the hypernetwork alone and keeps the frozen base
+model out of its checkpoints. Both take one whole batch per step from `hypernet.data.curriculum`.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from hypernet.data.collate import KINDS, PackedRows
+from hypernet.data.curriculum import DistillationBatch
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.objectives import answer_nll, answers_right, context_distillation_kl, mean_per_document
+
+log = logging.getLogger(__name__)
+
+
+class OptimizerSettings(dict):
+    """lr, weight_decay, betas, warmup_steps, min_lr_ratio; see conf/optimizer/adamw.yaml."""
+
+
+def _optimizer(module: L.LightningModule, parameters: list[nn.Parameter], settings: dict) -> dict[str, Any]:
+    """AdamW on matrices with decay and on vectors without, linear warm-up, cosine to min_lr_ratio at the trainer's last step."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings["weight_decay"]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=tuple(settings["betas"]))
+    last, warmup, floor = max(module.trainer.max_steps, 1), settings["warmup_steps"], settings["min_lr_ratio"]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min((step - warmup) / max(last - warmup, 1), 1.0)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class LitBaseModel(L.LightningModule):
+    """Trains a causal LM to answer questions from the article in its prompt, and background questions from its weights.
+
+    Args:
+        base_model, tokenizer: what is trained and how it reads.
+        optimizer: see `OptimizerSettings`.
+        document_weight: of the next-token loss on the article itself, beside 1 on answers.
+        output_dir: where the model is written in transformers' format when training ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_model: nn.Module,
+        tokenizer: Any,
+        optimizer: dict,
+        document_weight: float = 0.1,
+        output_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_model = base_model
+        self.tokenizer = tokenizer
+        self.optimizer_settings = optimizer
+        self.document_weight = document_weight
+        self.output_dir = output_dir
+
+    def _logits(self, rows: PackedRows) -> Tensor:
+        mask = rows.attention_mask(torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32)
+        return self.base_model(
+            input_ids=rows.ids, position_ids=rows.positions, attention_mask=mask, use_cache=False
+        ).logits
+
+    def training_step(self, batch: PackedRows, batch_idx: int) -> Tensor:
+        logits, targets = self._logits(batch), batch.targets()
+        answer = batch.target_kind >= 0
+        # Inside the article: a token and its successor both belong to the trunk.
+        document = (batch.segments == 0) & (batch.segments.roll(-1, dims=1) == 0)
+        document[:, -1] = False
+        losses = answer_nll(logits[answer | document], targets[answer | document])
+        is_answer = answer[answer | document]
+        weight = batch.target_weight[answer]
+        answer_loss = (losses[is_answer] * weight).sum() / weight.sum()
+        loss = answer_loss + self.document_weight * losses[~is_answer].mean()
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/answer_nll", answer_loss.detach())
+        return loss
+
+    def validation_step(self, batch: PackedRows, batch_idx: int) -> None:
+        logits, targets = self._logits(batch), batch.targets()
+        for kind, right in answers_right_by_kind(batch, logits.argmax(-1), targets).items():
+            if kind != "restatement":
+                self.log(
+                    f"val/{kind}_exact_match", right.float().mean(), batch_size=len(right), prog_bar=kind == "document"
+                )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return _optimizer(self, [p for p in self.base_model.parameters() if p.requires_grad], self.optimizer_settings)
+
+    def on_fit_start(self) -> None:
+        self.base_model.train()
+
+    def on_train_end(self) -> None:
+        if self.output_dir and self.trainer.global_step >= self.trainer.max_steps:
+            save_base_model(self.base_model, self.tokenizer, self.output_dir)
+            log.info("Base model written to %s", self.output_dir)
+
+
+class LitDocToLoRA(L.LightningModule):
+    """Trains the hypernetwork by context distillation; the base model stays as it is and out of the checkpoints.
+
+    Args:
+        model: with the hypernetwork to train.
+        optimizer: see `OptimizerSettings`.
+        kl_weight: of KL(base model with the document in its prompt || base model with the adapter) on the document's questions.
+        nll_weight: of the next-token loss on the true answers to the same questions.
+        locality_weight: of KL(plain base model || base model with the adapter) on background questions.
+        output_dir: where the trained checkpoint is written when training ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DocToLoRA,
+        optimizer: dict,
+        kl_weight: float = 1.0,
+        nll_weight: float = 0.0,
+        locality_weight: float = 0.5,
+        output_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_settings = optimizer
+        self.kl_weight = kl_weight
+        self.nll_weight = nll_weight
+        self.locality_weight = locality_weight
+        self.output_dir = output_dir
+        # The base model is read from its own files; a checkpoint may lack its keys, and only these (see on_load_checkpoint).
+        self.strict_loading = False
+
+    def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
+        student_rows, teacher_rows = batch.student, batch.teacher
+        A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
+        with torch.no_grad():
+            teacher = self.model(teacher_rows)[teacher_rows.target_kind >= 0]
+        self.model.set_chunks(A, B, batch.num_chunks)
+        is_answer = student_rows.target_kind >= 0
+        student = self.model(student_rows)[is_answer]
+        kind = student_rows.target_kind[is_answer]
+        document = is_answer.nonzero()[:, 0]
+        kl = context_distillation_kl(student, teacher)
+        about_document = kind != KINDS.index("background")
+        num_documents = len(student_rows.ids)
+        loss_kl = mean_per_document(kl[about_document], document[about_document], num_documents)
+        loss_locality = mean_per_document(kl[~about_document], document[~about_document], num_documents)
+        loss = self.kl_weight * loss_kl + self.locality_weight * loss_locality
+        if self.nll_weight:
+            nll = answer_nll(student[about_document], student_rows.targets()[is_answer][about_document])
+            loss = loss + self.nll_weight * mean_per_document(nll, document[about_document], num_documents)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=num_documents)
+        self.log("train/kl", loss_kl.detach(), batch_size=num_documents)
+        self.log("train/locality_kl", loss_locality.detach(), batch_size=num_documents)
+        return loss
+
+    def on_after_backward(self) -> None:
+        # Not before: checkpointed layers run their forward again during backward.
+        self.model.injector.clear()
+
+    def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
+        injector = self.model.injector
+        A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
+        scores = {"no_context": self._exact(batch.student), "in_prompt": self._exact(batch.teacher)}
+        for name, shift in (("adapter", 0), ("wrong_adapter", 1)):
+            self.model.set_chunks(A, B, batch.num_chunks, shift=shift)
+            scores[name] = self._exact(batch.student)
+            injector.clear()
+        for method, by_kind in scores.items():
+            for kind, right in by_kind.items():
+                self.log(
+                    f"val/{kind}_{method}",
+                    right.float().mean(),
+                    batch_size=len(right),
+                    prog_bar=(kind, method) == ("document", "adapter"),
+                )
+
+    def on_validation_epoch_end(self) -> None:
+        own, floor, ceiling = (
+            self.trainer.callback_metrics.get(f"val/document_{method}")
+            for method in ("adapter", "no_context", "in_prompt")
+        )
+        if own is not None and ceiling > floor:
+            self.log("val/gap_closed", (own - floor) / (ceiling - floor), prog_bar=True)
+
+    def _exact(self, rows: PackedRows) -> dict[str, Tensor]:
+        return answers_right_by_kind(rows, self.model(rows).argmax(-1), rows.targets())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return _optimizer(self, list(self.model.hypernetwork.parameters()), self.optimizer_settings)
+
+    def on_fit_start(self) -> None:
+        self.model.hypernetwork.train()
+        self.model.base_model.eval()
+        counts = self.model.hypernetwork.parameter_counts()
+        log.info("Hypernetwork: %s parameters", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name.startswith(_TRAINED)}
+        checkpoint["base_model_fingerprint"] = self.model.base_model_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Loading is not strict, which would also pass over a renamed weight of the hypernetwork in silence.
+        expected = {_TRAINED + name for name in self.model.hypernetwork.state_dict()}
+        differing = sorted(expected ^ set(checkpoint["state_dict"]))
+        if differing:
+            raise ValueError(
+                f"The checkpoint is of another hypernetwork: {differing[0]} and {len(differing) - 1} more differ. Resume with the configuration it was made with."
+            )
+        if checkpoint["base_model_fingerprint"] != self.model.base_model_fingerprint:
+            raise ValueError("The checkpoint was made with another base model. Resume with the one it was made with.")
+
+    def on_train_end(self) -> None:
+        if self.output_dir and self.trainer.global_step >= self.trainer.max_steps:
+            self.model.save_pretrained(self.output_dir)
+            log.info("Checkpoint written to %s", self.output_dir)
+
+
+_TRAINED = "model.hypernetwork."
+
+
+def save_base_model(base_model: nn.Module, tokenizer: Any, output_dir: str | Path) -> None:
+    """transformers' format: config.json, model.safetensors, the tokenizer."""
+    base_model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+def answers_right_by_kind(rows: PackedRows, predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """kind → whether each answer of that kind would be decoded exactly, [number of answers] bool; kinds that do not occur are left out."""
+    result = {}
+    answer_id = (
+        torch.arange(len(rows.ids), device=rows.ids.device)[:, None] * (int(rows.segments.max()) + 1) + rows.segments
+    )
+    for number, kind in enumerate(KINDS):
+        of_kind = rows.target_kind == number
+        if of_kind.any():
+            result[kind] = answers_right(predicted[of_kind], targets[of_kind], answer_id[of_kind])
+    return result

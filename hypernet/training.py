@@ -1,0 +1,115 @@
+"""Puts a training together from plain settings: the Lightning module and the batches it is trained on.
+
+module, data = base_model_training(base_model={...}, stages=[...], ...)     # conf/task/base_model.yaml
+module, data = doc_to_lora_training(base_model="assets/tiny/base_model", ...) # conf/task/doc_to_lora.yaml
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from hypernet.base_model import build_base_model, load_base_model, train_tokenizer
+from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
+from hypernet.data.datamodule import BatchDataModule
+from hypernet.data.encyclopedia import Encyclopedia, background_questions
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.lit_module import LitBaseModel, LitDocToLoRA
+
+
+def encyclopedia_texts(*, seed: int, num_articles: int = 6000) -> Iterator[str]:
+    """What the tiny tokenizer is trained on: articles that no training step sees, questions, answers."""
+    encyclopedia = Encyclopedia("train", seed=seed)
+    for index in range(num_articles):
+        record = encyclopedia.record(10**9 + index, num_entities=1 + index % 3, num_facts=6, num_distractors=2)
+        yield record.document
+        for question in record.questions:
+            yield question.text
+            yield f" {question.answer}"
+    for question in background_questions():
+        yield question.text
+        yield f" {question.answer}"
+
+
+def base_model_training(
+    *,
+    base_model: dict,
+    vocab_size: int,
+    stages: list[dict],
+    validation_stages: list[dict],
+    document_weight: float,
+    optimizer: dict,
+    output_dir: str,
+    seed: int = 0,
+) -> tuple[LitBaseModel, BatchDataModule]:
+    """The tiny base model from random weights, with a tokenizer trained on the encyclopedia."""
+    tokenizer = train_tokenizer(
+        encyclopedia_texts(seed=seed), vocab_size=vocab_size, model_max_length=base_model["max_position_embeddings"]
+    )
+    token_ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    module = LitBaseModel(
+        base_model=build_base_model({**base_model, **token_ids}, seed=seed),
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        document_weight=document_weight,
+        output_dir=output_dir,
+    )
+    train = Curriculum(Encyclopedia("train", seed=seed), stages)
+    validation = Curriculum(Encyclopedia("validation", seed=seed), validation_stages)
+    return module, BatchDataModule(
+        train=BaseModelBatches(train, tokenizer), validation=BaseModelBatches(validation, tokenizer)
+    )
+
+
+def doc_to_lora_training(
+    *,
+    base_model: str,
+    target_modules: list[str],
+    context_encoder: dict,
+    hypernetwork: dict,
+    max_chunk_tokens: int,
+    stages: list[dict],
+    validation_stages: list[dict],
+    objective: dict,
+    optimizer: dict,
+    output_dir: str,
+    attention: str | None = None,
+    init_from: str | None = None,
+    seed: int = 0,
+) -> tuple[LitDocToLoRA, BatchDataModule]:
+    """A hypernetwork for a frozen base model, distilled from encyclopedia articles in its prompt.
+
+    Args:
+        base_model: hub name or folder.
+        init_from: a checkpoint folder whose hypernetwork training starts from, e.g. an earlier stage's; None starts anew.
+    """
+    if init_from is None:
+        lm, tokenizer = load_base_model(base_model, attention=attention)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = DocToLoRA.build(
+                base_model=lm,
+                tokenizer=tokenizer,
+                target_modules=target_modules,
+                hypernetwork=hypernetwork,
+                context_encoder=context_encoder,
+                max_chunk_tokens=max_chunk_tokens,
+                base_model_source=base_model,
+            )
+    else:
+        model = DocToLoRA.from_pretrained(init_from, base_model=base_model, attention=attention)
+        model.max_chunk_tokens = max_chunk_tokens
+    module = LitDocToLoRA(model=model, optimizer=optimizer, output_dir=output_dir, **objective)
+    train = Curriculum(Encyclopedia("train", seed=seed), stages)
+    validation = Curriculum(Encyclopedia("validation", seed=seed), validation_stages)
+    return module, BatchDataModule(
+        train=DistillationBatches(train, model.tokenizer, max_chunk_tokens=max_chunk_tokens),
+        # The half of the background facts that the locality term never sees.
+        validation=DistillationBatches(
+            validation, model.tokenizer, max_chunk_tokens=max_chunk_tokens, background_half=1
+        ),
+    )

@@ -1,0 +1,43 @@
+"""Train a hypernetwork, or the tiny base model that it adapts: build, fit. `python train.py --help` says what can be set."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+
+def train(cfg: DictConfig) -> None:
+    """Builds what `cfg.task` describes and fits it, from `cfg.ckpt_path` if that is given."""
+    import lightning
+    import torch
+
+    from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
+
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    checkpoints = Path(cfg.output_dir) / "checkpoints"
+    ckpt_path = find_checkpoint(cfg.ckpt_path, checkpoints)
+    lightning.seed_everything(cfg.seed, verbose=False)
+    module, data = instantiate(cfg.task, _convert_="all")
+    trainer = instantiate(cfg.trainer, _convert_="all")(
+        logger=instantiate(cfg.logger),
+        callbacks=[RunCheckpoint(dirpath=checkpoints, every_n_train_steps=cfg.checkpoint_every, save_last=True)],
+        plugins=[SafetensorsCheckpointIO()],
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+
+
+@hydra.main(config_path="conf", config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    try:
+        train(cfg)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    except hydra.errors.InstantiationException as error:
+        sys.exit(f"train.py: {error.__cause__ or error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,8 @@
 """Train a hypernetwork, or the tiny base model that it adapts: build, fit. `python train.py --help` says what can be set."""
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import hydra
@@ -12,6 +14,11 @@ def train(cfg: DictConfig) -> None:
     """Builds what `cfg.task` describes and fits it, from `cfg.ckpt_path` if that is given."""
     import lightning
     import torch
+
+    # Of what Lightning says by itself only warnings matter here, and not that the frozen base model is in eval mode.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    warnings.filterwarnings("ignore", message=".*treespec")
 
     from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 

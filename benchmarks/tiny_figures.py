@@ -15,7 +15,11 @@ METHODS = ("no_context", "wrong_adapter", "adapter", "document_in_prompt")
 
 
 def held_out_articles(model: Any, *, seed: int, one_chunk: int, many_chunks: int) -> dict[str, list]:
-    """Test records by set: "one chunk" and "2-4 chunks", as many of each as asked for."""
+    """Test records by set: "one chunk" and "2-4 chunks", as many of each as asked for.
+
+    Raises:
+        ValueError: the model's chunks are so long or short that such articles hardly occur.
+    """
     from hypernet.chunking import chunk_document
     from hypernet.data.encyclopedia import Encyclopedia
 
@@ -23,6 +27,7 @@ def held_out_articles(model: Any, *, seed: int, one_chunk: int, many_chunks: int
     wanted = {"one chunk": (one_chunk, range(1, 2)), "2-4 chunks": (many_chunks, range(2, 5))}
     sets: dict[str, list] = {name: [] for name in wanted}
     index = 0
+    most = 100 * (one_chunk + many_chunks)
     while any(len(sets[name]) < number for name, (number, _) in wanted.items()):
         rng = encyclopedia.rng(index, "sizes")
         name = "one chunk" if len(sets["one chunk"]) < one_chunk else "2-4 chunks"
@@ -33,6 +38,11 @@ def held_out_articles(model: Any, *, seed: int, one_chunk: int, many_chunks: int
         if num_chunks in wanted[name][1]:
             sets[name].append(record)
         index += 1
+        if index > most:
+            raise ValueError(
+                f"Of {most} articles hardly any has {name}; max_chunk_tokens is {model.max_chunk_tokens}. "
+                "Use a checkpoint with chunks of about 100 tokens."
+            )
     return sets
 
 

@@ -1,4 +1,4 @@
-"""Train a hypernetwork, or the tiny base model that it adapts: build, fit. `python train.py --help` says what can be set."""
+"""Train a hypernetwork, or the tiny base model that it adapts. `python train.py --help` says what can be set."""
 
 import logging
 import sys

@@ -1,7 +1,7 @@
-"""Real text end to end: paragraphs of a SQuAD-format file → adapters → PEFT folders → answers. `python -m benchmarks.real_text`
+"""Real text end to end: SQuAD-format paragraphs → adapters → PEFT folders → answers: `python -m benchmarks.real_text`
 
-Exact match and token F1 against the human answers, with the adapter, without context, with another paragraph's adapter, and with the
-paragraph in the prompt where it fits into the base model's window.
+Exact match and token F1 against the human answers, with the adapter, without context, with another paragraph's adapter,
+and with the paragraph in the prompt where it fits into the base model's window.
 """
 
 import json
@@ -29,7 +29,7 @@ def read_squad(path: str | Path) -> list[tuple[str, list[tuple[str, list[str]]]]
             for p in article["paragraphs"]
         ]
     except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}. Set squad_file to a file in SQuAD's format.") from error
+        raise ValueError(f"Cannot read {path}: {error.strerror}. Set squad_file to another file.") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not in SQuAD's v1.1 JSON format ({type(error).__name__}: {error}).") from error
 

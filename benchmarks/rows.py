@@ -1,6 +1,6 @@
 """JSONL rows that explain themselves: what was measured, by which code, on what machine, with which settings.
 
-    append_rows("benchmarks/results/tiny_figures.jsonl", rows, run=describe_run(config))
+append_rows("benchmarks/results/tiny_figures.jsonl", rows, run=describe_run(config))
 """
 
 import json
@@ -22,7 +22,7 @@ def describe_run(config: dict[str, Any]) -> dict[str, Any]:
 
     return {
         "commit": _commit(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {_cpu()}",
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -49,12 +49,10 @@ def _commit() -> str:
     """Commit of the working tree, with + if files differ from it; unknown outside git."""
     root = Path(__file__).parent
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+" if changed else "")
@@ -64,5 +62,6 @@ def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} CPU cores, {names[0] if names else platform.machine()}"

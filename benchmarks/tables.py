@@ -1,7 +1,7 @@
 """Writes the tables in README.md and the model card from the committed rows: `python -m benchmarks.tables`
 
-A table stands between `<!-- figures: benchmarks/results/<name>.jsonl -->` and `<!-- /figures -->`; a test fails when it differs from
-what its rows give.
+A table stands between `<!-- figures: benchmarks/results/<name>.jsonl -->` and `<!-- /figures -->`; a test fails when it
+differs from what its rows give.
 """
 
 import json

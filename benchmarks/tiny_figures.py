@@ -1,7 +1,7 @@
 """The figures of the shipped model on held-out articles, with its controls: `python -m benchmarks.tiny_figures`
 
-Articles come from the encyclopedia's test split: no entity or invented name of training, and sentence forms that training never
-showed. Every answer is generated; every row of the table has the same questions.
+Articles come from the encyclopedia's test split: no entity or invented name of training, and sentence forms that
+training never showed. Every answer is generated; every row of the table has the same questions.
 """
 
 import sys
@@ -103,9 +103,7 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
     unrelated = [all_adapters[i % len(all_adapters)] for i in range(len(questions))]
     for method, adapters in (("no_context", [None] * len(questions)), ("unrelated_adapter", unrelated)):
         prompts = [(q.text, adapter, None) for q, adapter in zip(questions, adapters, strict=True)]
-        answers = answer_all(
-            model, prompts, questions_per_batch=cfg.questions_per_batch, label=f"background, {method}"
-        )
+        answers = answer_all(model, prompts, questions_per_batch=cfg.questions_per_batch, label=f"background, {method}")
         rows += [
             {
                 "set": "background",

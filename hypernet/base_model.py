@@ -3,7 +3,8 @@
     base_model, tokenizer = load_base_model("assets/tiny/base_model")
     fingerprint(base_model)      # names the weights; adapters carry it
 
-`train_tokenizer` makes the byte-level tokenizer of the tiny model: single digits, so that numbers are copied digit by digit.
+`train_tokenizer` makes the byte-level tokenizer of the tiny model: single digits, so that numbers are copied digit by
+digit.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Words with their leading space, single digits, single newlines, runs of punctuation. A newline ends a token, so a document and
-# the question after it are tokenized the same together and apart.
+# Words with their leading space, single digits, single newlines, runs of punctuation. A newline ends a token, so a
+# document and the question after it are tokenized the same together and apart.
 _WORDS = Regex(r" ?\p{L}+| ?\p{N}|\n| ?[^\s\p{L}\p{N}]+|\s")
 
 
@@ -46,7 +47,9 @@ def load_base_model(
     Raises:
         ValueError: there is no model at `source`, or it cannot be read.
     """
-    looks_local = Path(source).is_dir() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    if str(source).startswith("~"):
+        source = Path(source).expanduser()
+    looks_local = Path(source).is_dir() or str(source).startswith((".", "/")) or str(source).count("/") > 1
     if looks_local and not (Path(source) / "config.json").is_file():
         raise ValueError(
             f"No base model in {source}: config.json is missing. Give a folder in transformers' format or a hub name."
@@ -63,6 +66,8 @@ def load_base_model(
         raise ValueError(
             f"Could not load the base model from {source}: {reason}. Check the name, the files and the network."
         ) from error
+    if tokenizer.pad_token is None:  # as those of Llama 3 and Mistral; padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
     return freeze(base_model.to(device)), tokenizer
 
 
@@ -119,11 +124,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: 
     )
 
 
-def fingerprint(tensors: nn.Module | dict[str, torch.Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and values of a module's tensors: the identity of the weights, on any device.
+def fingerprint(tensors: nn.Module | dict[str, torch.Tensor], *, exact: bool = False) -> str:
+    """SHA-256 over names, types, shapes and values of a module's tensors: the identity of the weights, on any device.
 
-    Large tensors (over 2^20 elements) are represented by 2^16 evenly spaced elements, so that a model of billions of parameters
-    takes well under a second.
+    Large tensors (over 2^20 elements) are represented by 2^16 evenly spaced elements, so that a model of billions of
+    parameters takes well under a second; `exact` takes in every element, to tell whether a file is intact.
     """
     state = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
     digest = hashlib.sha256()
@@ -131,7 +136,7 @@ def fingerprint(tensors: nn.Module | dict[str, torch.Tensor]) -> str:
         tensor = state[name].detach()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.reshape(-1)
-        if flat.numel() > 2**20:
+        if flat.numel() > 2**20 and not exact:
             flat = flat[:: flat.numel() // 2**16]
         digest.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""A trained hypernetwork on disk: YAML for what it is, safetensors for its weights, fingerprints for what belongs together.
+"""A trained hypernetwork on disk: YAML for what it is, safetensors for its weights, fingerprints for what fits.
 
     checkpoint/
       config.yaml                  format, base model, context encoder, chunk size, the hypernetwork's sizes
@@ -32,6 +32,7 @@ class Checkpoint(NamedTuple):
 
     base_model: hub name or folder of the base model; base_model_fingerprint: of its weights.
     context_encoder: {"kind": ..., "layer_idx": ...}. max_chunk_tokens: document tokens per chunk.
+    fingerprint: of the hypernetwork's weights, exact.
     """
 
     hypernetwork: HyperNetwork
@@ -61,13 +62,14 @@ def save_checkpoint(
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
     config = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint(weights),
+        "fingerprint": fingerprint(weights, exact=True),
         "base_model": {"source": base_model, "fingerprint": base_model_fingerprint},
         "context_encoder": context_encoder,
         "max_chunk_tokens": max_chunk_tokens,
         "hypernetwork": hypernetwork.config,
     }
-    # A config beside older weights must not load, so the old one goes first; weights without a config are no checkpoint.
+    # A config beside older weights must not load, so the old one goes first; weights without a config are no
+    # checkpoint.
     (directory / CONFIG_FILE).unlink(missing_ok=True)
     with replaced(directory / WEIGHTS_FILE) as path:
         save_file(weights, path)
@@ -79,7 +81,8 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
     """Reads a checkpoint folder and verifies its weights.
 
     Raises:
-        ValueError: the folder, a file or a key is missing, a file is cut off or changed, or the format is another version's.
+        ValueError: the folder, a file or a key is missing, a file is cut off or changed, or the format is another
+            version's.
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
@@ -92,28 +95,28 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
     try:
         config = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         version = config["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{directory} has checkpoint format {version}, this version reads format {FORMAT_VERSION}. "
-                "Use the version that wrote it."
-            )
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise _damaged(directory / CONFIG_FILE, error) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{directory} has checkpoint format {version}, this version reads format {FORMAT_VERSION}. "
+            "Use the version that wrote it."
+        )
+    try:
         source, base_fingerprint = str(config["base_model"]["source"]), str(config["base_model"]["fingerprint"])
         expected, settings = str(config["fingerprint"]), dict(config["hypernetwork"])
         context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
-    except (KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{directory / CONFIG_FILE} is damaged ({type(error).__name__}: {reason}). Copy it again."
-        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(directory / CONFIG_FILE, error) from error
     try:
         weights = load_file(directory / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{directory / WEIGHTS_FILE} cannot be read ({error}); it is probably cut off. Copy it again."
         ) from error
-    if fingerprint(weights) != expected:
+    if fingerprint(weights, exact=True) != expected:
         raise ValueError(
-            f"{directory / WEIGHTS_FILE} is not what {CONFIG_FILE} was written for: its fingerprint differs. Copy both again."
+            f"{directory / WEIGHTS_FILE} is not what {CONFIG_FILE} was written for (fingerprint). Copy both again."
         )
     try:
         with torch.device("meta"):
@@ -127,6 +130,11 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
     if (directory / source / "config.json").is_file():
         source = str(directory / source)
     return Checkpoint(hypernetwork, source, base_fingerprint, context_encoder, max_chunk_tokens, expected)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(f"{path} is damaged ({type(error).__name__}: {reason}). Copy it again.")
 
 
 @contextmanager

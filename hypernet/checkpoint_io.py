@@ -28,7 +28,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class SafetensorsCheckpointIO(CheckpointIO):
-    """Saves and loads what Lightning puts into a checkpoint: nested dicts, lists and tuples of tensors and plain values."""
+    """Saves and loads what Lightning puts into a checkpoint: nested containers of tensors and plain values."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Raises TypeError for a value that is neither a tensor nor plain; it names where the value stands."""

@@ -127,8 +127,8 @@ class DocToLoRA(nn.Module):
         if dtype is None and result.base_model_fingerprint != checkpoint.base_model_fingerprint:
             raise ValueError(
                 f"The checkpoint {source} was made for the base model {checkpoint.base_model} with fingerprint "
-                f"{checkpoint.base_model_fingerprint[:12]}, but {base_source} has {result.base_model_fingerprint[:12]}. "
-                "Give the base model it was trained with."
+                f"{checkpoint.base_model_fingerprint[:12]}, but {base_source} has "
+                f"{result.base_model_fingerprint[:12]}. Give the base model it was trained with."
             )
         result.base_model_fingerprint = checkpoint.base_model_fingerprint
         return result
@@ -155,7 +155,9 @@ class DocToLoRA(nn.Module):
     def adapt(self, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Chunk ids and mask [C, T] → target name → A [C, L, R, d_in], B [C, L, R, d_out], differentiable."""
         self.injector.clear()  # the encoder reads with the plain base model
-        return self.hypernetwork(self.context_encoder(ids, mask), mask)
+        features = self.context_encoder(ids, mask)
+        # The base model may be in half precision; the hypernetwork is not.
+        return self.hypernetwork(features.to(next(self.hypernetwork.parameters()).dtype), mask)
 
     @torch.no_grad()
     def internalize(
@@ -284,8 +286,8 @@ class DocToLoRA(nn.Module):
         made_for = adapter.provenance["base_model"]
         if made_for["fingerprint"] != self.base_model_fingerprint:
             raise ValueError(
-                f"The adapter was made for the base model {made_for['name']} ({str(made_for['fingerprint'])[:12]}), this is "
-                f"{self.base_model_source} ({self.base_model_fingerprint[:12]}). Generate it again with this base model."
+                f"The adapter was made for the base model {made_for['name']} ({str(made_for['fingerprint'])[:12]}), "
+                f"this is {self.base_model_source} ({self.base_model_fingerprint[:12]}). Generate it again with this base model."
             )
 
 

@@ -1,7 +1,7 @@
-"""The two trainings as Lightning modules: the base model on the encyclopedia, and the hypernetwork by context distillation.
+"""The two trainings as Lightning modules: the base model, and the hypernetwork by context distillation.
 
-`LitBaseModel` trains every weight of a small causal LM; `LitDocToLoRA` trains the hypernetwork alone and keeps the frozen base
-model out of its checkpoints. Both take one whole batch per step from `hypernet.data.curriculum`.
+`LitBaseModel` trains every weight of a small causal LM; `LitDocToLoRA` trains the hypernetwork alone and keeps the
+frozen base model out of its checkpoints. Both take one whole batch per step from `hypernet.data.curriculum`.
 """
 
 import logging
@@ -26,7 +26,7 @@ class OptimizerSettings(dict):
 
 
 def _optimizer(module: L.LightningModule, parameters: list[nn.Parameter], settings: dict) -> dict[str, Any]:
-    """AdamW on matrices with decay and on vectors without, linear warm-up, cosine to min_lr_ratio at the trainer's last step."""
+    """AdamW, weight decay on matrices only; linear warm-up, cosine to min_lr_ratio at the trainer's last step."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings["weight_decay"]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -117,7 +117,8 @@ class LitDocToLoRA(L.LightningModule):
     Args:
         model: with the hypernetwork to train.
         optimizer: see `OptimizerSettings`.
-        kl_weight: of KL(base model with the document in its prompt || base model with the adapter) on the document's questions.
+        kl_weight: of KL(base model with the document in its prompt || base model with the adapter) on the document's
+            questions.
         nll_weight: of the next-token loss on the true answers to the same questions.
         locality_weight: of KL(plain base model || base model with the adapter) on background questions.
         output_dir: where the trained checkpoint is written when training ends.
@@ -140,7 +141,8 @@ class LitDocToLoRA(L.LightningModule):
         self.nll_weight = nll_weight
         self.locality_weight = locality_weight
         self.output_dir = output_dir
-        # The base model is read from its own files; a checkpoint may lack its keys, and only these (see on_load_checkpoint).
+        # The base model is read from its own files; a checkpoint may lack its keys, and only these (see
+        # on_load_checkpoint).
         self.strict_loading = False
 
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
@@ -219,7 +221,8 @@ class LitDocToLoRA(L.LightningModule):
         differing = sorted(expected ^ set(checkpoint["state_dict"]))
         if differing:
             raise ValueError(
-                f"The checkpoint is of another hypernetwork: {differing[0]} and {len(differing) - 1} more differ. Resume with the configuration it was made with."
+                f"The checkpoint is of another hypernetwork: {differing[0]} and {len(differing) - 1} more differ. "
+                "Resume with the configuration it was made with."
             )
         if checkpoint["base_model_fingerprint"] != self.model.base_model_fingerprint:
             raise ValueError("The checkpoint was made with another base model. Resume with the one it was made with.")
@@ -240,7 +243,7 @@ def save_base_model(base_model: nn.Module, tokenizer: Any, output_dir: str | Pat
 
 
 def answers_right_by_kind(rows: PackedRows, predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """kind → whether each answer of that kind would be decoded exactly, [number of answers] bool; kinds that do not occur are left out."""
+    """kind → whether each answer of that kind would be decoded exactly, [number of answers] bool."""
     result = {}
     answer_id = (
         torch.arange(len(rows.ids), device=rows.ids.device)[:, None] * (int(rows.segments.max()) + 1) + rows.segments

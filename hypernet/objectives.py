@@ -1,7 +1,7 @@
 """Losses and token-level measures: tensors → tensors, no model inside.
 
-`N` rows, `S` positions, `V` vocabulary, `P` predicted answer tokens. A row is one document's questions packed side by side
-(`hypernet.data.collate`), so means per row are means per document.
+`N` rows, `S` positions, `V` vocabulary, `P` predicted answer tokens. A row is one document's questions packed side by
+side (`hypernet.data.collate`), so means per row are means per document.
 """
 
 import torch
@@ -53,7 +53,7 @@ def mean_per_document(values: Tensor, document: Tensor, num_documents: int) -> T
 
 
 def answers_right(predicted: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
-    """Whether every token of an answer is the most likely one: exactly the answers that greedy decoding would get right.
+    """Whether every token of an answer is the most likely one: the answers that greedy decoding would get right.
 
     Args:
         predicted, targets: [P] token ids. answer: [P], which answer each token belongs to; any integers.

@@ -85,7 +85,8 @@ def doc_to_lora_training(
 
     Args:
         base_model: hub name or folder.
-        init_from: a checkpoint folder whose hypernetwork training starts from, e.g. an earlier stage's; None starts anew.
+        init_from: a checkpoint folder whose hypernetwork training starts from, e.g. an earlier stage's; None starts
+            anew.
     """
     if init_from is None:
         lm, tokenizer = load_base_model(base_model, attention=attention)

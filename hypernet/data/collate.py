@@ -1,13 +1,14 @@
 """Records → tensors: packed rows of questions, with or without the document in front, and the document's chunks.
 
-A row holds one document's questions side by side. Each question is a segment that sees itself and, if wanted, the row's trunk (the
-document), never another question; its positions go on after what it sees. So a row gives exactly the logits of one prompt per
-question (tested), while the document is read once.
+A row holds one document's questions side by side. Each question is a segment that sees itself and, if wanted, the row's
+trunk (the document), never another question; its positions go on after what it sees. So a row gives exactly the logits
+of one prompt per question (tested), while the document is read once.
 
     layout = ChatLayout.of(tokenizer)
     row = pack_row(trunk=layout.document_ids(tokenizer, document), segments=[Segment(...), ...])
     batch = pad_rows([row, ...], pad_id=0)
-    logits = base_model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.attention_mask(dtype)).logits
+    logits = base_model(input_ids=batch.ids, position_ids=batch.positions,
+    attention_mask=batch.attention_mask(dtype)).logits
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class ChatLayout(NamedTuple):
         full = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
         if prompt.count(user) != 1 or full.count(answer) != 1 or not full.startswith(prompt):
             raise ValueError(
-                "The chat template does not keep the prompt as the beginning of the answered conversation; use a plain one."
+                "The chat template does not begin an answered conversation with its own prompt; use a plain one."
             )
         before_user, after_user = prompt.split(user)
         before_answer, after_answer = full[len(prompt) :].split(answer)
@@ -61,7 +62,8 @@ class ChatLayout(NamedTuple):
 class Segment(NamedTuple):
     """A question with its answer inside a row.
 
-    ids: all its tokens. num_prompt: how many of them come before the answer. sees_trunk: whether it attends to the document.
+    ids: all its tokens. num_prompt: how many of them come before the answer. sees_trunk: whether it attends to the
+        document.
     weight: of each answer token in a loss. kind: index into `KINDS`.
     """
 
@@ -121,7 +123,8 @@ def pack_row(trunk: Sequence[int], segments: Sequence[Segment]) -> Row:
         positions += range(start, start + size)
         segment_ids += [number] * size
         sees += [segment.sees_trunk] * size
-        # The last prompt token predicts the first answer token. A segment without a prompt is predicted from its own first token on.
+        # The last prompt token predicts the first answer token. A segment without a prompt is predicted from its own
+        # first token on.
         kinds += (
             [-1] * (segment.num_prompt - 1) + [segment.kind] * num_answer + [-1]
             if segment.num_prompt

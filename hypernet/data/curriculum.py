@@ -3,7 +3,8 @@
 curriculum = Curriculum(Encyclopedia("train"), [Stage(steps=400, batch_size=32), Stage(steps=800, num_entities=(1, 3))])
 curriculum.records(step=17)                         # the same records on every machine
 BaseModelBatches(curriculum, tokenizer)[17]         # packed rows: article, questions, restatement
-DistillationBatches(curriculum, tokenizer, ...)[17] # chunks for the hypernetwork, questions with and without the article
+DistillationBatches(curriculum, tokenizer, ...)[17] # chunks for the hypernetwork, questions with and without the
+article
 """
 
 import random
@@ -22,7 +23,7 @@ from hypernet.data.records import UNKNOWN, Question, Record
 
 
 class Stage(NamedTuple):
-    """A run of steps with articles of similar size; every pair is an inclusive range drawn from once per step or article.
+    """A run of steps with articles of similar size; a pair is an inclusive range, drawn from per step or article.
 
     All articles of one step share num_entities and facts_per_entity, so that rows need little padding.
     """
@@ -126,7 +127,7 @@ class _Batches(Dataset):
 
 
 class BaseModelBatches(_Batches):
-    """Rows to train the base model: the article, its questions, background questions with and without it, a restatement.
+    """Rows for the base model: the article, its questions, background questions with and without it, a restatement.
 
     A question of the article asked without the article is answered `UNKNOWN`.
     """
@@ -158,8 +159,8 @@ class DistillationBatch(NamedTuple):
     """One step of context distillation for N documents of C chunks together.
 
     chunk_ids, chunk_mask: [C, T]; num_chunks: per document, [N] on the host.
-    student: the questions alone. teacher: the same questions, those about the document behind it. The answer tokens of both come
-        in the same order.
+    student: the questions alone. teacher: the same questions, those about the document behind it. The answer tokens of
+        both come in the same order.
     """
 
     chunk_ids: Tensor

@@ -1,6 +1,7 @@
 """Lightning data module over datasets whose items are whole batches, addressed by step.
 
-Training starts at the trainer's `global_step`, so a resumed run sees exactly the batches that the interrupted one had left.
+Training starts at the trainer's `global_step`, so a resumed run sees exactly the batches that the interrupted one had
+left.
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ class _FromGlobalStep(Sampler[int]):
 
 
 class _StepLoader(DataLoader):
-    """Its position is the trainer's global_step, which is in every checkpoint; so it has no state of its own to keep."""
+    """Its position is the trainer's global_step, which every checkpoint holds; so it has no state of its own."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -1,13 +1,15 @@
 """A seeded, endless encyclopedia of invented people, towns, companies and instruments.
 
-Why it exists: a model of a few million parameters can learn its English completely, and nobody can have read it before, so what
-an answer owes to the document is measured exactly. The relations, sentences and questions are data: `encyclopedia.yaml`.
+Why it exists: a model of a few million parameters can learn its English completely, and nobody can have read it before,
+so what an answer owes to the document is measured exactly. The relations, sentences and questions are data:
+`encyclopedia.yaml`.
 
     encyclopedia = Encyclopedia("train", seed=0)
     record = encyclopedia.record(7, num_entities=1, num_facts=4, num_distractors=1)
 
-Every record depends on (seed, split, index) and the sizes asked for alone. Names belong to one split by a hash of the name, so no
-entity and no invented name of the test split ever occurs in training. The last sentence form of each relation is kept for the test split.
+Every record depends on (seed, split, index) and the sizes asked for alone. Names belong to one split by a hash of the
+name, so no entity and no invented name of the test split ever occurs in training. The last sentence form of each
+relation is kept for the test split.
 """
 
 import random
@@ -74,7 +76,8 @@ def background_questions(*, half: int | None = None) -> list[Question]:
     """Every background question in every form.
 
     Args:
-        half: 0 or 1 keeps one half of the facts, None all. A hypernetwork is trained to leave half 0 alone and tested on half 1.
+        half: 0 or 1 keeps one half of the facts, None all. A hypernetwork is trained to leave half 0 alone and tested
+            on half 1.
     """
     forms = {group: entry["questions"] for group, entry in _data()["background"].items()}
     return [

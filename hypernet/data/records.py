@@ -1,6 +1,7 @@
 """What every dataset yields: a document and the questions asked about it.
 
-record = Record(sentences=("Velmar Tosk was born in Korvale.",), questions=(Question("Where was Velmar Tosk born?", "Korvale"),))
+record = Record(sentences=("Velmar Tosk was born in Korvale.",), questions=(Question("Where was Velmar Tosk born?",
+"Korvale"),))
 """
 
 from typing import NamedTuple

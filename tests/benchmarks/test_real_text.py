@@ -13,8 +13,8 @@ XQUAD = Path(__file__).parents[3] / "shared/data/xquad/xquad.en.json"
 
 def squad_file(folder: Path, paragraphs: list[tuple[str, str, str]]) -> Path:
     qas = [
-        {"context": text, "qas": [{"id": str(i), "question": q, "answers": [{"text": a, "answer_start": text.find(a)}]}]}
-        for i, (text, q, a) in enumerate(paragraphs)
+        {"context": text, "qas": [{"id": q, "question": q, "answers": [{"text": a, "answer_start": text.find(a)}]}]}
+        for text, q, a in paragraphs
     ]
     path = folder / "squad.json"
     path.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": qas}]}), encoding="utf-8")

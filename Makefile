@@ -3,7 +3,8 @@
 # .venv belongs to this file: a set-up that did not finish is started again from nothing.
 
 # What `make demo` asks of generate_adapter.py. All three can be given: make train TRAIN_ARGS="trainer.max_steps=10"
-DEMO_ARGS ?= document=examples/article.txt output_dir=outputs/demo overwrite=true 'ask=["What is this about?"]'
+DEMO_ARGS ?= document=examples/fenda_elfax.txt output_dir=outputs/demo overwrite=true \
+  'ask=["Who was the teacher of Fenda Elfax?","In which place was Fenda Elfax born?","What does Fenda Elfax work as?","When is the birthday of Fenda Elfax?"]'
 TRAIN_ARGS ?=
 TEST_ARGS ?= -n 2 --dist loadfile
 

@@ -1,0 +1,297 @@
+"""Files -> documents: name, text and hash of what was read, before anything is tokenized.
+
+    document = read_document("report.md")        # or .txt, .html, .pdf; "-" reads standard input
+    documents = read_documents(["notes/", "report.pdf"])
+
+Text and Markdown are read as they are. HTML and PDF need the extra: pip install 'doc-to-lora[documents]'.
+Whatever cannot be read is a ValueError of one line that says what to do.
+"""
+
+import codecs
+import hashlib
+import io
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+log = logging.getLogger(__name__)
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
+HTML_SUFFIXES = (".html", ".htm", ".xhtml")
+PDF_SUFFIXES = (".pdf",)
+SUFFIXES = TEXT_SUFFIXES + HTML_SUFFIXES + PDF_SUFFIXES
+
+_STANDARD_INPUT = "-"
+_INSTALL = "pip install 'doc-to-lora[documents]'"
+# Tab, line feed, vertical tab, form feed and carriage return, and C1's next line, are part of ordinary text.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTROL_BYTES = bytes(code for code in range(0x20) if chr(code) not in "\t\n\v\f\r")
+# A log with colours has a few control characters, a binary file about one in nine (29 of 256 byte values).
+_MOST_CONTROL = 0.05
+
+_HTML_DROPPED = ["script", "style", "template", "noscript", "head", "title", "svg"]
+_HTML_BLOCKS = frozenset(
+    "address article aside blockquote body caption dd details div dl dt fieldset figcaption figure footer form h1 h2 "
+    "h3 h4 h5 h6 header hr li main nav ol p pre section summary table tr ul".split()
+)
+
+
+class Document(NamedTuple):
+    """What was read, and where from."""
+
+    name: str
+    """File name; below a folder that was asked for, the path from that folder; "standard input"."""
+    text: str
+    """The text with "\\n" line ends: what character spans count."""
+    sha256: str
+    """Of the raw bytes, in hexadecimal, as `sha256sum` prints it."""
+
+
+def read_document(path: str | os.PathLike) -> Document:
+    """Reads one file, or standard input if the path is "-".
+
+    The suffix decides how: HTML and PDF are turned into text, anything else is text in UTF-8, or in UTF-16 with a byte
+    order mark. Standard input and files of other suffixes are HTML or PDF if they start as one. Line ends become
+    "\\n"; stray control characters are dropped and halves of characters replaced, with a warning in the log.
+
+    Raises:
+        ValueError: one line with the remedy: no such file, a folder, no permission, nothing in it, binary, in another
+            encoding, an encrypted PDF or one without text, or a missing package for HTML or PDF.
+    """
+    if os.fspath(path) == _STANDARD_INPUT:
+        name, source, data = "standard input", "standard input", sys.stdin.buffer.read()
+    else:
+        path = Path(path)
+        name, source, data = path.name, os.fspath(path), _read_bytes(path)
+    text = _clean(source, _extract(source, data))
+    if not text.strip():
+        raise ValueError(f"{source!r} is empty: {len(data)} bytes without text. Give a document that has text.")
+    return Document(_printable(name), text, hashlib.sha256(data).hexdigest())
+
+
+def read_documents(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Document]:
+    """Reads files, folders and "-" (standard input), in the order given.
+
+    A folder is searched for files with a suffix in SUFFIXES, also below it, in the order of their paths; hidden files
+    and folders are left out, and links to folders not followed.
+
+    Raises:
+        ValueError: as read_document, and for no path at all, a folder without documents, or a file asked for twice.
+    """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not paths:
+        raise ValueError("No document given. Name at least one file or folder, or - for standard input.")
+
+    wanted = []  # (path, name)
+    for path in paths:
+        if os.fspath(path) == _STANDARD_INPUT or not os.path.isdir(path):
+            wanted.append((path, None))
+        else:
+            wanted += [(file, file.relative_to(path).as_posix()) for file in _files_below(Path(path))]
+
+    seen = set()
+    for path, _ in wanted:
+        key = _STANDARD_INPUT if os.fspath(path) == _STANDARD_INPUT else os.path.realpath(path)
+        if key in seen:
+            raise ValueError(f"{os.fspath(path)!r} is asked for twice, which would count it double. Name it once.")
+        seen.add(key)
+
+    documents = [(read_document(path), name) for path, name in wanted]
+    return [document._replace(name=_printable(name)) if name else document for document, name in documents]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename or folder, error)
+
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    documents = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not documents:
+        raise ValueError(
+            f"No document in the folder {os.fspath(folder)!r}: none of its {len(files)} files ends in "
+            f"{', '.join(SUFFIXES)}. Name the files themselves to read them as text."
+        )
+    return sorted(documents, key=lambda file: file.relative_to(folder).parts)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> ValueError:
+    remedy = {
+        FileNotFoundError: "Check the path.",
+        IsADirectoryError: "Use read_documents to read all documents in it.",
+        PermissionError: "Change its permissions (chmod u+r, and u+rx for folders) or run as a user who may read it.",
+    }.get(type(error), "Check the path.")
+    reason = getattr(error, "strerror", None) or str(error)
+    return ValueError(f"Cannot read {os.fspath(path)!r}: {reason}. {remedy}")
+
+
+def _printable(name: str) -> str:
+    """A file name may hold bytes that are no UTF-8; provenance files may not."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _extract(source: str, data: bytes) -> str:
+    suffix = Path(source).suffix.lower()
+    start = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if suffix in PDF_SUFFIXES or (suffix not in SUFFIXES and start.startswith(b"%pdf-")):
+        return _pdf_text(source, data)
+    if suffix in HTML_SUFFIXES or (suffix not in SUFFIXES and start.startswith((b"<!doctype html", b"<html"))):
+        return _html_text(source, data)
+    return _decode(source, data)
+
+
+def _decode(source: str, data: bytes, *, declared: str | None = None) -> str:
+    """Bytes -> text. A byte order mark decides, else the encoding the document declares, else it is UTF-8."""
+    # UTF-32's little-endian mark starts with UTF-16's, so it comes first.
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise ValueError(f"{source!r} is in UTF-32. {_iconv(source, 'UTF-32')}")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif data.startswith(codecs.BOM_UTF8):
+        encoding = "utf-8"
+    elif b"\x00" in data:
+        raise ValueError(
+            f"{source!r} is binary (null byte at byte offset {data.index(0)}). Convert it to text first; if it is "
+            f"UTF-16 without byte order mark: {_iconv(source, 'UTF-16LE')}"
+        )
+    else:
+        encoding = declared or "utf-8"
+    try:
+        # Not "utf-8-sig": it counts the offset of an error from behind the mark.
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        if encoding != "utf-16" and sum(data.count(byte) for byte in _CONTROL_BYTES) > _MOST_CONTROL * len(data):
+            raise ValueError(f"{source!r} is binary. Convert it to text first.") from error
+        remedy = (
+            f"It is damaged; to leave out the faulty bytes: {_iconv(source, 'UTF-16', '-c')}"
+            if encoding == "utf-16"
+            else f"If it is Windows-1252, convert it (else put its encoding there): {_iconv(source, 'WINDOWS-1252')}"
+        )
+        raise ValueError(
+            f"{source!r} should be {encoding.upper()}, but is not at byte offset {error.start} "
+            f"({error.reason}). {remedy}"
+        ) from error
+    except (LookupError, UnicodeError) as error:
+        raise ValueError(
+            f"{source!r} declares the encoding {encoding!r}, which is unknown. Correct the declaration, or convert the "
+            "file to UTF-8 and declare that."
+        ) from error
+
+
+def _iconv(source: str, encoding: str, *options: str) -> str:
+    command = " ".join(["iconv", *options, "-f", encoding, "-t", "UTF-8"])
+    if source == "standard input":
+        return f"{command} (in the pipe)"
+    path = Path(source)
+    return f"{command} {shlex.quote(source)} > {shlex.quote(os.fspath(path.with_suffix('.utf8' + path.suffix)))}"
+
+
+def _clean(source: str, text: str) -> str:
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text, num_control = _CONTROL.subn("", text)
+    if num_control > _MOST_CONTROL * (len(text) + num_control):
+        raise ValueError(f"{source!r} is binary ({num_control} control characters). Convert it to text first.")
+    # Half characters come from faulty PDF fonts and HTML entities; no tokenizer takes them.
+    text, num_halves = _SURROGATE.subn("\ufffd", text)
+    if num_control or num_halves:
+        log.warning("%r: %d control characters dropped, %d half characters replaced", source, num_control, num_halves)
+    return text
+
+
+def _html_text(source: str, data: bytes) -> str:
+    """The text a reader sees: blocks apart by a blank line, list items and table rows on their own lines."""
+    try:
+        from bs4 import BeautifulSoup
+        from bs4.dammit import EncodingDetector
+        from bs4.element import PreformattedString
+        from bs4.exceptions import ParserRejectedMarkup
+    except ImportError as error:
+        raise ValueError(f"Reading HTML ({source!r}) needs beautifulsoup4. Install it: {_INSTALL}") from error
+
+    # Decoded here rather than by BeautifulSoup, which guesses, and differently where a detector package is installed.
+    declared = (EncodingDetector.find_declared_encoding(data, is_html=True) or "utf-8").lower()
+    # As browsers do: Latin-1 means Windows-1252 (https://encoding.spec.whatwg.org/#names-and-labels), and a declaration
+    # that could be read byte by byte is not UTF-16 (https://html.spec.whatwg.org/multipage/parsing.html, "prescan").
+    if declared in ("iso-8859-1", "latin-1", "latin1", "ascii", "us-ascii"):
+        declared = "windows-1252"
+    elif declared.startswith("utf-16"):
+        declared = "utf-8"
+    try:
+        soup = BeautifulSoup(_decode(source, data, declared=declared), "html.parser")
+    except ParserRejectedMarkup as error:
+        raise ValueError(f"{source!r} cannot be read as HTML ({_one_line(error)}). Save it as text.") from error
+
+    for tag in soup.find_all(_HTML_DROPPED):
+        tag.decompose()
+    for string in soup.find_all(string=True):
+        if isinstance(string, PreformattedString):  # comments, doctype and the like
+            string.extract()
+        elif string.find_parent("pre"):
+            # Blanks are kept here. A null stands for them: _decode lets none through.
+            string.replace_with(string.replace(" ", "\0").expandtabs(4))
+        else:
+            string.replace_with(re.sub(r"[ \t\r\n\f]+", " ", string))
+    for tag in soup.find_all(True):
+        if tag.name == "br":
+            tag.replace_with("\n")
+        elif tag.name in ("td", "th"):
+            tag.append("\t")
+        elif tag.name in _HTML_BLOCKS:
+            line_end = "\n" if tag.name in ("li", "tr", "dt", "dd") else "\n\n"
+            tag.insert(0, line_end + ("- " if tag.name == "li" else ""))
+            tag.append(line_end)
+    text = re.sub(r"[ \t]*\n *", "\n", re.sub(r" {2,}", " ", soup.get_text()))
+    text = re.sub(r"(?m)^-\n+", "- ", text)  # a paragraph in a list item
+    return re.sub(r"\n{3,}", "\n\n", text).strip().replace("\0", " ") + "\n"
+
+
+def _pdf_text(source: str, data: bytes) -> str:
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import DependencyError, FileNotDecryptedError
+    except ImportError as error:
+        raise ValueError(f"Reading PDF ({source!r}) needs pypdf. Install it: {_INSTALL}") from error
+    try:
+        pages = [page.extract_text() for page in PdfReader(io.BytesIO(data)).pages]
+    except (FileNotDecryptedError, DependencyError) as error:
+        raise ValueError(
+            f"{source!r} is an encrypted PDF. Decrypt it: qpdf --decrypt --password=... {_to_new_pdf(source)}"
+        ) from error
+    except Exception as error:  # pypdf lets many kinds through on a damaged file: KeyError, RecursionError, ...
+        raise ValueError(
+            f"{source!r} cannot be read as PDF ({_one_line(error)}). Try to repair it: qpdf {_to_new_pdf(source)}"
+        ) from error
+    num_blank = sum(not page.strip() for page in pages)
+    if num_blank == len(pages):
+        raise ValueError(
+            f"{source!r} has no text on its {len(pages)} pages: scanned, most likely. Recognise the text: "
+            f"ocrmypdf {_to_new_pdf(source)}"
+        )
+    if num_blank:
+        log.warning("%r: %d of %d pages have no text", source, num_blank, len(pages))
+    return "\n".join(pages)
+
+
+def _to_new_pdf(source: str) -> str:
+    if source == "standard input":
+        return "in.pdf out.pdf"
+    return f"{shlex.quote(source)} {shlex.quote(os.fspath(Path(source).with_suffix('.new.pdf')))}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,194 @@
+"""Metrics: answers -> numbers, and how sure these are.
+
+    exact_match("The Eiffel Tower", ["Eiffel tower", "the tower"])     # 1.0
+    token_f1(prediction, references), rouge_l(prediction, references)  # the best over the references
+    low, high = bootstrap_interval(scores, groups=document_ids)        # of the mean score
+    gap_closed(score, floor, ceiling)                                  # 0 at the floor, 1 at the ceiling
+
+Scores are fractions, 0 to 1. No model and no tokenizer in here.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+class RougeL(NamedTuple):
+    """ROUGE-L of one prediction, each 0 to 1."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+def exact_match(prediction: str, references: str | Sequence[str]) -> float:
+    """1.0 if the normalized prediction equals one of the normalized references, else 0.0. Normalized as in SQuAD v1.1:
+    small letters, no ASCII punctuation, no English articles, single blanks.
+
+    Raises:
+        ValueError: if there is no reference.
+
+    Source: Rajpurkar et al. 2016, "Model Evaluation", https://arxiv.org/abs/1606.05250, and its script for v1.1.
+    """
+    words = _squad_words(prediction)
+    return float(any(words == _squad_words(reference) for reference in _at_least_one(references)))
+
+
+def token_f1(prediction: str, references: str | Sequence[str]) -> float:
+    """F1 of the words that prediction and reference share, counted with repetition, for the best reference. Normalized
+    as in exact_match; 0.0 if they share none, even if both are empty.
+
+    Raises:
+        ValueError: if there is no reference.
+
+    Source: Rajpurkar et al. 2016, "Model Evaluation", https://arxiv.org/abs/1606.05250, and its script for v1.1.
+    """
+    words = _squad_words(prediction)
+    scores = []
+    for reference in _at_least_one(references):
+        reference_words = _squad_words(reference)
+        shared = (Counter(words) & Counter(reference_words)).total()
+        scores.append(_f1(shared / len(words), shared / len(reference_words)) if shared else 0.0)
+    return max(scores)
+
+
+def rouge_l(prediction: str, references: str | Sequence[str]) -> RougeL:
+    """Precision, recall and F1 of the longest common subsequence of words, for the reference with the best F1. Words
+    are runs of a-z and 0-9 in small letters, not stemmed, as in the `rouge_score` package; so a text in another script
+    scores 0.
+
+    Raises:
+        ValueError: if there is no reference.
+
+    Source: Lin 2004, section 3, https://aclanthology.org/W04-1013; rouge_score 0.1.2, "rougeL" with use_stemmer=False.
+    """
+    words = _rouge_words(prediction)
+    scores = []
+    for reference in _at_least_one(references):
+        reference_words = _rouge_words(reference)
+        common = _common_subsequence_length(words, reference_words)
+        precision, recall = (common / len(words), common / len(reference_words)) if common else (0.0, 0.0)
+        scores.append(RougeL(precision, recall, _f1(precision, recall)))
+    return max(scores, key=lambda score: score.f1)
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of values.
+
+    Questions about one document stand or fall together, so name the documents in groups: they are drawn whole, and the
+    interval says how the mean would move with other documents. For two methods on the same questions pass the
+    differences of their scores.
+
+    Args:
+        values: one score per question.
+        groups: one id per value, e.g. the document's; None: every value is drawn by itself.
+        confidence: probability the interval should cover, between 0 and 1.
+        num_samples: resamples drawn.
+        seed: same values, groups and seed give the same interval.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        ValueError: if values are not finite numbers, groups do not match them, there are fewer than two values or
+            groups to draw from, or confidence or num_samples is out of range.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; clusters drawn whole as in
+    Davison and Hinkley 1997, section 3.8.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(
+            f"values should be a list of finite numbers, but has shape {values.shape} or holds nan or inf."
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence should lie between 0 and 1, e.g. 0.95, but is {confidence}.")
+    if num_samples < 1:
+        raise ValueError(f"num_samples should be at least 1, but is {num_samples}.")
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(
+            f"groups should name one group per value, but there are {len(groups)} for {len(values)} values."
+        )
+
+    numbers: dict[Hashable, int] = {}
+    members = [numbers.setdefault(group, len(numbers)) for group in (range(len(values)) if groups is None else groups)]
+    if len(numbers) < 2:
+        raise ValueError(
+            f"An interval needs at least 2 {'values' if groups is None else 'groups'} to draw from, but there are "
+            f"{len(numbers)}. Score more {'questions' if groups is None else 'documents'}."
+        )
+    sums = np.bincount(members, weights=values)
+    counts = np.bincount(members)
+    generator = np.random.default_rng(seed)
+    means = np.empty(num_samples)
+    for i in range(num_samples):
+        drawn = generator.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def gap_closed(score: float, floor: float, ceiling: float) -> float:
+    """Share of the way from floor (say, no document) to ceiling (say, the document in the prompt) that score goes.
+    Below 0 or above 1 if it lies outside.
+
+    Raises:
+        ValueError: if the ceiling is not above the floor; then there is no gap to close.
+    """
+    if not ceiling > floor:
+        raise ValueError(
+            f"The ceiling should be above the floor, but they are {ceiling} and {floor}: the document does not help "
+            "the base model, so report the scores instead."
+        )
+    return (score - floor) / (ceiling - floor)
+
+
+def _at_least_one(references: str | Sequence[str]) -> Sequence[str]:
+    if isinstance(references, str):
+        return [references]
+    if not references:
+        raise ValueError("There should be at least one reference answer, but the list is empty.")
+    return references
+
+
+def _squad_words(text: str) -> list[str]:
+    # The order counts: "a-b" loses its hyphen first, so its "a" is no article.
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _rouge_words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _common_subsequence_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a row of the usual table per step, as the bits of one integer.
+
+    Source: Hyyrö 2004, Bit-parallel LCS-length computation revisited.
+    """
+    places: dict[str, int] = {}
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
+    everywhere = (1 << len(a)) - 1
+    row = everywhere
+    for word in b:
+        hits = row & places.get(word, 0)
+        row = ((row + hits) | (row - hits)) & everywhere
+    return len(a) - row.bit_count()

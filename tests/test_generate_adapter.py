@@ -1,0 +1,583 @@
+"""generate_adapter.py as a user meets it: arguments, table, adapter folder, and what it says when something is wrong.
+
+Nearly all runs are in this process, with a tiny random checkpoint; a process of its own costs seconds of imports.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+import generate_adapter
+from hypernet import adapter as adapter_module
+from hypernet.adapter import ADAPTER_FILES, LoRAAdapter
+from hypernet.base_model import build_base_model, train_tokenizer
+from hypernet.checkpoint import WEIGHTS_FILE
+from hypernet.data.encyclopedia import Encyclopedia
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.documents import read_documents
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "generate_adapter.py"
+TEXT = "Branmir Ralquist won the Royal Star. He was born in Palnostead. The one who taught him was Porus Helstad."
+WINDOW = 256
+
+
+def base_model_config(tokenizer, *, hidden_size: int = 32) -> dict:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": WINDOW,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random hypernetwork, strong enough to change the answers of the random base model beside it."""
+    encyclopedia = Encyclopedia("train")
+    tokenizer = train_tokenizer(
+        (encyclopedia.record(i).document for i in range(50)), vocab_size=384, model_max_length=WINDOW
+    )
+    torch.manual_seed(0)
+    model = DocToLoRA.build(
+        base_model=build_base_model(base_model_config(tokenizer)),
+        tokenizer=tokenizer,
+        target_modules=["down_proj"],
+        context_encoder={"kind": "per_layer_activations"},
+        hypernetwork={
+            "rank": 2,
+            "aggregator": {
+                "name": "perceiver",
+                "latent_dim": 16,
+                "num_latents": 4,
+                "num_blocks": 1,
+                "num_heads": 2,
+                "num_kv_heads": 1,
+                "head_dim": 8,
+            },
+        },
+        max_chunk_tokens=24,
+    )
+    for parameter in model.hypernetwork.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder, include_base_model=True)
+    return folder
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with one document in it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "doc.txt").write_text(TEXT)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(work: Path, checkpoint: Path, monkeypatch, capsys) -> Iterator[Callable[..., Result]]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that what run() sets is taken back
+    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # so that conf/ beside the script is found
+
+    def call(*arguments: str, stdin: bytes = b"") -> Result:
+        if not any(argument.startswith("checkpoint=") for argument in arguments):
+            arguments = (*arguments, f"checkpoint={checkpoint}")
+        monkeypatch.setattr(sys, "argv", ["generate_adapter.py", *arguments])
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(stdin)))
+        code, message = 0, ""
+        try:
+            generate_adapter.run()
+        except SystemExit as end:
+            # A text as code is what the interpreter prints before it ends with 1.
+            code, message = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
+        out, err = capsys.readouterr()
+        return Result(code, out, err + message)
+
+    yield call
+    # Hydra put a handler there that writes to this test's standard error.
+    root.handlers[:], root.level = handlers, level
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def error_line(result: Result) -> str:
+    """The one line that a failed run says."""
+    lines = [line for line in result.err.splitlines() if line.startswith("generate_adapter.py: ")]
+    assert len(lines) == 1 and result.err.splitlines()[-1] == lines[0], result.err
+    assert "Traceback" not in result.err and not result.out
+    assert result.code not in (0, None)
+    return lines[0]
+
+
+def columns(out: str) -> list[list[str]]:
+    """The table's rows, each cell as one text."""
+    rows, cells = [], []
+    for line in out.splitlines():
+        if line[:1] in "│┃":
+            cells.append([cell.strip() for cell in re.split("[│┃]", line)[1:-1]])
+        elif cells:
+            rows.append([" ".join(filter(None, parts)) for parts in zip(*cells, strict=True)])
+            cells = []
+    return rows
+
+
+# What it makes
+
+
+def test_a_run_leaves_the_adapter_folder_and_nothing_else(run, work):
+    result = run("document=doc.txt", "output_dir=out/one")
+    assert result.code == 0
+    assert files(work) == sorted(["doc.txt", "out", "out/one", *(f"out/one/{name}" for name in ADAPTER_FILES)])
+
+
+def test_plain_peft_gives_the_logits_of_the_injected_adapter(run, checkpoint):
+    assert run("document=doc.txt", "output_dir=out").code == 0
+    model = DocToLoRA.from_pretrained(checkpoint)
+    ids = model.tokenizer("Who taught Branmir Ralquist?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        plain = model.base_model(ids).logits
+        with model.injector.using(LoRAAdapter.load("out")):
+            injected = model.base_model(ids).logits
+        base_model = AutoModelForCausalLM.from_pretrained(checkpoint / "base_model")
+        by_peft = PeftModel.from_pretrained(base_model, "out")(ids).logits
+    torch.testing.assert_close(by_peft, injected, atol=1e-4, rtol=0)
+    assert (injected - plain).abs().max() > 0.01
+
+
+def test_the_printed_peft_line_loads_the_adapter(run):
+    out = run("document=doc.txt", "output_dir=an adapter").out
+    line = next(line for line in out.splitlines() if line.startswith("PEFT "))
+    names = {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+    assert isinstance(eval(line.removeprefix("PEFT ").strip(), names), PeftModel)
+
+
+def test_several_documents_a_folder_and_standard_input(run, work):
+    (work / "notes").mkdir()
+    for name in ("a.md", "b, c.txt"):
+        (work / "notes" / name).write_text(TEXT.replace("Branmir", name[0].upper() + "ran"))
+
+    def read_by(*arguments: str, stdin: bytes = b"") -> list[dict]:
+        assert run(*arguments, "output_dir=out", "overwrite=true", stdin=stdin).code == 0
+        return LoRAAdapter.load("out").provenance["documents"]
+
+    assert [d["name"] for d in read_by('document=[doc.txt,"notes/b, c.txt"]')] == ["doc.txt", "b, c.txt"]
+    both = read_by("document=notes")
+    assert [d["name"] for d in both] == ["a.md", "b, c.txt"]
+    assert LoRAAdapter.load("out").num_chunks == sum(len(d["chunks"]) for d in both) > 2
+    (piped,) = read_by("document=-", stdin=TEXT.encode())
+    assert piped["sha256"] == read_documents("doc.txt")[0].sha256 and piped["characters"] == len(TEXT)
+
+
+def test_overwrite_replaces_the_adapter(run, work):
+    (work / "other.txt").write_text("Corbaford lies on the river Palnoberg.")
+    assert run("document=doc.txt", "output_dir=out").code == 0
+    assert run("document=other.txt", "output_dir=out", "overwrite=true").code == 0
+    assert [d["name"] for d in LoRAAdapter.load("out").provenance["documents"]] == ["other.txt"]
+    assert set(os.listdir("out")) == set(ADAPTER_FILES)
+
+
+# What it prints
+
+
+def test_the_table_holds_the_answers_with_and_without_adapter_and_document(run, checkpoint):
+    questions = ["Where was he born?", "Who, then, taught [bold]him[/bold]?"]
+    result = run("document=doc.txt", f"ask={json.dumps(questions)}", "max_new_tokens=5")
+    model = DocToLoRA.from_pretrained(checkpoint)
+    adapter = model.internalize(TEXT)
+    expected = [
+        model.generate(questions, max_new_tokens=5),
+        model.generate(questions, adapter, max_new_tokens=5),
+        model.generate(questions, documents=[TEXT] * 2, max_new_tokens=5),
+    ]
+
+    header, *rows = columns(result.out)
+    assert header == [
+        "Question",
+        "Without context",
+        "With the adapter (no document in the prompt)",
+        "Document in the prompt",
+    ]
+    assert [row[0] for row in rows] == questions
+
+    def letters(text: str) -> str:
+        return re.sub(r"[^\w/]", "", text)  # of a random model's answer; blanks and control characters are the table's
+
+    assert [[letters(cell) for cell in row[1:]] for row in rows] == [
+        [letters(answer) for answer in row] for row in zip(*expected, strict=True)
+    ]
+    assert expected[0] != expected[1]
+
+
+def test_piped_output_is_plain_text_of_the_promised_width_and_logs_go_to_stderr(run):
+    result = run("document=doc.txt", 'ask=["Who taught Branmir Ralquist?"]')
+    table = [line for line in result.out.splitlines() if line[:1] in "┏┃┡│├└"]
+    assert "\x1b" not in result.out
+    assert all(len(line) <= generate_adapter.PIPED_WIDTH for line in table)
+    assert "Loading" in result.err and "Loading" not in result.out
+    summary = [line.split()[0] for line in result.out.splitlines() if line and line not in table]
+    assert summary == ["Read", "Adapter", "Seconds", "PEFT"]
+    assert re.search(r"^Read     doc.txt: \d+ tokens in \d+ chunks$", result.out, re.M)
+    assert re.search(r"^Adapter  outputs/adapter: rank \d+, \d+(\.\d)? KiB$", result.out, re.M)
+    for stage in ("read and chunk", "load", "internalize", "answer", "save"):
+        assert re.search(rf"^Seconds .*{stage} \d+\.\d\d", result.out, re.M)
+
+
+def test_without_questions_there_is_no_table(run):
+    assert run("document=doc.txt").out.startswith("Read ")
+
+
+def test_a_single_text_is_one_question(run):
+    result = run("document=doc.txt", "ask=Who taught Branmir Ralquist?", "max_new_tokens=2")
+    assert [row[0] for row in columns(result.out)] == ["Question", "Who taught Branmir Ralquist?"]
+
+
+def test_compare_false_answers_with_the_adapter_only(run):
+    header, _ = columns(run("document=doc.txt", "ask=Who?", "max_new_tokens=2", "compare=false").out)
+    assert header == ["Question", "With the adapter (no document in the prompt)"]
+
+
+def test_a_document_longer_than_the_window_says_so_in_its_column(run, work):
+    (work / "long.txt").write_text(" ".join([TEXT] * 6))
+    _, (_, without, with_adapter, in_prompt) = columns(run("document=long.txt", "ask=Who?", "max_new_tokens=3").out)
+    assert re.fullmatch(rf"\(does not fit: \d+ tokens and 3 for the answer, the base model takes {WINDOW}\)", in_prompt)
+    assert "does not fit" not in without + with_adapter
+
+
+def test_the_progress_bar_appears_with_more_than_one_batch(run):
+    assert "batch/s" in run("document=doc.txt", "chunks_per_batch=1").err
+    assert "batch/s" not in run("document=doc.txt", "overwrite=true").err
+
+
+def test_sizes_are_readable():
+    sizes = [0, 1023, 1024, 1536, 5 * 1024**2, 3 * 1024**3, 5000 * 1024**3]
+    expected = ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "3.0 GiB", "5000.0 GiB"]
+    assert [generate_adapter.human_bytes(size) for size in sizes] == expected
+
+
+# Its help
+
+
+@pytest.fixture
+def help_text(run) -> str:
+    result = run("--help")
+    assert result.code == 0
+    return result.out
+
+
+def test_help_names_every_setting_with_its_default(help_text):
+    config = OmegaConf.load(ROOT / "conf/generate_adapter.yaml")
+    for key in generate_adapter.setting_names():
+        default = {None: "null", True: "true", False: "false"}.get(config[key], str(config[key]))
+        default = "" if key == "document" else default
+        assert re.search(rf"^ *{key}={re.escape(default)}  ", help_text, re.M), key
+
+
+def test_the_commands_in_help_can_be_copied(help_text, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^ *python generate_adapter.py (.*)$", help_text, re.M)
+    assert len(commands) >= 5
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for command in commands:
+            arguments = shlex.split(command.partition(" <")[0])
+            cfg = compose("generate_adapter", overrides=arguments)
+            settings = generate_adapter.check_settings(OmegaConf.to_container(cfg))
+            read_documents([path for path in settings["document"] if path != "-"] or "examples")
+
+
+def test_the_quoting_in_help_works(help_text):
+    quoted = {
+        "'document=\"drafts/a=b, second.txt\"'": ("document", ["drafts/a=b, second.txt"]),
+        '\'document=["a, b.txt","c (1).md"]\'': ("document", ["a, b.txt", "c (1).md"]),
+        "'ask=[\"Who, if anyone, taught Fenda Elfax?\",\"When?\"]'": (
+            "ask",
+            ["Who, if anyone, taught Fenda Elfax?", "When?"],
+        ),
+        '"ask=\\"What is Fenda Elfax\'s hobby?\\""': ("ask", ["What is Fenda Elfax's hobby?"]),
+    }
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for text, (key, value) in quoted.items():
+            assert text in help_text
+            cfg = compose("generate_adapter", overrides=["document=x", *shlex.split(text)])
+            assert generate_adapter.check_settings(OmegaConf.to_container(cfg))[key] == value
+
+
+# What it says when something is wrong: one line, and nothing is left behind
+
+
+def written(work: Path, name: str, content: bytes) -> str:
+    (work / name).write_bytes(content)
+    return f"document={name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.txt", None, "Cannot read 'missing.txt': No such file"),
+        ("empty.txt", b"", "'empty.txt' is empty"),
+        ("blank.txt", b" \n\n", "'blank.txt' is empty"),
+        ("binary.txt", bytes(range(256)), "'binary.txt' is binary"),
+        ("latin.txt", "Ein Gruß aus Köln".encode("latin-1"), "'latin.txt' should be UTF-8.*iconv"),
+    ],
+)
+def test_a_document_that_cannot_be_read(run, work, name, content, says):
+    if content is not None:
+        written(work, name, content)
+    before = files(work)
+    assert re.search(says, error_line(run(f"document={name}")))
+    assert files(work) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "Which document?.*document=examples/fenda_elfax.txt.*--help"),
+        (["document=[]"], "Which document?"),
+        (["document={a:1}"], "document should be a text or a list of texts, got {'a': 1}"),
+        (["documnt=doc.txt"], "There is no setting 'documnt'. There are document, output_dir"),
+        (["document=doc.txt", "document.name=x"], "There is no setting 'document.name'"),
+        (["document=doc.txt", "+rank=8"], "There is no setting 'rank'"),
+        (["doc.txt"], "Cannot read the argument 'doc.txt'. Settings are key=value"),
+        (["document=a=b.txt"], "Cannot read the argument 'document=a=b.txt'.*double quotes.*single quotes"),
+        (["document=doc.txt", "ask=Who's there?"], "Cannot read the argument \"ask=Who's there\\?\""),
+        (["document=doc.txt", 'ask=["Who?"'], "Cannot read the argument"),
+        (["document=a.txt,b.txt"], r"brackets: 'document=\[a.txt,b.txt\]'.*quotes: 'document=\"a.txt,b.txt\"'"),
+        (["--document", "doc.txt"], "no dashes: write document=... instead of --document"),
+        (["--document=doc.txt"], "no dashes: write document=doc.txt instead of --document=doc.txt"),
+        (["document=doc.txt", "ask=[[Who]]"], "ask should be a text or a list of texts, got .*Write 'ask="),
+        (["document=doc.txt", 'ask=["Who?",""]'], "ask should be a text or a list of texts"),
+        (["document=doc.txt", "ask=${nothing}"], "nothing"),
+        (["document=doc.txt", "overwrite=maybe"], "overwrite should be true or false, got 'maybe'"),
+        (["document=doc.txt", "chunks_per_batch=0"], "chunks_per_batch should be a whole number, at least 1, got 0"),
+        (["document=doc.txt", "max_new_tokens=few"], "max_new_tokens should be a whole number"),
+        (["document=doc.txt", "output_dir=null"], "output_dir should be a text, got None"),
+        (["document=doc.txt", "dtype=float8"], "dtype should be one of float32, .* or null, got 'float8'"),
+        (["document=doc.txt", "device=tpu"], "device should be cpu, cuda or auto, got 'tpu'"),
+        (["document=doc.txt", "attention=magic"], "magic"),
+    ],
+)
+def test_settings_that_make_no_sense(run, work, arguments, says):
+    assert re.search(says, error_line(run(*arguments)))
+    assert files(work) == ["doc.txt"]
+
+
+def test_cuda_without_a_gpu(run, work, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert re.search("finds 0 CUDA GPUs. Set device=cpu", error_line(run("document=doc.txt", "device=cuda")))
+    assert files(work) == ["doc.txt"]
+    assert generate_adapter.choose_device("auto") == "cpu"
+
+
+def cut_weights(folder: Path) -> None:
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(content[: len(content) // 2])
+
+
+def change_weights(folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS_FILE).write_bytes(content)
+
+
+def change_base_model(folder: Path) -> None:
+    base_model = AutoModelForCausalLM.from_pretrained(folder / "base_model")
+    with torch.no_grad():
+        next(base_model.parameters())[0] += 1
+    base_model.save_pretrained(folder / "base_model")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (shutil.rmtree, "There is no checkpoint folder .*copy. Name one with checkpoint="),
+        (lambda folder: (folder / "config.yaml").unlink(), "config.yaml is missing"),
+        (lambda folder: (folder / "config.yaml").write_text("- 1\n"), "config.yaml is damaged"),
+        (cut_weights, "cut off"),
+        (change_weights, "fingerprint differs"),
+        (change_base_model, "was made for the base model .* Give the base model it was trained with"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used(run, work, checkpoint, tmp_path, damage, says):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    damage(copy)
+    assert re.search(says, error_line(run("document=doc.txt", f"checkpoint={copy}")))
+    assert files(work) == ["doc.txt"]
+
+
+def test_a_base_model_of_another_shape(run, work, checkpoint, tmp_path):
+    model = DocToLoRA.from_pretrained(checkpoint)
+    other = build_base_model(base_model_config(model.tokenizer, hidden_size=16))
+    other.save_pretrained(tmp_path / "other")
+    model.tokenizer.save_pretrained(tmp_path / "other")
+    for more in ([], ["dtype=float32"]):
+        error_line(run("document=doc.txt", f"base_model={tmp_path / 'other'}", *more))
+    assert files(work) == ["doc.txt"]
+
+
+def test_an_output_folder_in_use_is_left_as_it_is(run, work):
+    (work / "out").mkdir()
+    (work / "out" / "thesis.txt").write_text("mine")
+    before = files(work)
+    assert re.search("(?i)overwrite=true", error_line(run("document=doc.txt", "output_dir=out")))
+    assert "not replaced" in error_line(run("document=doc.txt", "output_dir=out", "overwrite=true"))
+    assert "is a file" in error_line(run("document=doc.txt", "output_dir=doc.txt"))
+    assert files(work) == before
+
+
+def no_space(error: Exception) -> Callable:
+    def save_file(_, path: Path, **__) -> None:
+        path.write_bytes(b"half of it")
+        raise error
+
+    return save_file
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "adapter_model.safetensors"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_leaves_nothing_behind(run, work, monkeypatch, error):
+    monkeypatch.setattr(adapter_module, "save_file", no_space(error))
+    line = error_line(run("document=doc.txt", "output_dir=deep/out", "ask=Who?"))
+    assert re.search("No space left on the disk of .* Free some", line)
+    assert files(work) == ["doc.txt"]
+
+
+def test_a_folder_that_cannot_be_written(run, work, monkeypatch):
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out")
+    monkeypatch.setattr(adapter_module, "save_file", no_space(error))
+    assert "Permission denied: out. Check" in error_line(run("document=doc.txt", "output_dir=out"))
+    assert files(work) == ["doc.txt"]
+
+
+def raising(error: BaseException) -> Callable:
+    def function(*_, **__) -> None:
+        raise error
+
+    return function
+
+
+def test_out_of_memory_says_what_to_lower(run, work, monkeypatch):
+    monkeypatch.setattr(DocToLoRA, "internalize", raising(torch.OutOfMemoryError("CUDA out of memory. Tried")))
+    assert "Lower chunks_per_batch" in error_line(run("document=doc.txt"))
+    assert files(work) == ["doc.txt"]
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(DocToLoRA, "internalize", raising(RuntimeError("shape mismatch")))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run("document=doc.txt")
+
+
+@pytest.mark.parametrize("stage", ["internalize", "generate", "save"])
+def test_an_interrupt_leaves_things_as_they_were(run, work, monkeypatch, stage):
+    assert run("document=doc.txt", "output_dir=out").code == 0
+    before = {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
+    if stage == "save":
+        monkeypatch.setattr(adapter_module, "save_file", no_space(KeyboardInterrupt()))
+    else:
+        monkeypatch.setattr(DocToLoRA, stage, raising(KeyboardInterrupt()))
+    for more in (["output_dir=out", "overwrite=true"], ["output_dir=new/folder"]):
+        result = run("document=doc.txt", "ask=Who?", *more)
+        assert result.code == 130 and "interrupted" in error_line(result)
+    assert {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()} == before
+
+
+# As a process of its own
+
+
+def command(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell may have started these tests in the background, with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **options,
+    )
+
+
+def test_the_command_works_from_another_folder_and_reads_a_pipe(work, checkpoint):
+    process = command("document=-", "output_dir=out", f"checkpoint={checkpoint}", "ask=Who?", "max_new_tokens=2")
+    out, err = process.communicate(TEXT)
+    assert process.returncode == 0, err
+    assert "Document in the prompt" in out and "standard input" in out and "\x1b" not in out
+    assert set(os.listdir("out")) == set(ADAPTER_FILES)
+
+
+def test_ctrl_c_ends_the_command_with_130_and_leaves_nothing(work, checkpoint):
+    (work / "long.txt").write_text("\n\n".join([TEXT] * 2000))
+    process = command("document=long.txt", "output_dir=deep/out", f"checkpoint={checkpoint}", "chunks_per_batch=1")
+    while "Internalizing" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in err and not out
+    assert err.splitlines()[-1] == "generate_adapter.py: interrupted, nothing was saved"
+    assert files(work) == ["doc.txt", "long.txt"]
+
+
+def test_a_missing_document_is_told_before_torch_is_imported(work, checkpoint):
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'generate_adapter.py'; import generate_adapter\n"
+        "try: generate_adapter.run()\n"
+        "except SystemExit as end: sys.exit(f'{end.code} {sorted({'torch', 'transformers'} & set(sys.modules))}')"
+    )
+    arguments = ["document=missing.txt", f"checkpoint={checkpoint}"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip() == (
+        "generate_adapter.py: Cannot read 'missing.txt': No such file or directory. Check the path. []"
+    )
+
+
+# The example documents
+
+
+def test_the_examples_are_about_entities_that_no_training_saw():
+    encyclopedia = Encyclopedia("test")
+    for document in read_documents(ROOT / "examples"):
+        names = re.findall(r"[A-Z]\w+ [A-Z]\w+|(?<=in |er )[A-Z]\w+(?=\.)", document.text)
+        assert names
+        assert {encyclopedia._split_of(name) for name in names if name != "Bronze Ribbon"} == {"test"}, names

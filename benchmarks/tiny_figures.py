@@ -98,25 +98,27 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
                 }
                 for (d, question), answer in zip(asked, answers, strict=True)
             ]
-    # Background facts that the locality term of the training never saw.
-    questions = background_questions(half=1)[: cfg.num_background]
-    unrelated = [all_adapters[i % len(all_adapters)] for i in range(len(questions))]
-    for method, adapters in (("no_context", [None] * len(questions)), ("unrelated_adapter", unrelated)):
-        prompts = [(q.text, adapter, None) for q, adapter in zip(questions, adapters, strict=True)]
-        answers = answer_all(model, prompts, questions_per_batch=cfg.questions_per_batch, label=f"background, {method}")
-        rows += [
-            {
-                "set": "background",
-                "method": method,
-                "document": i,
-                "relation": question.group,
-                "question": question.text,
-                "answer": question.answer,
-                "prediction": answer,
-                "exact_match": float(exact_match(answer, question.answer)),
-            }
-            for i, (question, answer) in enumerate(zip(questions, answers, strict=True))
-        ]
+    for held_out, name in ((False, "background"), (True, "background, facts never protected in training")):
+        questions = background_questions(held_out=held_out)[: cfg.num_background]
+        unrelated = [all_adapters[i % len(all_adapters)] for i in range(len(questions))]
+        for method, adapters in (("no_context", [None] * len(questions)), ("unrelated_adapter", unrelated)):
+            prompts = [(q.text, adapter, None) for q, adapter in zip(questions, adapters, strict=True)]
+            answers = answer_all(
+                model, prompts, questions_per_batch=cfg.questions_per_batch, label=f"{name}, {method}"
+            )
+            rows += [
+                {
+                    "set": name,
+                    "method": method,
+                    "document": i,
+                    "relation": question.group,
+                    "question": question.text,
+                    "answer": question.answer,
+                    "prediction": answer,
+                    "exact_match": float(exact_match(answer, question.answer)),
+                }
+                for i, (question, answer) in enumerate(zip(questions, answers, strict=True))
+            ]
     return rows
 
 

@@ -122,8 +122,8 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
         with torch.device("meta"):
             hypernetwork = HyperNetwork(**settings)
         hypernetwork.load_state_dict(weights, assign=True)
-    except (TypeError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # sizes that do not fit fail in a dozen ways; all of them mean this
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{directory / CONFIG_FILE} does not describe the weights beside it ({reason}). Copy both again."
         ) from error

@@ -78,9 +78,13 @@ def find_checkpoint(name: str | None, directory: str | Path) -> Path | None:
 def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     """JSON for a value; containers that JSON does not have, and tensors, become one-key objects."""
     if isinstance(value, torch.Tensor):
+        # Two places may read the same, as keys 1 and "1" do.
+        name = place
+        while name in tensors:
+            name += "'"
         # clone: tied weights share memory, which safetensors refuses.
-        tensors[place] = value.detach().cpu().contiguous().clone()
-        return {"tensor": place}
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[_encode(k, place, {}), _encode(v, f"{place}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):

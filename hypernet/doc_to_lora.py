@@ -287,7 +287,7 @@ class DocToLoRA(nn.Module):
         if made_for["fingerprint"] != self.base_model_fingerprint:
             raise ValueError(
                 f"The adapter was made for the base model {made_for['name']} ({str(made_for['fingerprint'])[:12]}), "
-                f"this is {self.base_model_source} ({self.base_model_fingerprint[:12]}). Generate it again with this base model."
+                f"this is {self.base_model_source} ({self.base_model_fingerprint[:12]}). Generate it again with this one."
             )
 
 

@@ -120,7 +120,7 @@ class LitDocToLoRA(L.LightningModule):
         kl_weight: of KL(base model with the document in its prompt || base model with the adapter) on the document's
             questions.
         nll_weight: of the next-token loss on the true answers to the same questions.
-        locality_weight: of KL(plain base model || base model with the adapter) on background questions.
+        locality_weight: of KL(plain base model || base model with the adapter) on background and foreign questions.
         output_dir: where the trained checkpoint is written when training ends.
     """
 
@@ -156,7 +156,7 @@ class LitDocToLoRA(L.LightningModule):
         kind = student_rows.target_kind[is_answer]
         document = is_answer.nonzero()[:, 0]
         kl = context_distillation_kl(student, teacher)
-        about_document = kind != KINDS.index("background")
+        about_document = (kind == KINDS.index("document")) | (kind == KINDS.index("unanswerable"))
         num_documents = len(student_rows.ids)
         loss_kl = mean_per_document(kl[about_document], document[about_document], num_documents)
         loss_locality = mean_per_document(kl[~about_document], document[~about_document], num_documents)

@@ -109,8 +109,7 @@ def doc_to_lora_training(
     validation = Curriculum(Encyclopedia("validation", seed=seed), validation_stages)
     return module, BatchDataModule(
         train=DistillationBatches(train, model.tokenizer, max_chunk_tokens=max_chunk_tokens),
-        # The half of the background facts that the locality term never sees.
         validation=DistillationBatches(
-            validation, model.tokenizer, max_chunk_tokens=max_chunk_tokens, background_half=1
+            validation, model.tokenizer, max_chunk_tokens=max_chunk_tokens, held_out_background=True
         ),
     )

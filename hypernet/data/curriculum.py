@@ -35,6 +35,7 @@ class Stage(NamedTuple):
     num_distractors: tuple[int, int] = (0, 2)
     max_questions: int = 8  # per article
     num_background: int = 1  # background questions per article
+    num_foreign: int = 0  # questions per article about another article (hypernetwork only)
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
     restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
 
@@ -182,7 +183,7 @@ class DistillationBatch(NamedTuple):
 class DistillationBatches(_Batches):
     """Chunks, questions without and questions with the article; see `DistillationBatch`.
 
-    Background questions come from one half of the facts, so that the other half can test what was not trained for.
+    Background questions are those kept out of training (`held_out_background`) or the others.
     """
 
     def __init__(
@@ -191,18 +192,30 @@ class DistillationBatches(_Batches):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_chunk_tokens: int,
-        background_half: int = 0,
+        held_out_background: bool = False,
     ) -> None:
         super().__init__(curriculum, tokenizer)
         self.max_chunk_tokens = max_chunk_tokens
-        self.background = background_questions(half=background_half)
+        self.background = background_questions(held_out=held_out_background)
 
     def __getitem__(self, step: int) -> DistillationBatch:
         _, stage, _ = self.curriculum.stage(step)
         records = self.curriculum.records(step)
         rng = self.curriculum.encyclopedia.rng("distillation", step)
-        asked = [[*record.questions, *rng.sample(self.background, stage.num_background)] for record in records]
+        asked = [
+            [
+                *record.questions,
+                *rng.sample(self.background, stage.num_background),
+                *self._foreign(rng, records[i - 1], stage.num_foreign),
+            ]
+            for i, record in enumerate(records)
+        ]
         return self.batch([record.document for record in records], asked)
+
+    @staticmethod
+    def _foreign(rng: random.Random, other: Record, count: int) -> list[Question]:
+        chosen = rng.sample(other.questions, min(count, len(other.questions)))
+        return [question._replace(answer=UNKNOWN, kind="foreign") for question in chosen]
 
     def batch(self, documents: Sequence[str], asked: Sequence[Sequence[Question]]) -> DistillationBatch:
         """One batch from documents and the questions asked about each."""
@@ -217,5 +230,5 @@ class DistillationBatches(_Batches):
             chunk_mask=torch.cat([pad(chunk.mask, False) for chunk in chunks]),
             num_chunks=[len(chunk.ids) for chunk in chunks],
             student=self._rows([[] for _ in documents], [[(q, False) for q in questions] for questions in asked]),
-            teacher=self._rows(trunks, [[(q, q.kind != "background") for q in questions] for questions in asked]),
+            teacher=self._rows(trunks, [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]),
         )

@@ -72,18 +72,18 @@ def background_facts() -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def background_questions(*, half: int | None = None) -> list[Question]:
+def background_questions(*, held_out: bool | None = None) -> list[Question]:
     """Every background question in every form.
 
     Args:
-        half: 0 or 1 keeps one half of the facts, None all. A hypernetwork is trained to leave half 0 alone and tested
-            on half 1.
+        held_out: True keeps the quarter of the facts that a hypernetwork is never trained to leave alone, so that it
+            shows what generalizes; False the other three quarters; None all.
     """
     forms = {group: entry["questions"] for group, entry in _data()["background"].items()}
     return [
         Question(form.format(s=subject), answer, "background", group)
         for group, subject, answer in background_facts()
-        if half is None or zlib.crc32(f"{group}/{subject}".encode()) % 2 == half
+        if held_out is None or (zlib.crc32(f"{group}/{subject}".encode()) % 4 == 3) == held_out
         for form in forms[group]
     ]
 
@@ -127,7 +127,12 @@ class Encyclopedia:
             )
         rng = self.rng(index)
         kinds = [rng.choice(list(self._of_kind)) for _ in range(num_entities)]
-        entities = [self._entity(rng, kind) for kind in kinds]
+        entities: list[Entity] = []
+        for kind in kinds:
+            entity = self._entity(rng, kind)
+            while entity.name in [other.name for other in entities]:  # two of one name would contradict each other
+                entity = self._entity(rng, kind)
+            entities.append(entity)
         told = [(entity, relation) for entity in entities for relation in self._of_kind[entity.kind]]
         rng.shuffle(told)
         # One fact each first, so that no entity is without; the rest from what is left.
@@ -135,7 +140,12 @@ class Encyclopedia:
         rest = [pair for pair in told if pair not in first]
         chosen = first + rest[: num_facts - num_entities]
         left_out = rest[num_facts - num_entities :]
-        facts = [Fact(entity, relation, self.value(rng, relation.value_kind)) for entity, relation in chosen]
+        facts = []
+        for entity, relation in chosen:
+            value = self.value(rng, relation.value_kind)
+            while value in [other.name for other in entities]:  # the question would hold its answer
+                value = self.value(rng, relation.value_kind)
+            facts.append(Fact(entity, relation, value))
         rng.shuffle(facts)
         facts.sort(key=lambda fact: entities.index(fact.entity))  # an encyclopedia treats one entity after the other
         sentences = [self._sentence(rng, fact, alone=num_entities == 1) for fact in facts]

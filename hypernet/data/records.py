@@ -11,7 +11,8 @@ class Question(NamedTuple):
     """A question with its one right answer.
 
     kind: "document" (the answer stands in the document), "unanswerable" (it does not; the answer is `UNKNOWN`) or
-        "background" (the base model answers it from its own weights).
+        "background" (the base model answers it from its own weights) or "foreign" (about another document; the answer
+        is `UNKNOWN`).
     group: what it asks for, e.g. the relation's name; tables are broken down by it.
     """
 

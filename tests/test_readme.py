@@ -1,0 +1,80 @@
+"""Every command and example of README runs as it stands; trainings are cut to one step, outputs go elsewhere."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line and line[0] != "#"
+]
+SHORT = [
+    "trainer.max_steps=1",
+    "trainer.enable_progress_bar=false",
+    "task.stages=[{steps: 3, batch_size: 2}]",
+    "task.validation_stages=[{steps: 1, batch_size: 2}]",
+]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+def test_readme_shows_the_commands() -> None:
+    assert "make demo" in README and "make test" in README
+    assert len([c for c in COMMANDS if c.startswith(".venv/bin/python")]) >= 5
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_knows_its_targets(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(".venv/bin/python")])
+def test_command_runs(command: str, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, *arguments = shlex.split(command, comments=True)[1:]
+    arguments = [a for a in arguments if not a.startswith(("output_dir=", "trainer.max_steps="))]
+    if script == "train.py":
+        # One folder per kind of run, so that ckpt_path=last finds the checkpoint of the run before.
+        kind = "base" if "experiment=tiny_base_model" in arguments else "hypernetwork"
+        arguments += [*SHORT, f"output_dir={outputs / kind}"]
+        if "ckpt_path=last" in arguments:
+            arguments.append("trainer.max_steps=2")
+            arguments.remove("trainer.max_steps=1")
+    else:
+        arguments += [f"output_dir={outputs / 'adapter'}"]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.chdir(ROOT)
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+    if script == "train.py":
+        assert list((outputs / kind / "checkpoints").glob("*.safetensors"))
+    else:
+        assert (outputs / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_python_example_runs_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (example,) = [block for language, block in BLOCKS if language == "python"]
+    monkeypatch.chdir(ROOT)
+    exec(compile(example.replace("outputs/both", str(tmp_path / "both")), "README.md", "exec"), {})
+    assert (tmp_path / "both" / "adapter_config.json").is_file()
+    assert capsys.readouterr().out.strip()
+
+
+def test_map_names_every_file_that_is_there() -> None:
+    shown = set(re.findall(r"^\| `([\w./]+)`", README, re.MULTILINE))
+    assert all((ROOT / name).exists() for name in shown), [n for n in shown if not (ROOT / name).exists()]
+    modules = {f"hypernet/{path.name}" for path in (ROOT / "hypernet").glob("*.py")} - {"hypernet/__init__.py"}
+    mentioned = shown | {f"hypernet/{name}" for name in re.findall(r"`(\w+\.py)`", README)}
+    assert modules <= mentioned, f"README's map lacks {sorted(modules - mentioned)}"

@@ -49,6 +49,6 @@ def lora_delta_reference(
             B.view(-1, d_out).split(ranks),
             strict=True,
         )
-        # Rows without slots are passed on, not added to zero: x may hold anything there.
-        y = [torch.addmm(b, x_g @ A_g.mT, B_g, alpha=scaling) if len(A_g) else b for b, x_g, A_g, B_g in runs]
+        # A run without slots has rank 0: its rows come out as base's, whatever x holds there.
+        y = [torch.addmm(base_g, x_g @ A_g.mT, B_g, alpha=scaling) for base_g, x_g, A_g, B_g in runs]
         return torch.cat(y).to(base.dtype)

@@ -277,6 +277,19 @@ def test_a_sentence_longer_than_a_chunk_is_cut_between_words(characters):
         assert set(part.replace(".", " ").split()) <= {"Short", "one", "two", "alpha", "beta", "gamma", "delta", "end"}
 
 
+def test_words_stay_whole_even_where_a_cut_inside_one_would_balance_better(characters):
+    text = ("x" * 19 + " ") * 5
+    parts = pieces(text, check(text, characters, 45))
+    assert len(parts) == 3
+    assert all(set(map(len, part.split())) == {19} for part in parts)
+
+
+def test_a_long_chinese_sentence_is_cut_at_its_commas(tokenizer):
+    text = "今日天气很好我们出去走走吧，" * 5
+    for piece in pieces(text, check(text, tokenizer, 100)):
+        assert piece.endswith("，")
+
+
 def test_a_long_unpunctuated_text_is_cut_at_line_ends_first(characters):
     text = "\n".join(f"row {i} of the table" for i in range(20))
     for piece in pieces(text, check(text, characters, 70))[1:]:
@@ -287,6 +300,7 @@ def test_a_word_longer_than_a_chunk_is_cut_between_characters(tokenizer, charact
     assert [len(part) for part in pieces("x" * 100, check("x" * 100, characters, 30))] == [25, 25, 25, 25]
     # Each of these is four byte tokens: a chunk of 10 holds two whole ones.
     assert pieces("🦄" * 6, check("🦄" * 6, tokenizer, 10)) == ["🦄🦄"] * 3
+    assert pieces("🦄" * 6, check("🦄" * 6, tokenizer, 7)) == ["🦄"] * 6
 
 
 def test_a_chunk_smaller_than_a_character_still_loses_nothing(tokenizer):
@@ -439,6 +453,19 @@ def test_a_template_that_melts_into_the_content_warns_and_is_tokenized_by_itself
     assert (prefix + the_ids)[: len(prefix) + 1] != user_ids(tokenizer, "The")[: len(prefix) + 1]
     assert prefix == tokenizer("USER: ", add_special_tokens=False)["input_ids"]
     assert suffix == tokenizer("\nASSISTANT:", add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_that_melts_into_some_contents_only_warns_too():
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ7"]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=[("Ġ", "7")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    template = "{% for m in messages %}USER: {{ m['content'] }}\n{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    # A word after "USER: " is as it is alone, but " 7" is one token.
+    the_ids = tokenizer("USER: The\n", add_special_tokens=False)["input_ids"]
+    assert user_ids(tokenizer, "The") == the_ids and len(user_ids(tokenizer, "7")) == len("USER: 7\n") - 1
+    with pytest.warns(UserWarning, match="merges the user's text with the chat template"):
+        chat_affixes(tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def test_bootstrap_interval_weights_questions_not_documents():
     # Drawn (0, 0), (0, 1) or (1, 1), with one and three questions: the means are 0, 3/4 and 1.
     low, high = bootstrap_interval([0, 1, 1, 1], groups=["a", "b", "b", "b"], confidence=0.3)
     assert (low, high) == (0.75, 0.75)
+    assert bootstrap_interval([0, 1, 1, 1], groups=["a", "b", "b", "b"], confidence=0.9) == (0.0, 1.0)
 
 
 def test_bootstrap_interval_depends_on_seed_and_confidence_only():

@@ -243,10 +243,14 @@ def report(
     read = documents[0].name if len(documents) == 1 else f"{len(documents)} documents"
     chunks = "1 chunk" if adapter.num_chunks == 1 else f"{adapter.num_chunks} chunks"
     source, folder = (json.dumps(text, ensure_ascii=False) for text in (model.base_model_source, output_dir))
-    print(f"Read     {read}: {tokens} tokens in {chunks}")
-    print(f"Adapter  {output_dir}: rank {adapter.rank}, {human_bytes(adapter.num_bytes)}")
-    print(f"Seconds  {', '.join(f'{stage} {value:.2f}' for stage, value in seconds.items())}")
-    print(f"PEFT     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({source}), {folder})")
+    # Through the console too: it ends quietly when the reader of a pipe, such as head, has seen enough.
+    for line in (
+        f"Read     {read}: {tokens} tokens in {chunks}",
+        f"Adapter  {output_dir}: rank {adapter.rank}, {human_bytes(adapter.num_bytes)}",
+        f"Seconds  {', '.join(f'{stage} {value:.2f}' for stage, value in seconds.items())}",
+        f"PEFT     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({source}), {folder})",
+    ):
+        console.print(line, soft_wrap=True)
 
 
 def human_bytes(count: float) -> str:
@@ -277,7 +281,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("generate_adapter.py: interrupted, nothing was saved", file=sys.stderr)
+        print("generate_adapter.py: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError, HydraException, OmegaConfBaseException) as error:
         if (reason := explain(error)) is None:

@@ -1,13 +1,16 @@
 """Train a hypernetwork, or the tiny base model that it adapts. `python train.py --help` says what can be set."""
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
 
 import hydra
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 
 def train(cfg: DictConfig) -> None:
@@ -42,9 +45,18 @@ def main(cfg: DictConfig) -> None:
         train(cfg)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except hydra.errors.InstantiationException as error:
-        sys.exit(f"train.py: {error.__cause__ or error}")
+    except InstantiationException as error:
+        sys.exit("train.py: " + " ".join(str(error.__cause__ or error).split()))
+
+
+def run() -> None:
+    """The command: `main`, with mistakes in its arguments told in one line too."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises them instead of printing them
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        sys.exit("train.py: " + " ".join(str(error).partition("Config search path")[0].split()))
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -62,6 +62,7 @@ class DocToLoRA(nn.Module):
         self.base_model_fingerprint = fingerprint(base_model)
         self.injector = LoRAInjector(base_model, hypernetwork.targets)
         self.layout = ChatLayout.of(tokenizer)
+        self._bias: tuple[Any, dict[str, Tensor], dict[str, Tensor]] = (None, {}, {})
 
     @classmethod
     def build(
@@ -175,8 +176,10 @@ class DocToLoRA(nn.Module):
             progress: wraps the iterable over batches, e.g. tqdm.
 
         Raises:
-            ValueError: a document is empty.
+            ValueError: a document is empty, or chunks_per_batch below 1.
         """
+        if chunks_per_batch < 1:
+            raise ValueError(f"chunks_per_batch must be at least 1, got {chunks_per_batch}.")
         single = isinstance(document, (str, Document))
         documents = [_as_document(d) for d in ([document] if single else document)]
         if not documents:
@@ -201,16 +204,18 @@ class DocToLoRA(nn.Module):
             }
             for d, chunk in zip(documents, chunks, strict=True)
         ]
+        generator = fingerprint(self.hypernetwork)
+        bias_A, bias_B = self._bias_block(generator)
         return LoRAAdapter(
             targets=self.hypernetwork.targets,
             A=A,
             B=B,
-            bias_A={name: bias.detach() for name, bias in self.hypernetwork.bias_A.items()},
-            bias_B={name: bias.detach() for name, bias in self.hypernetwork.bias_B.items()},
+            bias_A=bias_A,
+            bias_B=bias_B,
             scaling=self.hypernetwork.scaling,
             provenance=new_provenance(
                 described,
-                generator=fingerprint(self.hypernetwork),
+                generator=generator,
                 base_model_name=self.base_model_source,
                 base_model_fingerprint=self.base_model_fingerprint,
             ),
@@ -236,6 +241,8 @@ class DocToLoRA(nn.Module):
         """
         if isinstance(questions, str):
             raise ValueError("questions must be a list of texts, got one text; write generate([question], adapter).")
+        if isinstance(documents, str):
+            raise ValueError("documents must be a list with a text (or None) for each question, got one text.")
         given = [adapters] if isinstance(adapters, LoRAAdapter) else list(adapters or [])
         for adapter in given:
             self._check_ours(adapter)
@@ -280,6 +287,15 @@ class DocToLoRA(nn.Module):
             scaling=self.hypernetwork.scaling,
         )
 
+    def _bias_block(self, generator: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of bias_A and bias_B, shared by all adapters of one state of the hypernetwork."""
+        # Copies: training on must not change adapters made before. Shared: a batch of many adapters holds them once.
+        biases = self.hypernetwork.bias_A, self.hypernetwork.bias_B
+        state = generator, next(iter(biases[0].values())).device
+        if self._bias[0] != state:
+            self._bias = state, *({name: bias.detach().clone() for name, bias in block.items()} for block in biases)
+        return self._bias[1:]
+
     def _check_ours(self, adapter: LoRAAdapter | None) -> None:
         if adapter is None:
             return
@@ -287,11 +303,14 @@ class DocToLoRA(nn.Module):
         if made_for["fingerprint"] != self.base_model_fingerprint:
             raise ValueError(
                 f"The adapter was made for the base model {made_for['name']} ({str(made_for['fingerprint'])[:12]}), "
-                f"this is {self.base_model_source} ({self.base_model_fingerprint[:12]}). Generate it again with this one."
+                f"this is {self.base_model_source} ({self.base_model_fingerprint[:12]}). "
+                "Generate it again with this one."
             )
 
 
 def _as_document(document: str | Document) -> Document:
     if isinstance(document, Document):
         return document
-    return Document(name="text", text=document, sha256=hashlib.sha256(document.encode()).hexdigest())
+    # surrogatepass: chunking refuses half characters, and says what to do.
+    sha256 = hashlib.sha256(document.encode(errors="surrogatepass")).hexdigest()
+    return Document(name="text", text=document, sha256=sha256)

@@ -102,6 +102,9 @@ class LitBaseModel(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         return _optimizer(self, [p for p in self.base_model.parameters() if p.requires_grad], self.optimizer_settings)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        _check_same_sizes(checkpoint["state_dict"], self.state_dict(), "base model")
+
     def on_fit_start(self) -> None:
         self.base_model.train()
 
@@ -217,13 +220,8 @@ class LitDocToLoRA(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Loading is not strict, which would also pass over a renamed weight of the hypernetwork in silence.
-        expected = {_TRAINED + name for name in self.model.hypernetwork.state_dict()}
-        differing = sorted(expected ^ set(checkpoint["state_dict"]))
-        if differing:
-            raise ValueError(
-                f"The checkpoint is of another hypernetwork: {differing[0]} and {len(differing) - 1} more differ. "
-                "Resume with the configuration it was made with."
-            )
+        expected = {_TRAINED + name: tensor for name, tensor in self.model.hypernetwork.state_dict().items()}
+        _check_same_sizes(checkpoint["state_dict"], expected, "hypernetwork")
         if checkpoint["base_model_fingerprint"] != self.model.base_model_fingerprint:
             raise ValueError("The checkpoint was made with another base model. Resume with the one it was made with.")
 
@@ -234,6 +232,16 @@ class LitDocToLoRA(L.LightningModule):
 
 
 _TRAINED = "model.hypernetwork."
+
+
+def _check_same_sizes(saved: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (saved, expected)]
+    differing = sorted(name for name in saved.keys() | expected.keys() if shapes[0].get(name) != shapes[1].get(name))
+    if differing:
+        raise ValueError(
+            f"The checkpoint is of another {what}: {differing[0]} and {len(differing) - 1} more differ. "
+            "Resume with the configuration it was made with."
+        )
 
 
 def save_base_model(base_model: nn.Module, tokenizer: Any, output_dir: str | Path) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import torch
 
+from hypernet.adapter import find_targets
 from hypernet.base_model import build_base_model, load_base_model, train_tokenizer
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.hypernetwork import HyperNetwork
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
 
 
@@ -103,6 +105,7 @@ def doc_to_lora_training(
             )
     else:
         model = DocToLoRA.from_pretrained(init_from, base_model=base_model, attention=attention)
+        _check_same_settings(model, init_from, target_modules, hypernetwork, context_encoder)
         model.max_chunk_tokens = max_chunk_tokens
     module = LitDocToLoRA(model=model, optimizer=optimizer, output_dir=output_dir, **objective)
     train = Curriculum(Encyclopedia("train", seed=seed), stages)
@@ -113,3 +116,22 @@ def doc_to_lora_training(
             validation, model.tokenizer, max_chunk_tokens=max_chunk_tokens, held_out_background=True
         ),
     )
+
+
+def _check_same_settings(
+    model: DocToLoRA, source: str, target_modules: list[str], hypernetwork: dict, context_encoder: dict
+) -> None:
+    own = model.hypernetwork
+    targets = find_targets(model.base_model, target_modules)
+    with torch.device("meta"):
+        wanted = HyperNetwork(
+            targets=targets, feature_dim=own.feature_dim, num_maps=own.num_maps, **hypernetwork
+        ).config
+    differing = [key for key, value in wanted.items() if own.config[key] != value]
+    if model.context_encoder_settings != context_encoder:
+        differing.append("context_encoder")
+    if differing:
+        raise ValueError(
+            f"init_from={source} was made with other settings than these: {', '.join(differing)} differ. "
+            "Set them as in its config.yaml."
+        )

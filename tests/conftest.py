@@ -35,3 +35,90 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device, none found here")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("needs compiled kernels, but TRITON_INTERPRET=1 is set")
+
+
+# --- A tiny world: tokenizer, base model and DocToLoRA. Imports are late, so that tests without them stay quick. ---
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level tokenizer of 600 tokens, trained on encyclopedia articles."""
+    from hypernet.base_model import train_tokenizer
+    from hypernet.data.encyclopedia import Encyclopedia
+
+    articles = (Encyclopedia("train").record(i, num_facts=5) for i in range(150))
+    texts = (text for record in articles for text in (record.document, *(q.text for q in record.questions)))
+    return train_tokenizer(texts, vocab_size=600, model_max_length=512)
+
+
+@pytest.fixture(scope="session")
+def tiny_base_model_folder(tmp_path_factory, tiny_tokenizer):
+    """A random Llama, hidden size 32, 2 layers, in transformers' format. Read it, do not write to it."""
+    from hypernet.base_model import build_base_model
+
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "vocab_size": len(tiny_tokenizer),
+        "pad_token_id": tiny_tokenizer.pad_token_id,
+        "eos_token_id": tiny_tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    base_model = build_base_model(config, seed=1)
+    with torch.no_grad():
+        for parameter in base_model.parameters():
+            # The default weights are so small that every answer would be nearly the same.
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    folder = tmp_path_factory.mktemp("tiny") / "base_model"
+    base_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_base_model(tiny_base_model_folder):
+    """A fresh frozen copy of the tiny base model."""
+    from hypernet.base_model import load_base_model
+
+    return load_base_model(tiny_base_model_folder)[0]
+
+
+@pytest.fixture
+def make_doc_to_lora(tiny_base_model_folder, tiny_tokenizer):
+    """make_doc_to_lora(trained=True, seed=0, **changes): a DocToLoRA on a fresh copy of the tiny base model.
+
+    trained: False leaves the hypernetwork as it starts, True gives it random weights: its adapters do something.
+    """
+    from hypernet.base_model import load_base_model
+    from hypernet.doc_to_lora import DocToLoRA
+
+    def make(*, trained: bool = True, seed: int = 0, **changes) -> DocToLoRA:
+        torch.manual_seed(seed)
+        settings = {
+            "base_model": load_base_model(tiny_base_model_folder)[0],
+            "tokenizer": tiny_tokenizer,
+            "target_modules": ["down_proj"],
+            "hypernetwork": {
+                "rank": 2,
+                "aggregator": {
+                    **{"name": "perceiver", "latent_dim": 16, "num_latents": 3, "num_blocks": 2},
+                    **{"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+                },
+            },
+            "context_encoder": {"kind": "per_layer_activations"},
+            "max_chunk_tokens": 20,
+            "base_model_source": str(tiny_base_model_folder),
+        }
+        model = DocToLoRA.build(**{**settings, **changes})
+        if trained:
+            with torch.no_grad():
+                for parameter in model.hypernetwork.parameters():
+                    parameter += 0.3 * torch.randn_like(parameter)
+        return model
+
+    return make

@@ -23,6 +23,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from peft import PeftModel
+from rich.cells import cell_len
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -247,11 +248,11 @@ def test_the_table_holds_the_answers_with_and_without_adapter_and_document(run, 
 
 def test_piped_output_is_plain_text_of_the_promised_width_and_logs_go_to_stderr(run):
     result = run("document=doc.txt", 'ask=["Who taught Branmir Ralquist?"]')
-    table = [line for line in result.out.splitlines() if line[:1] in "┏┃┡│├└"]
+    table = [line for line in result.out.split("\n") if line and line[0] in "┏┃┡│├└"]
     assert "\x1b" not in result.out
-    assert all(len(line) <= generate_adapter.PIPED_WIDTH for line in table)
+    assert table and max(map(cell_len, table)) <= generate_adapter.PIPED_WIDTH
     assert "Loading" in result.err and "Loading" not in result.out
-    summary = [line.split()[0] for line in result.out.splitlines() if line and line not in table]
+    summary = [line.split()[0] for line in result.out.split("\n") if line and line not in table]
     assert summary == ["Read", "Adapter", "Seconds", "PEFT"]
     assert re.search(r"^Read     doc.txt: \d+ tokens in \d+ chunks$", result.out, re.M)
     assert re.search(r"^Adapter  outputs/adapter: rank \d+, \d+(\.\d)? KiB$", result.out, re.M)
@@ -429,7 +430,7 @@ def change_base_model(folder: Path) -> None:
         (lambda folder: (folder / "config.yaml").unlink(), "config.yaml is missing"),
         (lambda folder: (folder / "config.yaml").write_text("- 1\n"), "config.yaml is damaged"),
         (cut_weights, "cut off"),
-        (change_weights, "fingerprint differs"),
+        (change_weights, "not what config.yaml was written for"),
         (change_base_model, "was made for the base model .* Give the base model it was trained with"),
     ],
 )
@@ -555,20 +556,21 @@ def test_ctrl_c_ends_the_command_with_130_and_leaves_nothing(work, checkpoint):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130 and "Traceback" not in err and not out
-    assert err.splitlines()[-1] == "generate_adapter.py: interrupted, nothing was saved"
+    assert err.splitlines()[-1] == "generate_adapter.py: interrupted"
     assert files(work) == ["doc.txt", "long.txt"]
 
 
 def test_a_missing_document_is_told_before_torch_is_imported(work, checkpoint):
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'generate_adapter.py'; import generate_adapter\n"
-        "try: generate_adapter.run()\n"
-        "except SystemExit as end: sys.exit(f'{end.code} {sorted({'torch', 'transformers'} & set(sys.modules))}')"
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     arguments = ["document=missing.txt", f"checkpoint={checkpoint}"]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip() == (
-        "generate_adapter.py: Cannot read 'missing.txt': No such file or directory. Check the path. []"
+    assert (done.stdout, done.stderr) == (
+        "generate_adapter.py: Cannot read 'missing.txt': No such file or directory. Check the path. []\n",
+        "",
     )
 
 

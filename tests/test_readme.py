@@ -74,7 +74,7 @@ def test_python_example_runs_and_answers(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_map_names_every_file_that_is_there() -> None:
     shown = set(re.findall(r"^\| `([\w./]+)`", README, re.MULTILINE))
-    assert all((ROOT / name).exists() for name in shown), [n for n in shown if not (ROOT / name).exists()]
+    assert all((ROOT / name).exists() for name in shown), sorted(name for name in shown if not (ROOT / name).exists())
     modules = {f"hypernet/{path.name}" for path in (ROOT / "hypernet").glob("*.py")} - {"hypernet/__init__.py"}
     mentioned = shown | {f"hypernet/{name}" for name in re.findall(r"`(\w+\.py)`", README)}
     assert modules <= mentioned, f"README's map lacks {sorted(modules - mentioned)}"

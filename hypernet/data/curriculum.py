@@ -48,6 +48,12 @@ class Curriculum:
         self.stages = [stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages]
         if not self.stages:
             raise ValueError("A curriculum needs at least one stage; give steps and batch_size.")
+        for stage in self.stages:
+            if stage.num_foreign and stage.batch_size < 2:
+                raise ValueError(
+                    "num_foreign takes questions of another article in the same step, so it needs a batch_size of at "
+                    f"least 2, got {stage.batch_size}. Enlarge the batch, or set num_foreign to 0."
+                )
         self.num_steps = sum(stage.steps for stage in self.stages)
         self._first_article = [0]
         for stage in self.stages:
@@ -230,5 +236,7 @@ class DistillationBatches(_Batches):
             chunk_mask=torch.cat([pad(chunk.mask, False) for chunk in chunks]),
             num_chunks=[len(chunk.ids) for chunk in chunks],
             student=self._rows([[] for _ in documents], [[(q, False) for q in questions] for questions in asked]),
-            teacher=self._rows(trunks, [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]),
+            teacher=self._rows(
+                trunks, [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]
+            ),
         )

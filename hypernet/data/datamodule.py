@@ -54,6 +54,12 @@ class BatchDataModule(L.LightningDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader:
+        """Raises ValueError if the trainer wants more steps than there are batches; it would wait for them for ever."""
+        if self.trainer.max_steps > len(self.train):
+            raise ValueError(
+                f"max_steps is {self.trainer.max_steps}, but there are {len(self.train)} batches to train on. "
+                "Lower trainer.max_steps, or give the stages more steps."
+            )
         return self._loader(_StepLoader, self.train, sampler=_FromGlobalStep(len(self.train), self.trainer))
 
     def val_dataloader(self) -> DataLoader | list:

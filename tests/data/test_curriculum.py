@@ -1,0 +1,240 @@
+"""Curricula: stages, the same batch for the same step, what a batch holds."""
+
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+
+from hypernet.chunking import chunk_document
+from hypernet.data.collate import KINDS
+from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, Stage
+from hypernet.data.encyclopedia import Encyclopedia, background_questions
+from hypernet.data.records import UNKNOWN
+
+STAGES = [
+    Stage(steps=2, batch_size=5, facts_per_entity=(1, 1), num_distractors=(0, 0)),
+    {"steps": 3, "batch_size": 3, "num_entities": [2, 3], "facts_per_entity": [2, 4], "unanswerable": 1.0},
+    {
+        "steps": 1,
+        "batch_size": 2,
+        "max_questions": 2,
+        "facts_per_entity": [5, 5],
+        "num_background": 3,
+        "num_foreign": 2,
+    },
+]
+
+
+def make_curriculum(seed=0, stages=STAGES):
+    return Curriculum(Encyclopedia("train", seed=seed), stages)
+
+
+def segments_of(rows, row, tokenizer):
+    """(kind, prompt, answer) of each question of a row, decoded."""
+    result = []
+    for number in range(1, int(rows.segments[row].max()) + 1):
+        own = (rows.segments[row] == number).nonzero()[:, 0]
+        answer = own[rows.target_kind[row, own] >= 0] + 1
+        prompt = [i for i in own.tolist() if i not in answer.tolist()]
+        kind = KINDS[int(rows.target_kind[row, own].max())]
+        result.append((kind, *(tokenizer.decode(rows.ids[row, list(at)]) for at in (prompt, answer))))
+    return result
+
+
+# Stages
+
+
+def test_stages_follow_one_another_and_end():
+    curriculum = make_curriculum()
+    assert curriculum.num_steps == 6
+    assert [curriculum.stage(step)[0] for step in range(6)] == [0, 0, 1, 1, 1, 2]
+    assert [curriculum.stage(step)[2] for step in range(6)] == [0, 1, 0, 1, 2, 0]
+    with pytest.raises(IndexError, match="past the end of the curriculum"):
+        curriculum.stage(6)
+
+
+def test_each_step_has_the_articles_its_stage_asks_for():
+    curriculum = make_curriculum()
+    for step in range(6):
+        _, stage, _ = curriculum.stage(step)
+        records = curriculum.records(step)
+        kinds = [Counter(question.kind for question in record.questions) for record in records]
+        assert len(records) == stage.batch_size
+        facts = {count["document"] for count in kinds}
+        if step < 2:
+            assert facts == {1} and all(len(record.sentences) <= 2 for record in records)
+        elif step < 5:
+            # All articles of a step are of one size.
+            assert len(facts) == 1 and 4 <= facts.pop() <= min(12, stage.max_questions)
+            assert all(count["unanswerable"] == 1 for count in kinds)
+        else:
+            assert facts == {2} and all(len(record.sentences) >= 5 for record in records)
+
+
+def test_questions_beyond_the_limit_are_left_out_and_unanswerable_ones_stay():
+    stage = {"steps": 1, "batch_size": 9, "facts_per_entity": [4, 4], "num_distractors": [1, 1], "unanswerable": 1.0}
+    full = make_curriculum(stages=[stage]).records(0)
+    trimmed = make_curriculum(stages=[{**stage, "max_questions": 3}]).records(0)
+    for record, short in zip(full, trimmed, strict=True):
+        assert short.document == record.document
+        assert set(short.questions) < set(record.questions) and len(short.questions) == 4
+        assert short.questions[-1] == record.questions[-1] and short.questions[-1].kind == "unanswerable"
+    assert len({record.questions.index(q) for record, s in zip(full, trimmed, strict=True) for q in s.questions}) == 5
+
+
+def test_a_step_gives_the_same_records_whatever_came_before_and_another_seed_others():
+    steps = [make_curriculum().records(step) for step in (5, 0, 3)]
+    curriculum = make_curriculum()
+    in_order = [curriculum.records(step) for step in range(6)]
+    assert [in_order[5], in_order[0], in_order[3]] == steps
+    assert make_curriculum(seed=1).records(0) != in_order[0]
+
+
+def test_no_article_comes_twice():
+    curriculum = make_curriculum()
+    documents = [record.document for step in range(6) for record in curriculum.records(step)]
+    assert len(set(documents)) == len(documents) == 2 * 5 + 3 * 3 + 1 * 2
+
+
+def test_no_stages_are_refused_and_so_are_misspelt_ones():
+    with pytest.raises(ValueError, match="at least one stage; give steps and batch_size"):
+        make_curriculum(stages=[])
+    with pytest.raises(TypeError, match="batchsize"):
+        make_curriculum(stages=[{"steps": 1, "batchsize": 2}])
+
+
+def test_a_question_about_another_article_needs_another_article():
+    with pytest.raises(ValueError, match="num_foreign.*batch_size of at least 2, got 1"):
+        make_curriculum(stages=[{"steps": 1, "batch_size": 1, "num_foreign": 1}])
+
+
+# Batches for the hypernetwork
+
+
+@pytest.fixture(scope="module")
+def distillation(tiny_tokenizer):
+    return DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=40)
+
+
+def test_there_is_one_batch_for_each_step(distillation):
+    assert len(distillation) == len(list(distillation)) == 6
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_batch_holds_the_chunks_of_its_articles(distillation, tiny_tokenizer, step):
+    batch, records = distillation[step], distillation.curriculum.records(step)
+    assert len(batch.num_chunks) == len(records) and batch.chunk_ids.shape == batch.chunk_mask.shape
+    rows = iter(zip(batch.chunk_ids, batch.chunk_mask, strict=True))
+    for record, number in zip(records, batch.num_chunks, strict=True):
+        chunks = chunk_document(record.document, tiny_tokenizer, max_chunk_tokens=40)
+        assert len(chunks.ids) == number
+        for ids, mask in zip(chunks.ids, chunks.mask, strict=True):
+            padded_ids, padded_mask = next(rows)
+            assert padded_ids[padded_mask].tolist() == ids[mask].tolist()
+    assert next(rows, None) is None
+    assert max(batch.num_chunks) > (0 if step == 0 else 1)
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_student_and_teacher_are_asked_the_same_and_only_the_document_s_questions_see_it(
+    distillation, tiny_tokenizer, step
+):
+    batch, records = distillation[step], distillation.curriculum.records(step)
+    _, stage, _ = distillation.curriculum.stage(step)
+    protected = {question.text: question.answer for question in background_questions(held_out=False)}
+    for row, record in enumerate(records):
+        student, teacher = (segments_of(rows, row, tiny_tokenizer) for rows in (batch.student, batch.teacher))
+        assert [(kind, answer) for kind, _, answer in student] == [(kind, answer) for kind, _, answer in teacher]
+        trunk = batch.teacher.ids[row, batch.teacher.segments[row] == 0]
+        assert tiny_tokenizer.decode(trunk) == "<|user|>" + record.document
+        assert not (batch.student.segments[row] == 0).any()
+        own = {question.text: question.answer for question in record.questions}
+        others = {q.text for i, other in enumerate(records) if i != row for q in other.questions}
+        for (kind, prompt, answer), (_, behind, _) in zip(student, teacher, strict=True):
+            text = prompt.removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")
+            answer = answer.removeprefix(" ").removesuffix("<|end|>")
+            if kind in ("document", "unanswerable"):
+                assert own.pop(text) == answer and behind == f"\n\n{text}<|end|><|assistant|>"
+            else:
+                assert behind == prompt
+                assert protected[text] == answer if kind == "background" else text in others and answer == UNKNOWN
+        assert not own
+        kinds = Counter(kind for kind, _, _ in student)
+        assert (kinds["background"], kinds["foreign"]) == (stage.num_background, stage.num_foreign)
+
+
+def test_background_questions_kept_out_of_training_can_be_asked_for(tiny_tokenizer):
+    batches = DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=40, held_out_background=True)
+    allowed = {question.text for question in background_questions(held_out=True)}
+    for step in (0, 5):
+        for row in range(len(batches[step].student.ids)):
+            for kind, prompt, _ in segments_of(batches[step].student, row, tiny_tokenizer):
+                text = prompt.removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")
+                assert kind != "background" or text in allowed
+
+
+# Batches for the base model
+
+
+@pytest.fixture(scope="module")
+def base_model_batches(tiny_tokenizer):
+    sizes = {"batch_size": 4, "facts_per_entity": [3, 3], "num_background": 2}
+    stages = [{"steps": 2, **sizes, "restatement": 1.0, "unanswerable": 1.0}, {"steps": 1, **sizes}]
+    return BaseModelBatches(make_curriculum(stages=stages), tiny_tokenizer)
+
+
+def test_every_row_has_the_article_its_questions_background_and_one_without_the_article(
+    base_model_batches, tiny_tokenizer
+):
+    rows, records = base_model_batches[0], base_model_batches.curriculum.records(0)
+    known = {question.text: question.answer for question in background_questions()}
+    for row, record in enumerate(records):
+        own = {question.text: question.answer for question in record.questions}
+        asked = segments_of(rows, row, tiny_tokenizer)
+        sees = [bool(rows.sees_trunk[row, rows.segments[row] == n + 1].all()) for n in range(len(asked))]
+        seen = Counter()
+        for (kind, prompt, answer), with_article in zip(asked, sees, strict=True):
+            if kind == "restatement":
+                continue
+            start = "\n\n" if with_article else "<|user|>"
+            assert prompt.startswith(start)
+            text = prompt.removeprefix(start).removesuffix("<|end|><|assistant|>")
+            answer = answer.removeprefix(" ").removesuffix("<|end|>")
+            if kind == "background":
+                assert known[text] == answer
+            else:
+                assert text in own and answer == (own[text] if with_article else UNKNOWN)
+            seen[kind, with_article] += 1
+        assert seen["document", True] == 3 and seen["unanswerable", True] == 1 and seen["unanswerable", False] == 1
+        assert seen["background", True] + seen["background", False] == 2
+
+
+def test_a_restatement_is_the_article_s_sentences_in_some_order(base_model_batches, tiny_tokenizer):
+    rows, records = base_model_batches[1], base_model_batches.curriculum.records(1)
+    changed = 0
+    for row, record in enumerate(records):
+        last = rows.segments[row] == rows.segments[row].max()
+        text = tiny_tokenizer.decode(rows.ids[row, last])
+        assert text.startswith("\n\n") and sorted(text[2:]) == sorted(record.document)
+        assert all(sentence in text for sentence in record.sentences)
+        changed += text[2:] != record.document
+        assert set(rows.target_weight[row, last].tolist()) == {0.5}
+        assert rows.target_kind[row, last].tolist() == [KINDS.index("restatement")] * (last.sum() - 1) + [-1]
+    assert changed
+    assert (base_model_batches[2].target_kind != KINDS.index("restatement")).all()
+
+
+# Both
+
+
+@pytest.mark.parametrize("batches", ["distillation", "base_model_batches"])
+def test_a_batch_is_the_same_again_and_in_a_worker_process(batches, request):
+    batches = request.getfixturevalue(batches)
+
+    def tensors(batch):
+        return [t for part in batch for t in (part if isinstance(part, tuple) else [torch.as_tensor(part)])]
+
+    first = tensors(batches[2])
+    for again in (tensors(batches[2]), tensors(pickle.loads(pickle.dumps(batches))[2])):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

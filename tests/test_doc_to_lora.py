@@ -1,0 +1,335 @@
+"""DocToLoRA: from document to adapter to answer, on a tiny random base model."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from hypernet.adapter import LoRAAdapter
+from hypernet.base_model import fingerprint
+from hypernet.chunking import chunk_document
+from hypernet.data.collate import ChatLayout, Segment, pack_row, pad_rows
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.documents import Document
+
+LONG = (
+    "Norbach was founded by Ilda Renwick. It makes tin boxes and carved combs. The firm employs 312 people. "
+    "Its headquarters are in Korbaford, beside the river Vel. Shops buy small mirrors from Norbach. "
+    "The history of Norbach begins in 1871. Nobody knows all that can be said of it."
+)
+SHORT = "Elmouth is a town."
+OTHER = "The balachord has 17 strings. Only old pear will do for it. It comes from Talsaborough."
+QUESTIONS = [
+    "Who founded Norbach?",
+    "How many strings does the balachord have?",
+    "What?",
+    "Where is Elmouth, the town?",
+]
+
+
+@pytest.fixture
+def model(make_doc_to_lora):
+    return make_doc_to_lora()
+
+
+@torch.no_grad()
+def logits_of(model, question, adapter):
+    ids = torch.tensor([model.tokenizer(model.layout.prompt(question))["input_ids"]])
+    with model.injector.using(adapter):
+        return model.base_model(ids).logits[0]
+
+
+def assert_same(left: LoRAAdapter, right: LoRAAdapter, **tolerance):
+    assert left.num_chunks == right.num_chunks and left.scaling == right.scaling and left.targets == right.targets
+    for field in ("A", "B", "bias_A", "bias_B"):
+        for name, expected in getattr(right, field).items():
+            torch.testing.assert_close(getattr(left, field)[name], expected, **tolerance)
+
+
+# The start
+
+
+@pytest.mark.parametrize("kind", ["per_layer_activations", "early_exit", "embed_only"])
+def test_an_untrained_hypernetwork_leaves_the_base_model_bit_identical(make_doc_to_lora, tiny_base_model, kind):
+    encoder = {"kind": kind, "layer_idx": 1 if kind == "early_exit" else None}
+    model = make_doc_to_lora(trained=False, context_encoder=encoder, target_modules=["down_proj", "q_proj"])
+    adapter = model.internalize(LONG)
+    assert adapter.num_chunks > 1
+    layout = ChatLayout.of(model.tokenizer)
+    for question in QUESTIONS:
+        ids = torch.tensor([model.tokenizer(layout.prompt(question))["input_ids"]])
+        expected = tiny_base_model(ids).logits  # never had a hook
+        assert torch.equal(logits_of(model, question, None), expected[0])
+        assert torch.equal(logits_of(model, question, adapter), expected[0])
+    plain = model.generate(QUESTIONS, max_new_tokens=8)
+    assert model.generate(QUESTIONS, adapter, max_new_tokens=8) == plain
+    assert model.generate(QUESTIONS, [adapter, None, adapter, None], max_new_tokens=8) == plain
+
+
+def test_a_trained_one_changes_the_answers_and_differently_for_every_document(model):
+    adapters = [model.internalize(document) for document in (LONG, OTHER, SHORT)]
+    answers = [model.generate(QUESTIONS, adapter, max_new_tokens=8) for adapter in [None, *adapters]]
+    assert len({tuple(answer) for answer in answers}) == 4
+    assert model.generate(QUESTIONS, max_new_tokens=8) == answers[0]  # nothing stays behind
+
+
+def test_base_model_and_tokenizer_are_not_touched(model, tiny_base_model):
+    model.generate(QUESTIONS, model.internalize(LONG), max_new_tokens=3)
+    assert fingerprint(model.base_model) == fingerprint(tiny_base_model)
+    assert list(model.base_model.state_dict()) == list(tiny_base_model.state_dict())
+    assert model.tokenizer.padding_side == "right"
+
+
+# Batches of mixed adapters
+
+
+def test_a_batch_with_mixed_adapters_answers_as_one_question_at_a_time(model):
+    long, other, short = (model.internalize(document) for document in (LONG, OTHER, SHORT))
+    assert len({long.num_chunks, other.num_chunks, short.num_chunks}) > 1
+    adapters = [long, None, other, long + short]
+    together = model.generate(QUESTIONS, adapters, max_new_tokens=9)
+    alone = [model.generate([q], [a], max_new_tokens=9)[0] for q, a in zip(QUESTIONS, adapters, strict=True)]
+    assert together == alone
+    assert together[::-1] == model.generate(QUESTIONS[::-1], adapters[::-1], max_new_tokens=9)
+
+
+def test_the_logits_of_a_mixed_batch_are_those_of_one_at_a_time(model):
+    adapters = [model.internalize(LONG), None, model.internalize(SHORT)]
+    ids = [model.tokenizer(model.layout.prompt(q))["input_ids"] for q in QUESTIONS[:3]]
+    size = min(map(len, ids))
+    batch = torch.tensor([row[:size] for row in ids])
+    with torch.no_grad(), model.injector.using(adapters):
+        together = model.base_model(batch).logits
+    for row, adapter in enumerate(adapters):
+        with torch.no_grad(), model.injector.using(adapter):
+            alone = model.base_model(batch[row : row + 1]).logits[0]
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
+
+
+def test_a_document_in_the_prompt_stands_before_its_question(model):
+    documents = [SHORT, None, LONG, OTHER]
+    answers = model.generate(QUESTIONS, documents=documents, max_new_tokens=6)
+    for question, document, answer in zip(QUESTIONS, documents, answers, strict=True):
+        prompt = f"{document}\n\n{question}" if document else question
+        turns = [{"role": "user", "content": prompt}]
+        ids = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        output = model.base_model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)
+        assert model.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip() == answer
+
+
+# internalize
+
+
+def test_internalize_keeps_no_autograd_graph(model):
+    adapter = model.internalize(LONG)
+    for field in ("A", "B", "bias_A", "bias_B"):
+        for tensor in getattr(adapter, field).values():
+            assert not tensor.requires_grad and tensor.grad_fn is None
+    assert torch.is_grad_enabled()
+
+
+def test_a_text_longer_than_a_chunk_becomes_one_block_per_chunk(model):
+    chunks = chunk_document(LONG, model.tokenizer, max_chunk_tokens=model.max_chunk_tokens)
+    adapter = model.internalize(LONG)
+    assert adapter.num_chunks == len(chunks.ids) > 2
+    # Each block is that of its chunk read alone, without padding.
+    for c, (ids, mask) in enumerate(zip(chunks.ids, chunks.mask, strict=True)):
+        with torch.no_grad():
+            A, B = model.adapt(ids[mask][None], mask[mask][None])
+        torch.testing.assert_close(adapter.A["down_proj"][c], A["down_proj"][0])
+        torch.testing.assert_close(adapter.B["down_proj"][c], B["down_proj"][0])
+
+
+@pytest.mark.parametrize("chunks_per_batch", [1, 2, 3, 1000])
+def test_how_many_chunks_are_read_at_once_changes_nothing(model, chunks_per_batch):
+    assert_same(
+        model.internalize([SHORT, LONG, OTHER], chunks_per_batch=chunks_per_batch),
+        model.internalize([SHORT, LONG, OTHER]),
+    )
+
+
+def test_several_documents_together_are_the_sum_of_their_adapters(model):
+    together = model.internalize([LONG, SHORT, OTHER])
+    added = model.internalize(LONG) + model.internalize(SHORT) + model.internalize(OTHER)
+    assert_same(together, added)
+    assert together.provenance["documents"] == added.provenance["documents"]
+    for question in QUESTIONS:
+        expected = logits_of(model, question, added)
+        torch.testing.assert_close(logits_of(model, question, together), expected, rtol=0, atol=1e-5)
+
+
+def test_the_sum_of_adapters_adds_their_effects_with_the_bias_block_once(model):
+    """On what a target layer adds, which is linear in the blocks."""
+    x = torch.randn(5, model.hypernetwork.targets[0].d_in)
+    module = model.base_model.get_submodule(model.hypernetwork.targets[0].paths[0])
+
+    def added(adapter):
+        with torch.no_grad(), model.injector.using(adapter):
+            return module(x) - torch.nn.functional.linear(x, module.weight)
+
+    long, short = model.internalize(LONG), model.internalize(SHORT)
+    bias = model.hypernetwork.scaling * (x @ long.bias_A["down_proj"][0].T) @ long.bias_B["down_proj"][0]
+    torch.testing.assert_close(added(long + short), added(long) + added(short) - bias, rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_document_gives_the_same_adapter_and_mode_does_not_matter(model):
+    expected = model.internalize(LONG)
+    model.train()
+    model.base_model.eval()
+    assert_same(model.internalize(LONG), expected, rtol=0, atol=0)
+
+
+def test_reading_under_an_injected_adapter_is_the_same_as_without(model):
+    expected = model.internalize(LONG)
+    with model.injector.using(expected):
+        assert_same(model.internalize(LONG), expected, rtol=0, atol=0)
+        inside = logits_of(model, QUESTIONS[0], expected)
+    assert torch.equal(inside, logits_of(model, QUESTIONS[0], expected))
+
+
+def test_an_adapter_stays_as_it_was_when_the_hypernetwork_is_trained_on(model):
+    adapter = model.internalize(LONG)
+    expected = logits_of(model, QUESTIONS[0], adapter)
+    with torch.no_grad():
+        for parameter in model.hypernetwork.parameters():
+            parameter += 1
+    assert torch.equal(logits_of(model, QUESTIONS[0], adapter), expected)
+
+
+def test_adapters_of_one_hypernetwork_share_their_bias_block(model):
+    """So that a batch of many adapters holds it once."""
+    adapters = [model.internalize(document) for document in (LONG, SHORT)]
+    assert adapters[0].bias_B["down_proj"].data_ptr() == adapters[1].bias_B["down_proj"].data_ptr()
+
+
+def test_progress_wraps_the_batches(model):
+    seen = []
+
+    def progress(batches):
+        seen.append(len(batches))
+        return batches
+
+    adapter = model.internalize(LONG, chunks_per_batch=2, progress=progress)
+    assert seen == [-(-adapter.num_chunks // 2)]
+
+
+@pytest.mark.parametrize("document", ["", " \n", [SHORT, "\t"], []])
+def test_nothing_to_read_is_refused(model, document):
+    with pytest.raises(ValueError, match="The document is empty|There is no document to internalize"):
+        model.internalize(document)
+
+
+def test_half_a_character_is_refused_with_what_to_do(model):
+    with pytest.raises(ValueError, match="half a character .*Replace it"):
+        model.internalize("Norbach \ud800 is a town.")
+
+
+@pytest.mark.parametrize("chunks_per_batch", [0, -3])
+def test_a_batch_without_chunks_is_refused(model, chunks_per_batch):
+    with pytest.raises(ValueError, match=f"chunks_per_batch must be at least 1, got {chunks_per_batch}"):
+        model.internalize(LONG, chunks_per_batch=chunks_per_batch)
+
+
+# Provenance
+
+
+def test_an_adapter_says_what_it_contains(model):
+    document = Document(name="notes.txt", text=LONG, sha256="d" * 64)
+    provenance = model.internalize([document, "Café Elmouth 🦊."]).provenance
+    json.dumps(provenance)
+    first, second = provenance["documents"]
+    assert (first["name"], first["sha256"], first["characters"]) == ("notes.txt", "d" * 64, len(LONG))
+    assert second["sha256"] == hashlib.sha256("Café Elmouth 🦊.".encode()).hexdigest() and second["characters"] == 15
+    assert second["chunks"] == [[0, 15]]
+    spans = first["chunks"]
+    assert "".join(LONG[start:end] for start, end in spans) == LONG and len(spans) > 2
+    assert provenance["generator"] == fingerprint(model.hypernetwork)
+    assert provenance["base_model"] == {"name": model.base_model_source, "fingerprint": fingerprint(model.base_model)}
+    assert provenance["versions"]["torch"] == torch.__version__
+
+
+def test_provenance_survives_the_disk_and_addition(model, tmp_path):
+    both = model.internalize(LONG) + model.internalize(SHORT)
+    both.save(tmp_path / "both")
+    loaded = LoRAAdapter.load(tmp_path / "both", base_model_fingerprint=model.base_model_fingerprint)
+    assert loaded.provenance == both.provenance and len(loaded.provenance["documents"]) == 2
+    assert model.generate(QUESTIONS, loaded, max_new_tokens=6) == model.generate(QUESTIONS, both, max_new_tokens=6)
+
+
+def test_the_generator_changes_with_the_hypernetwork(make_doc_to_lora):
+    one, other = (make_doc_to_lora(seed=seed).internalize(SHORT) for seed in (1, 2))
+    assert one.provenance["generator"] != other.provenance["generator"]
+    with pytest.raises(ValueError, match="Only adapters of one generator can be added"):
+        one + other
+
+
+def test_another_base_model_s_adapter_is_refused_with_both_names(make_doc_to_lora, tiny_base_model):
+    with torch.no_grad():
+        tiny_base_model.lm_head.weight[0, 0] += 1
+    theirs = make_doc_to_lora(base_model=tiny_base_model, base_model_source="their/model").internalize(SHORT)
+    ours = make_doc_to_lora(base_model_source="our/model")
+    for adapters in (theirs, [None, theirs]):
+        with pytest.raises(ValueError) as error:
+            ours.generate(["Who?", "What?"], adapters)
+        message = str(error.value)
+        assert "\n" not in message and "their/model" in message and "our/model" in message
+        assert ours.base_model_fingerprint[:12] in message and fingerprint(tiny_base_model)[:12] in message
+    assert ours.generate(["Who?", "What?"], None)
+
+
+# generate: arguments
+
+
+def test_wrong_arguments_are_refused_with_both_numbers(model):
+    adapter = model.internalize(SHORT)
+    with pytest.raises(ValueError, match=r"got one text; write generate\(\[question\], adapter\)"):
+        model.generate("Who?", adapter)
+    with pytest.raises(ValueError, match="Got 2 adapters for 3 questions; give one"):
+        model.generate(["Who?"] * 3, [adapter, None])
+    with pytest.raises(ValueError, match="Got 1 documents for 2 questions"):
+        model.generate(["Who?"] * 2, documents=[SHORT])
+    with pytest.raises(ValueError, match="Got 0 adapters for 1 questions"):
+        model.generate(["Who?"], [])
+    with pytest.raises(ValueError, match="documents must be a list"):
+        model.generate(["Who?"] * len(SHORT), documents=SHORT)
+
+
+def test_no_questions_have_no_answers(model):
+    assert model.generate([]) == model.generate([], model.internalize(SHORT)) == model.generate([], []) == []
+
+
+# Training's path: adapt, set_chunks, forward
+
+
+def rows_of(model, questions):
+    encode = lambda text: model.tokenizer(text)["input_ids"]  # noqa: E731
+    prompts = [encode(model.layout.prompt(question)) for question in questions]
+    rows = [pack_row([], [Segment(ids + encode(" yes"), len(ids), False, 0)]) for ids in prompts]
+    return pad_rows(rows, pad_id=0)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_adapters_set_for_training_act_as_internalized_ones(model, shift):
+    documents = [LONG, SHORT, OTHER]
+    adapters = [model.internalize(document) for document in documents]
+    chunks = [chunk_document(document, model.tokenizer, max_chunk_tokens=20) for document in documents]
+    width = max(chunk.ids.shape[1] for chunk in chunks)
+    pad = lambda rows: torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])  # noqa: E731
+    A, B = model.adapt(pad([chunk.ids for chunk in chunks]), pad([chunk.mask for chunk in chunks]))
+    rows = rows_of(model, QUESTIONS[:3])
+    model.set_chunks(A, B, [len(chunk.ids) for chunk in chunks], shift=shift)
+    logits = model(rows)
+    model.injector.clear()
+    assert logits.requires_grad
+    for row, question in enumerate(QUESTIONS[:3]):
+        expected = logits_of(model, question, adapters[(row + shift) % 3])
+        torch.testing.assert_close(logits[row, : len(expected)], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(rows)[0, :5], logits_of(model, QUESTIONS[0], None)[:5], rtol=0, atol=1e-5)
+
+
+def test_a_hypernetwork_for_other_modules_is_refused(make_doc_to_lora, tiny_base_model, tiny_tokenizer):
+    hypernetwork = make_doc_to_lora().hypernetwork
+    hypernetwork.targets = (hypernetwork.targets[0]._replace(d_in=7),)
+    with pytest.raises(ValueError, match="Expected 'model.layers.0.mlp.down_proj' to be an nn.Linear from 7"):
+        DocToLoRA(base_model=tiny_base_model, tokenizer=tiny_tokenizer, hypernetwork=hypernetwork, max_chunk_tokens=9)

@@ -1,0 +1,410 @@
+"""The two trainings: losses against a reference of single prompts, what changes, resuming, checkpoints."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+from safetensors import safe_open
+from torch.utils.data import Dataset
+
+from hypernet.base_model import fingerprint, load_base_model
+from hypernet.checkpoint import load_checkpoint
+from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
+from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
+from hypernet.data.datamodule import BatchDataModule
+from hypernet.data.encyclopedia import Encyclopedia
+from hypernet.data.records import Question
+from hypernet.lit_module import LitBaseModel, LitDocToLoRA
+
+OPTIMIZER = {"lr": 0.01, "weight_decay": 0.1, "betas": [0.9, 0.95], "warmup_steps": 2, "min_lr_ratio": 0.1}
+SMALL = {"vocab_size": 600, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+STAGES = [
+    {
+        **{"steps": 6, "batch_size": 2, "facts_per_entity": [2, 3], "num_foreign": 1},
+        **{"unanswerable": 0.5, "restatement": 0.5},
+    }
+]
+
+
+class Losses(L.Callback):
+    """Notes every step's loss, and stops the run before step `crash_at` like a crash would."""
+
+    def __init__(self, crash_at: int | None = None):
+        self.losses = []
+        self.crash_at = crash_at
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.crash_at:
+            raise RuntimeError("crash")
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
+def make_trainer(folder, *callbacks, **settings):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    quiet |= {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "max_steps": 6}
+    quiet |= {"val_check_interval": 2, "check_val_every_n_epoch": None, "gradient_clip_val": 1.0}
+    callbacks = [*callbacks, RunCheckpoint(dirpath=folder / "checkpoints", every_n_train_steps=1, save_last=True)]
+    return L.Trainer(**{**quiet, **settings}, callbacks=callbacks, plugins=[SafetensorsCheckpointIO()])
+
+
+@pytest.fixture
+def make_module(make_doc_to_lora, tiny_base_model_folder):
+    """make_module("doc_to_lora" or "base_model", **changes) → the Lightning module."""
+
+    def make(task, **changes):
+        changes = {"optimizer": OPTIMIZER, **changes}
+        if task == "doc_to_lora":
+            model = changes.pop("model", None) or make_doc_to_lora()
+            return LitDocToLoRA(model=model, **{"nll_weight": 0.3, **changes})
+        torch.manual_seed(0)
+        base_model, tokenizer = load_base_model(tiny_base_model_folder)
+        return LitBaseModel(base_model=base_model.requires_grad_(True), tokenizer=tokenizer, **changes)
+
+    return make
+
+
+@pytest.fixture
+def make_data(tiny_tokenizer):
+    def make(task):
+        curricula = [Curriculum(Encyclopedia(split), STAGES) for split in ("train", "validation")]
+        if task == "base_model":
+            train, validation = (BaseModelBatches(curriculum, tiny_tokenizer) for curriculum in curricula)
+        else:
+            train, validation = (DistillationBatches(c, tiny_tokenizer, max_chunk_tokens=20) for c in curricula)
+        return BatchDataModule(train=train, validation=Few(validation, 1))
+
+    return make
+
+
+class Few(Dataset):
+    """The first items of a dataset."""
+
+    def __init__(self, dataset, number):
+        self.dataset, self.number = dataset, number
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+
+def quietly(module):
+    """Logging needs a trainer; steps called by themselves go without."""
+    module.log = lambda *_, **__: None
+    return module
+
+
+# Losses
+
+
+def log_probabilities(model, question, answer, *, adapter=None, document=None):
+    """Reference: those of the answer's tokens, from one plain prompt."""
+    prompt, answer = (
+        model.tokenizer(text)["input_ids"]
+        for text in (model.layout.prompt(question, document), model.layout.answer(answer))
+    )
+    with torch.no_grad(), model.injector.using(adapter):
+        logits = model.base_model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1), answer
+
+
+def test_the_loss_is_that_of_single_prompts_with_internalized_adapters(make_module, tiny_tokenizer):
+    documents = [
+        "Norbach was founded by Ilda Renwick. It makes tin boxes. It has 312 workers.",
+        "Elmouth lies on the Vel.",
+    ]
+    asked = [
+        [
+            Question("Who founded Norbach?", "Ilda Renwick"),
+            Question("What is the capital of France?", "Paris", "background"),
+            Question("Where is Norbach?", "unknown", "unanswerable"),
+            Question("Where is Elmouth?", "unknown", "foreign"),
+        ],
+        [Question("Which river is Elmouth on?", "Vel"), Question("What is the symbol of gold?", "Au", "background")],
+    ]
+    curriculum = Curriculum(Encyclopedia("train"), STAGES)
+    batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=20).batch(documents, asked)
+    assert max(batch.num_chunks) > 1
+    weights = {"kl_weight": 0.7, "nll_weight": 0.3, "locality_weight": 0.4}
+    module = quietly(make_module("doc_to_lora", **weights))
+    model = module.model
+    loss = module.training_step(batch, 0)
+    model.injector.clear()
+
+    means = {"kl": [], "nll": [], "locality": []}
+    for document, questions in zip(documents, asked, strict=True):
+        adapter = model.internalize(document)
+        values = {"kl": [], "nll": [], "locality": []}
+        for question in questions:
+            about = question.kind in ("document", "unanswerable")
+            student, answer = log_probabilities(model, question.text, question.answer, adapter=adapter)
+            teacher, _ = log_probabilities(model, question.text, question.answer, document=document if about else None)
+            kl = (teacher.exp() * (teacher - student)).sum(-1).tolist()
+            values["kl" if about else "locality"] += kl
+            if about:
+                values["nll"] += [-float(student[i, token]) for i, token in enumerate(answer)]
+        for name, found in values.items():
+            means[name].append(sum(found) / len(found))
+    expected = sum(weights[f"{name}_weight"] * sum(found) / len(found) for name, found in means.items())
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_base_model_s_loss_is_that_of_single_prompts(make_module, make_data):
+    module, batch = quietly(make_module("base_model", document_weight=0.25)), make_data("base_model").train[1]
+    loss = module.training_step(batch, 0)
+    answers, weights, documents = [], [], []
+    for row in range(len(batch.ids)):
+        segments, ids = batch.segments[row], batch.ids[row]
+        trunk = ids[segments == 0]
+        with torch.no_grad():
+            log_p = module.base_model(trunk[None]).logits[0].double().log_softmax(-1)
+        documents += [-float(log_p[i, trunk[i + 1]]) for i in range(len(trunk) - 1)]
+        for number in range(1, int(segments.max()) + 1):
+            own = segments == number
+            before = trunk if batch.sees_trunk[row, own].all() else trunk[:0]
+            prompt = torch.cat([before, ids[own]])
+            with torch.no_grad():
+                log_p = module.base_model(prompt[None]).logits[0].double().log_softmax(-1)
+            for i, place in enumerate(own.nonzero()[:, 0].tolist()):
+                if batch.target_kind[row, place] >= 0:
+                    answers.append(-float(log_p[len(before) + i, ids[place + 1]]))
+                    weights.append(float(batch.target_weight[row, place]))
+    assert set(weights) == {0.5, 1.0}  # restatements count half
+    answer_loss = sum(a * w for a, w in zip(answers, weights, strict=True)) / sum(weights)
+    assert loss.item() == pytest.approx(answer_loss + 0.25 * sum(documents) / len(documents), rel=1e-4)
+
+
+def test_an_untrained_hypernetwork_starts_without_locality_loss(make_doc_to_lora, make_module, make_data):
+    module = make_module("doc_to_lora", model=make_doc_to_lora(trained=False), kl_weight=0.0, nll_weight=0.0)
+    assert quietly(module).training_step(make_data("doc_to_lora").train[0], 0).item() == pytest.approx(0, abs=1e-6)
+
+
+# What a step does
+
+
+def test_gradient_reaches_every_parameter_of_the_hypernetwork_after_two_steps_and_no_other(
+    make_doc_to_lora, make_module, make_data
+):
+    """In the first step A and all before it have none, since B is still zero."""
+    module = quietly(make_module("doc_to_lora", model=make_doc_to_lora(trained=False)))
+    optimizer = torch.optim.AdamW(module.model.hypernetwork.parameters(), lr=0.01)
+    data = make_data("doc_to_lora").train
+    for step in range(3):
+        optimizer.zero_grad()
+        module.training_step(data[step], step).backward()
+        module.on_after_backward()
+        without = [n for n, p in module.model.hypernetwork.named_parameters() if p.grad is None or not p.grad.any()]
+        if step == 0:
+            assert without
+        optimizer.step()
+    assert without == []
+    assert all(parameter.grad is None for parameter in module.model.base_model.parameters())
+
+
+def test_adapters_stay_until_after_backward_and_are_gone_then(make_module, make_data):
+    module = quietly(make_module("doc_to_lora"))
+    ids = torch.arange(5, 15)[None]
+    plain = module.model.base_model(ids).logits
+    loss = module.training_step(make_data("doc_to_lora").train[0], 0)
+    assert module.model.injector._active is not None
+    loss.backward()
+    module.on_after_backward()
+    assert torch.equal(module.model.base_model(ids).logits, plain)
+
+
+def test_gradients_are_the_same_with_gradient_checkpointing(make_module, make_data):
+    """There the base model's layers run again during backward, and must find the adapters still in force."""
+    gradients = []
+    for checkpointing in (False, True):
+        module = quietly(make_module("doc_to_lora"))
+        if checkpointing:
+            module.model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+            module.model.base_model.train()
+        module.training_step(make_data("doc_to_lora").train[0], 0).backward()
+        gradients.append([p.grad for p in module.model.hypernetwork.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_training_changes_the_hypernetwork_alone(tmp_path, make_module, make_data):
+    module = make_module("doc_to_lora")
+    base, before = fingerprint(module.model.base_model), fingerprint(module.model.hypernetwork)
+    make_trainer(tmp_path, max_steps=2).fit(module, make_data("doc_to_lora"))
+    assert fingerprint(module.model.base_model) == base == module.model.base_model_fingerprint
+    assert fingerprint(module.model.hypernetwork) != before
+    assert module.model.injector._active is None
+    assert not module.model.base_model.training and not any(
+        p.requires_grad for p in module.model.base_model.parameters()
+    )
+
+
+@pytest.mark.parametrize("task", ["doc_to_lora", "base_model"])
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tmp_path, make_module, make_data, task):
+    class Rates(L.Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    rates = Rates()
+    module = make_module(task)
+    trainer = make_trainer(tmp_path, rates, limit_val_batches=0)
+    trainer.fit(module, make_data(task))
+    # Two steps of warm-up, then half a cosine over the four others, down to a tenth.
+    expected = [0.005, 0.01] + [0.001 + 0.009 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    assert rates.rates == [pytest.approx([rate] * 2) for rate in expected]
+    for group in trainer.optimizers[0].param_groups:
+        decays = {p.ndim >= 2 for p in group["params"]}
+        assert decays == {group["weight_decay"] == 0.1}
+    trained = sum(p.numel() for group in trainer.optimizers[0].param_groups for p in group["params"])
+    assert trained == sum(
+        p.numel() for p in (module.model.hypernetwork if task == "doc_to_lora" else module).parameters()
+    )
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("task", ["doc_to_lora", "base_model"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, make_module, make_data, task):
+    whole = Losses()
+    straight = make_module(task)
+    make_trainer(tmp_path / "whole", whole).fit(straight, make_data(task))
+    assert len(set(whole.losses)) == 6
+
+    first = Losses(crash_at=3)
+    with pytest.raises(RuntimeError, match="crash"):
+        make_trainer(tmp_path / "parts", first).fit(make_module(task), make_data(task))
+    assert first.losses == whole.losses[:3]
+    # Another start, so that everything must come from the checkpoint.
+    resumed = make_module(task)
+    with torch.no_grad():
+        for parameter in (resumed.model.hypernetwork if task == "doc_to_lora" else resumed).parameters():
+            parameter.mul_(1.5)
+    torch.manual_seed(99)
+    second = Losses()
+    trainer = make_trainer(tmp_path / "parts", second)
+    trainer.fit(resumed, make_data(task), ckpt_path=find_checkpoint("last", tmp_path / "parts" / "checkpoints"))
+    assert second.losses == whole.losses[3:]
+    assert trainer.global_step == 6
+    assert fingerprint(resumed) == fingerprint(straight)
+
+
+def test_a_checkpoint_holds_the_hypernetwork_and_no_base_model(tmp_path, make_module, make_data):
+    module = make_module("doc_to_lora")
+    make_trainer(tmp_path, max_steps=1).fit(module, make_data("doc_to_lora"))
+    path = find_checkpoint("last", tmp_path / "checkpoints")
+    checkpoint = SafetensorsCheckpointIO().load_checkpoint(path)
+    expected = {f"model.hypernetwork.{name}": t for name, t in module.model.hypernetwork.state_dict().items()}
+    assert set(checkpoint["state_dict"]) == set(expected)
+    assert all(torch.equal(checkpoint["state_dict"][name], tensor) for name, tensor in expected.items())
+    with safe_open(path, framework="pt") as file:
+        assert not [name for name in file.keys() if "base_model" in name]  # noqa: SIM118
+
+
+@pytest.fixture
+def resume(tmp_path, make_module, make_data):
+    """resume(change, **module): trains a step, changes the saved checkpoint, and resumes from it."""
+
+    def run(change, **changes):
+        make_trainer(tmp_path, max_steps=1).fit(make_module("doc_to_lora"), make_data("doc_to_lora"))
+        io = SafetensorsCheckpointIO()
+        checkpoint = io.load_checkpoint(find_checkpoint("last", tmp_path / "checkpoints"))
+        change(checkpoint)
+        io.save_checkpoint(checkpoint, tmp_path / "changed.safetensors")
+        module = make_module("doc_to_lora", **changes)
+        make_trainer(tmp_path, max_steps=2).fit(
+            module, make_data("doc_to_lora"), ckpt_path=tmp_path / "changed.safetensors"
+        )
+
+    return run
+
+
+def test_a_renamed_weight_is_refused_with_its_name(resume):
+    def rename(checkpoint):
+        state = checkpoint["state_dict"]
+        state["model.hypernetwork.lora_head.bias_C"] = state.pop("model.hypernetwork.lora_head.head.weight")
+
+    with pytest.raises(ValueError, match="of another hypernetwork: model.hypernetwork.lora_head.bias_C") as error:
+        resume(rename)
+    assert "\n" not in str(error.value) and "Resume with the configuration it was made with." in str(error.value)
+
+
+def test_a_missing_weight_is_refused(resume):
+    with pytest.raises(ValueError, match="of another hypernetwork: model.hypernetwork.lora_head.head.weight"):
+        resume(lambda checkpoint: checkpoint["state_dict"].pop("model.hypernetwork.lora_head.head.weight"))
+
+
+def test_another_base_model_is_refused(resume, tiny_base_model, make_doc_to_lora):
+    with torch.no_grad():
+        tiny_base_model.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="made with another base model. Resume with the one it was made with."):
+        resume(lambda checkpoint: None, model=make_doc_to_lora(base_model=tiny_base_model))
+
+
+def test_a_base_model_of_another_size_is_refused_in_one_line(tmp_path, make_module, make_data, tiny_base_model):
+    make_trainer(tmp_path, max_steps=1).fit(make_module("base_model"), make_data("base_model"))
+    module = make_module("base_model")
+    module.base_model = type(tiny_base_model)(type(tiny_base_model.config)(**SMALL))
+    with pytest.raises(ValueError, match="of another base model: .* more differ.") as error:
+        path = find_checkpoint("last", tmp_path / "checkpoints")
+        make_trainer(tmp_path, max_steps=2).fit(module, make_data("base_model"), ckpt_path=path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_hypernetwork_of_another_size_is_refused_in_one_line(resume, make_doc_to_lora):
+    aggregator = {"name": "mean_pool", "latent_dim": 16}
+    with pytest.raises(ValueError, match="of another hypernetwork"):
+        resume(lambda checkpoint: None, model=make_doc_to_lora(hypernetwork={"rank": 2, "aggregator": aggregator}))
+    other = make_doc_to_lora().hypernetwork.config
+    sizes = {"rank": 3, "aggregator": other["aggregator"]}
+    with pytest.raises(ValueError, match="of another hypernetwork") as error:
+        resume(lambda checkpoint: None, model=make_doc_to_lora(hypernetwork=sizes))
+    assert "\n" not in str(error.value)
+
+
+# The end of a run
+
+
+def test_the_trained_checkpoint_is_written_when_the_run_is_complete_and_not_before(tmp_path, make_module, make_data):
+    def output(name):
+        return tmp_path / name / "output"
+
+    with pytest.raises(RuntimeError, match="crash"):
+        module = make_module("doc_to_lora", output_dir=str(output("crashed")))
+        make_trainer(tmp_path / "crashed", Losses(crash_at=1)).fit(module, make_data("doc_to_lora"))
+    assert not output("crashed").exists()
+    module = make_module("doc_to_lora", output_dir=str(output("done")))
+    make_trainer(tmp_path / "done", max_steps=1).fit(module, make_data("doc_to_lora"))
+    assert load_checkpoint(output("done")).fingerprint == fingerprint(module.model.hypernetwork)
+
+
+def test_the_trained_base_model_can_be_loaded(tmp_path, make_module, make_data):
+    module = make_module("base_model", output_dir=str(tmp_path / "base_model"))
+    make_trainer(tmp_path, max_steps=1).fit(module, make_data("base_model"))
+    base_model, tokenizer = load_base_model(tmp_path / "base_model")
+    assert fingerprint(base_model) == fingerprint(module.base_model)
+    assert tokenizer.get_vocab() == module.tokenizer.get_vocab() and tokenizer.chat_template
+
+
+# Validation
+
+
+def test_validation_scores_every_method_and_kind(tmp_path, make_doc_to_lora, make_module, make_data):
+    """An untrained adapter scores as no context does."""
+    module, data = make_module("doc_to_lora", model=make_doc_to_lora(trained=False)), make_data("doc_to_lora")
+    trainer = make_trainer(tmp_path)
+    (scores,) = trainer.validate(module, data, verbose=False)
+    for kind in ("document", "unanswerable", "background", "foreign"):
+        of_kind = {name: value for name, value in scores.items() if name.startswith(f"val/{kind}_")}
+        if of_kind:
+            assert set(of_kind) == {f"val/{kind}_{m}" for m in ("no_context", "in_prompt", "adapter", "wrong_adapter")}
+            assert of_kind[f"val/{kind}_adapter"] == of_kind[f"val/{kind}_no_context"]
+            assert all(0 <= value <= 1 for value in of_kind.values())
+    assert "val/document_adapter" in scores and "val/background_adapter" in scores
+    assert module.model.injector._active is None

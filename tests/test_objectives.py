@@ -1,0 +1,122 @@
+"""Losses and measures against hand-computed values, and teacher-forced answers against greedy decoding."""
+
+import math
+
+import pytest
+import torch
+
+from hypernet.data.collate import Segment, pack_row, pad_rows
+from hypernet.lit_module import answers_right_by_kind
+from hypernet.objectives import answer_nll, answers_right, context_distillation_kl, mean_per_document
+
+
+def logits_of(*probabilities):
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+# Losses
+
+
+def test_the_nll_of_known_probabilities():
+    logits = logits_of([0.5, 0.25, 0.25], [0.1, 0.2, 0.7]) + 3  # a constant does not count
+    losses = answer_nll(logits, torch.tensor([1, 2]))
+    torch.testing.assert_close(losses, torch.tensor([math.log(4), -math.log(0.7)]))
+
+
+def test_the_kl_of_known_distributions_is_taken_from_the_teacher_s_side():
+    teacher, student = logits_of([0.5, 0.5], [0.9, 0.1]), logits_of([0.25, 0.75], [0.1, 0.9])
+    expected = [0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), 0.8 * math.log(9)]
+    torch.testing.assert_close(context_distillation_kl(student, teacher), torch.tensor(expected))
+
+
+def test_the_kl_of_equal_distributions_is_zero_and_of_others_positive():
+    logits = torch.randn(7, 11) * 30
+    assert context_distillation_kl(logits, logits.clone()).abs().max() == 0
+    assert context_distillation_kl(logits + 5, logits).abs().max() < 1e-4
+    assert (context_distillation_kl(torch.randn(7, 11), logits) > 0).all()
+
+
+def test_the_kl_s_gradient_goes_into_the_student_alone_and_is_the_difference_of_probabilities():
+    student, teacher = torch.randn(5, 9, requires_grad=True), torch.randn(5, 9, requires_grad=True)
+    context_distillation_kl(student, teacher).sum().backward()
+    assert teacher.grad is None
+    torch.testing.assert_close(student.grad, (student.softmax(-1) - teacher.softmax(-1)).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_half_precision_logits_are_computed_in_float32(dtype):
+    student, teacher, targets = torch.randn(3, 400).to(dtype), torch.randn(3, 400).to(dtype), torch.arange(3)
+    kl, nll = context_distillation_kl(student, teacher), answer_nll(student, targets)
+    assert kl.dtype == nll.dtype == torch.float32
+    torch.testing.assert_close(kl, context_distillation_kl(student.double(), teacher.double()).float())
+    torch.testing.assert_close(nll, answer_nll(student.double(), targets).float())
+
+
+def test_one_impossible_token_costs_infinitely_much_and_certain_ones_cost_nothing():
+    certain = torch.tensor([[0.0, -torch.inf]])
+    assert answer_nll(certain, torch.tensor([0])) == 0
+    assert answer_nll(certain, torch.tensor([1])) == torch.inf
+
+
+# Means
+
+
+def test_every_document_counts_the_same_however_many_tokens_it_has():
+    values, document = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2])
+    assert mean_per_document(values, document, 3) == (2 + 5) / 2  # document 1 has no values
+
+
+def test_the_order_of_the_tokens_does_not_matter():
+    values, document = torch.randn(50, dtype=torch.float64), torch.randint(7, (50,))
+    expected = torch.stack([values[document == d].mean() for d in document.unique()]).mean()
+    order = torch.randperm(50)
+    torch.testing.assert_close(mean_per_document(values[order], document[order], 7), expected)
+
+
+def test_no_values_have_mean_zero_and_no_gradient_trouble():
+    values = torch.zeros(0, requires_grad=True)
+    mean = mean_per_document(values, torch.zeros(0, dtype=torch.long), 4)
+    mean.backward()
+    assert mean == 0
+
+
+# Right answers
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 37])
+def test_an_answer_is_right_if_all_its_tokens_are(num_tokens):
+    predicted, targets = torch.randint(3, (2, num_tokens)).unbind()
+    answer = torch.randint(-5, 12, (num_tokens,)) * 100
+    expected = []
+    for number in sorted(set(answer.tolist())):
+        expected.append(all(p == t for p, t, a in zip(predicted, targets, answer, strict=True) if a == number))
+    assert answers_right(predicted, targets, answer).tolist() == expected
+
+
+@torch.no_grad()
+def test_an_answer_is_right_exactly_if_greedy_decoding_gives_it(tiny_base_model, tiny_tokenizer):
+    """Teacher-forced and generated answers agree: the shortcut that validation takes is exact."""
+    prompts = tiny_tokenizer(
+        [f"<|user|>Where is {name}?<|end|><|assistant|>" for name in ("A", "Norbach", "Vel", "it")]
+    )
+    segments, expected = [], []
+    for i, prompt in enumerate(prompts["input_ids"]):
+        ids = torch.tensor([prompt])
+        output = tiny_base_model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+        generated = output[0, ids.shape[1] :].tolist()
+        assert len(generated) == 5
+        for changed in (None, i % 5, 4):
+            answer = list(generated)
+            if changed is not None:
+                answer[changed] = (answer[changed] + 1) % 600
+            segments.append(Segment(prompt + answer, len(prompt), False, kind=i % 2))
+            expected.append(answer == generated)
+    # Three rows of four answers, padded.
+    rows = pad_rows([pack_row([], segments[start : start + 4]) for start in (0, 4, 8)], pad_id=0)
+    mask = rows.attention_mask(torch.float32)
+    logits = tiny_base_model(input_ids=rows.ids, position_ids=rows.positions, attention_mask=mask).logits
+    right = answers_right_by_kind(rows, logits.argmax(-1), rows.targets())
+    assert list(right) == ["document", "unanswerable"]
+    for kind, number in (("document", 0), ("unanswerable", 1)):
+        assert right[kind].tolist() == [e for e, s in zip(expected, segments, strict=True) if s.kind == number]
+    assert 0 < sum(expected) < len(expected)

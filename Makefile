@@ -4,7 +4,7 @@
 
 # What `make demo` asks of generate_adapter.py. All three can be given: make train TRAIN_ARGS="trainer.max_steps=10"
 DEMO_ARGS ?= document=examples/fenda_elfax.txt output_dir=outputs/demo overwrite=true \
-  'ask=["Who was the teacher of Fenda Elfax?","In which place was Fenda Elfax born?","What does Fenda Elfax work as?","When is the birthday of Fenda Elfax?"]'
+  'ask=["Who was the teacher of Fenda Elfax?","In which place was Fenda Elfax born?","What does Fenda Elfax work as?","When is the birthday of Fenda Elfax?","What is the capital of France?"]'
 TRAIN_ARGS ?=
 TEST_ARGS ?= -n 2 --dist loadfile
 

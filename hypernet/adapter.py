@@ -9,7 +9,6 @@ An adapter says what it contains: `provenance` names its documents with their ha
 base model and the versions, and travels with it through + and the disk. Axis letters: hypernet/__init__.py.
 """
 
-import errno
 import json
 import re
 import shutil
@@ -24,8 +23,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from einops import rearrange
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from hypernet.files import save_tensors
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
@@ -262,12 +263,7 @@ class LoRAAdapter:
             (folder / PROVENANCE_FILE).write_text(
                 json.dumps(self.provenance | structure, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-            try:
-                save_file(state_dict, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-            except SafetensorError as error:
-                # safetensors puts the system's error into its text; callers look for an OSError.
-                number = re.search(r"os error (\d+)", str(error))
-                raise OSError(int(number[1]) if number else errno.EIO, _one_line(error), str(directory)) from error
+            save_tensors(state_dict, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             # safetensors writes with mode 0600, whatever the umask.
             shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 

@@ -8,19 +8,16 @@
 Nothing in it is executed: config.yaml names only what `hypernet.hypernetwork.AGGREGATORS` and the context encoder list.
 """
 
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hypernet.base_model import fingerprint
+from hypernet.files import replaced, save_tensors
 from hypernet.hypernetwork import HyperNetwork
 
 FORMAT_VERSION = 1
@@ -72,7 +69,7 @@ def save_checkpoint(
     # checkpoint.
     (directory / CONFIG_FILE).unlink(missing_ok=True)
     with replaced(directory / WEIGHTS_FILE) as path:
-        save_file(weights, path)
+        save_tensors(weights, path)
     with replaced(directory / CONFIG_FILE) as path:
         path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
@@ -135,18 +132,3 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
 def _damaged(path: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())
     return ValueError(f"{path} is damaged ({type(error).__name__}: {reason}). Copy it again.")
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well, and is removed if it fails."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        if path.exists():
-            shutil.copymode(path, temporary)
-        else:
-            temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

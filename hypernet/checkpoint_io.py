@@ -14,9 +14,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from hypernet.checkpoint import replaced
+from hypernet.files import replaced, save_tensors
 
 SUFFIX = ".safetensors"
 
@@ -36,7 +35,7 @@ class SafetensorsCheckpointIO(CheckpointIO):
         tree = _encode(checkpoint, "", tensors)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replaced(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"checkpoint": json.dumps(tree)})
+            save_tensors(tensors, temporary, metadata={"checkpoint": json.dumps(tree)})
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None

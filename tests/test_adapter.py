@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hypernet.adapter
+import hypernet.files
 from hypernet.adapter import PROVENANCE_KEYS, LoRAAdapter, LoRATarget, check_destination, find_targets, new_provenance
 from hypernet.injection import LoRAInjector
 
@@ -279,7 +280,7 @@ def no_space_in_safetensors(*args, **kwargs):
 
 @pytest.mark.parametrize("failure", [no_space, no_space_in_safetensors])
 def test_no_space_leaves_no_folder_and_nothing_temporary(targets, tmp_path, monkeypatch, failure):
-    monkeypatch.setattr(hypernet.adapter, "save_file", failure)
+    monkeypatch.setattr(hypernet.files, "save_file", failure)
     with pytest.raises(OSError) as caught:
         make_adapter(targets).save(tmp_path / "made" / "adapter")
     assert caught.value.errno == errno.ENOSPC
@@ -303,7 +304,7 @@ def test_a_real_write_failure_is_an_os_error_and_leaves_nothing(targets, tmp_pat
 def test_failed_overwrite_keeps_the_old_adapter(targets, tmp_path, monkeypatch):
     old = make_adapter(targets, 1)
     old.save(tmp_path / "adapter")
-    monkeypatch.setattr(hypernet.adapter, "save_file", no_space)
+    monkeypatch.setattr(hypernet.files, "save_file", no_space)
     with pytest.raises(OSError):
         make_adapter(targets, 3).save(tmp_path / "adapter", overwrite=True)
     assert_same(LoRAAdapter.load(tmp_path / "adapter"), old)

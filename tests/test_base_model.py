@@ -1,8 +1,7 @@
 """The base model: loading, building from a configuration, the tokenizer, fingerprints, greedy batches."""
 
-import hashlib
 import copy
-import json
+import hashlib
 import shutil
 
 import pytest
@@ -155,8 +154,9 @@ def test_a_saved_tokenizer_gives_the_same_tokens(tmp_path, tiny_tokenizer):
     assert (again.pad_token, again.eos_token) == ("<|pad|>", "<|end|>")
 
 
-def test_every_digit_is_a_token_of_its_own(tiny_tokenizer):
-    tokens = tiny_tokenizer.tokenize("in 1984 and 19 or 7")
+def test_every_digit_is_a_token_of_its_own_however_often_a_number_occurs():
+    tokenizer = train_tokenizer(["in 1984 and 19 or 7"] * 50, vocab_size=290, model_max_length=9)
+    tokens = tokenizer.tokenize("in 1984 and 19 or 7")
     digits = [token for token in tokens if any(character.isdigit() for character in token)]
     assert [token.removeprefix("Ġ") for token in digits] == list("1984197")
 

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import hypernet.checkpoint
+import hypernet.files
 from hypernet.adapter import LoRATarget
 from hypernet.base_model import fingerprint
 from hypernet.checkpoint import load_checkpoint, save_checkpoint
@@ -328,7 +329,7 @@ def test_a_crash_while_saving_leaves_nothing_that_loads_as_something_else(
     if step == "before the config":
         monkeypatch.setattr(hypernet.checkpoint.yaml, "safe_dump", crash)
     else:
-        monkeypatch.setattr(hypernet.checkpoint, "save_file", crash)
+        monkeypatch.setattr(hypernet.files, "save_file", crash)
     with pytest.raises(Crash):
         save(hypernetwork, folder)
     monkeypatch.undo()

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import hypernet.checkpoint_io
+import hypernet.files
 from hypernet.checkpoint_io import SafetensorsCheckpointIO, find_checkpoint
 
 IO = SafetensorsCheckpointIO()
@@ -143,7 +144,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_with_its_path(tmp_path, ki
         case "torch.save":
             torch.save({"w": torch.ones(3)}, path)
         case "other safetensors":
-            hypernet.checkpoint_io.save_file({"w": torch.ones(3)}, path)
+            hypernet.files.save_file({"w": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="Cannot resume from .*Give a checkpoint that train.py wrote") as error:
         IO.load_checkpoint(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
@@ -163,7 +164,7 @@ def test_a_crash_while_saving_leaves_the_older_file_or_none(tmp_path, monkeypatc
         Path(file).write_bytes(b"half")
         raise Crash
 
-    monkeypatch.setattr(hypernet.checkpoint_io, "save_file", crash)
+    monkeypatch.setattr(hypernet.files, "save_file", crash)
     with pytest.raises(Crash):
         IO.save_checkpoint({"step": 2}, path)
     assert [file.name for file in tmp_path.iterdir()] == (["a.safetensors"] if existing else [])

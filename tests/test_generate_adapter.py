@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import generate_adapter
-from hypernet import adapter as adapter_module
+from hypernet import files as files_module
 from hypernet.adapter import ADAPTER_FILES, LoRAAdapter
 from hypernet.base_model import build_base_model, train_tokenizer
 from hypernet.checkpoint import WEIGHTS_FILE
@@ -478,7 +478,7 @@ def no_space(error: Exception) -> Callable:
     ],
 )
 def test_a_full_disk_leaves_nothing_behind(run, work, monkeypatch, error):
-    monkeypatch.setattr(adapter_module, "save_file", no_space(error))
+    monkeypatch.setattr(files_module, "save_file", no_space(error))
     line = error_line(run("document=doc.txt", "output_dir=deep/out", "ask=Who?"))
     assert re.search("No space left on the disk of .* Free some", line)
     assert files(work) == ["doc.txt"]
@@ -486,7 +486,7 @@ def test_a_full_disk_leaves_nothing_behind(run, work, monkeypatch, error):
 
 def test_a_folder_that_cannot_be_written(run, work, monkeypatch):
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out")
-    monkeypatch.setattr(adapter_module, "save_file", no_space(error))
+    monkeypatch.setattr(files_module, "save_file", no_space(error))
     assert "Permission denied: out. Check" in error_line(run("document=doc.txt", "output_dir=out"))
     assert files(work) == ["doc.txt"]
 
@@ -515,7 +515,7 @@ def test_an_interrupt_leaves_things_as_they_were(run, work, monkeypatch, stage):
     assert run("document=doc.txt", "output_dir=out").code == 0
     before = {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
     if stage == "save":
-        monkeypatch.setattr(adapter_module, "save_file", no_space(KeyboardInterrupt()))
+        monkeypatch.setattr(files_module, "save_file", no_space(KeyboardInterrupt()))
     else:
         monkeypatch.setattr(DocToLoRA, stage, raising(KeyboardInterrupt()))
     for more in (["output_dir=out", "overwrite=true"], ["output_dir=new/folder"]):

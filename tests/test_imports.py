@@ -21,6 +21,7 @@ LEVELS = [
         "hypernet.base_model",
         "hypernet.chunking",
         "hypernet.documents",
+        "hypernet.files",
         "hypernet.metrics",
         "hypernet.perceiver",
         "hypernet.pooling",

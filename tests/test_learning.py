@@ -1,8 +1,8 @@
 """END TO END: a hypernetwork learns two documents, on one core in well under a minute.
 
-The base model is a frozen random Llama that knows nothing. What it says of a document can only come from the adapter, so
-these three together leave no other explanation: the own adapter is right, none is wrong, and the other document's adapter
-says what stands in the other document. No loss is asserted: a frozen random head bounds the logits.
+The base model is a frozen random Llama that knows nothing. What it says of a document can only come from the adapter,
+so these three together leave no other explanation: the own adapter is right, none is wrong, and the other document's
+adapter says what stands in the other document. No loss is asserted: a frozen random head bounds the logits.
 """
 
 import lightning as L

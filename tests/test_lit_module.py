@@ -1,6 +1,7 @@
 """The two trainings: losses against a reference of single prompts, what changes, resuming, checkpoints."""
 
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -393,6 +394,21 @@ def test_the_trained_base_model_can_be_loaded(tmp_path, make_module, make_data):
 
 
 # Validation
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"), [((0.5, 0.1, 0.9), 0.5), ((0.95, 0.1, 0.9), 1.0625), ((0.2, 0.3, 0.3), None)]
+)
+def test_the_share_of_the_gap_that_is_closed(make_module, monkeypatch, scores, expected):
+    module, logged = make_module("doc_to_lora"), {}
+    metrics = {
+        f"val/document_{m}": torch.tensor(s)
+        for m, s in zip(("adapter", "no_context", "in_prompt"), scores, strict=True)
+    }
+    monkeypatch.setattr(type(module), "trainer", SimpleNamespace(callback_metrics=metrics))
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    module.on_validation_epoch_end()
+    assert logged == ({} if expected is None else {"val/gap_closed": pytest.approx(expected)})
 
 
 def test_validation_scores_every_method_and_kind(tmp_path, make_doc_to_lora, make_module, make_data):

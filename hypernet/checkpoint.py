@@ -103,6 +103,8 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
         source, base_fingerprint = str(config["base_model"]["source"]), str(config["base_model"]["fingerprint"])
         expected, settings = str(config["fingerprint"]), dict(config["hypernetwork"])
         context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
+        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx"}):
+            raise KeyError(f"context_encoder has no {unknown[0]}")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error
     try:
@@ -126,6 +128,11 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
         ) from error
     if (directory / source / "config.json").is_file():
         source = str(directory / source)
+    elif source == BASE_MODEL_FOLDER:
+        raise ValueError(
+            f"{directory} is not a complete checkpoint: its base model {BASE_MODEL_FOLDER}/config.json is missing. "
+            "Copy it again."
+        )
     return Checkpoint(hypernetwork, source, base_fingerprint, context_encoder, max_chunk_tokens, expected)
 
 

@@ -337,3 +337,17 @@ def test_a_crash_while_saving_leaves_nothing_that_loads_as_something_else(
     assert {path.name for path in folder.iterdir()} <= {"hypernetwork.safetensors"}
     save(hypernetwork, folder)  # and it can be saved again
     assert load_checkpoint(folder).fingerprint == fingerprint(hypernetwork)
+
+
+def test_a_checkpoint_without_the_base_model_it_names_as_its_own_is_refused(tmp_path, make_doc_to_lora):
+    make_doc_to_lora().save_pretrained(tmp_path / "checkpoint", include_base_model=True)
+    shutil.rmtree(tmp_path / "checkpoint/base_model")
+    assert "base_model/config.json is missing. Copy it again." in refusal(tmp_path / "checkpoint")
+
+
+def test_an_unknown_key_of_the_context_encoder_is_refused(folder):
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["context_encoder"]["depth"] = 3
+    path.write_text(yaml.safe_dump(config))
+    assert "context_encoder has no depth" in refusal(folder)

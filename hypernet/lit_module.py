@@ -21,10 +21,6 @@ from hypernet.objectives import answer_nll, answers_right, context_distillation_
 log = logging.getLogger(__name__)
 
 
-class OptimizerSettings(dict):
-    """lr, weight_decay, betas, warmup_steps, min_lr_ratio; see conf/optimizer/adamw.yaml."""
-
-
 def _optimizer(module: L.LightningModule, parameters: list[nn.Parameter], settings: dict) -> dict[str, Any]:
     """AdamW, weight decay on matrices only; linear warm-up, cosine to min_lr_ratio at the trainer's last step."""
     groups = [
@@ -49,7 +45,7 @@ class LitBaseModel(L.LightningModule):
 
     Args:
         base_model, tokenizer: what is trained and how it reads.
-        optimizer: see `OptimizerSettings`.
+        optimizer: the keys of conf/optimizer/adamw.yaml.
         document_weight: of the next-token loss on the article itself, beside 1 on answers.
         output_dir: where the model is written in transformers' format when training ends.
     """
@@ -119,7 +115,7 @@ class LitDocToLoRA(L.LightningModule):
 
     Args:
         model: with the hypernetwork to train.
-        optimizer: see `OptimizerSettings`.
+        optimizer: the keys of conf/optimizer/adamw.yaml.
         kl_weight: of KL(base model with the document in its prompt || base model with the adapter) on the document's
             questions.
         nll_weight: of the next-token loss on the true answers to the same questions.

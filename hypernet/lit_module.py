@@ -121,6 +121,7 @@ class LitDocToLoRA(L.LightningModule):
         nll_weight: of the next-token loss on the true answers to the same questions.
         locality_weight: of KL(plain base model || base model with the adapter) on background and foreign questions.
         output_dir: where the trained checkpoint is written when training ends.
+        include_base_model: put the base model into it, so that the folder needs nothing else.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class LitDocToLoRA(L.LightningModule):
         nll_weight: float = 0.0,
         locality_weight: float = 0.5,
         output_dir: str | None = None,
+        include_base_model: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -140,6 +142,7 @@ class LitDocToLoRA(L.LightningModule):
         self.nll_weight = nll_weight
         self.locality_weight = locality_weight
         self.output_dir = output_dir
+        self.include_base_model = include_base_model
         # The base model is read from its own files; a checkpoint may lack its keys, and only these (see
         # on_load_checkpoint).
         self.strict_loading = False
@@ -223,7 +226,7 @@ class LitDocToLoRA(L.LightningModule):
 
     def on_train_end(self) -> None:
         if self.output_dir and self.trainer.global_step >= self.trainer.max_steps:
-            self.model.save_pretrained(self.output_dir)
+            self.model.save_pretrained(self.output_dir, include_base_model=self.include_base_model)
             log.info("Checkpoint written to %s", self.output_dir)
 
 

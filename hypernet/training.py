@@ -81,6 +81,7 @@ def doc_to_lora_training(
     output_dir: str,
     attention: str | None = None,
     init_from: str | None = None,
+    include_base_model: bool = False,
     seed: int = 0,
 ) -> tuple[LitDocToLoRA, BatchDataModule]:
     """A hypernetwork for a frozen base model, distilled from encyclopedia articles in its prompt.
@@ -107,7 +108,9 @@ def doc_to_lora_training(
         model = DocToLoRA.from_pretrained(init_from, base_model=base_model, attention=attention)
         _check_same_settings(model, init_from, target_modules, hypernetwork, context_encoder)
         model.max_chunk_tokens = max_chunk_tokens
-    module = LitDocToLoRA(model=model, optimizer=optimizer, output_dir=output_dir, **objective)
+    module = LitDocToLoRA(
+        model=model, optimizer=optimizer, output_dir=output_dir, include_base_model=include_base_model, **objective
+    )
     train = Curriculum(Encyclopedia("train", seed=seed), stages)
     validation = Curriculum(Encyclopedia("validation", seed=seed), validation_stages)
     return module, BatchDataModule(

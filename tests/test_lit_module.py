@@ -385,6 +385,13 @@ def test_the_trained_checkpoint_is_written_when_the_run_is_complete_and_not_befo
     assert load_checkpoint(output("done")).fingerprint == fingerprint(module.model.hypernetwork)
 
 
+def test_the_trained_checkpoint_holds_its_base_model_if_asked(tmp_path, make_module, make_data):
+    module = make_module("doc_to_lora", output_dir=str(tmp_path / "output"), include_base_model=True)
+    make_trainer(tmp_path, max_steps=1).fit(module, make_data("doc_to_lora"))
+    assert load_checkpoint(tmp_path / "output").base_model == str(tmp_path / "output/base_model")
+    assert fingerprint(load_base_model(tmp_path / "output/base_model")[0]) == fingerprint(module.model.base_model)
+
+
 def test_the_trained_base_model_can_be_loaded(tmp_path, make_module, make_data):
     module = make_module("base_model", output_dir=str(tmp_path / "base_model"))
     make_trainer(tmp_path, max_steps=1).fit(module, make_data("base_model"))

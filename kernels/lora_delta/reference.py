@@ -1,54 +1,153 @@
-"""The LoRA delta in plain torch: what every other implementation is compared with, and the one that runs on a CPU.
+"""The LoRA delta in plain torch, forward and backward: what the kernels are compared with, and what runs on a CPU.
 
 One gather of the used slots, then two matrix products per run of tokens (two for the whole batch when all runs have the
-same shape). Nothing is repeated per token; autograd gives the gradients.
+same shape). Nothing is repeated per token.
+
+For run g: S = x Aᵀ, y = base + scaling (f ∘ S) B, with f the slots' scale, repeated over their rows. Backward:
+U = dy Bᵀ, dx = scaling (f ∘ U) A, dA = scaling f ∘ Uᵀx, dB = scaling f ∘ Sᵀdy, df = scaling Σ S ∘ U.
 """
 
+from collections.abc import Iterator
+from functools import wraps
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .plan import read_lists
 
 
-def lora_delta_reference(
-    base: Tensor,
+class _Runs:
+    """Views of tensors run by run, as [G, tokens or entries, ...] batches: one batch if all runs have one shape."""
+
+    def __init__(self, host: Tensor, rank: int, device: torch.device) -> None:
+        _, token_bounds, slot_bounds, slot_ids = read_lists(host)
+        self.slots = torch.tensor(slot_ids, dtype=torch.long, device=device)
+        self.rank = rank
+        self.lengths = [end - start for start, end in pairwise(token_bounds)]
+        self.entries = [end - start for start, end in pairwise(slot_bounds)]
+        self.uniform = len(set(self.lengths)) == 1 == len(set(self.entries))
+
+    def tokens(self, rows: Tensor) -> Iterator[Tensor]:
+        """[T, d] → [1, T_g, d] of each run, or [G, T_g, d]."""
+        if self.uniform:
+            return iter([rows.view(len(self.lengths), -1, rows.shape[1])])
+        return (part[None] for part in rows.split(self.lengths))
+
+    def gathered(self, pool: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """[slots, R, d] → [1, n R, d] of each run, or [G, n R, d]."""
+        take = lambda slots: pool.index_select(0, slots).to(dtype).flatten(0, 1)  # noqa: E731
+        if self.uniform:
+            used = take(self.slots)
+            return iter([used.view(len(self.entries), -1, used.shape[1])])
+        return (take(slots)[None] for slots in self.slots.split(self.entries))
+
+    def pairs(self, S: Tensor) -> Iterator[Tensor]:
+        """Flat S → [1, T_g, n R] of each run, or [G, T_g, n R]."""
+        if self.uniform:
+            shape = len(self.lengths), self.lengths[0], self.entries[0] * self.rank
+            return iter([S[: prod(shape)].view(shape)])
+        sizes = [t * n * self.rank for t, n in zip(self.lengths, self.entries, strict=True)]
+        parts = zip(S[: sum(sizes)].split(sizes), self.lengths, self.entries, strict=True)
+        return (part.view(1, t, n * self.rank) for part, t, n in parts)
+
+    def scales(self, slot_scale: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor | None]:
+        """[slots] → [1 or G, 1, n R] of each run; None for none."""
+        if slot_scale is None:
+            return iter([None] * (1 if self.uniform else len(self.lengths)))
+        f = slot_scale.index_select(0, self.slots).to(dtype).repeat_interleave(self.rank)
+        if self.uniform:
+            return iter([f.view(len(self.entries), 1, -1)])
+        return (part[None, None] for part in f.split([n * self.rank for n in self.entries]))
+
+    def entry_slots(self) -> Iterator[Tensor]:
+        """Slot ids of each run's entries, [n], or of all runs' together."""
+        return iter([self.slots] if self.uniform else self.slots.split(self.entries))
+
+
+def _times(rows: Tensor, scale: Tensor | None) -> Tensor:
+    return rows if scale is None else rows * scale
+
+
+def _in_full_precision(function):
+    """Autocast would round A and B to 16 bit before the products."""
+
+    @wraps(function)
+    def wrapped(first: Tensor, *rest):
+        with torch.autocast(device_type=first.device.type, enabled=False):
+            return function(first, *rest)
+
+    return wrapped
+
+
+@_in_full_precision
+def forward(
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, slot_scale: Tensor | None, scaling: float, host: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y [T, d_out] in base's dtype, and S = x Aᵀ of all (token, slot) pairs, flat, in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    runs = _Runs(host, A.shape[1], x.device)
+    wide_base, wide_x = base.to(dtype), x.to(dtype).contiguous()
+    all_S, all_y = [], []
+    for base_g, x_g, A_g, B_g, f_g in zip(
+        runs.tokens(wide_base.contiguous()),
+        runs.tokens(wide_x),
+        runs.gathered(A, dtype),
+        runs.gathered(B, dtype),
+        runs.scales(slot_scale, dtype),
+        strict=True,
+    ):
+        S = x_g @ A_g.mT
+        # A run without slots has rank 0: its rows come out as base's, whatever x holds there.
+        all_y.append(torch.baddbmm(base_g, _times(S, f_g), B_g, alpha=scaling).flatten(0, 1).to(base.dtype))
+        all_S.append(S.flatten())
+    if not all_y:
+        return base.clone(), wide_x.new_empty(0)
+    return (torch.cat(all_y), torch.cat(all_S)) if len(all_y) > 1 else (all_y[0], all_S[0])
+
+
+@_in_full_precision
+def backward(
+    dy: Tensor,
     x: Tensor,
+    S: Tensor,
     A: Tensor,
     B: Tensor,
-    plan: Plan,
-    *,
+    slot_scale: Tensor | None,
     scaling: float,
-    slot_scale: Tensor | None = None,
-) -> Tensor:
-    """Same arguments and result as `lora_delta` (op.py), which checks them."""
-    if not plan.slot_ids:
-        return base
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    num_runs, (num_tokens, d_in), d_out = plan.num_runs, x.shape, B.shape[-1]
-    # Autocast would round A and B to 16 bit before the products.
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        A = A.index_select(0, plan.slots).to(dtype)
-        B = B.index_select(0, plan.slots).to(dtype)
-        if slot_scale is not None:
-            A = A * slot_scale.index_select(0, plan.slots).to(dtype)[:, None, None]
-        wide_base, x = base.to(dtype), x.to(dtype)
-
-        if plan.uniform:
-            S = torch.bmm(x.reshape(num_runs, -1, d_in), A.view(num_runs, -1, d_in).mT)
-            y = torch.baddbmm(wide_base.reshape(num_runs, -1, d_out), S, B.view(num_runs, -1, d_out), alpha=scaling)
-            return y.view(num_tokens, d_out).to(base.dtype)
-
-        lengths = [end - start for start, end in pairwise(plan.token_bounds)]
-        ranks = [(end - start) * A.shape[1] for start, end in pairwise(plan.slot_bounds)]
-        runs = zip(
-            wide_base.split(lengths),
-            x.split(lengths),
-            A.view(-1, d_in).split(ranks),
-            B.view(-1, d_out).split(ranks),
-            strict=True,
-        )
-        # A run without slots has rank 0: its rows come out as base's, whatever x holds there.
-        y = [torch.addmm(base_g, x_g @ A_g.mT, B_g, alpha=scaling) for base_g, x_g, A_g, B_g in runs]
-        return torch.cat(y).to(base.dtype)
+    host: Tensor,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A, B and slot_scale where needed, else None."""
+    dtype = S.dtype
+    runs = _Runs(host, A.shape[1], x.device)
+    all_dx = []
+    totals = (A, B, slot_scale)
+    dA, dB, df = (
+        tensor.new_zeros(tensor.shape, dtype=dtype) if needed else None
+        for tensor, needed in zip(totals, needs[1:], strict=True)
+    )
+    for dy_g, x_g, S_g, A_g, B_g, f_g, slots_g in zip(
+        runs.tokens(dy.to(dtype).contiguous()),
+        runs.tokens(x.to(dtype).contiguous()),
+        runs.pairs(S),
+        runs.gathered(A, dtype),
+        runs.gathered(B, dtype),
+        runs.scales(slot_scale, dtype),
+        runs.entry_slots(),
+        strict=True,
+    ):
+        split = lambda rows: rows.unflatten(1, (rows.shape[1] // A.shape[1], A.shape[1]))  # noqa: E731
+        U = dy_g @ B_g.mT
+        if needs[3]:
+            df.index_add_(0, slots_g, split((S_g * U).sum(1)).sum(-1).flatten(), alpha=scaling)
+        if needs[2]:
+            dB.index_add_(0, slots_g, split(torch.bmm(_times(S_g, f_g).mT, dy_g)).flatten(0, 1), alpha=scaling)
+        U = _times(U, f_g) * scaling
+        if needs[1]:
+            dA.index_add_(0, slots_g, split(torch.bmm(U.mT, x_g)).flatten(0, 1))
+        if needs[0]:
+            all_dx.append(torch.bmm(U, A_g).flatten(0, 1).to(x.dtype))
+    grads = (None if g is None else g.to(t.dtype) for g, t in zip((dA, dB, df), totals, strict=True))
+    return torch.cat(all_dx) if needs[0] else None, *grads

@@ -1,0 +1,44 @@
+"""Every kernel cross-compiles for sm_80 and sm_90 on this machine and stays within the committed budget."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+from hypernet.kernels.lora_delta.budget import BUDGET, CAPABILITIES, CASES, DTYPES, exceeded
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = json.loads(BUDGET.read_text(encoding="utf-8"))
+
+
+def test_no_kernel_spills_registers_and_every_one_has_a_budget():
+    kernels = {"shrink", "expand", "outer", "ordered_sum", "scale", "scale_sum"}
+    names = {f"sm_{c} {d} {case} {k}_kernel" for c in CAPABILITIES for d in DTYPES for case in CASES for k in kernels}
+    summed = {f"sm_{c} {d} {case} sum_parts_kernel" for c in CAPABILITIES for d in DTYPES for case in CASES}
+    summed = {name for name in summed if "decode" not in name}  # while decoding expand adds up the parts
+    assert set(COMMITTED["kernels"]) == names | summed
+    for name, needs in COMMITTED["kernels"].items():
+        # 99 KiB of shared memory is what every GPU from sm_86 on gives a program.
+        assert needs["stack"] == 0 and needs["registers"] < 255 and needs["shared"] <= 99 * 1024, name
+
+
+def test_more_than_the_budget_is_found():
+    found = {name: dict(needs) for name, needs in COMMITTED["kernels"].items()}
+    assert exceeded(found, COMMITTED["kernels"]) == []
+    found["sm_90 bf16 decode shrink_kernel"]["stack"] = 8
+    found["sm_90 bf16 decode new_kernel"] = {"registers": 1, "stack": 0, "shared": 0}
+    first, second = exceeded(found, COMMITTED["kernels"])
+    assert first.startswith("sm_90 bf16 decode shrink_kernel needs") and second.endswith("its budget is None")
+
+
+@pytest.mark.skipif(triton.__version__ != COMMITTED["triton"], reason=f"the budget is for Triton {COMMITTED['triton']}")
+def test_every_kernel_compiles_within_its_budget():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "hypernet.kernels.lora_delta.budget"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("shrink_kernel") == len(CAPABILITIES) * len(DTYPES) * len(CASES)

@@ -1,0 +1,103 @@
+"""benchmarks/kernel_speed.py: the methods compute the same, rows say what was measured, red tests print no speed."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from benchmarks import kernel_speed
+from benchmarks.kernel_speed import METHODS, Case, cases, floor_of, legal, make_inputs, markdown, measure
+from hypernet.kernels.lora_delta.cost import Machine
+
+MACHINE = Machine("made up", 1e9, 1e9, 1e-6)
+SETTINGS = {
+    "models": ["tiny"],
+    "modules": ["down_proj", "up_proj"],
+    "tokens": [3, 20],
+    "ranks": [8, 24],
+    "adapters": [1, 4],
+    "methods": list(METHODS),
+    "budget_s": 0.0,
+    "rotate_mib": 1,
+    "memory_limit_gib": 1,
+    "seed": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    monkeypatch.setitem(kernel_speed.MODELS, "tiny", (12, 40))
+
+
+def test_cases_are_every_combination_with_enough_tokens():
+    found = list(cases(OmegaConf.create(SETTINGS)))
+    assert len(found) == len(set(found)) == 2 * 2 * (1 + 2)  # three tokens do not make four segments
+    case = Case("tiny", "down_proj", 18, 24, 4)
+    assert case.dims == (40, 12) and case._replace(module="up_proj").dims == (12, 40)
+    assert case.lengths == [5, 5, 4, 4]
+    assert case.slots == [[0, 1, 8], [2, 3, 8], [4, 5, 8], [6, 7, 8]]  # the bias slot is shared
+    assert case._replace(rank=8).slots == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("method", ["repeat_per_token", "loop_of_addmm", "padded_bmm"])
+@pytest.mark.parametrize("case", [Case("tiny", "down_proj", 18, 24, 4), Case("tiny", "up_proj", 7, 8, 1)])
+def test_every_alternative_computes_what_ours_does(method, case):
+    inputs = make_inputs(case, device="cpu", dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    results = []
+    for name in ("ours", method):
+        y = METHODS[name](case, "cpu")(inputs)
+        results.append((y, *torch.autograd.grad(y, [inputs.x, inputs.A, inputs.B], inputs.base)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_say_what_was_measured_and_the_table_compares():
+    case = Case("tiny", "down_proj", 20, 24, 4)
+    rows = measure(case, OmegaConf.create(SETTINGS), MACHINE, device="cpu", dtype=torch.float32)
+    rows = json.loads(json.dumps(rows))
+    deltas = [row for row in rows if row["kind"] == "delta"]
+    assert {row["method"] for row in deltas} == set(METHODS) - {"grouped_mm"}  # which needs bf16 on a GPU
+    assert {row["direction"] for row in deltas} == {"forward", "backward", "both"}
+    for row in deltas:
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["runs"] >= 5
+        floor = floor_of(case, row["direction"], 4)
+        assert row["floor_share"] == pytest.approx(floor.seconds(MACHINE) * 1000 / row["p50_ms"])
+        assert row["gb_per_s"] == pytest.approx(floor.num_bytes / row["p50_ms"] / 1e6)
+    peak = {row["method"]: row["peak_extra_mib"] for row in deltas if row["direction"] == "both"}
+    # A and B for every token, and their gradients: 20 · 24 · 52 · 4 bytes each.
+    assert peak["repeat_per_token"] * 2**20 > 2 * 20 * 24 * 52 * 4 > 0 < peak["ours"] < peak["repeat_per_token"]
+    assert {row["method"] for row in rows if row["kind"] == "application"} == {"apart", "delta first"}
+    table = markdown(rows)
+    assert table.count("\n") == 4 and "| tiny | down_proj | 20 | 24 | 4 | both |" in table
+
+
+def test_methods_beyond_the_memory_limit_are_left_out():
+    case = Case("gemma-2-2b", "down_proj", 4096, 64, 8)
+    assert not legal("repeat_per_token", case, dtype=torch.bfloat16, device="cpu", memory_limit=2**33)
+    assert legal("repeat_per_token", case, dtype=torch.bfloat16, device="cpu", memory_limit=2**34)
+    assert legal("ours", case, dtype=torch.bfloat16, device="cpu", memory_limit=0)
+
+
+def test_no_speed_is_printed_while_the_tests_fail(monkeypatch, capsys):
+    monkeypatch.setattr(kernel_speed, "tests_pass", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kernel_speed", "output=null"])
+    with pytest.raises(SystemExit, match="the tests of lora_delta fail, so no speed is printed"):
+        kernel_speed.main()
+    assert "|" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("setting", ["models=[gpt-9]", "methods=[ours,magic]"])
+def test_unknown_names_are_refused_with_the_known_ones(monkeypatch, setting):
+    monkeypatch.setattr("sys.argv", ["kernel_speed", setting])
+    with pytest.raises(SystemExit, match="unknown (gpt-9|magic); models: .*gemma-2-2b.* methods: ours"):
+        kernel_speed.main()
+
+
+def test_the_plot_is_made_from_rows(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs the extra [bench]")
+    case = Case("tiny", "down_proj", 20, 24, 4)
+    rows = measure(case, OmegaConf.create(SETTINGS), MACHINE, device="cpu", dtype=torch.float32)
+    kernel_speed.roofline([{**row, "machine": MACHINE._asdict()} for row in rows], tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert text.startswith("<?xml") and "TFLOP/s" in text

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
@@ -140,6 +140,25 @@ def fingerprint(tensors: nn.Module | dict[str, torch.Tensor], *, exact: bool = F
             flat = flat[:: flat.numel() // 2**16]
         digest.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def logits_at(base_model: nn.Module, where: Tensor, **inputs: Tensor) -> Tensor:
+    """Logits of some positions alone: a quarter of a packed row's tokens predict an answer, the head costs most.
+
+    Args:
+        where: which positions, [N, S] bool.
+        inputs: of the model's forward, [N, S] each.
+
+    Returns:
+        [number of True, V], row after row.
+    """
+    head = base_model.get_output_embeddings()
+    # What follows the head (soft caps, scales) works on every logit alone, so the head may see chosen positions only.
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][where],))
+    try:
+        return base_model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
 
 
 def generate_text(

@@ -25,6 +25,7 @@ from hypernet.data.collate import ChatLayout, PackedRows
 from hypernet.documents import Document
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.injection import LoRAInjector
+from hypernet.packed_attention import packed_logits
 
 
 class DocToLoRA(nn.Module):
@@ -258,13 +259,12 @@ class DocToLoRA(nn.Module):
             return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
 
     def forward(self, rows: PackedRows) -> Tensor:
-        """Logits [N, S, V] of packed rows, with whatever adapters the injector holds."""
-        return self.base_model(
-            input_ids=rows.ids,
-            position_ids=rows.positions,
-            attention_mask=rows.attention_mask(self.base_model.dtype),
-            use_cache=False,
-        ).logits
+        """Logits of the answer tokens of packed rows, with whatever adapters the injector holds.
+
+        Returns:
+            [number of answer tokens, V], in the rows' order.
+        """
+        return packed_logits(self.base_model, rows, rows.target_kind >= 0)
 
     def set_chunks(
         self, A: dict[str, Tensor], B: dict[str, Tensor], num_chunks: Sequence[int], *, shift: int = 0

@@ -17,23 +17,25 @@ from hypernet.data.collate import KINDS, PackedRows
 from hypernet.data.curriculum import DistillationBatch
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.objectives import answer_nll, answers_right, context_distillation_kl, mean_per_document
+from hypernet.packed_attention import packed_logits
 
 log = logging.getLogger(__name__)
 
 
 def _optimizer(module: L.LightningModule, parameters: list[nn.Parameter], settings: dict) -> dict[str, Any]:
-    """AdamW, weight decay on matrices only; linear warm-up, cosine to min_lr_ratio at the trainer's last step."""
+    """AdamW, weight decay on matrices only; linear warm-up, constant, then half a cosine to min_lr_ratio at the end."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings["weight_decay"]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=tuple(settings["betas"]))
     last, warmup, floor = max(module.trainer.max_steps, 1), settings["warmup_steps"], settings["min_lr_ratio"]
+    start = max(warmup, last * (1 - settings["decay_ratio"]))
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        progress = min((step - warmup) / max(last - warmup, 1), 1.0)
+        progress = min(max(step - start, 0) / max(last - start, 1), 1.0)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -66,19 +68,12 @@ class LitBaseModel(L.LightningModule):
         self.document_weight = document_weight
         self.output_dir = output_dir
 
-    def _logits(self, rows: PackedRows) -> Tensor:
-        mask = rows.attention_mask(torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32)
-        return self.base_model(
-            input_ids=rows.ids, position_ids=rows.positions, attention_mask=mask, use_cache=False
-        ).logits
-
     def training_step(self, batch: PackedRows, batch_idx: int) -> Tensor:
-        logits, targets = self._logits(batch), batch.targets()
-        answer = batch.target_kind >= 0
+        targets, answer = batch.targets(), batch.target_kind >= 0
         # Inside the article: a token and its successor both belong to the trunk.
         document = (batch.segments == 0) & (batch.segments.roll(-1, dims=1) == 0)
         document[:, -1] = False
-        losses = answer_nll(logits[answer | document], targets[answer | document])
+        losses = answer_nll(packed_logits(self.base_model, batch, answer | document), targets[answer | document])
         is_answer = answer[answer | document]
         weight = batch.target_weight[answer]
         answer_loss = (losses[is_answer] * weight).sum() / weight.sum()
@@ -88,8 +83,8 @@ class LitBaseModel(L.LightningModule):
         return loss
 
     def validation_step(self, batch: PackedRows, batch_idx: int) -> None:
-        logits, targets = self._logits(batch), batch.targets()
-        for kind, right in answers_right_by_kind(batch, logits.argmax(-1), targets).items():
+        predicted = packed_logits(self.base_model, batch, batch.target_kind >= 0).argmax(-1)
+        for kind, right in answers_right_by_kind(batch, predicted).items():
             if kind != "restatement":
                 self.log(
                     f"val/{kind}_exact_match", right.float().mean(), batch_size=len(right), prog_bar=kind == "document"
@@ -151,10 +146,10 @@ class LitDocToLoRA(L.LightningModule):
         student_rows, teacher_rows = batch.student, batch.teacher
         A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         with torch.no_grad():
-            teacher = self.model(teacher_rows)[teacher_rows.target_kind >= 0]
+            teacher = self.model(teacher_rows)
         self.model.set_chunks(A, B, batch.num_chunks)
         is_answer = student_rows.target_kind >= 0
-        student = self.model(student_rows)[is_answer]
+        student = self.model(student_rows)
         kind = student_rows.target_kind[is_answer]
         document = is_answer.nonzero()[:, 0]
         kl = context_distillation_kl(student, teacher)
@@ -201,7 +196,7 @@ class LitDocToLoRA(L.LightningModule):
             self.log("val/gap_closed", (own - floor) / (ceiling - floor), prog_bar=True)
 
     def _exact(self, rows: PackedRows) -> dict[str, Tensor]:
-        return answers_right_by_kind(rows, self.model(rows).argmax(-1), rows.targets())
+        return answers_right_by_kind(rows, self.model(rows).argmax(-1))
 
     def configure_optimizers(self) -> dict[str, Any]:
         return _optimizer(self, list(self.model.hypernetwork.parameters()), self.optimizer_settings)
@@ -249,14 +244,19 @@ def save_base_model(base_model: nn.Module, tokenizer: Any, output_dir: str | Pat
     tokenizer.save_pretrained(output_dir)
 
 
-def answers_right_by_kind(rows: PackedRows, predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """kind → whether each answer of that kind would be decoded exactly, [number of answers] bool."""
+def answers_right_by_kind(rows: PackedRows, predicted: Tensor) -> dict[str, Tensor]:
+    """kind → whether each answer of that kind would be decoded exactly, [number of answers] bool.
+
+    Args:
+        predicted: the token chosen for each answer token, [number of answer tokens], in the rows' order.
+    """
     result = {}
-    answer_id = (
-        torch.arange(len(rows.ids), device=rows.ids.device)[:, None] * (int(rows.segments.max()) + 1) + rows.segments
-    )
+    is_answer = rows.target_kind >= 0
+    kinds, targets = rows.target_kind[is_answer], rows.targets()[is_answer]
+    row = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
+    answer_id = (row * (int(rows.segments.max()) + 1) + rows.segments)[is_answer]
     for number, kind in enumerate(KINDS):
-        of_kind = rows.target_kind == number
+        of_kind = kinds == number
         if of_kind.any():
             result[kind] = answers_right(predicted[of_kind], targets[of_kind], answer_id[of_kind])
     return result

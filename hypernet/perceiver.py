@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from hypernet.attention import attend
+
 NORM_EPS = 1e-6
 
 
@@ -72,7 +74,7 @@ class GroupedQueryAttention(nn.Module):
         q = rearrange(self.q_proj(latents), "b k (v g d) -> b v (g k) d", v=self.num_kv_heads, d=self.head_dim)
         q = q.expand(len(k), -1, -1, -1)
         attn_mask = None if mask is None else mask[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        mixed = attend(q, k, v, attn_mask=attn_mask)
         return self.o_proj(rearrange(mixed, "b v (g k) d -> b k (v g d)", k=latents.shape[1]))
 
 

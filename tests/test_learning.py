@@ -76,7 +76,14 @@ def trained(tiny_tokenizer, tmp_path_factory):
     batches = DistillationBatches(Curriculum(Encyclopedia(), [{"steps": 1}]), tiny_tokenizer, max_chunk_tokens=16)
     batch = batches.batch(DOCUMENTS, asked)
     assert batch.num_chunks == [2, 2]
-    optimizer = {"lr": 3e-3, "weight_decay": 0.0, "betas": [0.9, 0.95], "warmup_steps": 5, "min_lr_ratio": 0.1}
+    optimizer = {
+        "lr": 3e-3,
+        "weight_decay": 0.0,
+        "betas": [0.9, 0.95],
+        "warmup_steps": 5,
+        "decay_ratio": 1,
+        "min_lr_ratio": 0.1,
+    }
     module = LitDocToLoRA(model=model, optimizer=optimizer, kl_weight=0.0, nll_weight=1.0, locality_weight=0.0)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"enable_checkpointing": False, "num_sanity_val_steps": 0, "accelerator": "cpu", "devices": 1}

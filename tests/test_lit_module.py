@@ -18,7 +18,14 @@ from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import Question
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
 
-OPTIMIZER = {"lr": 0.01, "weight_decay": 0.1, "betas": [0.9, 0.95], "warmup_steps": 2, "min_lr_ratio": 0.1}
+OPTIMIZER = {
+    "lr": 0.01,
+    "weight_decay": 0.1,
+    "betas": [0.9, 0.95],
+    "warmup_steps": 2,
+    "decay_ratio": 1,
+    "min_lr_ratio": 0.1,
+}
 SMALL = {"vocab_size": 600, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 STAGES = [
     {
@@ -243,8 +250,9 @@ def test_training_changes_the_hypernetwork_alone(tmp_path, make_module, make_dat
     )
 
 
+@pytest.mark.parametrize("decay_ratio", [1, 0.5])
 @pytest.mark.parametrize("task", ["doc_to_lora", "base_model"])
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tmp_path, make_module, make_data, task):
+def test_the_learning_rate_warms_up_stays_and_falls_along_a_cosine(tmp_path, make_module, make_data, task, decay_ratio):
     class Rates(L.Callback):
         def __init__(self):
             self.rates = []
@@ -253,11 +261,14 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tmp_path, make_modu
             self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
     rates = Rates()
-    module = make_module(task)
+    module = make_module(task, optimizer={**OPTIMIZER, "decay_ratio": decay_ratio})
     trainer = make_trainer(tmp_path, rates, limit_val_batches=0)
     trainer.fit(module, make_data(task))
-    # Two steps of warm-up, then half a cosine over the four others, down to a tenth.
-    expected = [0.005, 0.01] + [0.001 + 0.009 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    # Two steps of warm-up, then half a cosine down to a tenth over the four others, or over the last half of the six.
+    falling = [
+        0.001 + 0.009 * (1 + math.cos(math.pi * i / n)) / 2 for n in [4 if decay_ratio == 1 else 3] for i in range(n)
+    ]
+    expected = [0.005, 0.01, *[0.01] * (4 - len(falling)), *falling]
     assert rates.rates == [pytest.approx([rate] * 2) for rate in expected]
     for group in trainer.optimizers[0].param_groups:
         decays = {p.ndim >= 2 for p in group["params"]}

@@ -9,7 +9,14 @@ from hypernet.data.encyclopedia import background_questions
 from hypernet.training import base_model_training, doc_to_lora_training, encyclopedia_texts
 
 STAGES = [{"steps": 3, "batch_size": 2, "facts_per_entity": [1, 2]}]
-OPTIMIZER = {"lr": 0.01, "weight_decay": 0.1, "betas": [0.9, 0.95], "warmup_steps": 2, "min_lr_ratio": 0.1}
+OPTIMIZER = {
+    "lr": 0.01,
+    "weight_decay": 0.1,
+    "betas": [0.9, 0.95],
+    "warmup_steps": 2,
+    "decay_ratio": 1,
+    "min_lr_ratio": 0.1,
+}
 HYPERNETWORK = {"rank": 2, "scaling": None, "aggregator": {"name": "mean_pool", "latent_dim": 8}}
 LLAMA = {
     "model_type": "llama",

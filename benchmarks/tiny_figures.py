@@ -4,6 +4,7 @@ Articles come from the encyclopedia's test split: no entity or invented name of 
 training never showed. Every answer is generated; every row of the table has the same questions.
 """
 
+import random
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -99,13 +100,12 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
                 for (d, question), answer in zip(asked, answers, strict=True)
             ]
     for held_out, name in ((False, "background"), (True, "background, facts never protected in training")):
-        questions = background_questions(held_out=held_out)[: cfg.num_background]
+        questions = background_questions(held_out=held_out)
+        questions = random.Random(cfg.seed).sample(questions, min(cfg.num_background, len(questions)))
         unrelated = [all_adapters[i % len(all_adapters)] for i in range(len(questions))]
         for method, adapters in (("no_context", [None] * len(questions)), ("unrelated_adapter", unrelated)):
             prompts = [(q.text, adapter, None) for q, adapter in zip(questions, adapters, strict=True)]
-            answers = answer_all(
-                model, prompts, questions_per_batch=cfg.questions_per_batch, label=f"{name}, {method}"
-            )
+            answers = answer_all(model, prompts, questions_per_batch=cfg.questions_per_batch, label=f"{name}, {method}")
             rows += [
                 {
                     "set": name,

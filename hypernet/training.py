@@ -13,6 +13,7 @@ from hypernet.base_model import build_base_model, load_base_model, train_tokeniz
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
+from hypernet.data.records import UNKNOWN
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
@@ -27,6 +28,7 @@ def encyclopedia_texts(*, seed: int, num_articles: int = 6000) -> Iterator[str]:
         for question in record.questions:
             yield question.text
             yield f" {question.answer}"
+        yield f" {UNKNOWN}"
     for question in background_questions():
         yield question.text
         yield f" {question.answer}"

@@ -24,7 +24,7 @@ SMALL = [
 ]
 HYPERNETWORK = [f"task.hypernetwork.{key}" for key in ("rank=2", "aggregator.num_blocks=1", "aggregator.latent_dim=16")]
 BASE_MODEL = [
-    *("experiment=tiny_base_model", "task.vocab_size=500", "task.base_model.hidden_size=20"),
+    *("experiment=tiny_base_model", "task.vocab_size=500", "task.base_model.hidden_size=24"),
     *("task.base_model.intermediate_size=24", "task.base_model.num_hidden_layers=1"),
 ]
 
@@ -112,7 +112,7 @@ def test_a_base_model_is_trained_and_a_hypernetwork_for_it(train, tmp_path, monk
     printed = train(*SMALL, *BASE_MODEL, "trainer.max_steps=2")
     folder = Path("outputs/tiny_base_model/base_model")
     assert f"Base model written to {folder}" in printed
-    assert load_base_model(folder)[0].config.hidden_size == 20
+    assert load_base_model(folder)[0].config.hidden_size == 24
     train(*SMALL, *HYPERNETWORK, f"task.base_model={folder}", "trainer.max_steps=1")
     model = DocToLoRA.from_pretrained("outputs/tiny/checkpoint")
     assert model.internalize("Norbach is a town.").num_chunks == 1

@@ -8,8 +8,9 @@ so what an answer owes to the document is measured exactly. The relations, sente
     record = encyclopedia.record(7, num_entities=1, num_facts=4, num_distractors=1)
 
 Every record depends on (seed, split, index) and the sizes asked for alone. Names belong to one split by a hash of the
-name, so no entity and no invented name of the test split ever occurs in training. The last sentence form of each
-relation is kept for the test split.
+name, so no entity and no invented name of the test split ever occurs in training. The last two sentence forms of each
+relation are kept for the test split. Entities of the split "known" stand in no article of the others: a base model
+learns them by heart, so that there are many facts which an adapter must leave alone.
 """
 
 import random
@@ -23,7 +24,9 @@ import yaml
 
 from hypernet.data.records import UNKNOWN, Question, Record
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "known")
+NUM_HELD_OUT_SENTENCES = 2  # per relation, for the test split alone
+NUM_KNOWN_ENTITIES = 240
 
 
 class Relation(NamedTuple):
@@ -72,20 +75,49 @@ def background_facts() -> tuple[tuple[str, str, str], ...]:
     )
 
 
+@cache
+def known_facts() -> tuple[Fact, ...]:
+    """Every relation of `NUM_KNOWN_ENTITIES` invented entities that no article is about."""
+    encyclopedia = Encyclopedia("known")
+    rng = encyclopedia.rng("known facts")
+    by_kind = {kind: [r for r in relations() if r.entity_kind == kind] for kind in _data()["relations"]}
+    entities: dict[str, Entity] = {}
+    while len(entities) < NUM_KNOWN_ENTITIES:
+        entity = encyclopedia.entity(rng, list(by_kind)[len(entities) % len(by_kind)])
+        entities.setdefault(entity.name, entity)
+    return tuple(
+        Fact(entity, relation, encyclopedia.value(rng, relation.value_kind))
+        for entity in entities.values()
+        for relation in by_kind[entity.kind]
+    )
+
+
 def background_questions(*, held_out: bool | None = None) -> list[Question]:
-    """Every background question in every form.
+    """Every question that a base model answers from its own weights, in every form: `background_facts`, `known_facts`.
 
     Args:
-        held_out: True keeps the quarter of the facts that a hypernetwork is never trained to leave alone, so that it
-            shows what generalizes; False the other three quarters; None all.
+        held_out: True keeps the quarter that a hypernetwork is never trained to leave alone, so that it shows what
+            generalizes: a quarter of the real-world facts and of the known entities. False gives the other three
+            quarters; None all.
     """
+
+    def wanted(key: str) -> bool:
+        return held_out is None or (zlib.crc32(key.encode()) % 4 == 3) == held_out
+
     forms = {group: entry["questions"] for group, entry in _data()["background"].items()}
-    return [
+    real = [
         Question(form.format(s=subject), answer, "background", group)
         for group, subject, answer in background_facts()
-        if held_out is None or (zlib.crc32(f"{group}/{subject}".encode()) % 4 == 3) == held_out
+        if wanted(f"{group}/{subject}")
         for form in forms[group]
     ]
+    known = [
+        Question(form.format(n=fact.entity.name), fact.value, "background", fact.relation.name)
+        for fact in known_facts()
+        if wanted(f"known/{fact.entity.name}")
+        for form in fact.relation.questions
+    ]
+    return real + known
 
 
 class Encyclopedia:
@@ -129,9 +161,9 @@ class Encyclopedia:
         kinds = [rng.choice(list(self._of_kind)) for _ in range(num_entities)]
         entities: list[Entity] = []
         for kind in kinds:
-            entity = self._entity(rng, kind)
+            entity = self.entity(rng, kind)
             while entity.name in [other.name for other in entities]:  # two of one name would contradict each other
-                entity = self._entity(rng, kind)
+                entity = self.entity(rng, kind)
             entities.append(entity)
         told = [(entity, relation) for entity in entities for relation in self._of_kind[entity.kind]]
         rng.shuffle(told)
@@ -188,7 +220,7 @@ class Encyclopedia:
 
     def _split_of(self, name: str) -> str:
         bucket = zlib.crc32(name.encode()) % 10
-        return {0: "test", 1: "validation"}.get(bucket, "train")
+        return {0: "test", 1: "validation", 2: "known"}.get(bucket, "train")
 
     def _own(self, make) -> str:
         """The first name that `make` yields and that belongs to this split."""
@@ -206,7 +238,8 @@ class Encyclopedia:
     def _place_name(self, rng: random.Random) -> str:
         return self._own(lambda: self._word(rng, self._words["middles"]) + rng.choice(self._words["place_endings"]))
 
-    def _entity(self, rng: random.Random, kind: str) -> Entity:
+    def entity(self, rng: random.Random, kind: str) -> Entity:
+        """An invented person, town, company or instrument of this split."""
         words = self._words
         match kind:
             case "person":
@@ -229,7 +262,7 @@ class Encyclopedia:
                 return Entity(kind, name, (name, name, "the instrument", "it"))
 
     def _sentence(self, rng: random.Random, fact: Fact, *, alone: bool) -> str:
-        forms = fact.relation.sentences if self.split == "test" else fact.relation.sentences[:-1]
+        forms = fact.relation.sentences[: None if self.split == "test" else -NUM_HELD_OUT_SENTENCES]
         mention = rng.choice(fact.entity.mentions) if alone else fact.entity.name
         return _capitalised(rng.choice(forms).format(s=mention, n=fact.entity.name, v=fact.value))
 

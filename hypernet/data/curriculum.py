@@ -35,7 +35,7 @@ class Stage(NamedTuple):
     num_distractors: tuple[int, int] = (0, 2)
     max_questions: int = 8  # per article
     num_background: int = 1  # background questions per article
-    num_foreign: int = 0  # questions per article about another article (hypernetwork only)
+    num_foreign: int = 0  # the article's questions asked about an entity it does not name (hypernetwork only)
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
     restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
 
@@ -48,12 +48,6 @@ class Curriculum:
         self.stages = [stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages]
         if not self.stages:
             raise ValueError("A curriculum needs at least one stage; give steps and batch_size.")
-        for stage in self.stages:
-            if stage.num_foreign and stage.batch_size < 2:
-                raise ValueError(
-                    "num_foreign takes questions of another article in the same step, so it needs a batch_size of at "
-                    f"least 2, got {stage.batch_size}. Enlarge the batch, or set num_foreign to 0."
-                )
         self.num_steps = sum(stage.steps for stage in self.stages)
         self._first_article = [0]
         for stage in self.stages:
@@ -212,16 +206,19 @@ class DistillationBatches(_Batches):
             [
                 *record.questions,
                 *rng.sample(self.background, stage.num_background),
-                *self._foreign(rng, records[i - 1], stage.num_foreign),
+                *self._foreign(rng, record, stage.num_foreign),
             ]
-            for i, record in enumerate(records)
+            for record in records
         ]
         return self.batch([record.document for record in records], asked)
 
-    @staticmethod
-    def _foreign(rng: random.Random, other: Record, count: int) -> list[Question]:
-        chosen = rng.sample(other.questions, min(count, len(other.questions)))
-        return [question._replace(answer=UNKNOWN, kind="foreign") for question in chosen]
+    def _foreign(self, rng: random.Random, record: Record, count: int) -> list[Question]:
+        # The article's own relations asked about somebody else: only the name tells that the article does not answer.
+        # Questions of other articles hardly ever share a relation, and the adapter learned to ignore names.
+        return [
+            self.curriculum.encyclopedia.asked_of_another(rng, rng.choice(record.questions), document=record.document)
+            for _ in range(count)
+        ]
 
     def batch(self, documents: Sequence[str], asked: Sequence[Sequence[Question]]) -> DistillationBatch:
         """One batch from documents and the questions asked about each."""

@@ -194,6 +194,14 @@ class Encyclopedia:
         ]
         return Record(tuple(sentences), tuple(questions))
 
+    def asked_of_another(self, rng: random.Random, question: Question, *, document: str) -> Question:
+        """The same thing asked about another entity of the same kind, which the document does not name."""
+        relation = next(r for r in relations() if r.name == question.group)
+        entity = self.entity(rng, relation.entity_kind)
+        while entity.name.lower() in document.lower():
+            entity = self.entity(rng, relation.entity_kind)
+        return self._question(rng, entity, relation, UNKNOWN, "foreign")
+
     def rng(self, *key: int | str) -> random.Random:
         """Random numbers of this split and seed for one purpose, named by the key."""
         return random.Random("/".join(map(str, (self.seed, self.split, *key))))

@@ -338,6 +338,11 @@ def test_wide_layers_match_with_many_tokens(monkeypatch):
     assert_matches_loop("many tokens", (2049, 2100, 8))
 
 
+def test_five_hundred_chunks_beside_one_match(monkeypatch):
+    monkeypatch.setitem(CASES, "long document", ([5, 2], [[*range(499, -1, -1), 500], [500]], 501))
+    assert_matches_loop("long document", (37, 3, 2), tolerance=1e-4)
+
+
 def test_runs_longer_than_a_piece_match(monkeypatch, implementation):
     """Gradients of A and B are summed up piece by piece; shorter pieces make that quick to test."""
     if implementation == "reference":
@@ -473,6 +478,19 @@ def test_a_captured_graph_replays_other_plans():
             graph.replay()
             expected = lora_delta(plan=plan_of(lengths, slots, num_slots=4), scaling=SCALING, **inputs)
             torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.requires_gpu
+def test_nothing_waits_for_the_device():
+    inputs = {n: t.bfloat16() for n, t in make_inputs(300, 4, 512, 256, 8).items() if n != "slot_scale"}
+    lora_delta(plan=plan_of([300], [[0]], num_slots=4), scaling=SCALING, **inputs)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = plan_of([100, 200], [[0, 3], [2, 1, 0]], num_slots=4)
+        y = lora_delta(plan=plan, scaling=SCALING, **inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert y.isfinite().all()
 
 
 @pytest.mark.requires_gpu

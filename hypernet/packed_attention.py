@@ -117,8 +117,13 @@ def packed_logits(base_model: nn.Module, rows: PackedRows, where: Tensor) -> Ten
 
 
 def supports_packed_attention(base_model: nn.Module) -> bool:
-    """Whether plain causal attention is all this model does: no soft cap, no window, no other kind of layer."""
+    """Whether plain causal attention is all this model does: no soft cap, no window, no other kind of layer.
+
+    And whether it is torch's: a caller who asked for eager or another implementation gets that one.
+    """
     config = base_model.config.get_text_config()
+    if base_model.config._attn_implementation != "sdpa":
+        return False
     # A checkpointed layer runs again when the attention implementation is no longer set.
     if base_model.training and any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules()):
         return False

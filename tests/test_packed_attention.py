@@ -85,6 +85,16 @@ def test_models_of_other_attention_get_a_mask_over_the_rows(settings):
     torch.testing.assert_close(packed_logits(model, rows, where), dense_logits(model, rows, where), rtol=0, atol=0)
 
 
+def test_an_attention_implementation_that_was_asked_for_is_used():
+    model, rows = build_base_model(LLAMA), make_rows("questions with and without the trunk")
+    assert supports_packed_attention(model)
+    model.set_attn_implementation("eager")
+    assert not supports_packed_attention(model)
+    where = rows.target_kind >= 0
+    found = packed_logits(model, rows, where)
+    torch.testing.assert_close(found, dense_logits(model, rows, where), rtol=0, atol=0)
+
+
 def test_gradient_checkpointing_gets_a_mask_over_the_rows():
     """A checkpointed layer runs again in the backward pass, when the implementation is no longer set."""
     model, rows = build_base_model(LLAMA).train(), make_rows("questions with and without the trunk")

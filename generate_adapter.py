@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # seconds each; a mistake in the settings is told without the
 log = logging.getLogger("generate_adapter")
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "4bit")
 WITHOUT, WITH_ADAPTER, IN_PROMPT = (
     "Without context",
     "With the adapter\n(no document in the prompt)",
@@ -97,26 +98,31 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     for key in ("overwrite", "compare"):
         if not isinstance(settings[key], bool):
             raise ValueError(f"{key} should be true or false, got {settings[key]!r}.")
-    for key in ("chunks_per_batch", "max_new_tokens"):
+    for key in ("max_batch_tokens", "max_new_tokens"):
         if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
             raise ValueError(f"{key} should be a whole number, at least 1, got {settings[key]!r}.")
     for key in ("output_dir", "checkpoint", "base_model", "attention"):
         optional = key in ("base_model", "attention")
         if not (settings[key] is None and optional) and not (isinstance(settings[key], str) and settings[key]):
             raise ValueError(f"{key} should be a text{' or null' if optional else ''}, got {settings[key]!r}.")
+    if settings["quantization"] not in (None, *QUANTIZATIONS):
+        raise ValueError(
+            f"quantization should be one of {', '.join(QUANTIZATIONS)} or null, got {settings['quantization']!r}."
+        )
     if settings["dtype"] not in (None, *DTYPES):
         raise ValueError(f"dtype should be one of {', '.join(DTYPES)} or null, got {settings['dtype']!r}.")
     return settings
 
 
 def read(settings: dict[str, Any]) -> "list[Document]":
-    """The documents, if there is a checkpoint folder for them."""
+    """The documents, if there is a checkpoint for them."""
     from hypernet.documents import read_documents
 
     checkpoint = Path(settings["checkpoint"]).expanduser()
-    if not checkpoint.is_dir():
+    if not settings["checkpoint"].startswith("hub:") and not checkpoint.exists():
         raise ValueError(
-            f"There is no checkpoint folder {checkpoint}. Name one with checkpoint=..., or train one: python train.py"
+            f"There is no checkpoint folder or file {checkpoint}. Name one with checkpoint=..., or train one: "
+            "python train.py"
         )
     return read_documents(settings["document"])
 
@@ -128,6 +134,9 @@ def load(settings: dict[str, Any]) -> "DocToLoRA":
     check_destination(settings["output_dir"], overwrite=settings["overwrite"])
     device = choose_device(settings["device"])
     log.info("Loading %s on %s", settings["checkpoint"], device)
+    # Where torchao is installed, transformers imports it, and it warns of each GPU library that this machine lacks.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from hypernet.doc_to_lora import DocToLoRA
 
     return DocToLoRA.from_pretrained(
@@ -135,6 +144,7 @@ def load(settings: dict[str, Any]) -> "DocToLoRA":
         base_model=settings["base_model"],
         device=device,
         dtype=settings["dtype"],
+        quantization=settings["quantization"],
         attention=settings["attention"],
     )
 
@@ -167,11 +177,19 @@ def internalize(
     import torch
     from tqdm import tqdm
 
-    def progress(batches: range) -> Iterator[int]:
-        watch.lap("read and chunk")  # chunking is done when the batches are known
-        return tqdm(batches, desc="Internalizing", unit="batch", disable=len(batches) < 2)
+    bars: list[tqdm] = []
 
-    adapter = model.internalize(documents, chunks_per_batch=settings["chunks_per_batch"], progress=progress)
+    def progress(done: int, total: int) -> None:
+        if not done:
+            watch.lap("read and chunk")  # chunking is done when the number of chunks is known
+            bars.append(tqdm(desc="Internalizing", unit="chunk", total=total, disable=total < 2))
+        bars[-1].update(done - bars[-1].n)
+
+    try:
+        adapter = model.internalize(documents, max_batch_tokens=settings["max_batch_tokens"], progress=progress)
+    finally:
+        for bar in bars:
+            bar.close()
     if model.device.type == "cuda":
         torch.cuda.synchronize()  # so that the time is this stage's
     return adapter
@@ -303,7 +321,7 @@ def explain(error: Exception) -> str | None:
         key, value = ambiguous.groups()
         return f"Several values need brackets: '{key}=[{value}]'. A comma in a value needs quotes: '{key}=\"{value}\"'."
     if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", text):
-        return "Out of memory. Lower chunks_per_batch, ask fewer questions at once, or set dtype=bfloat16."
+        return "Out of memory. Lower max_batch_tokens, ask fewer questions at once, or set dtype=bfloat16."
     if isinstance(error, RuntimeError):
         return None
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -1,6 +1,5 @@
 """LoRAAdapter: what a document became, one LoRA block per chunk, and its folder on disk (PEFT's format).
 
-    targets = find_targets(base_model, ["down_proj"])
     both = adapter_of_document_1 + adapter_of_document_2  # the chunks of both; the shared bias block stays single
     both.save("adapters/both")  # PeftModel.from_pretrained(base_model, "adapters/both") works
     again = LoRAAdapter.load("adapters/both", base_model_fingerprint=fingerprint)
@@ -9,87 +8,31 @@ An adapter says what it contains: `provenance` names its documents with their ha
 base model and the versions, and travels with it through + and the disk. Axis letters: hypernet/__init__.py.
 """
 
+import hashlib
 import json
-import re
 import shutil
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from hypernet.files import save_tensors
+from hypernet.files import replaced_folder, save_tensors
+from hypernet.targets import LoRATarget
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
 PROVENANCE_KEYS = ("documents", "generator", "base_model", "versions", "created")
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
-
-
-class LoRATarget(NamedTuple):
-    """One kind of linear layer that gets LoRA weights, in every layer of the base model."""
-
-    name: str  # last part of the module path: "down_proj"
-    paths: tuple[str, ...]  # module path in each layer, in layer order
-    d_in: int
-    d_out: int
-
-
-def find_targets(base_model: nn.Module, target_modules: Sequence[str]) -> list[LoRATarget]:
-    """The nn.Linear modules with these names, one per layer, sorted by name.
-
-    Args:
-        base_model: the model to look through.
-        target_modules: last parts of module paths, such as "down_proj".
-
-    Raises:
-        ValueError: for a name that no nn.Linear has, or whose modules are not one per layer, all of one shape.
-    """
-    by_name: dict[str, dict[str, nn.Linear]] = {}
-    for path, module in base_model.named_modules():
-        if isinstance(module, nn.Linear):
-            by_name.setdefault(path.rpartition(".")[2], {})[path] = module
-    # A string is a sequence of letters, and each would be looked up as a name.
-    names = [target_modules] if isinstance(target_modules, str) else sorted(set(target_modules))
-    if not names:
-        raise ValueError(f"No target modules given. Set target_modules to some of {sorted(by_name)}.")
-
-    targets = []
-    for name in names:
-        if name not in by_name:
-            raise ValueError(
-                f"No nn.Linear named {name!r} in {type(base_model).__name__}; it has {sorted(by_name)}. "
-                "Set target_modules to some of these."
-            )
-        shapes = {(module.in_features, module.out_features) for module in by_name[name].values()}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"The modules named {name!r} have different shapes (d_in, d_out): {sorted(shapes)}. "
-                "Set target_modules to names whose modules have one shape in all layers."
-            )
-        ((d_in, d_out),) = shapes
-        stems = {re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in by_name[name]}
-        if len(stems) > 1 or min(stems).count("*") != 1:
-            raise ValueError(
-                f"The modules named {name!r} are not one per layer: {sorted(stems)}. "
-                "Set target_modules to names that occur once in each layer."
-            )
-        targets.append(LoRATarget(name, tuple(by_name[name]), d_in, d_out))
-    num_layers = {target.name: len(target.paths) for target in targets}
-    if len(set(num_layers.values())) > 1:
-        raise ValueError(
-            f"All targets must be in the same number of layers, got {num_layers}. "
-            "Leave out the names that some layers lack."
-        )
-    return targets
+# Entries of provenance["operations"] after which the documents' chunks are no blocks of their own any more.
+ONE_BLOCK_OPERATIONS = ("compress", "pad")
 
 
 def new_provenance(
@@ -130,7 +73,7 @@ class LoRAAdapter:
 
     Attributes:
         targets: the layers it is for.
-        A, B: target name to [C, L, R, d_in] and [C, L, R, d_out].
+        A, B: target name to [C, L, R, d_in] and [C, L, R, d_out]; zero beyond the width of a narrower layer.
         bias_A, bias_B: target name to [L, R, d_in] and [L, R, d_out]; the generator's, the same for all its adapters.
         scaling: factor on BA, not divided by the rank.
         provenance: what `new_provenance` returns.
@@ -189,29 +132,86 @@ class LoRAAdapter:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weights, with the bias block."""
-        return sum(tensor.nbytes for tensors in self._tensors().values() for tensor in tensors.values())
+        """Bytes of the weights, with the bias block; as they are on disk, without the padding of narrower layers."""
+        return sum(
+            self.rank * (module.d_in * self.A[target.name].itemsize + module.d_out * self.B[target.name].itemsize)
+            for target in self.targets
+            for module in target.modules()
+        )
 
     def __add__(self, other: Self) -> Self:
         """Both adapters' chunks, this one's first, in one adapter; the bias block still counts once.
 
         Raises:
-            ValueError: if the two come from different generators, base models or targets.
+            ValueError: as `joined`.
         """
-        if not isinstance(other, LoRAAdapter):
-            return NotImplemented
-        self._check_same_generator(other)
+        return self.joined([other]) if isinstance(other, LoRAAdapter) else NotImplemented
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """This adapter's chunks, then each other's, in one adapter; the bias block still counts once.
+
+        Raises:
+            ValueError: if they come from different generators, base models or targets, or one was made one block.
+        """
+        adapters = [self, *others]
+        for adapter in adapters:
+            adapter.check_has_chunks("added to others")
+        for other in others:
+            self._check_same_generator(other)
+        provenance = new_provenance(
+            [document for adapter in adapters for document in adapter.provenance["documents"]],
+            generator=self.provenance["generator"],
+            base_model_name=self.provenance["base_model"]["name"],
+            base_model_fingerprint=self.provenance["base_model"]["fingerprint"],
+        )
+        if operations := [entry for adapter in adapters for entry in adapter.provenance.get("operations", ())]:
+            provenance["operations"] = operations
         return replace(
             self,
-            A={name: torch.cat([A, other.A[name]]) for name, A in self.A.items()},
-            B={name: torch.cat([B, other.B[name]]) for name, B in self.B.items()},
-            provenance=new_provenance(
-                [*self.provenance["documents"], *other.provenance["documents"]],
-                generator=self.provenance["generator"],
-                base_model_name=self.provenance["base_model"]["name"],
-                base_model_fingerprint=self.provenance["base_model"]["fingerprint"],
-            ),
+            A={name: torch.cat([adapter.A[name] for adapter in adapters]) for name in self.A},
+            B={name: torch.cat([adapter.B[name] for adapter in adapters]) for name in self.B},
+            provenance=provenance,
         )
+
+    def check_has_chunks(self, action: str) -> None:
+        """Refuses what needs the documents' chunks where `compress` or `pad` has made one block of them.
+
+        Args:
+            action: what was to be done: "added to others".
+
+        Raises:
+            ValueError: there are no chunks any more.
+        """
+        done = [entry.get("operation") for entry in self.provenance.get("operations", ())]
+        if reason := next((name for name in done if name in ONE_BLOCK_OPERATIONS), None):
+            raise ValueError(
+                f"This adapter cannot be {action}: {reason}() made one block of its chunks and bias block. "
+                f"Do that first, with the adapter as it was before {reason}()."
+            )
+
+    def content_id(self) -> str:
+        """SHA-256 of what the adapter is: its weights, targets, ranks, scaling, documents, base model and generator.
+
+        The date, the versions and the documents' names do not count, nor does what lies beyond a narrower layer's width.
+        """
+        structure = {
+            "targets": [target.plain() for target in self.targets],
+            "scaling": float(self.scaling),
+            "num_chunks": self.num_chunks,
+            "rank_per_chunk": self.rank_per_chunk,
+            "documents": [document.get("sha256") for document in self.provenance["documents"]],
+            "base_model": self.provenance["base_model"]["fingerprint"],
+            "generator": self.provenance["generator"],
+        }
+        digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
+        concatenated = self.concatenated()
+        for target in self.targets:
+            A, B = concatenated[target.name]
+            for module in target.modules():
+                for rows in (A[module.layer, :, : module.d_in], B[module.layer, :, : module.d_out]):
+                    digest.update(f"{module.path} {rows.dtype} {list(rows.shape)}".encode())
+                    digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> Self:
         """The same adapter on another device or in another dtype."""
@@ -243,12 +243,19 @@ class LoRAAdapter:
         """
         directory = Path(directory).expanduser().resolve()
         check_destination(directory, overwrite=overwrite)
+        with replaced_folder(directory) as folder:
+            self.write_files(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """Writes the adapter's files into a folder that is there; `save` is the one that never leaves half of them."""
         state_dict = {}
+        concatenated = self.concatenated()
         for target in self.targets:
-            A, B = self.concatenated()[target.name]
-            for path, A_l, B_l in zip(target.paths, A, B, strict=True):
-                state_dict[f"base_model.model.{path}.lora_A.weight"] = A_l.detach().cpu().contiguous()
-                state_dict[f"base_model.model.{path}.lora_B.weight"] = B_l.detach().cpu().T.contiguous()
+            A, B = concatenated[target.name]
+            for module in target.modules():
+                A_l, B_l = A[module.layer, :, : module.d_in], B[module.layer, :, : module.d_out]
+                state_dict[f"base_model.model.{module.path}.lora_A.weight"] = A_l.detach().cpu().contiguous()
+                state_dict[f"base_model.model.{module.path}.lora_B.weight"] = B_l.detach().cpu().T.contiguous()
         config = self._peft_config()
         structure = {
             "format_version": FORMAT_VERSION,
@@ -256,16 +263,15 @@ class LoRAAdapter:
             "num_chunks": self.num_chunks,
             "rank": self.rank,
             "scaling": self.scaling,
-            "targets": [target._asdict() for target in self.targets],
+            "targets": [target.plain() for target in self.targets],
         }
-        with _atomic_folder(directory) as folder:
-            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            (folder / PROVENANCE_FILE).write_text(
-                json.dumps(self.provenance | structure, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            save_tensors(state_dict, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-            # safetensors writes with mode 0600, whatever the umask.
-            shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / PROVENANCE_FILE).write_text(
+            json.dumps(self.provenance | structure, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        save_tensors(state_dict, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors writes with mode 0600, whatever the umask.
+        shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
     @classmethod
     def load(cls, directory: str | Path, *, base_model_fingerprint: str | None = None) -> Self:
@@ -281,10 +287,7 @@ class LoRAAdapter:
         directory = Path(directory).expanduser()
         provenance = _read_provenance(directory)
         try:
-            targets = tuple(
-                LoRATarget(str(t["name"]), tuple(t["paths"]), int(t["d_in"]), int(t["d_out"]))
-                for t in provenance.pop("targets")
-            )
+            targets = tuple(LoRATarget.of(fields) for fields in provenance.pop("targets"))
             num_chunks, rank = int(provenance.pop("num_chunks")), int(provenance.pop("rank_per_chunk"))
             total_rank, scaling = int(provenance.pop("rank")), float(provenance.pop("scaling"))
             name, fingerprint = provenance["base_model"]["name"], provenance["base_model"]["fingerprint"]
@@ -309,11 +312,12 @@ class LoRAAdapter:
 
         fields: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "bias_A": {}, "bias_B": {}}
         for target in targets:
-            for letter, d, transposed in (("A", target.d_in, False), ("B", target.d_out, True)):
-                expected = (d, total_rank) if transposed else (total_rank, d)
-                layers = []
-                for path in target.paths:
-                    key = f"base_model.model.{path}.lora_{letter}.weight"
+            for letter, widest, transposed in (("A", target.d_in, False), ("B", target.d_out, True)):
+                layers: list[Tensor | None] = [None] * len(target.paths)
+                for module in target.modules():
+                    d = module.d_out if transposed else module.d_in
+                    expected = (d, total_rank) if transposed else (total_rank, d)
+                    key = f"base_model.model.{module.path}.lora_{letter}.weight"
                     weight = state_dict.pop(key, None)
                     if weight is None or weight.shape != expected:
                         raise ValueError(
@@ -321,8 +325,11 @@ class LoRAAdapter:
                             f"{list(expected)}, got {'nothing' if weight is None else list(weight.shape)}. "
                             "Generate the adapter again."
                         )
-                    layers.append(weight.T if transposed else weight)
-                rows = rearrange(torch.stack(layers), "l (c r) d -> c l r d", r=rank)
+                    weight = weight.T if transposed else weight
+                    layers[module.layer] = weight if d == widest else F.pad(weight, (0, widest - d))
+                zeros = torch.zeros_like(next(layer for layer in layers if layer is not None))
+                stacked = torch.stack([zeros if layer is None else layer for layer in layers])
+                rows = rearrange(stacked, "l (c r) d -> c l r d", r=rank)
                 fields[letter][target.name] = rows[:-1]
                 fields[f"bias_{letter}"][target.name] = rows[-1]
         if state_dict:
@@ -358,6 +365,8 @@ class LoRAAdapter:
                     )
                 if not torch.equal(a, b):
                     differing = [f"different bias blocks for {name}"]
+                    if self.provenance.get("operations") or other.provenance.get("operations"):
+                        differing.append("been amplified differently (amplify the sum instead)")
         if differing:
             raise ValueError(
                 f"Only adapters of one generator can be added; these have {', '.join(differing)}. "
@@ -372,7 +381,7 @@ class LoRAAdapter:
             # PEFT divides by r.
             lora_alpha=self.scaling * self.rank,
             # Whole paths: a bare name could also match modules outside the targets, such as a vision tower's.
-            target_modules=[path for target in self.targets for path in target.paths],
+            target_modules=[module.path for target in self.targets for module in target.modules()],
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.provenance["base_model"]["name"],
             inference_mode=True,
@@ -444,27 +453,3 @@ def _read_provenance(directory: Path) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-@contextmanager
-def _atomic_folder(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that takes its place once the block is done, and vanishes if it fails."""
-    made = [parent for parent in directory.parents if not parent.exists()]
-    token = uuid.uuid4().hex
-    new, old = (directory.with_name(f".{directory.name}.{token}.{suffix}") for suffix in ("new", "old"))
-    try:
-        new.mkdir(parents=True)
-        yield new
-        if directory.exists():
-            directory.rename(old)
-        new.rename(directory)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists():
-            old.rename(directory)
-        for parent in made:
-            # Only what is still empty: another process may have used it meanwhile.
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)

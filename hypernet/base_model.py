@@ -8,12 +8,14 @@ digit.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
@@ -35,6 +37,7 @@ def load_base_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     attention: str | None = None,
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """A causal LM, frozen and in evaluation mode, and its tokenizer.
@@ -43,10 +46,15 @@ def load_base_model(
         source: hub name or local folder.
         dtype: the weights' type; None keeps the one they are stored in.
         attention: transformers' `attn_implementation`; None lets transformers choose.
+        quantization: of the linear layers' weights while loading: "int8" (torchao, any device), "4bit" (bitsandbytes'
+            nf4, GPU), None. What is stored quantised is loaded so in any case.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        ValueError: there is no model at `source`, or it cannot be read.
+        ValueError: there is no model at `source`, or it cannot be read; an unknown quantization, or its library is
+            missing.
     """
+    quantization_config = _quantization_config(quantization)
     if str(source).startswith("~"):
         source = Path(source).expanduser()
     looks_local = Path(source).is_dir() or str(source).startswith((".", "/")) or str(source).count("/") > 1
@@ -56,7 +64,13 @@ def load_base_model(
         )
     try:
         base_model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", attn_implementation=attention, trust_remote_code=trust_remote_code
+            source,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
+            quantization_config=quantization_config,
+            # bitsandbytes quantises on the way to the GPU.
+            device_map=device if quantization == "4bit" else None,
+            trust_remote_code=trust_remote_code,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (
@@ -68,7 +82,28 @@ def load_base_model(
         ) from error
     if tokenizer.pad_token is None:  # as those of Llama 3 and Mistral; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
-    return freeze(base_model.to(device)), tokenizer
+    # A model that bitsandbytes has quantised is where it belongs, and refuses to be moved.
+    return freeze(base_model if quantization == "4bit" else base_model.to(device)), tokenizer
+
+
+def _quantization_config(name: str | None) -> object | None:
+    if name is None:
+        return None
+    libraries = {"int8": "torchao", "4bit": "bitsandbytes"}
+    if name not in libraries:
+        raise ValueError(f"Unknown quantization {name!r}: choose one of {', '.join(libraries)} or None.")
+    if find_spec(libraries[name]) is None:
+        raise ValueError(f"quantization={name} needs {libraries[name]}: pip install {libraries[name]}.")
+    if name == "4bit":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def freeze(base_model: nn.Module) -> nn.Module:
@@ -132,14 +167,24 @@ def fingerprint(tensors: nn.Module | dict[str, torch.Tensor], *, exact: bool = F
     """
     state = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
     digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach()
+    for name, tensor in sorted(_plain_tensors(state), key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.reshape(-1)
         if flat.numel() > 2**20 and not exact:
             flat = flat[:: flat.numel() // 2**16]
         digest.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a state dict consists of: a quantised weight is integers and their scales."""
+    for name, tensor in state.items():
+        tensor = tensor.detach()
+        if is_traceable_wrapper_subclass(tensor):
+            inner, _ = tensor.__tensor_flatten__()
+            yield from _plain_tensors({f"{name}.{part}": getattr(tensor, part) for part in inner})
+        else:
+            yield name, tensor
 
 
 def logits_at(base_model: nn.Module, where: Tensor, **inputs: Tensor) -> Tensor:

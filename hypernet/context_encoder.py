@@ -8,10 +8,14 @@ module's parameters or state dict.
     features = encoder(ids, mask)            # [C, T], [C, T] -> [C, num_maps, T, D]
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from hypernet.targets import find_blocks
 
 KINDS = ("per_layer_activations", "early_exit", "embed_only")
 
@@ -44,9 +48,8 @@ class ContextEncoder(nn.Module):
             raise ValueError(f"Unknown context encoder kind {kind!r}: choose one of {', '.join(KINDS)}.")
         # Around nn.Module's registration: a registered base model would be saved with every hypernetwork.
         self.__dict__["base_model"] = base_model
-        self.__dict__["_decoder"] = base_model.get_decoder()
+        self.__dict__["_decoder"], self._blocks_name = find_blocks(base_model)
         config = base_model.config.get_text_config()
-        self._blocks_name = _find_blocks(self._decoder, config.num_hidden_layers)
         self.kind = kind
         self.layer_idx = layer_idx
         self.feature_dim = config.hidden_size
@@ -59,27 +62,48 @@ class ContextEncoder(nn.Module):
         elif layer_idx is None or not 1 <= layer_idx <= config.num_hidden_layers:
             raise ValueError(f"early_exit needs layer_idx between 1 and {config.num_hidden_layers}, got {layer_idx}.")
 
-    @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids [C, T], right-padded, and mask [C, T] (True or 1: a token) -> features [C, num_maps, T, D].
 
         Features at the padding are not defined.
         """
+        maps: list[Tensor] = []
+        self.stream(ids, mask, lambda _, features: maps.append(features))
+        return torch.stack(maps, dim=1)
+
+    @torch.no_grad()
+    def stream(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], None]) -> None:
+        """Hands each map [C, T, D] to `read(index, features)` as soon as it is computed, and keeps none.
+
+        Args:
+            ids, mask: as of `forward`.
+            read: called for index 0 to num_maps - 1, in order, while the base model runs; what it raises ends the run.
+
+        Raises:
+            ValueError: the base model's blocks pass on something else than [C, T, D].
+        """
         if self.kind == "embed_only":
-            return self._decoder.get_input_embeddings()(ids).unsqueeze(1)
+            read(0, self._decoder.get_input_embeddings()(ids))
+            return
         if self.kind == "early_exit":
             with self._cut_after(self.layer_idx):
-                return self._last_state(ids, mask).unsqueeze(1)
+                read(0, self._last_state(ids, mask))
+            return
 
-        maps = []
-        with ExitStack() as undo, self._cut_after(self.num_maps - 1) as blocks:
-            for block in blocks:
-                hook = block.register_forward_pre_hook(
-                    lambda _, args, kwargs: maps.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        def read_input(index: int, block: nn.Module, args: tuple, kwargs: dict) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            if states.shape != (*ids.shape, self.feature_dim):
+                raise ValueError(
+                    f"{type(block).__name__} takes states {list(states.shape)}, not [C, T, D={self.feature_dim}], so "
+                    "there are no activations per layer to read. Set the context encoder's kind to early_exit."
                 )
+            read(index, states)
+
+        with ExitStack() as undo, self._cut_after(self.num_maps - 1) as blocks:
+            for index, block in enumerate(blocks):
+                hook = block.register_forward_pre_hook(partial(read_input, index), with_kwargs=True)
                 undo.callback(hook.remove)
-            maps.append(self._last_state(ids, mask))
-        return torch.stack(maps, dim=1)
+            read(self.num_maps - 1, self._last_state(ids, mask))
 
     def _last_state(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self._decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
@@ -95,15 +119,3 @@ class ContextEncoder(nn.Module):
             yield blocks[:num_blocks]
         finally:
             setattr(self._decoder, self._blocks_name, blocks)
-
-
-def _find_blocks(decoder: nn.Module, num_layers: int) -> str:
-    """Name of the decoder's list of blocks: `layers`, `h`, ..."""
-    for name, child in decoder.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-            return name
-    raise ValueError(
-        f"Found no list of {num_layers} blocks in {type(decoder).__name__}, "
-        f"which has {[name for name, _ in decoder.named_children()]}. "
-        "The context encoder needs a decoder whose blocks are one nn.ModuleList."
-    )

@@ -8,7 +8,7 @@ both = adapter + other
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.adapter import LoRAAdapter, find_targets, new_provenance
+from hypernet.adapter import LoRAAdapter, new_provenance
 from hypernet.base_model import fingerprint, generate_text, load_base_model
 from hypernet.checkpoint import BASE_MODEL_FOLDER, load_checkpoint, save_checkpoint
 from hypernet.chunking import chunk_document
@@ -25,7 +25,10 @@ from hypernet.data.collate import ChatLayout, PackedRows
 from hypernet.documents import Document
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.injection import LoRAInjector
+from hypernet.lora_head import zero_beyond_width
 from hypernet.packed_attention import packed_logits
+from hypernet.streaming import DEFAULT_BATCH_TOKENS, read_chunks
+from hypernet.targets import find_targets
 
 
 class DocToLoRA(nn.Module):
@@ -63,7 +66,7 @@ class DocToLoRA(nn.Module):
         self.base_model_fingerprint = fingerprint(base_model)
         self.injector = LoRAInjector(base_model, hypernetwork.targets)
         self.layout = ChatLayout.of(tokenizer)
-        self._bias: tuple[Any, dict[str, Tensor], dict[str, Tensor]] = (None, {}, {})
+        self._generated_by: tuple[Any, str, dict[str, Tensor], dict[str, Tensor]] = (None, "", {}, {})
 
     @classmethod
     def build(
@@ -101,22 +104,27 @@ class DocToLoRA(nn.Module):
         base_model: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
         attention: str | None = None,
     ) -> Self:
-        """A trained checkpoint folder.
+        """A trained checkpoint: ours, or one that the Doc-to-LoRA authors published.
 
         Args:
-            source: the folder, see `hypernet.checkpoint`.
+            source: a folder, see `hypernet.checkpoint`; or a published pytorch_model.bin, its folder, or
+                hub:owner/repository/name such as hub:SakanaAI/doc-to-lora/gemma_demo.
             base_model: hub name or folder of the base model; None takes the one the checkpoint names.
             dtype: of the base model's weights; None keeps what they are stored in. The hypernetwork stays in float32.
+            quantization: of the base model's weights, "int8" or "4bit", see `load_base_model`.
             attention: transformers' `attn_implementation`.
 
         Raises:
             ValueError: the checkpoint is missing or damaged, or was made for another base model.
         """
-        checkpoint = load_checkpoint(source)
+        checkpoint = load_checkpoint(source, base_model=base_model)
         base_source = str(base_model or checkpoint.base_model)
-        model, tokenizer = load_base_model(base_source, device=device, dtype=dtype, attention=attention)
+        model, tokenizer = load_base_model(
+            base_source, device=device, dtype=dtype, quantization=quantization, attention=attention
+        )
         result = cls(
             base_model=model,
             tokenizer=tokenizer,
@@ -125,8 +133,19 @@ class DocToLoRA(nn.Module):
             max_chunk_tokens=checkpoint.max_chunk_tokens,
             base_model_source=base_source,
         )
-        # Another dtype gives another fingerprint of the same weights; then only the targets' shapes can be checked.
-        if dtype is None and result.base_model_fingerprint != checkpoint.base_model_fingerprint:
+        if checkpoint.base_model_fingerprint is None:  # a published checkpoint records only its base model's name
+            network, encoder = result.hypernetwork, result.context_encoder
+            wanted, found = (network.num_maps, network.feature_dim), (encoder.num_maps, encoder.feature_dim)
+            if wanted != found:
+                raise ValueError(
+                    f"The checkpoint {source} reads {wanted[0]} feature maps of width {wanted[1]} from "
+                    f"{checkpoint.base_model}, but {base_source} gives {found[0]} of width {found[1]}. Give the base "
+                    "model it was trained with."
+                )
+            return result
+        # Rounded otherwise, the same weights have another fingerprint; then only the targets' shapes can be checked.
+        as_stored = dtype is None and quantization is None
+        if as_stored and result.base_model_fingerprint != checkpoint.base_model_fingerprint:
             raise ValueError(
                 f"The checkpoint {source} was made for the base model {checkpoint.base_model} with fingerprint "
                 f"{checkpoint.base_model_fingerprint[:12]}, but {base_source} has "
@@ -166,36 +185,32 @@ class DocToLoRA(nn.Module):
         self,
         document: str | Document | Sequence[str | Document],
         *,
-        chunks_per_batch: int = 32,
-        progress: Callable[[Iterable], Iterable] | None = None,
+        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        progress: Callable[[int, int], None] | None = None,
     ) -> LoRAAdapter:
         """One adapter from a document of any length, or from several documents together.
 
+        Memory beyond the model's weights is that of one batch and the adapter (see `hypernet.streaming`).
+
         Args:
             document: a text, a `Document` (which also gives its name and hash), or a sequence of them.
-            chunks_per_batch: chunks read at once; fewer need less memory.
-            progress: wraps the iterable over batches, e.g. tqdm.
+            max_batch_tokens: tokens read at once; fewer need less memory. Halved where memory runs out.
+            progress: called with (chunks done, chunks altogether).
 
         Raises:
-            ValueError: a document is empty, or chunks_per_batch below 1.
+            ValueError: a document is empty, or max_batch_tokens below 1.
+            MemoryError: a single chunk does not fit into memory.
         """
-        if chunks_per_batch < 1:
-            raise ValueError(f"chunks_per_batch must be at least 1, got {chunks_per_batch}.")
         single = isinstance(document, (str, Document))
         documents = [_as_document(d) for d in ([document] if single else document)]
         if not documents:
             raise ValueError("There is no document to internalize; give at least one.")
         chunks = [chunk_document(d.text, self.tokenizer, max_chunk_tokens=self.max_chunk_tokens) for d in documents]
         rows = [(ids, mask) for chunk in chunks for ids, mask in zip(chunk.ids, chunk.mask, strict=True)]
-        batches = range(0, len(rows), chunks_per_batch)
-        parts = []
-        for start in progress(batches) if progress else batches:
-            batch = rows[start : start + chunks_per_batch]
-            width = max(len(ids) for ids, _ in batch)
-            ids = torch.stack([nn.functional.pad(ids, (0, width - len(ids))) for ids, _ in batch]).to(self.device)
-            mask = torch.stack([nn.functional.pad(mask, (0, width - len(mask))) for _, mask in batch]).to(self.device)
-            parts.append(self.adapt(ids, mask))
-        A, B = ({name: torch.cat([part[i][name] for part in parts]) for name in parts[0][i]} for i in (0, 1))
+        self.injector.clear()  # the encoder reads with the plain base model
+        A, B = read_chunks(
+            rows, self.context_encoder, self.hypernetwork, max_batch_tokens=max_batch_tokens, progress=progress
+        )
         described = [
             {
                 "name": d.name,
@@ -205,8 +220,7 @@ class DocToLoRA(nn.Module):
             }
             for d, chunk in zip(documents, chunks, strict=True)
         ]
-        generator = fingerprint(self.hypernetwork)
-        bias_A, bias_B = self._bias_block(generator)
+        generator, bias_A, bias_B = self._generator()
         return LoRAAdapter(
             targets=self.hypernetwork.targets,
             A=A,
@@ -287,14 +301,19 @@ class DocToLoRA(nn.Module):
             scaling=self.hypernetwork.scaling,
         )
 
-    def _bias_block(self, generator: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copies of bias_A and bias_B, shared by all adapters of one state of the hypernetwork."""
-        # Copies: training on must not change adapters made before. Shared: a batch of many adapters holds them once.
-        biases = self.hypernetwork.bias_A, self.hypernetwork.bias_B
-        state = generator, next(iter(biases[0].values())).device
-        if self._bias[0] != state:
-            self._bias = state, *({name: bias.detach().clone() for name, bias in block.items()} for block in biases)
-        return self._bias[1:]
+    def _generator(self) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+        """Fingerprint of the hypernetwork and copies of its bias_A and bias_B, made once per state of its weights."""
+        # Hashing 309M parameters takes longer than reading a short document. torch counts in-place changes in _version;
+        # another device or dtype gives another data_ptr.
+        state = tuple((p.data_ptr(), p._version) for p in self.hypernetwork.parameters())
+        if self._generated_by[0] != state:
+            # Copies: training on must not change adapters made before. Shared: many adapters in a batch hold them once.
+            biases = (
+                {t.name: zero_beyond_width(t, width, block[t.name].detach().clone()) for t in self.hypernetwork.targets}
+                for width, block in (("d_in", self.hypernetwork.bias_A), ("d_out", self.hypernetwork.bias_B))
+            )
+            self._generated_by = state, fingerprint(self.hypernetwork), *biases
+        return self._generated_by[1:]
 
     def _check_ours(self, adapter: LoRAAdapter | None) -> None:
         if adapter is None:

@@ -1,10 +1,13 @@
-"""Files that are there completely or not at all.
+"""Files and folders that are there completely or not at all.
 
     with replaced(path) as temporary:
         save_tensors(tensors, temporary)      # path changes only if the block ends well
+    with replaced_folder(directory) as folder:
+        (folder / "notes.txt").write_text("...")  # so does directory
 """
 
 import errno
+import os
 import re
 import shutil
 import uuid
@@ -30,6 +33,41 @@ def replaced(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory` that takes its place once the block is done, and vanishes if it fails."""
+    made = [parent for parent in directory.parents if not parent.exists()]
+    token = uuid.uuid4().hex
+    new, old = (directory.with_name(f".{directory.name}.{token}.{suffix}") for suffix in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        sync_folder(new)
+        if directory.exists():
+            directory.rename(old)
+        new.rename(directory)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists():
+            old.rename(directory)
+        for parent in made:
+            # Only what is still empty: another process may have used it meanwhile.
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder's files are on the disk. A rename may reach it before the data does, so: before renaming."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:

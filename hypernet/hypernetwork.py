@@ -17,10 +17,10 @@ from typing import Any
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from hypernet.adapter import LoRATarget
 from hypernet.lora_head import LoRAHead
 from hypernet.perceiver import Perceiver
 from hypernet.pooling import MeanPool
+from hypernet.targets import LoRATarget
 
 # A closed list: checkpoints name the aggregator.
 AGGREGATORS: dict[str, type[nn.Module]] = {"perceiver": Perceiver, "mean_pool": MeanPool}
@@ -95,7 +95,7 @@ class HyperNetwork(nn.Module):
             pre_head_multiple=pre_head_multiple,
         )
         self.config = {
-            "targets": [{**target._asdict(), "paths": list(target.paths)} for target in self.targets],
+            "targets": [target.plain() for target in self.targets],
             "feature_dim": feature_dim,
             "num_maps": num_maps,
             "rank": rank,
@@ -118,24 +118,29 @@ class HyperNetwork(nn.Module):
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {**counts, "total": sum(counts.values())}
 
-    def forward(self, features: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(
+        self, features: Tensor, mask: Tensor, *, layer: int | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """LoRA matrices of every chunk, each computed from that chunk alone.
 
         Args:
             features: [C, num_maps, T, D]. What stands where the mask is False is never read, it may be NaN.
             mask: [C, T], True (or 1) where there is a token.
+            layer: read the map of this layer alone, features [C, 1, T, D], and give this layer's matrices.
 
         Returns:
-            A, B by target name, [C, L, R, d_in] and [C, L, R, d_out], without the bias block and without `scaling`.
+            A, B by target name, [C, L, R, d_in] and [C, L, R, d_out], without the bias block and without `scaling`; L
+            is 1 for a single layer.
 
         Raises:
             ValueError: if the shapes do not fit each other or the network, or a chunk has no token.
         """
         mask = mask.bool()
-        expected = (len(mask), self.num_maps, mask.shape[-1], self.feature_dim)
+        num_maps = self.num_maps if layer is None else 1
+        expected = (len(mask), num_maps, mask.shape[-1], self.feature_dim)
         if mask.ndim != 2 or features.shape != expected:
             raise ValueError(
-                f"Wanted features [C, num_maps={self.num_maps}, T, D={self.feature_dim}] with mask [C, T], got "
+                f"Wanted features [C, num_maps={num_maps}, T, D={self.feature_dim}] with mask [C, T], got "
                 f"features {list(features.shape)} with mask {list(mask.shape)}. "
                 "Use the context encoder this hypernetwork was made for."
             )
@@ -143,17 +148,17 @@ class HyperNetwork(nn.Module):
             raise ValueError("Every chunk needs a token, but a row of the mask is all False. Leave empty chunks out.")
 
         latents = self.aggregator(
-            rearrange(features, "c l t d -> (c l) t d"), repeat(mask, "c t -> (c l) t", l=self.num_maps)
+            rearrange(features, "c l t d -> (c l) t d"), repeat(mask, "c t -> (c l) t", l=num_maps)
         )
         # With one map per layer its outputs are that layer's (m r); with a single map they are all layers' (l m r).
         latents = rearrange(
-            latents, "(c l) (k m r) h -> c (l k) m r h", l=self.num_maps, m=len(self.targets), r=self.rank
+            latents, "(c l) (k m r) h -> c (l k) m r h", l=num_maps, m=len(self.targets), r=self.rank
         )
-        return self.lora_head(latents)
+        return self.lora_head(latents, layer)
 
 
 def _checked_targets(targets: Sequence[LoRATarget | Mapping[str, Any]]) -> tuple[LoRATarget, ...]:
-    targets = [t if isinstance(t, LoRATarget) else LoRATarget(**{**t, "paths": tuple(t["paths"])}) for t in targets]
+    targets = [t if isinstance(t, LoRATarget) else LoRATarget.of(t) for t in targets]
     targets = tuple(sorted(targets, key=lambda t: t.name))
     if not targets:
         raise ValueError("HyperNetwork needs at least one target module, got none. Set target_modules.")

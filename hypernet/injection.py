@@ -16,16 +16,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hypernet.adapter import LoRAAdapter, LoRATarget
+from hypernet.adapter import LoRAAdapter
 from hypernet.kernels.lora_delta import Plan, lora_delta
+from hypernet.targets import LayerTarget, LoRATarget
 
 
 @dataclass(frozen=True)
-class _Active:
-    """The adapters in force. One slot list for all sequences if `shared`, else one per sequence."""
+class AdapterPool:
+    """Adapters laid out for the layers they go to, made by `LoRAInjector.pool` or `set`.
 
-    A: dict[str, tuple[Tensor, ...]]  # target name to the pool of each layer, [slots, R, d_in]
-    B: dict[str, tuple[Tensor, ...]]
+    One slot list for all sequences if `shared`, else one per sequence.
+    """
+
+    A: dict[str, dict[int, Tensor]]  # target name, layer to the layer's pool, [slots, R, d_in]
+    B: dict[str, dict[int, Tensor]]
     slots: list[list[int]]
     num_slots: int
     shared: bool
@@ -65,14 +69,15 @@ class LoRAInjector:
 
     def __init__(self, base_model: nn.Module, targets: Sequence[LoRATarget]) -> None:
         self.targets = tuple(targets)
-        self._active: _Active | None = None
+        self._active: AdapterPool | None = None
         self._modules = {
-            target.name: [_target_module(base_model, target, path) for path in target.paths] for target in self.targets
+            target.name: [(place, _target_module(base_model, place)) for place in target.modules()]
+            for target in self.targets
         }
         self._hooks = [
-            module.register_forward_hook(partial(self._add_delta, name, layer))
+            module.register_forward_hook(partial(self._add_delta, name, place.layer))
             for name, modules in self._modules.items()
-            for layer, module in enumerate(modules)
+            for place, module in modules
         ]
 
     def set(
@@ -111,11 +116,9 @@ class LoRAInjector:
         wrong = [ids for ids in slots if ids and not 0 <= min(ids) <= max(ids) < num_slots]
         if wrong:
             raise ValueError(f"Slot ids {wrong[0]} are not all in the pool: it has {num_slots} slots, from 0 on.")
-        self._active = _Active(
-            # One unbind for all layers: its backward stacks the layers' gradients, while indexing each layer would
-            # add up as many pool-sized ones as there are layers.
-            A={name: pool.unbind(1) for name, pool in A.items()},
-            B={name: pool.unbind(1) for name, pool in B.items()},
+        self._active = AdapterPool(
+            A={target.name: _unbound(A[target.name], target, "d_in") for target in self.targets},
+            B={target.name: _unbound(B[target.name], target, "d_out") for target in self.targets},
             slots=slots,
             num_slots=num_slots,
             shared=False,
@@ -127,21 +130,18 @@ class LoRAInjector:
         self._active = None
 
     @contextmanager
-    def using(self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None]) -> Iterator[None]:
+    def using(self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None] | AdapterPool) -> Iterator[None]:
         """The base model with these adapters inside the `with` block; afterwards what was in force before.
 
         For inference: with gradient checkpointing, a backward pass after the block does not find the adapters any more.
 
         Args:
-            adapters: one adapter for all sequences of any batch, None for the plain base model, or one adapter or
-                None for each sequence. The adapters may be on any device; a layer's weights are moved to the layer.
+            adapters: what `pool` takes, or what it gave: then nothing is copied.
 
         Raises:
-            ValueError: if an adapter is for other targets, or adapters differ in scaling or rank per chunk; on
-                forward, if there is one adapter per sequence and the batch has another size.
+            ValueError: as `pool`; on forward, if there is one adapter per sequence and the batch has another size.
         """
-        shared = adapters is None or isinstance(adapters, LoRAAdapter)
-        active = self._pooled([adapters] if shared else list(adapters), shared=shared)
+        active = adapters if isinstance(adapters, AdapterPool) else self.pool(adapters)
         previous, self._active = self._active, active
         try:
             yield
@@ -155,7 +155,21 @@ class LoRAInjector:
             hook.remove()
         self._hooks.clear()
 
-    def _pooled(self, adapters: list[LoRAAdapter | None], *, shared: bool) -> _Active | None:
+    def pool(self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None]) -> AdapterPool | None:
+        """Copies adapters to the layers they go to. Kept, the result is put in force and taken out again at no cost.
+
+        Args:
+            adapters: one adapter for all sequences of any batch, None for the plain base model, or one adapter or
+                None for each sequence. The adapters may be on any device; a layer's weights are moved to the layer.
+
+        Returns:
+            The pool, for `using`; None if there is no adapter.
+
+        Raises:
+            ValueError: if an adapter is for other targets, or adapters differ in scaling or rank per chunk.
+        """
+        shared = adapters is None or isinstance(adapters, LoRAAdapter)
+        adapters = [adapters] if shared else list(adapters)
         distinct = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
         if not distinct:
             return None
@@ -189,15 +203,20 @@ class LoRAInjector:
                 )
             slots_of[id(adapter)] = [*ids, bias_slots[key]]
 
-        def per_layer(index: int, name: str) -> tuple[Tensor, ...]:
-            return tuple(
-                torch.cat([part[index][name][:, layer].to(module.weight.device) for part in parts])
-                for layer, module in enumerate(self._modules[name])
-            )
+        def per_layer(index: int, width: str, name: str) -> dict[int, Tensor]:
+            return {
+                place.layer: torch.cat(
+                    [
+                        part[index][name][:, place.layer, :, : getattr(place, width)].to(module.weight.device)
+                        for part in parts
+                    ]
+                )
+                for place, module in self._modules[name]
+            }
 
-        return _Active(
-            A={target.name: per_layer(0, target.name) for target in self.targets},
-            B={target.name: per_layer(1, target.name) for target in self.targets},
+        return AdapterPool(
+            A={target.name: per_layer(0, "d_in", target.name) for target in self.targets},
+            B={target.name: per_layer(1, "d_out", target.name) for target in self.targets},
             slots=[slots_of.get(id(adapter), []) for adapter in adapters],
             num_slots=num_slots,
             shared=shared,
@@ -226,16 +245,25 @@ def _summary(targets: Sequence[LoRATarget]) -> str:
     return ", ".join(f"{t.name} ({t.d_in} to {t.d_out}, {len(t.paths)} layers)" for t in targets)
 
 
-def _target_module(base_model: nn.Module, target: LoRATarget, path: str) -> nn.Linear:
+def _unbound(pool: Tensor, target: LoRATarget, width: str) -> dict[int, Tensor]:
+    """[slots, L, R, d] to layer -> [slots, R, d of that layer]."""
+    # One unbind for all layers: its backward stacks the layers' gradients, while indexing each layer would add up as
+    # many pool-sized ones as there are layers.
+    layers = pool.unbind(1)
+    return {place.layer: layers[place.layer][..., : getattr(place, width)] for place in target.modules()}
+
+
+def _target_module(base_model: nn.Module, place: LayerTarget) -> nn.Linear:
     try:
-        module = base_model.get_submodule(path)
+        module = base_model.get_submodule(place.path)
     except AttributeError as error:
         raise ValueError(
-            f"{type(base_model).__name__} has no module {path!r}. Find the targets in this base model (find_targets)."
+            f"{type(base_model).__name__} has no module {place.path!r}. "
+            "Find the targets in this base model (find_targets)."
         ) from error
-    if not isinstance(module, nn.Linear) or (module.in_features, module.out_features) != (target.d_in, target.d_out):
+    if not isinstance(module, nn.Linear) or (module.in_features, module.out_features) != (place.d_in, place.d_out):
         raise ValueError(
-            f"Expected {path!r} to be an nn.Linear from {target.d_in} to {target.d_out} features, got {module}. "
+            f"Expected {place.path!r} to be an nn.Linear from {place.d_in} to {place.d_out} features, got {module}. "
             "Find the targets in this base model (find_targets)."
         )
     return module

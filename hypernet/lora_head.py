@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hypernet.adapter import LoRATarget
+from hypernet.targets import LoRATarget
 
 
 class PerLayerLinear(nn.Module):
@@ -28,8 +28,8 @@ class PerLayerLinear(nn.Module):
         # The axes of size one stand for chunks, targets and ranks in the published format.
         self.bias = nn.Parameter(torch.zeros(1, num_layers, 1, 1, out_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.view(len(x), 1, -1), x, self.weight)
+    def forward(self, x: Tensor, layers: slice = slice(None)) -> Tensor:
+        return torch.baddbmm(self.bias[0, layers, 0], x, self.weight[layers])
 
 
 class ResidualBlock(nn.Module):
@@ -45,8 +45,9 @@ class ResidualBlock(nn.Module):
             nn.LayerNorm(dim),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+    def forward(self, x: Tensor, layers: slice = slice(None)) -> Tensor:
+        norm, widen, activation, narrow, out_norm = self.layers
+        return x + out_norm(narrow(activation(widen(norm(x), layers)), layers))
 
 
 class HeadWeight(nn.Module):
@@ -108,27 +109,44 @@ class LoRAHead(nn.Module):
         self.scaler_A = by_name(lambda t: torch.ones(1, num_layers, rank, 1))
         self.scaler_B = by_name(lambda t: torch.ones(1, num_layers, rank, 1))
         # Small next to the chunks' rows (std d_in**-0.5): the shared block should not answer before the document does.
-        self.bias_A = by_name(lambda t: torch.randn(num_layers, rank, t.d_in) * 0.2 * (t.d_in * rank) ** -0.5)
+        small = lambda t: torch.randn(num_layers, rank, t.d_in) * 0.2 * (t.d_in * rank) ** -0.5  # noqa: E731
+        self.bias_A = by_name(lambda t: zero_beyond_width(t, "d_in", small(t)))
         self.bias_B = by_name(lambda t: torch.zeros(num_layers, rank, t.d_out))
 
-    def forward(self, latents: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, latents: Tensor, layer: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """[C, L, M, R, H] -> A, B by target name, [C, L, R, d_in] and [C, L, R, d_out], without the bias block.
 
         The results are contiguous per layer: A[name][:, layer] needs no copy to become a matrix.
+
+        Args:
+            layer: the one layer that the latents [C, 1, M, R, H] belong to; None: they are all layers'.
         """
+        layers = slice(None) if layer is None else slice(layer, layer + 1)
         num_targets = latents.shape[2]
         # Layers first, since all weights are per layer: every product below is one batched matmul.
         x = rearrange(latents, "c l m r h -> l (m c r) h")
         for block in self.layers:
-            x = block(x)
+            x = block(x, layers)
         x = rearrange(F.normalize(x, dim=-1), "l (m n) h -> (l m) n h", m=num_targets)
-        weight = self.head.weight if num_targets == 1 else self.head.weight.flatten(0, 1)
+        weight = self.head.weight[layers] if num_targets == 1 else self.head.weight[layers].flatten(0, 1)
         rows = rearrange(torch.bmm(x, weight), "(l m) (c r) d -> m l c r d", m=num_targets, r=self.rank)
 
         A, B = {}, {}
         for target, target_rows in zip(self.targets, rows.unbind(), strict=True):
             padding = rows.shape[-1] - target.d_in - target.d_out
             rows_A, rows_B, _ = target_rows.split([target.d_in, target.d_out, padding], dim=-1)
-            A[target.name] = (rows_A * self.scaler_A[target.name].movedim(0, 1)).transpose(0, 1)
-            B[target.name] = (rows_B * self.scaler_B[target.name].movedim(0, 1)).transpose(0, 1)
+            rows_A = rows_A * self.scaler_A[target.name][:, layers].movedim(0, 1)
+            rows_B = rows_B * self.scaler_B[target.name][:, layers].movedim(0, 1)
+            A[target.name] = zero_beyond_width(target, "d_in", rows_A, layers).transpose(0, 1)
+            B[target.name] = zero_beyond_width(target, "d_out", rows_B, layers).transpose(0, 1)
         return A, B
+
+
+def zero_beyond_width(target: LoRATarget, width: str, rows: Tensor, layers: slice = slice(None)) -> Tensor:
+    """[layers, ..., d] with zeros beyond each layer's own width, and in layers that lack the module."""
+    if target.widths is None and None not in target.paths:
+        return rows
+    own = {module.layer: getattr(module, width) for module in target.modules()}
+    widths = torch.tensor([own.get(layer, 0) for layer in range(len(target.paths))[layers]], device=rows.device)
+    inside = torch.arange(rows.shape[-1], device=rows.device) < widths[:, None]
+    return rows * inside.view(len(widths), *[1] * (rows.ndim - 2), -1)

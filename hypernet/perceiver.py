@@ -129,10 +129,14 @@ class NormalizedContext:
 
 
 class Resampler(nn.Module):
-    """Learned latents that read a context block by block: one half (encoder or decoder) of the Perceiver."""
+    """Learned latents that read a context block by block: one half (encoder or decoder) of the Perceiver.
 
-    def __init__(self, dim: int, *, num_latents: int, blocks: list[PerceiverBlock]):
+    `order` says which of the blocks each step takes; without it every block has one step.
+    """
+
+    def __init__(self, dim: int, *, num_latents: int, blocks: list[PerceiverBlock], order: list[int] | None = None):
         super().__init__()
+        self.order = list(range(len(blocks))) if order is None else order
         self.latents_q = nn.Parameter(torch.randn(num_latents, dim))
         self.layers = nn.ModuleList(blocks)
         self.layernorm = RMSNorm(dim)
@@ -140,8 +144,8 @@ class Resampler(nn.Module):
     def forward(self, context: NormalizedContext) -> Tensor:
         # A batch axis of one until the first attention: up to there the latents are the same for every chunk.
         latents = self.latents_q.unsqueeze(0)
-        for block in self.layers:
-            latents = block(latents, context)
+        for i in self.order:
+            latents = self.layers[i](latents, context)
         return self.layernorm(latents)
 
 
@@ -155,6 +159,8 @@ class Perceiver(nn.Module):
         num_latents: K, latents that read the tokens.
         num_blocks: cross-attention blocks of the encoder; the decoder always has one.
         num_self_attention_blocks: self-attention blocks after each of them (0 in the published models).
+        share_blocks: one more cross-attention block serves all after the first, and the first one's self-attention
+            blocks serve all. Each is one set of weights, in the state dict too.
         num_heads, num_kv_heads, head_dim: grouped-query attention; num_heads is a multiple of num_kv_heads.
         mlp_multiple: hidden size of the blocks' MLPs, in units of latent_dim.
         projection_multiple: hidden size of the MLP that brings features to latent_dim, in units of feature_dim.
@@ -176,6 +182,7 @@ class Perceiver(nn.Module):
         num_latents: int = 8,
         num_blocks: int = 9,
         num_self_attention_blocks: int = 0,
+        share_blocks: bool = False,
         num_heads: int = 16,
         num_kv_heads: int = 4,
         head_dim: int = 128,
@@ -188,6 +195,8 @@ class Perceiver(nn.Module):
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}. "
                 "Set num_kv_heads = num_heads for plain multi-head attention."
             )
+        if not isinstance(share_blocks, bool):
+            raise ValueError(f"share_blocks must be true or false, got {share_blocks!r}.")
         self.feature_dim = feature_dim
         self.latent_dim = latent_dim
 
@@ -201,9 +210,16 @@ class Perceiver(nn.Module):
                 head_dim=head_dim,
             )
 
-        encoder_blocks = [block(i == 0) for _ in range(num_blocks) for i in range(1 + num_self_attention_blocks)]
+        order = None
+        if share_blocks:
+            first = list(range(1 + num_self_attention_blocks))
+            again = [len(first), *first[1:]]
+            order = first + again * (num_blocks - 1)
+            encoder_blocks = [block(i in (0, len(first))) for i in range(max(order) + 1)]
+        else:
+            encoder_blocks = [block(i == 0) for _ in range(num_blocks) for i in range(1 + num_self_attention_blocks)]
         self.modality_projection = GatedMLP(feature_dim, projection_multiple * feature_dim, latent_dim)
-        self.encoder = Resampler(latent_dim, num_latents=num_latents, blocks=encoder_blocks)
+        self.encoder = Resampler(latent_dim, num_latents=num_latents, blocks=encoder_blocks, order=order)
         self.decoder = Resampler(latent_dim, num_latents=num_outputs, blocks=[block(True)])
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 
-from hypernet.adapter import find_targets
 from hypernet.base_model import build_base_model, load_base_model, train_tokenizer
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
 from hypernet.data.datamodule import BatchDataModule
@@ -17,6 +16,7 @@ from hypernet.data.records import UNKNOWN
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
+from hypernet.targets import find_targets
 
 
 def encyclopedia_texts(*, seed: int, num_articles: int = 6000) -> Iterator[str]:
@@ -81,6 +81,8 @@ def doc_to_lora_training(
     objective: dict,
     optimizer: dict,
     output_dir: str,
+    dtype: str | None = None,
+    quantization: str | None = None,
     attention: str | None = None,
     init_from: str | None = None,
     include_base_model: bool = False,
@@ -89,12 +91,12 @@ def doc_to_lora_training(
     """A hypernetwork for a frozen base model, distilled from encyclopedia articles in its prompt.
 
     Args:
-        base_model: hub name or folder.
+        base_model: hub name or folder. dtype, quantization, attention: how it is loaded, see `load_base_model`.
         init_from: a checkpoint folder whose hypernetwork training starts from, e.g. an earlier stage's; None starts
             anew.
     """
     if init_from is None:
-        lm, tokenizer = load_base_model(base_model, attention=attention)
+        lm, tokenizer = load_base_model(base_model, dtype=dtype, quantization=quantization, attention=attention)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = DocToLoRA.build(
@@ -107,7 +109,9 @@ def doc_to_lora_training(
                 base_model_source=base_model,
             )
     else:
-        model = DocToLoRA.from_pretrained(init_from, base_model=base_model, attention=attention)
+        model = DocToLoRA.from_pretrained(
+            init_from, base_model=base_model, dtype=dtype, quantization=quantization, attention=attention
+        )
         _check_same_settings(model, init_from, target_modules, hypernetwork, context_encoder)
         model.max_chunk_tokens = max_chunk_tokens
     module = LitDocToLoRA(

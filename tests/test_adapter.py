@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hypernet.adapter
 import hypernet.files
-from hypernet.adapter import PROVENANCE_KEYS, LoRAAdapter, LoRATarget, check_destination, find_targets, new_provenance
+from hypernet.adapter import PROVENANCE_KEYS, LoRAAdapter, check_destination, new_provenance
 from hypernet.injection import LoRAInjector
+from hypernet.targets import find_targets
 
 RANK, SCALING = 3, 45.25
 NAMES = ["q_proj", "down_proj"]
@@ -81,49 +81,6 @@ def assert_one_line_value_error(call, match):
     with pytest.raises(ValueError, match=match) as caught:
         call()
     assert "\n" not in str(caught.value)
-
-
-# Targets
-
-
-def test_targets_are_found_by_name_sorted_with_one_path_per_layer():
-    down, q = find_targets(make_base_model(), ["q_proj", "down_proj", "q_proj"])
-    assert down == LoRATarget("down_proj", ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"), 48, 32)
-    assert q == LoRATarget("q_proj", ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"), 32, 32)
-
-
-def linear_layers(*shapes):
-    return nn.ModuleList(nn.ModuleDict({name: nn.Linear(*shape) for name, shape in layer.items()}) for layer in shapes)
-
-
-@pytest.mark.parametrize(
-    "model, names, message",
-    [
-        (
-            make_base_model(),
-            ["down"],
-            r"No nn.Linear named 'down' in LlamaForCausalLM; it has \['down_proj', .*'v_proj'\]",
-        ),
-        (make_base_model(), "down", "No nn.Linear named 'down'"),
-        (make_base_model(), ["norm"], "No nn.Linear named 'norm'"),
-        (make_base_model(), [], "No target modules given.*down_proj"),
-        (make_base_model(), ["lm_head"], r"named 'lm_head' are not one per layer: \['lm_head'\]"),
-        (linear_layers({"a": (3, 4)}, {"a": (3, 5)}), ["a"], r"named 'a' have different shapes .*\(3, 4\), \(3, 5\)"),
-        (
-            linear_layers({"a": (3, 4), "b": (4, 3)}, {"a": (3, 4)}),
-            ["a", "b"],
-            r"number of layers, got {'a': 2, 'b': 1}",
-        ),
-        (
-            nn.ModuleDict({"text": linear_layers({"a": (3, 4)}), "vision": linear_layers({"a": (3, 4)})}),
-            ["a"],
-            r"not one per layer: \['text.\*.a', 'vision.\*.a'\]",
-        ),
-        (nn.ModuleList([linear_layers({"a": (3, 4)}, {"a": (3, 4)})]), ["a"], r"not one per layer: \['\*.\*.a'\]"),
-    ],
-)
-def test_targets_that_are_not_there_or_not_one_per_layer_are_refused(model, names, message):
-    assert_one_line_value_error(lambda: find_targets(model, names), message)
 
 
 # The adapter itself

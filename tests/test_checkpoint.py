@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import hypernet.checkpoint
 import hypernet.files
-from hypernet.adapter import LoRATarget
 from hypernet.base_model import fingerprint
 from hypernet.checkpoint import load_checkpoint, save_checkpoint
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.hypernetwork import HyperNetwork
+from hypernet.targets import LoRATarget
 
 DOCUMENT = "Norbach was founded by Ilda Renwick. It makes tin boxes. It has 312 workers."
 
@@ -150,6 +150,23 @@ def test_a_base_model_in_another_type_reads_the_same_checkpoint(tmp_path, make_d
     assert half.base_model.dtype == torch.bfloat16
     assert {p.dtype for p in half.hypernetwork.parameters()} == {torch.float32}
     assert half.generate(["Who founded Norbach?"], half.internalize(DOCUMENT), max_new_tokens=3)
+
+
+def test_without_a_recorded_fingerprint_any_base_model_that_fits_is_taken(tmp_path, make_doc_to_lora):
+    model = make_doc_to_lora()
+    model.base_model_fingerprint = None
+    model.save_pretrained(tmp_path / "checkpoint")
+    assert load_checkpoint(tmp_path / "checkpoint").base_model_fingerprint is None
+    with torch.no_grad():
+        model.base_model.lm_head.weight[3, 3] += 1
+    model.base_model.save_pretrained(tmp_path / "other")
+    model.tokenizer.save_pretrained(tmp_path / "other")
+    again = DocToLoRA.from_pretrained(tmp_path / "checkpoint", base_model=tmp_path / "other")
+    # Adapters and what is saved from now on name the base model that was taken.
+    assert again.base_model_fingerprint == fingerprint(model.base_model)
+    assert again.internalize(DOCUMENT).provenance["base_model"]["fingerprint"] == again.base_model_fingerprint
+    again.save_pretrained(tmp_path / "again")
+    assert load_checkpoint(tmp_path / "again").base_model_fingerprint == again.base_model_fingerprint
 
 
 # What cannot be loaded

@@ -141,14 +141,6 @@ def test_a_text_longer_than_a_chunk_becomes_one_block_per_chunk(model):
         torch.testing.assert_close(adapter.B["down_proj"][c], B["down_proj"][0])
 
 
-@pytest.mark.parametrize("chunks_per_batch", [1, 2, 3, 1000])
-def test_how_many_chunks_are_read_at_once_changes_nothing(model, chunks_per_batch):
-    assert_same(
-        model.internalize([SHORT, LONG, OTHER], chunks_per_batch=chunks_per_batch),
-        model.internalize([SHORT, LONG, OTHER]),
-    )
-
-
 def test_several_documents_together_are_the_sum_of_their_adapters(model):
     together = model.internalize([LONG, SHORT, OTHER])
     added = model.internalize(LONG) + model.internalize(SHORT) + model.internalize(OTHER)
@@ -203,17 +195,6 @@ def test_adapters_of_one_hypernetwork_share_their_bias_block(model):
     assert adapters[0].bias_B["down_proj"].data_ptr() == adapters[1].bias_B["down_proj"].data_ptr()
 
 
-def test_progress_wraps_the_batches(model):
-    seen = []
-
-    def progress(batches):
-        seen.append(len(batches))
-        return batches
-
-    adapter = model.internalize(LONG, chunks_per_batch=2, progress=progress)
-    assert seen == [-(-adapter.num_chunks // 2)]
-
-
 @pytest.mark.parametrize("document", ["", " \n", [SHORT, "\t"], []])
 def test_nothing_to_read_is_refused(model, document):
     with pytest.raises(ValueError, match="The document is empty|There is no document to internalize"):
@@ -223,12 +204,6 @@ def test_nothing_to_read_is_refused(model, document):
 def test_half_a_character_is_refused_with_what_to_do(model):
     with pytest.raises(ValueError, match="half a character .*Replace it"):
         model.internalize("Norbach \ud800 is a town.")
-
-
-@pytest.mark.parametrize("chunks_per_batch", [0, -3])
-def test_a_batch_without_chunks_is_refused(model, chunks_per_batch):
-    with pytest.raises(ValueError, match=f"chunks_per_batch must be at least 1, got {chunks_per_batch}"):
-        model.internalize(LONG, chunks_per_batch=chunks_per_batch)
 
 
 # Provenance

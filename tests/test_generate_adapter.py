@@ -281,9 +281,10 @@ def test_a_document_longer_than_the_window_says_so_in_its_column(run, work):
     assert "does not fit" not in without + with_adapter
 
 
-def test_the_progress_bar_appears_with_more_than_one_batch(run):
-    assert "batch/s" in run("document=doc.txt", "chunks_per_batch=1").err
-    assert "batch/s" not in run("document=doc.txt", "overwrite=true").err
+def test_the_progress_bar_appears_with_more_than_one_chunk(run, work):
+    assert "chunk/s" in run("document=doc.txt", "max_batch_tokens=1").err
+    (work / "short.txt").write_text("Norbach is a town.")
+    assert "chunk/s" not in run("document=short.txt", "overwrite=true").err
 
 
 def test_sizes_are_readable():
@@ -385,7 +386,7 @@ def test_a_document_that_cannot_be_read(run, work, name, content, says):
         (["document=doc.txt", 'ask=["Who?",""]'], "ask should be a text or a list of texts"),
         (["document=doc.txt", "ask=${nothing}"], "nothing"),
         (["document=doc.txt", "overwrite=maybe"], "overwrite should be true or false, got 'maybe'"),
-        (["document=doc.txt", "chunks_per_batch=0"], "chunks_per_batch should be a whole number, at least 1, got 0"),
+        (["document=doc.txt", "max_batch_tokens=0"], "max_batch_tokens should be a whole number, at least 1, got 0"),
         (["document=doc.txt", "max_new_tokens=few"], "max_new_tokens should be a whole number"),
         (["document=doc.txt", "output_dir=null"], "output_dir should be a text, got None"),
         (["document=doc.txt", "dtype=float8"], "dtype should be one of float32, .* or null, got 'float8'"),
@@ -500,7 +501,7 @@ def raising(error: BaseException) -> Callable:
 
 def test_out_of_memory_says_what_to_lower(run, work, monkeypatch):
     monkeypatch.setattr(DocToLoRA, "internalize", raising(torch.OutOfMemoryError("CUDA out of memory. Tried")))
-    assert "Lower chunks_per_batch" in error_line(run("document=doc.txt"))
+    assert "Lower max_batch_tokens" in error_line(run("document=doc.txt"))
     assert files(work) == ["doc.txt"]
 
 
@@ -550,7 +551,7 @@ def test_the_command_works_from_another_folder_and_reads_a_pipe(work, checkpoint
 
 def test_ctrl_c_ends_the_command_with_130_and_leaves_nothing(work, checkpoint):
     (work / "long.txt").write_text("\n\n".join([TEXT] * 2000))
-    process = command("document=long.txt", "output_dir=deep/out", f"checkpoint={checkpoint}", "chunks_per_batch=1")
+    process = command("document=long.txt", "output_dir=deep/out", f"checkpoint={checkpoint}", "max_batch_tokens=1")
     while "Internalizing" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)

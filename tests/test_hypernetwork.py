@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from hypernet.adapter import LoRATarget
 from hypernet.hypernetwork import AGGREGATORS, HyperNetwork
+from hypernet.targets import LoRATarget
 
 LAYERS, RANK, D, CHUNKS, T = 3, 2, 6, 5, 11
 DOWN = LoRATarget("down_proj", ("a", "b", "c"), 13, 7)
@@ -143,6 +143,7 @@ def test_the_config_spells_defaults_out():
         num_latents=8,
         num_blocks=9,
         num_self_attention_blocks=0,
+        share_blocks=False,
         num_heads=16,
         num_kv_heads=4,
         head_dim=128,

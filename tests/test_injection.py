@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hypernet.adapter import LoRAAdapter, find_targets, new_provenance
+from hypernet.adapter import LoRAAdapter, new_provenance
 from hypernet.injection import LoRAInjector
+from hypernet.targets import find_targets
 
 NAMES = ("down_proj", "q_proj")
 RANK, SCALING = 3, 1.5
@@ -112,7 +113,7 @@ def test_an_idle_hook_hands_on_the_same_output_tensor(base_model, targets):
 def test_remove_leaves_the_model_as_before(base_model, targets):
     logits = base_model(token_ids(2, 5)).logits
     injector = LoRAInjector(base_model, targets)
-    injector._active = injector._pooled([make_adapter(targets, 1, seed=1)], shared=True)
+    injector._active = injector.pool(make_adapter(targets, 1, seed=1))
     injector.remove()
     assert torch.equal(base_model(token_ids(2, 5)).logits, logits)
     assert not any(module._forward_hooks for module in base_model.modules())

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hypernet.adapter import LoRATarget
 from hypernet.lora_head import LoRAHead
+from hypernet.targets import LoRATarget
 
 LAYERS, RANK, LATENT_DIM, CHUNKS = 3, 2, 5, 2
 TARGETS = [

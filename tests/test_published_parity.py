@@ -1,106 +1,95 @@
 """A small checkpoint in the published Doc-to-LoRA format gives what its authors' code computed from it.
 
-The file lies beside the repository, in shared/parity; without it this test is skipped.
+The file lies beside the repository, in shared/parity; without it these tests are skipped.
 """
 
-import io
-import pickle
-import zipfile
-from collections import OrderedDict
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from hypernet.adapter import find_targets
-from hypernet.context_encoder import ContextEncoder
-from hypernet.hypernetwork import HyperNetwork
+from hypernet.adapter import LoRAAdapter, new_provenance
+from hypernet.base_model import CHAT_TEMPLATE
+from hypernet.checkpoint import convert
+from hypernet.doc_to_lora import DocToLoRA
 
-CHECKPOINT = Path(__file__).parents[2] / "shared" / "parity" / "reference_tiny"
-pytestmark = pytest.mark.skipif(not CHECKPOINT.is_dir(), reason=f"needs the reference tensors in {CHECKPOINT}")
+FOLDER = Path(__file__).parents[2] / "shared" / "parity" / "reference_tiny"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"needs the reference tensors in {FOLDER}")
 
-
-class Record(dict):
-    """Stands in for a pickled dataclass."""
-
-    def __init__(self, *_):
-        super().__init__()
-
-    def __setstate__(self, state):
-        self.update(state)
+# The entries of A and B are about 0.002, so their bound is far below the 1e-5 that is asked for.
+MATRICES, LOGITS = {"rtol": 0, "atol": 1e-7}, {"rtol": 0, "atol": 1e-5}
 
 
-def read_published(path: Path) -> dict:
-    """The checkpoint's dict; names outside a closed list are refused instead of imported."""
-    archive = zipfile.ZipFile(path)
-    root = archive.namelist()[0].split("/")[0]
-
-    def rebuild_tensor(storage, offset, size, stride, *_):
-        return storage.as_strided(size, stride, offset).clone()
-
-    known = {
-        **{("torch", "FloatStorage"): torch.float32, ("torch", "LongStorage"): torch.int64},
-        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("collections", "OrderedDict"): OrderedDict,
-        ("__builtin__", "set"): set,
-        ("peft.utils.peft_types", "PeftType"): Record,
-        ("peft.tuners.lora.config", "LoraConfig"): Record,
-        ("peft.tuners.lora.config", "LoraRuntimeConfig"): Record,
-        ("ctx_to_lora.configs", "CtxEncoderArguments"): Record,
-        ("ctx_to_lora.modeling.aggregator", "AggregatorConfig"): Record,
-        ("ctx_to_lora.modeling.hypernet", "HypernetConfig"): Record,
-    }
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) not in known:
-                raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
-            return known[module, name]
-
-        def persistent_load(self, key):
-            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{key[2]}")), dtype=key[1])
-
-    return Reader(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()
+@pytest.fixture(scope="module", params=["published", "converted"])
+def model(request, tmp_path_factory) -> DocToLoRA:
+    source, base_model = FOLDER, tmp_path_factory.mktemp("parity") / "base_model"
+    shutil.copytree(FOLDER / "base_model", base_model)
+    # Its tokenizer has no chat template, and questions need one; the reference's tensors do not depend on it.
+    base_model.chmod(0o755)
+    (base_model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    if request.param == "converted":
+        source = base_model.parent / "checkpoint"
+        convert(source=str(FOLDER / "pytorch_model.bin"), output_dir=str(source), base_model=str(base_model))
+        base_model = None
+    return DocToLoRA.from_pretrained(source, base_model=base_model, attention="eager")
 
 
-def renamed(key: str) -> str:
-    published = "aggregator.perceiver."
-    return "aggregator." + key.removeprefix(published) if key.startswith(published) else "lora_head." + key
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    return load_file(FOLDER / "expected.safetensors")
 
 
-def test_the_matrices_of_every_chunk_and_document_equal_those_of_the_published_code():
-    published = read_published(CHECKPOINT / "pytorch_model.bin")
-    expected = load_file(CHECKPOINT / "expected.safetensors")
-    base_model = AutoModelForCausalLM.from_pretrained(CHECKPOINT / "base_model", attn_implementation="eager")
-    hypernetwork = HyperNetwork(
-        targets=find_targets(base_model, ["down_proj"]),
-        feature_dim=48,
-        num_maps=3,
-        aggregator={"name": "perceiver", "latent_dim": 64, "num_latents": 8, "num_blocks": 3},
-    )
-    assert hypernetwork.scaling == published["hypernet_config"]["lora_config"]["lora_alpha"]
-    hypernetwork.load_state_dict({renamed(k): v for k, v in published.items() if isinstance(v, torch.Tensor)})
-
+@pytest.fixture
+def adapters(model, expected) -> list[LoRAAdapter]:
+    """One adapter per document, of the reference's chunks."""
     with torch.no_grad():
-        mask = expected["ctx_mask"]
-        A, B = hypernetwork(ContextEncoder(base_model)(expected["ctx_ids"], mask), mask)
-    for letter, matrices, bias in (("A", A, hypernetwork.bias_A), ("B", B, hypernetwork.bias_B)):
-        chunks, bias = matrices["down_proj"], bias["down_proj"]
-        # Entries are about 0.002, so the bound is far below the required 1e-5.
-        torch.testing.assert_close(chunks, expected[f"chunk.down_proj.{letter}"], rtol=0, atol=1e-7)
-        for combined, own in zip(
-            expected[f"combined.down_proj.{letter}"], chunks.split(expected["n_chunks"].tolist()), strict=True
-        ):
-            wanted = torch.cat([*own, bias], dim=1)
-            torch.testing.assert_close(wanted, combined[:, : wanted.shape[1]], rtol=0, atol=1e-7)
-            assert not combined[:, wanted.shape[1] :].any()
+        A, B = model.adapt(expected["ctx_ids"], expected["ctx_mask"])
+    provenance = new_provenance(
+        [], generator=None, base_model_name="tiny-gemma2", base_model_fingerprint=model.base_model_fingerprint
+    )
+    split = {"A": A["down_proj"], "B": B["down_proj"]}
+    chunks = {letter: tensor.split(expected["n_chunks"].tolist()) for letter, tensor in split.items()}
+    return [
+        LoRAAdapter(
+            targets=model.hypernetwork.targets,
+            A={"down_proj": A},
+            B={"down_proj": B},
+            bias_A=dict(model.hypernetwork.bias_A.items()),
+            bias_B=dict(model.hypernetwork.bias_B.items()),
+            scaling=model.hypernetwork.scaling,
+            provenance=provenance,
+        )
+        for A, B in zip(chunks["A"], chunks["B"], strict=True)
+    ]
 
 
-def test_a_name_outside_the_closed_list_is_refused(tmp_path):
-    path = tmp_path / "evil.bin"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("evil/data.pkl", pickle.dumps(Path))
-    with pytest.raises(pickle.UnpicklingError, match="Path is not allowed"):
-        read_published(path)
+def test_the_matrices_of_every_chunk(adapters, expected):
+    for letter in "AB":
+        chunks = torch.cat([getattr(adapter, letter)["down_proj"] for adapter in adapters])
+        torch.testing.assert_close(chunks, expected[f"chunk.down_proj.{letter}"], **MATRICES)
+
+
+def test_the_adapter_of_every_document_with_its_bias_block(adapters, expected):
+    for i, adapter in enumerate(adapters):
+        for letter, ours in zip("AB", adapter.concatenated()["down_proj"], strict=True):
+            theirs = expected[f"combined.down_proj.{letter}"][i]
+            torch.testing.assert_close(ours, theirs[:, : ours.shape[1]], **MATRICES)
+            assert not theirs[:, ours.shape[1] :].any()  # padding up to the longest document
+
+
+def test_the_logits_of_the_adapted_base_model(model, adapters, expected):
+    with torch.no_grad(), model.injector.using(adapters):
+        torch.testing.assert_close(model.base_model(expected["query_ids"]).logits, expected["logits_adapted"], **LOGITS)
+    assert (expected["logits_adapted"] - expected["logits_base"]).abs().max() > 1e-3
+
+
+def test_the_logits_of_the_base_model_alone(model, expected):
+    with torch.no_grad():
+        torch.testing.assert_close(model.base_model(expected["query_ids"]).logits, expected["logits_base"], **LOGITS)
+
+
+def test_it_internalizes_and_answers(model):
+    adapter = model.internalize("Norbach was founded by Ilda Renwick.")
+    assert len(model.generate(["Who founded Norbach?"], adapter, max_new_tokens=2)) == 1

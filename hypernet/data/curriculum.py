@@ -37,6 +37,7 @@ class Stage(NamedTuple):
     num_background: int = 1  # background questions per article
     num_foreign: int = 0  # the article's questions asked about an entity it does not name (hypernetwork only)
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
+    shared_relations: float = 0.0  # chance that an article's entities are of one kind and told the same relations
     restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
 
 
@@ -76,6 +77,8 @@ class Curriculum:
                     num_facts=num_facts,
                     num_distractors=rng.randint(*stage.num_distractors),
                     num_unanswerable=int(rng.random() < stage.unanswerable),
+                    # Drawn only where it is asked for: the other stages' articles stay what they were.
+                    shared_relations=stage.shared_relations > 0 and rng.random() < stage.shared_relations,
                 ),
                 stage.max_questions,
             )

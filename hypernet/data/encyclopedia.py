@@ -140,6 +140,7 @@ class Encyclopedia:
         num_facts: int = 4,
         num_distractors: int = 1,
         num_unanswerable: int = 0,
+        shared_relations: bool = False,
     ) -> Record:
         """One article with one question per fact, in an order of its own.
 
@@ -149,6 +150,7 @@ class Encyclopedia:
             num_facts: facts altogether; at most what the entities' relations hold, and at least one per entity.
             num_distractors: sentences that answer no question.
             num_unanswerable: questions about relations that the article leaves out; their answer is `UNKNOWN`.
+            shared_relations: entities of one kind, told the same relations: only the name tells them apart.
 
         Raises:
             ValueError: num_facts smaller than num_entities.
@@ -159,6 +161,7 @@ class Encyclopedia:
             )
         rng = self.rng(index)
         kinds = [rng.choice(list(self._of_kind)) for _ in range(num_entities)]
+        kinds = kinds[:1] * num_entities if shared_relations else kinds
         entities: list[Entity] = []
         for kind in kinds:
             entity = self.entity(rng, kind)
@@ -167,6 +170,9 @@ class Encyclopedia:
             entities.append(entity)
         told = [(entity, relation) for entity in entities for relation in self._of_kind[entity.kind]]
         rng.shuffle(told)
+        if shared_relations:
+            order = rng.sample(self._of_kind[kinds[0]], len(self._of_kind[kinds[0]]))
+            told.sort(key=lambda pair: order.index(pair[1]))
         # One fact each first, so that no entity is without; the rest from what is left.
         first = [next(pair for pair in told if pair[0] is entity) for entity in entities]
         rest = [pair for pair in told if pair not in first]

@@ -243,3 +243,16 @@ def test_a_batch_is_the_same_again_and_in_a_worker_process(batches, request):
     first = tensors(batches[2])
     for again in (tensors(batches[2]), tensors(pickle.loads(pickle.dumps(batches))[2])):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_stage_chooses_how_many_articles_share_their_relations_and_leaves_the_others_as_they_were():
+    shape = {"steps": 4, "batch_size": 10, "num_entities": [2, 2], "facts_per_entity": [1, 1]}
+
+    def shared(share):
+        curriculum = make_curriculum(stages=[{**shape, "shared_relations": share}])
+        records = [record for step in range(4) for record in curriculum.records(step)]
+        return [len({question.group for question in record.questions}) == 1 for record in records]
+
+    assert all(shared(1.0)) and 10 < sum(shared(0.5)) < 35 and sum(shared(0.0)) < 10
+    plain, stated = (make_curriculum(stages=[{**shape, **more}]) for more in ({}, {"shared_relations": 0.0}))
+    assert [plain.records(step) for step in range(4)] == [stated.records(step) for step in range(4)]

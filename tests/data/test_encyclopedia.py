@@ -374,3 +374,15 @@ def test_background_questions_come_in_several_forms_with_one_answer_each():
         assert question.kind == "background" and answers.setdefault(question.text, question.answer) == question.answer
     assert all(len(set(entry["questions"])) >= 2 for entry in DATA["background"].values())
     assert answers["What is the capital of France?"] == "Paris" and answers["What is the opposite of true?"] == "false"
+
+
+def test_with_shared_relations_only_the_name_tells_which_answer_is_asked_for():
+    encyclopedia = Encyclopedia("train")
+    for index in range(40):
+        record = encyclopedia.record(index, num_entities=3, num_facts=6, num_distractors=0, shared_relations=True)
+        relations = [question.group for question in record.questions]
+        assert sorted(relations) == sorted([*set(relations)] * 3) and len(set(relations)) == 2
+        assert len({question.text for question in record.questions}) == 6
+    # Facts that do not divide evenly: the rest of them is shared by some.
+    record = encyclopedia.record(7, num_entities=2, num_facts=5, shared_relations=True)
+    assert sorted(map([q.group for q in record.questions].count, {q.group for q in record.questions})) == [1, 2, 2]

@@ -134,9 +134,9 @@ def load(settings: dict[str, Any]) -> "DocToLoRA":
     check_destination(settings["output_dir"], overwrite=settings["overwrite"])
     device = choose_device(settings["device"])
     log.info("Loading %s on %s", settings["checkpoint"], device)
-    # Where torchao is installed, transformers imports it, and it warns of each GPU library that this machine lacks.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    from hypernet.base_model import hush_torchao
+
+    hush_torchao()
     from hypernet.doc_to_lora import DocToLoRA
 
     return DocToLoRA.from_pretrained(

@@ -23,8 +23,10 @@ def train(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
     warnings.filterwarnings("ignore", message=".*treespec")
 
+    from hypernet.base_model import hush_torchao
     from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 
+    hush_torchao()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     checkpoints = Path(cfg.output_dir) / "checkpoints"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import kernel_speed, real_text, tiny_figures
+from benchmarks import internalize_cost, kernel_speed, real_text, tiny_figures
 
 ROOT = Path(__file__).parent.parent
 FILES = ("README.md", "assets/tiny/README.md")
@@ -18,6 +18,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "tiny_figures": tiny_figures.markdown,
     "real_text": lambda rows: real_text.markdown(rows[0]),
     "kernel_speed": kernel_speed.markdown,
+    "internalize_cost": internalize_cost.markdown,
 }
 _BLOCK = re.compile(r"(<!-- figures: (benchmarks/results/(\w+)\.jsonl) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
 

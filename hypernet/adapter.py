@@ -192,7 +192,7 @@ class LoRAAdapter:
     def content_id(self) -> str:
         """SHA-256 of what the adapter is: its weights, targets, ranks, scaling, documents, base model and generator.
 
-        The date, the versions and the documents' names do not count, nor does what lies beyond a narrower layer's width.
+        The date, the versions and the documents' names do not count, nor what lies beyond a narrower layer's width.
         """
         structure = {
             "targets": [target.plain() for target in self.targets],
@@ -453,3 +453,7 @@ def _read_provenance(directory: Path) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# hypernet/checkpoint.py still imports it by this name.
+_atomic_folder = replaced_folder

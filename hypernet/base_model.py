@@ -8,6 +8,7 @@ digit.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,6 +105,12 @@ def _quantization_config(name: str | None) -> object | None:
     from transformers import TorchAoConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def hush_torchao() -> None:
+    """For commands: where torchao is installed, transformers imports it, and it warns of each GPU library it lacks."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def freeze(base_model: nn.Module) -> nn.Module:

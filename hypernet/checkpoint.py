@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hypernet.base_model import fingerprint
+from hypernet.base_model import fingerprint, hush_torchao
 from hypernet.files import replaced, replaced_folder, save_tensors
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.published import find_published, is_published, read_published
@@ -213,6 +213,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"--help", "-h"} & set(arguments):
         print(HELP, end="")
         return 0
+    hush_torchao()
     try:
         convert(**_settings(arguments))
     except (ValueError, OSError, MemoryError) as error:

@@ -281,19 +281,30 @@ class DocToLoRA(nn.Module):
         return packed_logits(self.base_model, rows, rows.target_kind >= 0)
 
     def set_chunks(
-        self, A: dict[str, Tensor], B: dict[str, Tensor], num_chunks: Sequence[int], *, shift: int = 0
+        self,
+        A: dict[str, Tensor],
+        B: dict[str, Tensor],
+        num_chunks: Sequence[int],
+        *,
+        members: Sequence[Sequence[int]] | None = None,
+        shift: int = 0,
     ) -> None:
-        """Puts the adapters of N documents in force, one per row; they stay until `injector.clear()`, after backward.
+        """Puts an adapter in force for each of N rows; they stay until `injector.clear()`, which comes after backward.
 
         Args:
             A, B: of all chunks together, document after document, as `adapt` gives them.
             num_chunks: chunks of each document.
-            shift: row i gets the adapter of document (i + shift) mod N; 1 gives every row a wrong one.
+            members: the documents that each row's adapter joins; None: row i has document i alone.
+            shift: row i gets the adapter of row (i + shift) mod N; 1 gives every row a wrong one.
         """
         num_slots = sum(num_chunks)
         first = [sum(num_chunks[:i]) for i in range(len(num_chunks))]
-        # The bias block is one more slot, shared by all documents, once in each document's list.
-        slots = [[*range(start, start + count), num_slots] for start, count in zip(first, num_chunks, strict=True)]
+        members = [[i] for i in range(len(num_chunks))] if members is None else members
+        # Chunks are joined by address. The bias block is one more slot, shared by all, once in each row's list.
+        slots = [
+            [*(first[i] + chunk for i in documents for chunk in range(num_chunks[i])), num_slots]
+            for documents in members
+        ]
         self.injector.set(
             {name: torch.cat([A[name], bias[None]]) for name, bias in self.hypernetwork.bias_A.items()},
             {name: torch.cat([B[name], bias[None]]) for name, bias in self.hypernetwork.bias_B.items()},

@@ -147,7 +147,7 @@ class LitDocToLoRA(L.LightningModule):
         A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         with torch.no_grad():
             teacher = self.model(teacher_rows)
-        self.model.set_chunks(A, B, batch.num_chunks)
+        self.model.set_chunks(A, B, batch.num_chunks, members=batch.members)
         is_answer = student_rows.target_kind >= 0
         student = self.model(student_rows)
         kind = student_rows.target_kind[is_answer]
@@ -175,7 +175,7 @@ class LitDocToLoRA(L.LightningModule):
         A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         scores = {"no_context": self._exact(batch.student), "in_prompt": self._exact(batch.teacher)}
         for name, shift in (("adapter", 0), ("wrong_adapter", 1)):
-            self.model.set_chunks(A, B, batch.num_chunks, shift=shift)
+            self.model.set_chunks(A, B, batch.num_chunks, members=batch.members, shift=shift)
             scores[name] = self._exact(batch.student)
             injector.clear()
         for method, by_kind in scores.items():

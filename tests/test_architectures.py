@@ -1,4 +1,4 @@
-"""The whole path on tiny random models of every architecture that conf/base_model names, and of some that are harder:
+"""The whole path on tiny random models of every architecture that conf/pretrained names, and of some that are harder:
 fused projections, hybrid blocks, layers of different widths, a multimodal wrapper.
 """
 
@@ -13,7 +13,7 @@ from hypernet.adapter import LoRAAdapter
 from hypernet.base_model import build_base_model, freeze
 from hypernet.doc_to_lora import DocToLoRA
 
-BASE_MODELS = Path(__file__).parents[1] / "conf" / "base_model"
+PRETRAINED = Path(__file__).parents[1] / "conf" / "pretrained"
 TEXT = "Norbach was founded by Ilda Renwick in 1807. It makes tin boxes, and the town stands by the river Sorn."
 
 SIZES = {
@@ -66,7 +66,7 @@ ARCHITECTURES = {
 }
 # Its blocks pass on several streams at once, so there are no activations per layer to read.
 ENCODERS = {"gemma3n_text": {"kind": "early_exit", "layer_idx": 2}}
-# What the models of conf/base_model are.
+# What the models of conf/pretrained are.
 MODEL_TYPES = {
     "tiny": "llama",
     "gemma-2-2b": "gemma2",
@@ -232,7 +232,7 @@ def test_narrower_layers_and_missing_modules_are_neither_stored_nor_counted(tiny
             assert not any(A[:, layer].any() for layer, path in enumerate(target.paths) if path is None)
 
 
-@pytest.mark.parametrize("path", sorted(BASE_MODELS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PRETRAINED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_base_model_is_of_an_architecture_that_is_tested_with_its_targets(path, tiny_tokenizer):
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     model_type = MODEL_TYPES[path.stem]

@@ -305,6 +305,24 @@ def test_adapters_set_for_training_act_as_internalized_ones(model, shift):
     torch.testing.assert_close(model(rows)[0], logits_of(model, QUESTIONS[0], None)[-1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_documents_joined_for_training_act_as_added_adapters(model, shift):
+    documents, members = [LONG, SHORT, OTHER], [[0, 2], [1], [2, 0, 1]]
+    adapters = [model.internalize(document) for document in documents]
+    chunks = [chunk_document(document, model.tokenizer, max_chunk_tokens=20) for document in documents]
+    width = max(chunk.ids.shape[1] for chunk in chunks)
+    pad = lambda rows: torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])  # noqa: E731
+    A, B = model.adapt(pad([chunk.ids for chunk in chunks]), pad([chunk.mask for chunk in chunks]))
+    rows = rows_of(model, QUESTIONS[:3])
+    model.set_chunks(A, B, [len(chunk.ids) for chunk in chunks], members=members, shift=shift)
+    logits = model(rows)
+    model.injector.clear()
+    for row, question in enumerate(QUESTIONS[:3]):
+        own, *others = (adapters[i] for i in members[(row + shift) % 3])
+        expected = logits_of(model, question, sum(others, own))[-1]
+        torch.testing.assert_close(logits[int((rows.target_kind[:row] >= 0).sum())], expected, rtol=0, atol=1e-5)
+
+
 def test_a_hypernetwork_for_other_modules_is_refused(make_doc_to_lora, tiny_base_model, tiny_tokenizer):
     hypernetwork = make_doc_to_lora().hypernetwork
     hypernetwork.targets = (hypernetwork.targets[0]._replace(d_in=7),)

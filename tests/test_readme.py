@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
-    line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line and line[0] != "#"
+    line
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.replace("\\\n", " ").splitlines()
+    if line and line[0] != "#"
 ]
+# Stands in for the checkpoints on the hub, which no test reaches.
+PUBLISHED = ROOT.parent / "shared" / "parity" / "reference_tiny"
 SHORT = [
     "trainer.max_steps=1",
     "trainer.enable_progress_bar=false",
@@ -42,8 +49,17 @@ def test_make_knows_its_targets(command: str) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(".venv/bin/python")])
 def test_command_runs(command: str, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, *arguments = shlex.split(command, comments=True)[1:]
+    module = script == "-m"
+    script = arguments.pop(0) if module else script
     arguments = [a for a in arguments if not a.startswith(("output_dir=", "trainer.max_steps="))]
-    if script == "train.py":
+    if "hub:" in command:
+        if not PUBLISHED.is_dir():
+            pytest.skip(f"needs the published-format checkpoint in {PUBLISHED}")
+        arguments = [re.sub(r"hub:.*", str(PUBLISHED), argument) for argument in arguments]
+        arguments.append(f"base_model={_with_chat_template(PUBLISHED / 'base_model', outputs / 'base_model')}")
+    if module:
+        arguments += [f"output_dir={outputs / script}"]
+    elif script == "train.py":
         # One folder per kind of run, so that ckpt_path=last finds the checkpoint of the run before.
         kind = "base" if "experiment=tiny_base_model" in arguments else "hypernetwork"
         arguments += [*SHORT, f"output_dir={outputs / kind}"]
@@ -51,17 +67,31 @@ def test_command_runs(command: str, outputs: Path, monkeypatch: pytest.MonkeyPat
             arguments.append("trainer.max_steps=2")
             arguments.remove("trainer.max_steps=1")
     else:
-        arguments += [f"output_dir={outputs / 'adapter'}"]
+        arguments += [f"output_dir={outputs / 'adapter'}", "overwrite=true"]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.chdir(ROOT)
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        if module:
+            runpy.run_module(script, run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, stop.code
-    if script == "train.py":
+    if module:
+        assert list((outputs / script).glob("*.safetensors"))
+    elif script == "train.py":
         assert list((outputs / kind / "checkpoints").glob("*.safetensors"))
     else:
         assert (outputs / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def _with_chat_template(source: Path, target: Path) -> Path:
+    from hypernet.base_model import CHAT_TEMPLATE
+
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    target.chmod(0o755)
+    (target / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return target
 
 
 def test_python_example_runs_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -36,6 +36,7 @@ class Stage(NamedTuple):
     max_questions: int = 8  # per article
     num_background: int = 1  # background questions per article
     num_foreign: int = 0  # the article's questions asked about an entity it does not name (hypernetwork only)
+    company: tuple[int, int] = (1, 1)  # documents whose adapters are joined, its own among them (hypernetwork only)
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
     shared_relations: float = 0.0  # chance that an article's entities are of one kind and told the same relations
     restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
@@ -163,6 +164,7 @@ class DistillationBatch(NamedTuple):
     """One step of context distillation for N documents of C chunks together.
 
     chunk_ids, chunk_mask: [C, T]; num_chunks: per document, [N] on the host.
+    members: the documents that each row's adapter joins, its own first; [N] lists on the host.
     student: the questions alone. teacher: the same questions, those about the document behind it. The answer tokens of
         both come in the same order.
     """
@@ -170,6 +172,7 @@ class DistillationBatch(NamedTuple):
     chunk_ids: Tensor
     chunk_mask: Tensor
     num_chunks: list[int]
+    members: list[list[int]]
     student: PackedRows
     teacher: PackedRows
 
@@ -178,6 +181,7 @@ class DistillationBatch(NamedTuple):
             self.chunk_ids.to(device),
             self.chunk_mask.to(device),
             self.num_chunks,
+            self.members,
             self.student.to(device),
             self.teacher.to(device),
         )
@@ -213,7 +217,16 @@ class DistillationBatches(_Batches):
             ]
             for record in records
         ]
-        return self.batch([record.document for record in records], asked)
+        members = self._members(rng, len(records), stage.company)
+        return self.batch([record.document for record in records], asked, members=members)
+
+    @staticmethod
+    def _members(rng: random.Random, count: int, company: tuple[int, int]) -> list[list[int]]:
+        # Joining costs no reading: every document of the step is read anyway, and chunks are joined by address.
+        if tuple(company) == (1, 1):
+            return [[i] for i in range(count)]
+        sizes = [min(rng.randint(*company), count) for _ in range(count)]
+        return [[i, *rng.sample([j for j in range(count) if j != i], size - 1)] for i, size in enumerate(sizes)]
 
     def _foreign(self, rng: random.Random, record: Record, count: int) -> list[Question]:
         # The article's own relations asked about somebody else: only the name tells that the article does not answer.
@@ -223,8 +236,18 @@ class DistillationBatches(_Batches):
             for _ in range(count)
         ]
 
-    def batch(self, documents: Sequence[str], asked: Sequence[Sequence[Question]]) -> DistillationBatch:
-        """One batch from documents and the questions asked about each."""
+    def batch(
+        self,
+        documents: Sequence[str],
+        asked: Sequence[Sequence[Question]],
+        *,
+        members: Sequence[Sequence[int]] | None = None,
+    ) -> DistillationBatch:
+        """One batch from documents and the questions asked about each.
+
+        Args:
+            members: the documents that each row's adapter joins; None: its own alone.
+        """
         chunks = [
             chunk_document(document, self.tokenizer, max_chunk_tokens=self.max_chunk_tokens) for document in documents
         ]
@@ -235,6 +258,7 @@ class DistillationBatches(_Batches):
             chunk_ids=torch.cat([pad(chunk.ids, self.tokenizer.pad_token_id) for chunk in chunks]),
             chunk_mask=torch.cat([pad(chunk.mask, False) for chunk in chunks]),
             num_chunks=[len(chunk.ids) for chunk in chunks],
+            members=[[i] for i in range(len(documents))] if members is None else [list(row) for row in members],
             student=self._rows([[] for _ in documents], [[(q, False) for q in questions] for questions in asked]),
             teacher=self._rows(
                 trunks, [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]

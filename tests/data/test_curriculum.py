@@ -256,3 +256,24 @@ def test_a_stage_chooses_how_many_articles_share_their_relations_and_leaves_the_
     assert all(shared(1.0)) and 10 < sum(shared(0.5)) < 35 and sum(shared(0.0)) < 10
     plain, stated = (make_curriculum(stages=[{**shape, **more}]) for more in ({}, {"shared_relations": 0.0}))
     assert [plain.records(step) for step in range(4)] == [stated.records(step) for step in range(4)]
+
+
+def test_a_stage_says_in_whose_company_a_document_s_adapter_answers(tiny_tokenizer):
+    def batches(**more):
+        curriculum = make_curriculum(stages=[{"steps": 3, "batch_size": 6, **more}])
+        return list(map(DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=40).__getitem__, range(3)))
+
+    for batch in batches():
+        assert batch.members == [[i] for i in range(6)]
+    sizes = Counter()
+    for batch in batches(company=[1, 3]):
+        for row, members in enumerate(batch.members):
+            assert members[0] == row and len(set(members)) == len(members) and set(members) <= set(range(6))
+            sizes[len(members)] += 1
+    assert set(sizes) == {1, 2, 3}
+    assert [batch.members for batch in batches(company=[1, 3])] == [batch.members for batch in batches(company=[1, 3])]
+    # No more company than there is.
+    assert all(len(members) == 6 for batch in batches(company=[9, 9]) for members in batch.members)
+    # What is read and asked does not depend on it.
+    for alone, joined in zip(batches(), batches(company=[2, 2]), strict=True):
+        assert torch.equal(alone.chunk_ids, joined.chunk_ids) and torch.equal(alone.student.ids, joined.student.ids)

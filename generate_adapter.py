@@ -53,6 +53,10 @@ def generate(cfg: DictConfig) -> None:
 
     log.info("Internalizing %s", ", ".join(document.name for document in documents))
     adapter = internalize(model, documents, settings, watch)
+    if settings["amplitude"] != 1:
+        from hypernet.composition import amplify
+
+        adapter = amplify(adapter, settings["amplitude"])
     watch.lap("internalize")
 
     columns = {}
@@ -98,6 +102,11 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     for key in ("overwrite", "compare"):
         if not isinstance(settings[key], bool):
             raise ValueError(f"{key} should be true or false, got {settings[key]!r}.")
+    amplitude = settings["amplitude"] if isinstance(settings["amplitude"], list) else [settings["amplitude"]]
+    if not amplitude or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in amplitude):
+        raise ValueError(
+            f"amplitude should be a number, or one for each layer: [1,1,1.5], got {settings['amplitude']!r}."
+        )
     for key in ("max_batch_tokens", "max_new_tokens"):
         if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
             raise ValueError(f"{key} should be a whole number, at least 1, got {settings[key]!r}.")

@@ -453,7 +453,3 @@ def _read_provenance(directory: Path) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-# hypernet/checkpoint.py still imports it by this name.
-_atomic_folder = replaced_folder

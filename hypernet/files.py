@@ -3,7 +3,7 @@
     with replaced(path) as temporary:
         save_tensors(tensors, temporary)      # path changes only if the block ends well
     with replaced_folder(directory) as folder:
-        (folder / "notes.txt").write_text("…")  # so does directory
+        (folder / "notes.txt").write_text("...")  # so does directory
 """
 
 import errno

@@ -8,12 +8,14 @@
 Forward hooks stay on the target layers for good and read the injector's state: with none set they do nothing.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from hypernet.adapter import LoRAAdapter
@@ -166,7 +168,7 @@ class LoRAInjector:
             The pool, for `using`; None if there is no adapter.
 
         Raises:
-            ValueError: if an adapter is for other targets, or adapters differ in scaling or rank per chunk.
+            ValueError: if an adapter is for other targets, or adapters differ in scaling.
         """
         shared = adapters is None or isinstance(adapters, LoRAAdapter)
         adapters = [adapters] if shared else list(adapters)
@@ -179,35 +181,41 @@ class LoRAInjector:
                     f"The adapter is for {_summary(adapter.targets)}, the injector for {_summary(self.targets)}, or "
                     "their paths differ. Use an adapter made for this base model and these target modules."
                 )
-        for what in ("scaling", "rank_per_chunk"):
-            found = {getattr(adapter, what) for adapter in distinct}
-            if len(found) > 1:
-                raise ValueError(
-                    f"Adapters used together must agree in {what}, got {sorted(found)}. Use adapters of one generator."
-                )
+        scalings = {adapter.scaling for adapter in distinct}
+        if len(scalings) > 1:
+            raise ValueError(
+                f"Adapters used together must agree in scaling, got {sorted(scalings)}. Use adapters of one generator."
+            )
 
+        # A slot has one rank for all. A block of a larger one, such as a compressed adapter's, is cut into several.
+        rank = math.gcd(*(adapter.rank_per_chunk for adapter in distinct))
         # Every chunk is a slot; so is every bias block, once for all adapters that hold the same memory.
         parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         num_slots, bias_slots, slots_of = 0, {}, {}
         for adapter in distinct:
             parts.append((adapter.A, adapter.B))
-            ids = list(range(num_slots, num_slots + adapter.num_chunks))
-            num_slots += adapter.num_chunks
+            per_block = adapter.rank_per_chunk // rank
+            ids = list(range(num_slots, num_slots + adapter.num_chunks * per_block))
+            num_slots += len(ids)
             biases = [bias for blocks in (adapter.bias_A, adapter.bias_B) for bias in blocks.values()]
             key = tuple((bias.data_ptr(), bias.stride(), bias.dtype, bias.device) for bias in biases)
             if key not in bias_slots:
-                bias_slots[key] = num_slots
-                num_slots += 1
+                bias_slots[key] = list(range(num_slots, num_slots + per_block))
+                num_slots += per_block
                 parts.append(
                     ({n: A[None] for n, A in adapter.bias_A.items()}, {n: B[None] for n, B in adapter.bias_B.items()})
                 )
-            slots_of[id(adapter)] = [*ids, bias_slots[key]]
+            slots_of[id(adapter)] = ids + bias_slots[key]
 
         def per_layer(index: int, width: str, name: str) -> dict[int, Tensor]:
             return {
                 place.layer: torch.cat(
                     [
-                        part[index][name][:, place.layer, :, : getattr(place, width)].to(module.weight.device)
+                        rearrange(
+                            part[index][name][:, place.layer, :, : getattr(place, width)].to(module.weight.device),
+                            "c (n r) d -> (c n) r d",
+                            r=rank,
+                        )
                         for part in parts
                     ]
                 )

@@ -129,6 +129,36 @@ def test_one_adapter_for_all_equals_weights_merged_chunk_by_chunk_with_the_bias_
             torch.testing.assert_close(base_model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [1, 4, 6, 7])
+def test_adapters_of_several_ranks_share_a_batch(base_model, targets, rank):
+    from hypernet.composition import compress
+
+    plain = make_adapter(targets, 3, seed=2)
+    compressed, _ = compress(make_adapter(targets, 2, seed=1), rank)
+    adapters = [plain, compressed, None, plain]
+    ids = token_ids(4, 7)
+    injector = LoRAInjector(base_model, targets)
+    with injector.using(adapters):
+        together = base_model(ids).logits
+    for i, adapter in enumerate(adapters):
+        with injector.using(adapter):
+            torch.testing.assert_close(base_model(ids[i : i + 1]).logits[0], together[i], rtol=1e-4, atol=1e-4)
+
+
+def test_a_pool_is_put_in_force_again_and_again_without_a_copy(base_model, targets):
+    adapters = [make_adapter(targets, 2, seed=1), make_adapter(targets, 1, seed=2)]
+    ids = token_ids(2, 5)
+    injector = LoRAInjector(base_model, targets)
+    pools = [injector.pool(adapter) for adapter in adapters]
+    assert injector.pool(None) is None and injector.pool([None, None]) is None
+    for pool, adapter in 2 * list(zip(pools, adapters, strict=True)):
+        with injector.using(pool):
+            assert injector._active is pool
+            pooled = base_model(ids).logits
+        with injector.using(adapter):
+            assert torch.equal(base_model(ids).logits, pooled)
+
+
 def test_batch_with_mixed_adapters_equals_one_at_a_time(base_model, targets):
     one, three = make_adapter(targets, 1, seed=1), make_adapter(targets, 3, seed=2)
     adapters = [None, one, three, None, one]

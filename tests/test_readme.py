@@ -1,5 +1,7 @@
 """Every command and example of README runs as it stands; trainings are cut to one step, outputs go elsewhere."""
 
+import contextlib
+import io
 import re
 import runpy
 import shlex
@@ -35,6 +37,18 @@ def outputs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("outputs")
 
 
+@pytest.fixture(scope="module")
+def examples_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that stands for outputs/ once every Python example has run; what they print is in printed.txt."""
+    folder = tmp_path_factory.mktemp("examples")
+    printed = io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
+        for example in [block for language, block in BLOCKS if language == "python"]:
+            exec(compile(example.replace("outputs/", f"{folder}/"), "README.md", "exec"), {})
+    (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
+    return folder
+
+
 def test_readme_shows_the_commands() -> None:
     assert "make demo" in README and "make test" in README
     assert len([c for c in COMMANDS if c.startswith(".venv/bin/python")]) >= 5
@@ -47,7 +61,7 @@ def test_make_knows_its_targets(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(".venv/bin/python")])
-def test_command_runs(command: str, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_runs(command: str, outputs: Path, examples_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, *arguments = shlex.split(command, comments=True)[1:]
     module = script == "-m"
     script = arguments.pop(0) if module else script
@@ -57,7 +71,9 @@ def test_command_runs(command: str, outputs: Path, monkeypatch: pytest.MonkeyPat
             pytest.skip(f"needs the published-format checkpoint in {PUBLISHED}")
         arguments = [re.sub(r"hub:.*", str(PUBLISHED), argument) for argument in arguments]
         arguments.append(f"base_model={_with_chat_template(PUBLISHED / 'base_model', outputs / 'base_model')}")
-    if module:
+    if script == "hypernet.library":
+        arguments = [argument.replace("outputs/", f"{examples_run}/") for argument in arguments]
+    elif module:
         arguments += [f"output_dir={outputs / script}"]
     elif script == "train.py":
         # One folder per kind of run, so that ckpt_path=last finds the checkpoint of the run before.
@@ -77,7 +93,9 @@ def test_command_runs(command: str, outputs: Path, monkeypatch: pytest.MonkeyPat
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, stop.code
-    if module:
+    if script == "hypernet.library":
+        pass
+    elif module:
         assert list((outputs / script).glob("*.safetensors"))
     elif script == "train.py":
         assert list((outputs / kind / "checkpoints").glob("*.safetensors"))
@@ -94,14 +112,11 @@ def _with_chat_template(source: Path, target: Path) -> Path:
     return target
 
 
-def test_python_example_runs_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    example, *others = [block for language, block in BLOCKS if language == "python"]
-    monkeypatch.chdir(ROOT)
-    exec(compile(example.replace("outputs/both", str(tmp_path / "both")), "README.md", "exec"), {})
-    assert (tmp_path / "both" / "adapter_config.json").is_file()
-    assert capsys.readouterr().out.strip()
-    for example in others:
-        exec(compile(example, "README.md", "exec"), {})
+def test_python_examples_leave_adapters_and_answer(examples_run: Path) -> None:
+    for name in ("both", "served"):
+        assert (examples_run / name / "adapter_config.json").is_file()
+    assert list((examples_run / "library").iterdir())
+    assert "Vornia Walmoor" in (examples_run / "printed.txt").read_text(encoding="utf-8")
 
 
 def test_map_names_every_file_that_is_there() -> None:

@@ -119,24 +119,24 @@ class HyperNetwork(nn.Module):
         return {**counts, "total": sum(counts.values())}
 
     def forward(
-        self, features: Tensor, mask: Tensor, *, layer: int | None = None
+        self, features: Tensor, mask: Tensor, *, layers: slice = slice(None)
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """LoRA matrices of every chunk, each computed from that chunk alone.
 
         Args:
             features: [C, num_maps, T, D]. What stands where the mask is False is never read, it may be NaN.
             mask: [C, T], True (or 1) where there is a token.
-            layer: read the map of this layer alone, features [C, 1, T, D], and give this layer's matrices.
+            layers: with a map per layer, those whose maps the features are; only their matrices are given.
 
         Returns:
             A, B by target name, [C, L, R, d_in] and [C, L, R, d_out], without the bias block and without `scaling`; L
-            is 1 for a single layer.
+            is the number of `layers`.
 
         Raises:
             ValueError: if the shapes do not fit each other or the network, or a chunk has no token.
         """
         mask = mask.bool()
-        num_maps = self.num_maps if layer is None else 1
+        num_maps = len(range(self.num_maps)[layers]) if self.num_maps > 1 else 1
         expected = (len(mask), num_maps, mask.shape[-1], self.feature_dim)
         if mask.ndim != 2 or features.shape != expected:
             raise ValueError(
@@ -154,7 +154,7 @@ class HyperNetwork(nn.Module):
         latents = rearrange(
             latents, "(c l) (k m r) h -> c (l k) m r h", l=num_maps, m=len(self.targets), r=self.rank
         )
-        return self.lora_head(latents, layer)
+        return self.lora_head(latents, layers)
 
 
 def _checked_targets(targets: Sequence[LoRATarget | Mapping[str, Any]]) -> tuple[LoRATarget, ...]:

@@ -113,15 +113,14 @@ class LoRAHead(nn.Module):
         self.bias_A = by_name(lambda t: zero_beyond_width(t, "d_in", small(t)))
         self.bias_B = by_name(lambda t: torch.zeros(num_layers, rank, t.d_out))
 
-    def forward(self, latents: Tensor, layer: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, latents: Tensor, layers: slice = slice(None)) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """[C, L, M, R, H] -> A, B by target name, [C, L, R, d_in] and [C, L, R, d_out], without the bias block.
 
         The results are contiguous per layer: A[name][:, layer] needs no copy to become a matrix.
 
         Args:
-            layer: the one layer that the latents [C, 1, M, R, H] belong to; None: they are all layers'.
+            layers: those that the latents belong to; L is their number.
         """
-        layers = slice(None) if layer is None else slice(layer, layer + 1)
         num_targets = latents.shape[2]
         # Layers first, since all weights are per layer: every product below is one batched matmul.
         x = rearrange(latents, "c l m r h -> l (m c r) h")

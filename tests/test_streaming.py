@@ -41,15 +41,18 @@ def test_layer_by_layer_and_batch_by_batch_agree_with_all_at_once(make_doc_to_lo
             assert mine[name][:, 0].is_contiguous() and not mine[name].requires_grad
 
 
-def test_features_of_one_layer_exist_at_a_time(make_doc_to_lora):
-    """What a layer's map becomes is computed before the next block runs."""
+@pytest.mark.parametrize("max_batch_tokens, expected", [(1, "h0h"), (1000, "0h")])
+def test_a_layer_s_features_are_used_before_the_next_block_runs_unless_they_are_few(
+    make_doc_to_lora, max_batch_tokens, expected
+):
     model = make_doc_to_lora()
     order = []
     blocks = model.base_model.model.layers
-    blocks[0].register_forward_hook(lambda *_: order.append("block 0"))
-    model.hypernetwork.register_forward_hook(lambda *_: order.append("hypernetwork"))
-    read_chunks(rows_of(model, "A short one."), model.context_encoder, model.hypernetwork)
-    assert order == ["hypernetwork", "block 0", "hypernetwork"]
+    blocks[0].register_forward_hook(lambda *_: order.append("0"))
+    model.hypernetwork.register_forward_hook(lambda *_: order.append("h"))
+    rows = rows_of(model, "A short one.")
+    read_chunks(rows, model.context_encoder, model.hypernetwork, max_batch_tokens=max_batch_tokens)
+    assert "".join(order) == expected
 
 
 @pytest.mark.parametrize("max_batch_tokens, batches", [(1, [1] * 5), (60, [2, 2, 1]), (75, [2, 2, 1]), (10_000, [5])])

@@ -12,7 +12,7 @@ VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check train figures clean
+.PHONY: help demo test check train figures bench clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,10 @@ train: $(STAMP) ## train a hypernetwork (TRAIN_ARGS="key=value ...")
 figures: $(STAMP) ## print the figures of the shipped model
 	$(VENV_PYTHON) -m benchmarks.tiny_figures
 
+bench: $(STAMP) ## run the tiny sweep and write outputs/benchmark/report.html
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m benchmarks.run sweep=tiny hydra/launcher=joblib hydra.launcher.n_jobs=2
+	$(VENV_PYTHON) -m benchmarks.report
+
 clean: ## remove .venv and the caches; outputs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -48,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Creating .venv with $$python."; "$$python" -m venv --clear .venv; fi
 	@rm -f $@
 	@echo "Installing the pinned dependencies into .venv (some minutes the first time)."
-	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,documents]' || \
+	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,documents,bench,sweep]' || \
 	  { echo "make: pip could not install the dependencies, see above. Is the package index reachable? Then run make again." >&2; exit 1; }
 	@touch $@
 

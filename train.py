@@ -2,14 +2,18 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -22,6 +26,8 @@ def train(cfg: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
     warnings.filterwarnings("ignore", message=".*treespec")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True")  # every process validates on all of it
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of tensors of a few numbers
 
     from hypernet.base_model import hush_torchao
     from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
@@ -29,26 +35,48 @@ def train(cfg: DictConfig) -> None:
     hush_torchao()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        cfg.output_dir = HydraConfig.get().runtime.output_dir  # each run of a sweep has a folder of its own
     checkpoints = Path(cfg.output_dir) / "checkpoints"
     ckpt_path = find_checkpoint(cfg.ckpt_path, checkpoints)
     lightning.seed_everything(cfg.seed, verbose=False)
     module, data = instantiate(cfg.task, _convert_="all")
+    data.num_workers, data.worker_timeout_s = cfg.num_workers, cfg.worker_timeout_s
+    saving = RunCheckpoint(
+        checkpoints,
+        every_n_train_steps=cfg.checkpoint_every,
+        keep=cfg.keep_checkpoints,
+        config=OmegaConf.to_container(cfg, resolve=True),
+    )
+    watching = [callback for callback in instantiate(cfg.callbacks, _convert_="all").values() if callback]
     trainer = instantiate(cfg.trainer, _convert_="all")(
         logger=instantiate(cfg.logger),
-        callbacks=[RunCheckpoint(dirpath=checkpoints, every_n_train_steps=cfg.checkpoint_every, save_last=True)],
+        callbacks=[*watching, saving],
         plugins=[SafetensorsCheckpointIO()],
     )
-    trainer.fit(module, data, ckpt_path=ckpt_path)
+    try:
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+    except BaseException:
+        # The other processes of this machine would wait for this one in a collective operation.
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     try:
         train(cfg)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        _give_up(str(error), error)
     except InstantiationException as error:
-        sys.exit("train.py: " + " ".join(str(error.__cause__ or error).split()))
+        _give_up(" ".join(str(error.__cause__ or error).split()), error)
+
+
+def _give_up(message: str, error: Exception) -> NoReturn:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise HydraException(message) from error  # an exit would take the sweep's other runs along
+    sys.exit(f"train.py: {message}")
 
 
 def run() -> None:

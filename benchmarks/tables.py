@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import internalize_cost, kernel_speed, real_text, tiny_figures
+from benchmarks import internalize_cost, kernel_speed, real_text, report, tiny_figures
 
 ROOT = Path(__file__).parent.parent
 FILES = ("README.md", "assets/tiny/README.md")
@@ -19,6 +19,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "real_text": lambda rows: real_text.markdown(rows[0]),
     "kernel_speed": kernel_speed.markdown,
     "internalize_cost": internalize_cost.markdown,
+    "bench": report.overview,
 }
 _BLOCK = re.compile(r"(<!-- figures: (benchmarks/results/(\w+)\.jsonl) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
 

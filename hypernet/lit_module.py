@@ -1,7 +1,9 @@
 """The two trainings as Lightning modules: the base model, and the hypernetwork by context distillation.
 
 `LitBaseModel` trains every weight of a small causal LM; `LitDocToLoRA` trains the hypernetwork alone and keeps the
-frozen base model out of its checkpoints. Both take one whole batch per step from `hypernet.data.curriculum`.
+frozen base model out of its checkpoints. Both take one whole batch per step from `hypernet.data.curriculum`, or with
+several processes or accumulated gradients a part of it (`hypernet.data.splitting`): the parts' losses add up to the
+step's.
 """
 
 import logging
@@ -12,12 +14,21 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hypernet.data.collate import KINDS, PackedRows
 from hypernet.data.curriculum import DistillationBatch
+from hypernet.data.splitting import StepPart, document_targets
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.objectives import answer_nll, answers_right, context_distillation_kl, mean_per_document
+from hypernet.objectives import (
+    answer_nll,
+    answers_right,
+    context_distillation_kl,
+    context_distillation_kl_topk,
+    mean_per_document,
+)
 from hypernet.packed_attention import packed_logits
+from hypernet.timing import PhaseTimes
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +53,53 @@ def _optimizer(module: L.LightningModule, parameters: list[nn.Parameter], settin
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class LitBaseModel(L.LightningModule):
+class _Trained(L.LightningModule):
+    """What both trainings share: losses that are logged for the whole step, and what callbacks ask a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phases = PhaseTimes()
+        self._logged: dict[str, Tensor] = {}
+
+    def _finish(self, part: StepPart, losses: dict[str, Tensor]) -> Tensor:
+        """Logs the step's losses once its last part is done; returns what to call backward on.
+
+        Args:
+            losses: name → this part's portion of it; "loss" is what is minimised.
+        """
+        for name, value in losses.items():
+            self._logged[name] = self._logged[name] + value.detach() if name in self._logged else value.detach()
+        if part.is_last:
+            logged, self._logged = self._logged, {}
+            for name, value in logged.items():
+                if part.num_parts > 1:
+                    value = self.trainer.strategy.reduce(value, reduce_op="sum")
+                self.log(f"train/{name}", value, prog_bar=name == "loss")
+        self.phases.begin("backward")
+        # Lightning takes the mean of the parts' gradients, over processes and accumulated batches.
+        return losses["loss"] * part.num_parts
+
+    def on_after_backward(self) -> None:
+        self.phases.end("backward")
+
+    def count_flops(self, batch: Any) -> int:
+        """Floating-point operations of a training step on this batch, forward and backward. Leaves everything as is."""
+        # Counted in the step itself, they would change its rounding.
+        logged, self._logged, self.log = self._logged, {}, lambda *_, **__: None
+        trained = [p for p in self.parameters() if p.requires_grad]
+        try:
+            with torch.random.fork_rng(), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+                # Not backward(): several processes would exchange these gradients.
+                torch.autograd.grad(self.training_step(batch, 0), trained, allow_unused=True)
+        finally:
+            self._logged = logged
+            del self.log
+        self.on_after_backward()
+        self.phases.take()
+        return counter.get_total_flops()
+
+
+class LitBaseModel(_Trained):
     """Trains a causal LM to answer questions from the article in its prompt, and background questions from its weights.
 
     Args:
@@ -68,19 +125,18 @@ class LitBaseModel(L.LightningModule):
         self.document_weight = document_weight
         self.output_dir = output_dir
 
-    def training_step(self, batch: PackedRows, batch_idx: int) -> Tensor:
-        targets, answer = batch.targets(), batch.target_kind >= 0
-        # Inside the article: a token and its successor both belong to the trunk.
-        document = (batch.segments == 0) & (batch.segments.roll(-1, dims=1) == 0)
-        document[:, -1] = False
-        losses = answer_nll(packed_logits(self.base_model, batch, answer | document), targets[answer | document])
+    def training_step(self, batch: PackedRows | StepPart, batch_idx: int) -> Tensor:
+        part = StepPart.of(batch)
+        batch = part.batch
+        targets, answer, document = batch.targets(), batch.target_kind >= 0, document_targets(batch)
+        with self.phases("student"):
+            logits = packed_logits(self.base_model, batch, answer | document)
+        losses = answer_nll(logits, targets[answer | document])
         is_answer = answer[answer | document]
         weight = batch.target_weight[answer]
-        answer_loss = (losses[is_answer] * weight).sum() / weight.sum()
-        loss = answer_loss + self.document_weight * losses[~is_answer].mean()
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("train/answer_nll", answer_loss.detach())
-        return loss
+        answer_loss = (losses[is_answer] * weight).sum() / weight.sum() * part.share["answer_weight"]
+        loss = answer_loss + self.document_weight * (losses[~is_answer].mean() * part.share["document_tokens"])
+        return self._finish(part, {"loss": loss, "answer_nll": answer_loss})
 
     def validation_step(self, batch: PackedRows, batch_idx: int) -> None:
         predicted = packed_logits(self.base_model, batch, batch.target_kind >= 0).argmax(-1)
@@ -99,13 +155,24 @@ class LitBaseModel(L.LightningModule):
     def on_fit_start(self) -> None:
         self.base_model.train()
 
-    def on_train_end(self) -> None:
-        if self.output_dir and self.trainer.global_step >= self.trainer.max_steps:
+    def on_fit_end(self) -> None:
+        if _is_complete(self):
             save_base_model(self.base_model, self.tokenizer, self.output_dir)
             log.info("Base model written to %s", self.output_dir)
 
+    def describe(self, batch: PackedRows | StepPart) -> list[str]:
+        """How each of a batch's documents begins, for messages."""
+        rows = StepPart.of(batch).batch
+        trunks = [ids[place == 0] for ids, place in zip(rows.ids, rows.segments, strict=True)]
+        return _beginnings(self.tokenizer, trunks)
 
-class LitDocToLoRA(L.LightningModule):
+    def count_tokens(self, batch: PackedRows | StepPart) -> dict[str, Tensor]:
+        """Tokens of the documents ("context") and of the answers ("answer")."""
+        rows = StepPart.of(batch).batch
+        return {"context": (rows.segments == 0).sum(), "answer": (rows.target_kind >= 0).sum()}
+
+
+class LitDocToLoRA(_Trained):
     """Trains the hypernetwork by context distillation; the base model stays as it is and out of the checkpoints.
 
     Args:
@@ -142,33 +209,53 @@ class LitDocToLoRA(L.LightningModule):
         # on_load_checkpoint).
         self.strict_loading = False
 
-    def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: DistillationBatch | StepPart, batch_idx: int) -> Tensor:
+        part = StepPart.of(batch)
+        batch = part.batch
         student_rows, teacher_rows = batch.student, batch.teacher
-        A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
-        with torch.no_grad():
+        with self.phases("encode"):
+            A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
+        with self.phases("teacher"), torch.no_grad():
             teacher = self.model(teacher_rows)
         self.model.set_chunks(A, B, batch.num_chunks, members=batch.members)
         is_answer = student_rows.target_kind >= 0
-        student = self.model(student_rows)
+        with self.phases("student"):
+            student = self.model(student_rows)
         kind = student_rows.target_kind[is_answer]
         document = is_answer.nonzero()[:, 0]
         kl = context_distillation_kl(student, teacher)
+        if batch.stored is not None:  # answers of self-study bring their teacher's probabilities along
+            where, indices, log_probs = (tensor[is_answer] for tensor in batch.stored)
+            kl = kl.masked_scatter(
+                where, context_distillation_kl_topk(student[where], indices[where], log_probs[where])
+            )
         about_document = (kind == KINDS.index("document")) | (kind == KINDS.index("unanswerable"))
         num_documents = len(student_rows.ids)
-        loss_kl = mean_per_document(kl[about_document], document[about_document], num_documents)
-        loss_locality = mean_per_document(kl[~about_document], document[~about_document], num_documents)
+        about, other = part.share["document"], part.share["background"]
+        loss_kl = mean_per_document(kl[about_document], document[about_document], num_documents) * about
+        loss_locality = mean_per_document(kl[~about_document], document[~about_document], num_documents) * other
         loss = self.kl_weight * loss_kl + self.locality_weight * loss_locality
         if self.nll_weight:
             nll = answer_nll(student[about_document], student_rows.targets()[is_answer][about_document])
-            loss = loss + self.nll_weight * mean_per_document(nll, document[about_document], num_documents)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=num_documents)
-        self.log("train/kl", loss_kl.detach(), batch_size=num_documents)
-        self.log("train/locality_kl", loss_locality.detach(), batch_size=num_documents)
-        return loss
+            loss_nll = mean_per_document(nll, document[about_document], num_documents) * about
+            loss = loss + self.nll_weight * loss_nll
+        return self._finish(part, {"loss": loss, "kl": loss_kl, "locality_kl": loss_locality})
 
     def on_after_backward(self) -> None:
+        super().on_after_backward()
         # Not before: checkpointed layers run their forward again during backward.
         self.model.injector.clear()
+
+    def describe(self, batch: DistillationBatch | StepPart) -> list[str]:
+        """How each of a batch's documents begins, for messages."""
+        batch = StepPart.of(batch).batch
+        firsts = [sum(batch.num_chunks[:i]) for i in range(len(batch.student.ids))]
+        return _beginnings(self.model.tokenizer, [batch.chunk_ids[i][batch.chunk_mask[i]] for i in firsts])
+
+    def count_tokens(self, batch: DistillationBatch | StepPart) -> dict[str, Tensor]:
+        """Tokens of the documents ("context") and of the answers ("answer")."""
+        batch = StepPart.of(batch).batch
+        return {"context": batch.chunk_mask.sum(), "answer": (batch.student.target_kind >= 0).sum()}
 
     def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         injector = self.model.injector
@@ -219,13 +306,23 @@ class LitDocToLoRA(L.LightningModule):
         if checkpoint["base_model_fingerprint"] != self.model.base_model_fingerprint:
             raise ValueError("The checkpoint was made with another base model. Resume with the one it was made with.")
 
-    def on_train_end(self) -> None:
-        if self.output_dir and self.trainer.global_step >= self.trainer.max_steps:
+    def on_fit_end(self) -> None:
+        if _is_complete(self):
             self.model.save_pretrained(self.output_dir, include_base_model=self.include_base_model)
             log.info("Checkpoint written to %s", self.output_dir)
 
 
 _TRAINED = "model.hypernetwork."
+
+
+def _is_complete(module: LitBaseModel | LitDocToLoRA) -> bool:
+    """Whether this process shall write the result now: also if the run was killed between its last step and this."""
+    trainer = module.trainer
+    return bool(module.output_dir) and trainer.is_global_zero and trainer.global_step >= trainer.max_steps
+
+
+def _beginnings(tokenizer: Any, documents: list[Tensor]) -> list[str]:
+    return [" ".join(tokenizer.decode(ids[:16], skip_special_tokens=True).split()) for ids in documents]
 
 
 def _check_same_sizes(saved: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:

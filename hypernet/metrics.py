@@ -3,6 +3,7 @@
     exact_match("The Eiffel Tower", ["Eiffel tower", "the tower"])     # 1.0
     token_f1(prediction, references), rouge_l(prediction, references)  # the best over the references
     low, high = bootstrap_interval(scores, groups=document_ids)        # of the mean score
+    paired_interval([a, b], lambda a, b: a / b, groups=document_ids)   # of a function of several methods' mean scores
     gap_closed(score, floor, ceiling)                                  # 0 at the floor, 1 at the ceiling
 
 Scores are fractions, 0 to 1. No model and no tokenizer in here.
@@ -11,7 +12,7 @@ Scores are fractions, 0 to 1. No model and no tokenizer in here.
 import re
 import string
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -139,6 +140,58 @@ def bootstrap_interval(
         drawn = generator.integers(len(sums), size=len(sums))
         means[i] = sums[drawn].sum() / counts[drawn].sum()
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def paired_interval(
+    columns: Sequence[Sequence[float]],
+    statistic: Callable[..., np.ndarray],
+    *,
+    groups: Sequence[Hashable],
+    confidence: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of a function of several methods' mean scores on the same questions.
+
+    Every resample draws the groups whole and the same ones for all methods, so what makes a document hard for all of
+    them does not widen the interval of a difference or a ratio.
+
+    Args:
+        columns: one list of scores per method, all in the same order of questions.
+        statistic: of the methods' means, called once with one array [num_samples] per column: lambda a, b: a - b.
+        groups: one id per question; what is drawn, e.g. (seed, document).
+        confidence, num_samples, seed: as for `bootstrap_interval`.
+
+    Returns:
+        (low, high); None if the statistic is undefined (not finite) in more than one resample of twenty, or if there
+        are fewer than two groups.
+
+    Raises:
+        ValueError: if the columns or groups differ in length.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 13.
+    """
+    table = [np.asarray(column, dtype=np.float64) for column in columns]
+    if {len(column) for column in table} != {len(groups)}:
+        raise ValueError(
+            f"Every column should have a score for each of the {len(groups)} groups' entries, but their lengths are "
+            f"{[len(column) for column in table]}. Pass the methods' scores on the same questions."
+        )
+    numbers: dict[Hashable, int] = {}
+    members = [numbers.setdefault(group, len(numbers)) for group in groups]
+    if len(numbers) < 2:
+        return None
+    counts = np.bincount(members)
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), size=num_samples)
+    means = [drawn @ np.bincount(members, weights=column) / (drawn @ counts) for column in table]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.asarray(statistic(*means), dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    if len(finite) < 0.95 * num_samples:
+        return None
+    low, high = np.quantile(finite, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -4,6 +4,8 @@
 side (`hypernet.data.collate`), so means per row are means per document.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,48 @@ def context_distillation_kl(student_logits: Tensor, teacher_logits: Tensor) -> T
     student = student_logits.float().log_softmax(-1)
     teacher = teacher_logits.detach().float().log_softmax(-1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def context_distillation_kl_topk(student_logits: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(teacher || student) of each predicted token where only the teacher's k most likely tokens were stored.
+
+    All other tokens together count as one more outcome, so that a student is not rewarded for moving probability to
+    them. Of all teachers with these k probabilities this is the smallest KL; with k = V it is the KL itself.
+
+    Args:
+        student_logits: [P, V].
+        indices, log_probs: the teacher's tokens, all different, and their log-probabilities, [P, k]. -inf marks what
+            only fills up the k, whatever its index.
+
+    Returns:
+        [P], float32.
+    """
+    student, log_p = student_logits.float().log_softmax(-1), log_probs.detach().float()
+    stored = log_p > -torch.inf
+    # The first token is always a stored one: what fills up must not hide token 0 from the rest.
+    indices = torch.where(stored, indices, indices[:, :1]).long()
+    p = log_p.exp()
+    top = torch.where(stored, p * (log_p.masked_fill(~stored, 0) - student.gather(-1, indices)), 0).sum(-1)
+    # Summed up over the tokens themselves: 1 - sum(q) would cancel where the student is sure.
+    in_top = torch.zeros_like(student, dtype=torch.bool).scatter_(-1, indices, True)
+    log_rest_q = student.masked_fill(in_top, torch.finfo(student.dtype).min).logsumexp(-1)
+    # Rounding of what was stored may leave a little less than nothing.
+    rest_p = -torch.expm1(log_p.logsumexp(-1).clamp(max=0))
+    rest = torch.xlogy(rest_p, rest_p) - rest_p * log_rest_q
+    return top + torch.where(stored.sum(-1) < student.shape[-1], rest, 0)
+
+
+def adapter_l1(A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> Tensor:
+    """Mean absolute value of generated LoRA weights, over all targets together; keeps them small.
+
+    Args:
+        A, B: target name → [C, L, R, d_in] and [C, L, R, d_out], as a hypernetwork generates them.
+
+    Returns:
+        A scalar, float32.
+    """
+    blocks = [block.float() for blocks in (A, B) for block in blocks.values()]
+    return sum(block.abs().sum() for block in blocks) / sum(block.numel() for block in blocks)
 
 
 def mean_per_document(values: Tensor, document: Tensor, num_documents: int) -> Tensor:

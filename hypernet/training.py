@@ -4,19 +4,25 @@ module, data = base_model_training(base_model={...}, stages=[...], ...)     # co
 module, data = doc_to_lora_training(base_model="assets/tiny/base_model", ...) # conf/task/doc_to_lora.yaml
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from hypernet.base_model import build_base_model, load_base_model, train_tokenizer
+from hypernet.checkpoint import load_checkpoint
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.data.records import UNKNOWN
+from hypernet.data.sources import Source
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
 from hypernet.targets import find_targets
+
+log = logging.getLogger(__name__)
 
 
 def encyclopedia_texts(*, seed: int, num_articles: int = 6000) -> Iterator[str]:
@@ -34,6 +40,23 @@ def encyclopedia_texts(*, seed: int, num_articles: int = 6000) -> Iterator[str]:
         yield f" {question.answer}"
 
 
+def make_curriculum(
+    split: str,
+    stages: list[dict],
+    *,
+    seed: int,
+    sources: Mapping[str, Callable[..., Source]] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Curriculum:
+    """Stages over the encyclopedia and other sources of one split.
+
+    Args:
+        sources: name → what makes the source, called with split, seed and tokenizer (conf/data/).
+    """
+    made = {name: make(split=split, seed=seed, tokenizer=tokenizer) for name, make in (sources or {}).items()}
+    return Curriculum(Encyclopedia(split, seed=seed), stages, sources=made)
+
+
 def base_model_training(
     *,
     base_model: dict,
@@ -43,9 +66,14 @@ def base_model_training(
     document_weight: float,
     optimizer: dict,
     output_dir: str,
+    sources: Mapping[str, Callable[..., Source]] | None = None,
     seed: int = 0,
 ) -> tuple[LitBaseModel, BatchDataModule]:
-    """The tiny base model from random weights, with a tokenizer trained on the encyclopedia."""
+    """The tiny base model from random weights, with a tokenizer trained on the encyclopedia.
+
+    Args:
+        sources: what stages draw from beside the encyclopedia, see `make_curriculum`.
+    """
     tokenizer = train_tokenizer(
         encyclopedia_texts(seed=seed), vocab_size=vocab_size, model_max_length=base_model["max_position_embeddings"]
     )
@@ -62,8 +90,9 @@ def base_model_training(
         document_weight=document_weight,
         output_dir=output_dir,
     )
-    train = Curriculum(Encyclopedia("train", seed=seed), stages)
-    validation = Curriculum(Encyclopedia("validation", seed=seed), validation_stages)
+    shared = {"seed": seed, "sources": sources, "tokenizer": tokenizer}
+    train = make_curriculum("train", stages, **shared)
+    validation = make_curriculum("validation", validation_stages, **shared)
     return module, BatchDataModule(
         train=BaseModelBatches(train, tokenizer), validation=BaseModelBatches(validation, tokenizer)
     )
@@ -86,14 +115,16 @@ def doc_to_lora_training(
     attention: str | None = None,
     init_from: str | None = None,
     include_base_model: bool = False,
+    sources: Mapping[str, Callable[..., Source]] | None = None,
     seed: int = 0,
 ) -> tuple[LitDocToLoRA, BatchDataModule]:
-    """A hypernetwork for a frozen base model, distilled from encyclopedia articles in its prompt.
+    """A hypernetwork for a frozen base model, distilled from documents in its prompt.
 
     Args:
         base_model: hub name or folder. dtype, quantization, attention: how it is loaded, see `load_base_model`.
-        init_from: a checkpoint folder whose hypernetwork training starts from, e.g. an earlier stage's; None starts
-            anew.
+        init_from: a checkpoint whose hypernetwork training starts from, e.g. an earlier stage's, also of another base
+            model of this shape; None starts anew.
+        sources: what stages draw from beside the encyclopedia, see `make_curriculum`.
     """
     if init_from is None:
         lm, tokenizer = load_base_model(base_model, dtype=dtype, quantization=quantization, attention=attention)
@@ -109,16 +140,30 @@ def doc_to_lora_training(
                 base_model_source=base_model,
             )
     else:
-        model = DocToLoRA.from_pretrained(
-            init_from, base_model=base_model, dtype=dtype, quantization=quantization, attention=attention
+        checkpoint = load_checkpoint(init_from, base_model=base_model)
+        lm, tokenizer = load_base_model(base_model, dtype=dtype, quantization=quantization, attention=attention)
+        model = DocToLoRA(
+            base_model=lm,
+            tokenizer=tokenizer,
+            hypernetwork=checkpoint.hypernetwork,
+            context_encoder=checkpoint.context_encoder,
+            max_chunk_tokens=max_chunk_tokens,
+            base_model_source=base_model,
         )
         _check_same_settings(model, init_from, target_modules, hypernetwork, context_encoder)
-        model.max_chunk_tokens = max_chunk_tokens
+        if model.base_model_fingerprint != checkpoint.base_model_fingerprint:
+            # A start, not a result: after some hundred steps it reads the other base model as well (EXPERIMENTS.md).
+            log.warning(
+                "%s was trained beside another base model than %s, or beside its weights in another type.",
+                init_from,
+                base_model,
+            )
     module = LitDocToLoRA(
         model=model, optimizer=optimizer, output_dir=output_dir, include_base_model=include_base_model, **objective
     )
-    train = Curriculum(Encyclopedia("train", seed=seed), stages)
-    validation = Curriculum(Encyclopedia("validation", seed=seed), validation_stages)
+    shared = {"seed": seed, "sources": sources, "tokenizer": model.tokenizer}
+    train = make_curriculum("train", stages, **shared)
+    validation = make_curriculum("validation", validation_stages, **shared)
     return module, BatchDataModule(
         train=DistillationBatches(train, model.tokenizer, max_chunk_tokens=max_chunk_tokens),
         validation=DistillationBatches(

@@ -16,9 +16,12 @@ from hypernet.training import encyclopedia_texts
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
+# A tree of its own: tests/benchmarks/test_run.py composes and builds each file of it.
+FILES = [path for path in FILES if path.parts[0] != "benchmark"]
 TOP = [path.name for path in FILES if len(path.parts) == 1]
 EXPERIMENTS = [path.name for path in FILES if path.parts[0] == "experiment"]
-OPTIONS = [path for path in FILES if len(path.parts) > 1 and path.parts[0] != "experiment"]
+# Hydra's own groups are for its plugins (tests/test_train.py).
+OPTIONS = [path for path in FILES if len(path.parts) > 1 and path.parts[0] not in ("experiment", "hydra")]
 
 
 def composed(top: str, *overrides: str) -> DictConfig:
@@ -106,6 +109,10 @@ def test_every_other_file_is_chosen_by_some_command_or_can_be(build, path):
     for recipe in recipes():
         if path in choices(composed(*recipe)).values():
             return  # built with the experiment
+    if path.parts[0] == "data":
+        # One more source of the stages; it is read when a stage draws from it.
+        build("train", f"+data@task.sources.more={path.name}")
+        return
     for recipe in recipes():
         for key, taken in choices(composed(*recipe)).items():
             if taken.parent == path.parent:

@@ -399,7 +399,7 @@ def test_a_document_that_cannot_be_read(run, work, name, content, says):
         (["document=doc.txt", 'ask=["Who?",""]'], "ask should be a text or a list of texts"),
         (["document=doc.txt", "ask=${nothing}"], "nothing"),
         (["document=doc.txt", "overwrite=maybe"], "overwrite should be true or false, got 'maybe'"),
-        (["document=doc.txt", "amplitude=strong"], "amplitude should be a number, or one for each layer.* got 'strong'"),
+        (["document=doc.txt", "amplitude=strong"], "amplitude should be a number, or one for each .* got 'strong'"),
         (["document=doc.txt", "amplitude=[]"], r"amplitude should be a number, or one for each layer.* got \[\]"),
         (["document=doc.txt", "quantization=int3"], "quantization should be one of int8, 4bit or null, got 'int3'"),
         (["document=doc.txt", "max_batch_tokens=0"], "max_batch_tokens should be a whole number, at least 1, got 0"),

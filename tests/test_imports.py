@@ -30,6 +30,7 @@ LEVELS = [
         "hypernet.perceiver",
         "hypernet.pooling",
         "hypernet.targets",
+        "hypernet.timing",
         "hypernet.data",
         "hypernet.data.records",
     },
@@ -47,15 +48,20 @@ LEVELS = [
         "hypernet.data.curriculum",
         "hypernet.data.datamodule",
         "hypernet.data.encyclopedia",
+        "hypernet.data.needles",
+        "hypernet.data.qa",
+        "hypernet.data.self_study",
+        "hypernet.data.sources",
+        "hypernet.data.splitting",
     },
     {"hypernet.hypernetwork"},
     {"hypernet.published", "hypernet.streaming"},
     {"hypernet.checkpoint", "hypernet.doc_to_lora"},
-    {"hypernet.checkpoint_io", "hypernet.lit_module"},
+    {"hypernet.callbacks", "hypernet.checkpoint_io", "hypernet.lit_module"},
     {"hypernet.training"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-LIGHTNING = {"hypernet.checkpoint_io", "hypernet.data.datamodule", "hypernet.lit_module"}
+LIGHTNING = {"hypernet.callbacks", "hypernet.checkpoint_io", "hypernet.data.datamodule", "hypernet.lit_module"}
 NEVER_IN_THE_LIBRARY = {"hydra", "omegaconf", "wandb", "benchmarks", "train", "generate_adapter"}
 IN_KERNELS = {"torch", "triton"} | sys.stdlib_module_names
 

@@ -54,7 +54,7 @@ def make_trainer(folder, *callbacks, **settings):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     quiet |= {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "max_steps": 6}
     quiet |= {"val_check_interval": 2, "check_val_every_n_epoch": None, "gradient_clip_val": 1.0}
-    callbacks = [*callbacks, RunCheckpoint(dirpath=folder / "checkpoints", every_n_train_steps=1, save_last=True)]
+    callbacks = [*callbacks, RunCheckpoint(folder / "checkpoints", every_n_train_steps=1)]
     return L.Trainer(**{**quiet, **settings}, callbacks=callbacks, plugins=[SafetensorsCheckpointIO()])
 
 
@@ -159,6 +159,31 @@ def test_the_loss_is_that_of_single_prompts_with_internalized_adapters(make_modu
             means[name].append(sum(found) / len(found))
     expected = sum(weights[f"{name}_weight"] * sum(found) / len(found) for name, found in means.items())
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_stored_teacher_probabilities_stand_in_for_the_teacher_s(make_module, make_data, every):
+    """All of the vocabulary, for every or every other answer token: the loss and gradients of the live teacher."""
+    from hypernet.data.curriculum import StoredTopK
+
+    batch = make_data("doc_to_lora").train[2]
+    is_answer = batch.student.target_kind >= 0
+    results = []
+    for stored in (False, True):
+        module = quietly(make_module("doc_to_lora"))
+        if stored:
+            with torch.no_grad():
+                teacher = module.model(batch.teacher).float().log_softmax(-1)
+            where, log_probs = is_answer.clone(), torch.zeros(*is_answer.shape, teacher.shape[-1])
+            log_probs[is_answer] = teacher
+            where[is_answer] = torch.arange(int(is_answer.sum())) % every == 0
+            indices = torch.arange(teacher.shape[-1]).expand_as(log_probs).int()
+            batch = batch._replace(stored=StoredTopK(where, indices, log_probs))
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        module.on_after_backward()
+        results.append((loss.detach(), [p.grad for p in module.model.hypernetwork.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
 def test_the_base_model_s_loss_is_that_of_single_prompts(make_module, make_data):

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from torchmetrics.functional.text import squad
 
-from hypernet.metrics import RougeL, bootstrap_interval, exact_match, gap_closed, rouge_l, token_f1
+from hypernet.metrics import (
+    RougeL,
+    bootstrap_interval,
+    exact_match,
+    gap_closed,
+    paired_interval,
+    rouge_l,
+    token_f1,
+)
 
 
 @pytest.mark.parametrize(
@@ -179,3 +187,33 @@ def test_gap_closed_is_the_share_of_the_way_from_floor_to_ceiling():
 def test_gap_closed_needs_a_gap(floor, ceiling):
     with pytest.raises(ValueError, match="The ceiling should be above the floor, but they are .* report the scores"):
         gap_closed(0.5, floor, ceiling)
+
+
+def test_a_paired_interval_of_one_column_is_that_of_its_mean():
+    rng = np.random.default_rng(0)
+    values, groups = rng.random(120), np.arange(120) // 4
+    low, high = paired_interval([values], lambda a: a, groups=groups.tolist(), num_samples=20000)
+    expected = bootstrap_interval(values, groups=groups.tolist(), num_samples=20000)
+    assert (low, high) == pytest.approx(expected, abs=2e-3)
+
+
+def test_what_all_methods_find_hard_does_not_widen_a_paired_difference():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)
+    low, high = paired_interval([hard + 0.1, hard], lambda a, b: a - b, groups=list(range(200)))
+    assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
+
+
+def test_a_paired_ratio_covers_the_true_one_and_is_none_where_it_is_undefined():
+    rng = np.random.default_rng(1)
+    base = rng.random(300) + 0.5
+    other = 0.8 * base + rng.normal(0, 0.05, 300)
+    low, high = paired_interval([other, base], lambda a, b: a / b, groups=list(range(300)))
+    assert low < 0.8 < high and high - low < 0.03
+    assert paired_interval([[1.0, 0.0], [0.0, 0.0]], lambda a, b: a / b, groups=[0, 1]) is None
+    assert paired_interval([[1.0, 0.0]], lambda a: a, groups=["x", "x"]) is None
+
+
+def test_a_paired_interval_wants_the_same_questions():
+    with pytest.raises(ValueError, match="same questions"):
+        paired_interval([[1.0], [1.0, 2.0]], lambda a, b: a - b, groups=[0, 1])

@@ -7,7 +7,14 @@ import torch
 
 from hypernet.data.collate import Segment, pack_row, pad_rows
 from hypernet.lit_module import answers_right_by_kind
-from hypernet.objectives import answer_nll, answers_right, context_distillation_kl, mean_per_document
+from hypernet.objectives import (
+    adapter_l1,
+    answer_nll,
+    answers_right,
+    context_distillation_kl,
+    context_distillation_kl_topk,
+    mean_per_document,
+)
 
 
 def logits_of(*probabilities):
@@ -56,6 +63,83 @@ def test_one_impossible_token_costs_infinitely_much_and_certain_ones_cost_nothin
     certain = torch.tensor([[0.0, -torch.inf]])
     assert answer_nll(certain, torch.tensor([0])) == 0
     assert answer_nll(certain, torch.tensor([1])) == torch.inf
+
+
+# Stored top-k
+
+
+def top_k(teacher, k):
+    log_probs, indices = teacher.float().log_softmax(-1).topk(k)
+    return indices, log_probs
+
+
+def test_the_kl_of_two_stored_tokens_counts_all_others_as_one_outcome():
+    student = logits_of([0.4, 0.1, 0.2, 0.3])
+    indices, log_probs = torch.tensor([[3, 0]]), torch.tensor([[0.6, 0.3]]).log()
+    expected = 0.6 * math.log(0.6 / 0.3) + 0.3 * math.log(0.3 / 0.4) + 0.1 * math.log(0.1 / 0.3)
+    torch.testing.assert_close(context_distillation_kl_topk(student, indices, log_probs), torch.tensor([expected]))
+
+
+def test_with_every_token_stored_it_is_the_whole_kl_and_so_is_its_gradient():
+    student, teacher = torch.randn(6, 13, requires_grad=True), torch.randn(6, 13) * 4
+    values = [context_distillation_kl_topk(student, *top_k(teacher, 13)), context_distillation_kl(student, teacher)]
+    gradients = [torch.autograd.grad(value.sum(), student)[0] for value in values]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 12])
+def test_it_is_never_more_than_the_whole_kl_and_grows_with_k(k):
+    student, teacher = torch.randn(50, 13), torch.randn(50, 13) * 3
+    fewer, more = (context_distillation_kl_topk(student, *top_k(teacher, n)) for n in (k, k + 1))
+    assert (fewer <= more + 1e-5).all() and (more <= context_distillation_kl(student, teacher) + 1e-5).all()
+    assert (fewer >= -1e-5).all()
+
+
+def test_the_gradient_of_the_rest_is_that_of_one_outcome():
+    """Reference: the same sums written down plainly, in double precision."""
+    student, teacher = torch.randn(9, 20, dtype=torch.double, requires_grad=True), torch.randn(9, 20) * 3
+    indices, log_probs = top_k(teacher, 4)
+    q, p = student.softmax(-1).gather(-1, indices), log_probs.double().exp()
+    rest_q, rest_p = 1 - q.sum(-1), 1 - p.sum(-1)
+    expected = (p * (p / q).log()).sum(-1) + rest_p * (rest_p / rest_q).log()
+    values = context_distillation_kl_topk(student, indices, log_probs)
+    torch.testing.assert_close(values, expected.float(), atol=1e-5, rtol=1e-4)
+    gradients = [torch.autograd.grad(value.sum(), student)[0] for value in (values, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_it_stays_finite_where_teacher_or_student_is_certain():
+    logits = torch.tensor([[100.0, 0, 0, -50], [0.0, 100, 0, 0]], requires_grad=True)
+    sure = (torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.0, -100], [-1e-4, -9.2]]))
+    loss = context_distillation_kl_topk(logits, *sure)
+    loss.sum().backward()
+    assert loss.isfinite().all() and logits.grad.isfinite().all() and abs(loss[0]) < 1e-6
+    torch.testing.assert_close(loss[1].item(), 100.0, rtol=0.01, atol=0)
+    # Stored in half precision, probabilities may add up to more than 1.
+    more = context_distillation_kl_topk(torch.zeros(1, 5), torch.tensor([[2, 4]]), torch.tensor([[0.7, 0.301]]).log())
+    assert more.isfinite().all()
+
+
+def test_what_only_fills_up_changes_nothing():
+    student, (indices, log_probs) = torch.randn(3, 9), top_k(torch.randn(3, 9), 3)
+    filled = (torch.nn.functional.pad(indices, (0, 2)), torch.nn.functional.pad(log_probs, (0, 2), value=-torch.inf))
+    torch.testing.assert_close(
+        context_distillation_kl_topk(student, *filled), context_distillation_kl_topk(student, indices, log_probs)
+    )
+
+
+# Weights
+
+
+def test_the_size_of_adapters_is_the_mean_of_all_their_weights():
+    A = {"up": torch.tensor([[1.0, -2.0]]), "down": torch.tensor([-3.0])}
+    B = {"up": torch.zeros(3), "down": torch.ones(4)}
+    assert adapter_l1(A, B) == (1 + 2 + 3 + 4) / 10
+    half = torch.full((5,), -0.5, dtype=torch.bfloat16, requires_grad=True)
+    value = adapter_l1({"up": half}, {})
+    value.backward()
+    assert value.dtype == torch.float32 and half.grad.tolist() == pytest.approx([-0.2] * 5, rel=0.01)
 
 
 # Means

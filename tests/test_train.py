@@ -3,16 +3,18 @@
 import csv
 import logging
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 import hypernet.training
 from hypernet.base_model import fingerprint, load_base_model
-from hypernet.checkpoint_io import SafetensorsCheckpointIO
+from hypernet.checkpoint_io import SafetensorsCheckpointIO, find_checkpoint
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.training import encyclopedia_texts
 
@@ -89,7 +91,7 @@ def test_the_command_trains_and_leaves_a_checkpoint_logs_and_its_configuration(s
 def test_a_run_goes_on_where_the_last_one_stopped(train, small, tmp_path):
     train(*small, "trainer.max_steps=2")
     checkpoints = tmp_path / "outputs/small/checkpoints"
-    saved = SafetensorsCheckpointIO().load_checkpoint(checkpoints / "last.safetensors")
+    saved = SafetensorsCheckpointIO().load_checkpoint(find_checkpoint("last", checkpoints))
     assert saved["global_step"] == 2
     train(*small, "trainer.max_steps=3", "ckpt_path=last", "logger.name=again")
     assert steps_logged(tmp_path / "outputs/small/again") == [2]
@@ -122,6 +124,69 @@ def test_training_works_in_bf16(train, small):
     train(*small, "trainer.max_steps=1", "trainer.precision=bf16-mixed")
 
 
+def logged(folder: Path, name: str) -> list[float]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_two_processes_train_as_one_does(train, small, tmp_path):
+    """As a user starts them, with gloo; and with accumulated parts on top."""
+    stages = "task.stages=[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], company: [1, 3], num_foreign: 1}]"
+    arguments = [*small, stages, "trainer.max_steps=3", "trainer.val_check_interval=6", "threads=1"]
+    train(*arguments, "name=one")
+    same = "+callbacks.same={_target_: tests.two_processes.SameWeights}"
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accumulate_grad_batches=2", same, "name=two"]
+    command = [sys.executable, str(SCRIPT), *arguments, *two]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "same_weights.txt").read_text() == "3 steps, 2 processes"
+    one, both = (tmp_path / "outputs" / name for name in ("one", "two"))
+    for name in ("train/loss", "train/kl", "train/locality_kl"):
+        assert logged(both / "logs", name) == pytest.approx(logged(one / "logs", name), rel=1e-5, abs=1e-6)
+    networks = [DocToLoRA.from_pretrained(folder / "checkpoint").hypernetwork for folder in (one, both)]
+    for a, b in zip(*(network.parameters() for network in networks), strict=True):
+        # Adam's first steps have the size of lr, whatever the gradient's; rounding can turn the smallest around.
+        assert (a - b).abs().mean() < 1e-5
+    states = SafetensorsCheckpointIO().load_checkpoint(find_checkpoint("last", both / "checkpoints"))["random_states"]
+    assert len(states) == 2
+
+
+def test_a_sweep_gives_each_run_a_folder_of_its_own(train, small, tmp_path):
+    train("--multirun", *small, "seed=1,2", "trainer.max_steps=1")
+    sweep = tmp_path / "outputs/small/sweep"
+    networks = [DocToLoRA.from_pretrained(sweep / str(i) / "checkpoint").hypernetwork for i in range(2)]
+    assert fingerprint(networks[0]) != fingerprint(networks[1])
+    for i, seed in enumerate((1, 2)):
+        assert steps_logged(sweep / str(i) / "logs") == [0]
+        checkpoint = SafetensorsCheckpointIO().load_checkpoint(find_checkpoint("last", sweep / str(i) / "checkpoints"))
+        assert checkpoint["config"]["seed"] == seed
+        assert checkpoint["config"]["output_dir"].endswith(f"sweep/{i}")
+
+
+def test_a_failed_run_of_a_sweep_is_told_in_one_line(train, small, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        train("--multirun", *small, "trainer.max_steps=9,1")
+    assert exit.value.code.startswith("train.py: max_steps is 9") and "\n" not in exit.value.code
+
+
+def test_a_sweep_runs_in_processes_side_by_side(small, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra sweep")
+    command = [sys.executable, str(SCRIPT), "--multirun", *small, "hydra/launcher=joblib", "seed=1,2"]
+    result = subprocess.run([*command, "trainer.max_steps=1"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for i in range(2):
+        assert steps_logged(tmp_path / "outputs/small/sweep" / str(i) / "logs") == [0]
+
+
+def test_the_launchers_are_those_of_hydra_s_plugins():
+    for name, plugin in (("joblib", "JoblibLauncher"), ("slurm", "SlurmLauncher")):
+        with initialize_config_dir(str(SCRIPT.parent / "conf"), version_base="1.3"):
+            cfg = compose("train", overrides=[f"hydra/launcher={name}"], return_hydra_config=True)
+        assert cfg.hydra.launcher._target_.endswith(plugin)
+
+
 # Mistakes
 
 
@@ -142,6 +207,9 @@ def test_training_works_in_bf16(train, small):
         (["ckpt_path=nowhere.safetensors"], ["No checkpoint nowhere.safetensors"]),
         (["trainer.max_steps=9"], ["max_steps is 9, but there are 3 batches"]),
         (["trainer.max_steps=1", "task.stages=???"], ["task.stages"]),
+        (["on_nan=ignore"], ["on_nan must be stop or skip", "'ignore'"]),
+        (["trainer.accumulate_grad_batches=3", "trainer.max_steps=1"], ["2 documents cannot be split into 3 parts"]),
+        (["callbacks.throughput.peak_tflops=guess"], ["peak_tflops must be a number"]),
         (["experiment=null"], ["Config group override must be a string"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
@@ -160,4 +228,4 @@ def test_help_says_what_there_is(train, capsys):
         train("--help")
     assert not exit.value.code
     printed = capsys.readouterr().out
-    assert "python train.py ckpt_path=last" in printed and "experiment: tiny" in printed
+    assert "python train.py ckpt_path=last" in printed and re.search(r"^experiment: .*\btiny\b", printed, re.M)

@@ -1,11 +1,14 @@
 """Trainings put together from plain settings."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import hypernet.training
 from hypernet.base_model import fingerprint
 from hypernet.data.encyclopedia import background_questions
+from hypernet.data.needles import Needles
 from hypernet.training import base_model_training, doc_to_lora_training, encyclopedia_texts
 
 STAGES = [{"steps": 3, "batch_size": 2, "facts_per_entity": [1, 2]}]
@@ -77,6 +80,18 @@ def test_validation_has_articles_and_background_questions_of_its_own(make):
     texts = [{question.text for question in part.background} for part in (data.train, data.validation)]
     assert texts[0] | texts[1] == {question.text for question in background_questions()}
     assert not texts[0] & texts[1]
+
+
+def test_stages_draw_from_the_sources_that_are_given_made_for_each_split(make, few_texts, tmp_path):
+    stages = [{"steps": 2, "batch_size": 3, "source": {"needles": 1}, "num_background": 0}]
+    sources = {"needles": partial(Needles, num_tokens=[40, 60])}
+    chosen = {"sources": sources, "stages": stages, "validation_stages": stages}
+    for _, data in (make(seed=3, **chosen), make_base_model(tmp_path, seed=3, **chosen)):
+        for split, batches in (("train", data.train), ("validation", data.validation)):
+            source = batches.curriculum.sources["needles"]
+            assert (source.split, source.seed, source.tokenizer) == (split, 3, batches.tokenizer)
+            assert batches.curriculum.records(1)[0] == source.record(3)
+            assert len(batches[1]) > 0
 
 
 def test_training_can_start_from_a_checkpoint(make, tmp_path):

@@ -1,14 +1,22 @@
-"""Batches of encyclopedia articles that grow harder by stages, addressed by step, so that a run can resume anywhere.
+"""Batches that grow harder by stages, addressed by step, so that a run can resume anywhere.
 
 curriculum = Curriculum(Encyclopedia("train"), [Stage(steps=400, batch_size=32), Stage(steps=800, num_entities=(1, 3))])
 curriculum.records(step=17)                         # the same records on every machine
 BaseModelBatches(curriculum, tokenizer)[17]         # packed rows: article, questions, restatement
 DistillationBatches(curriculum, tokenizer, ...)[17] # chunks for the hypernetwork, questions with and without the
 article
+
+Stages draw from the encyclopedia, from another source (`hypernet.data.sources`) or from a weighted mixture:
+
+Curriculum(encyclopedia, [Stage(steps=9, source={"needles": 3, "encyclopedia": 1})], sources={"needles": Needles(...)})
 """
 
 import random
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,16 +24,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.chunking import chunk_document
+from hypernet.chunking import Chunks, chunk_document, split_sentences
 from hypernet.data.collate import KINDS, ChatLayout, PackedRows, Segment, pack_row, pad_rows
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.data.records import UNKNOWN, Question, Record
+from hypernet.data.sources import Buckets, Mixture, Source, count_tokens
+
+ENCYCLOPEDIA = "encyclopedia"  # the source that is always there
 
 
 class Stage(NamedTuple):
     """A run of steps with articles of similar size; a pair is an inclusive range, drawn from per step or article.
 
-    All articles of one step share num_entities and facts_per_entity, so that rows need little padding.
+    All articles of one step share num_entities and facts_per_entity, so that rows need little padding. These, and what
+    else is about articles, say nothing about records from other sources.
     """
 
     steps: int
@@ -40,13 +52,33 @@ class Stage(NamedTuple):
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
     shared_relations: float = 0.0  # chance that an article's entities are of one kind and told the same relations
     restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
+    source: str | Mapping[str, float] = ENCYCLOPEDIA  # where records come from, or name → weight of a mixture
+    bucket_documents: int = 0  # so many documents are sorted by length together, so that a step's are alike; 0: none
+    max_step_tokens: int | None = None  # instead of batch_size: documents of a step times its longest one's tokens
+    chunk_weights: Sequence[float] | None = None  # of 1, 2, ... chunks per document; None: as few as possible
+    min_chunk_tokens: int = 25  # of chunks whose number is drawn by chunk_weights
 
 
 class Curriculum:
-    """Stages one after the other."""
+    """Stages one after the other.
 
-    def __init__(self, encyclopedia: Encyclopedia, stages: Sequence[Stage | dict]) -> None:
+    Args:
+        encyclopedia: of the split and seed that everything else is of, too.
+        sources: the other sources, by the names that stages call them.
+
+    Raises:
+        ValueError: no stages, or one that asks for what there is not.
+    """
+
+    def __init__(
+        self,
+        encyclopedia: Encyclopedia,
+        stages: Sequence[Stage | dict],
+        *,
+        sources: Mapping[str, Source] | None = None,
+    ) -> None:
         self.encyclopedia = encyclopedia
+        self.sources = dict(sources or {})
         self.stages = [stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages]
         if not self.stages:
             raise ValueError("A curriculum needs at least one stage; give steps and batch_size.")
@@ -54,6 +86,9 @@ class Curriculum:
         self._first_article = [0]
         for stage in self.stages:
             self._first_article.append(self._first_article[-1] + stage.steps * stage.batch_size)
+        self._mixtures = [self._mixture(number, stage) for number, stage in enumerate(self.stages)]
+        self._buckets = [self._sorted(number, stage) for number, stage in enumerate(self.stages)]
+        self._drawn_before = [Counter()]  # from each source, before each stage
 
     def stage(self, step: int) -> tuple[int, Stage, int]:
         """(index of the stage, the stage, step within it)."""
@@ -64,27 +99,84 @@ class Curriculum:
         raise IndexError(f"Step {step} is past the end of the curriculum.")
 
     def records(self, step: int) -> list[Record]:
+        return [record for _, record in self.named_records(step)]
+
+    def named_records(self, step: int) -> list[tuple[str, Record]]:
+        """The step's records, each with the name of its source."""
         number, stage, local_step = self.stage(step)
         rng = self.encyclopedia.rng("step", step)
         num_entities = rng.randint(*stage.num_entities)
         num_facts = sum(rng.randint(*stage.facts_per_entity) for _ in range(num_entities))
-        first = self._first_article[number] + local_step * stage.batch_size
-        return [
-            self._trimmed(
-                rng,
-                self.encyclopedia.record(
-                    first + i,
+        buckets = self._buckets[number]
+        start = local_step * stage.batch_size
+        result = []
+        for draw in range(start, start + stage.batch_size) if buckets is None else buckets[local_step]:
+            name, index = self._find(number, draw)
+            if name == ENCYCLOPEDIA:
+                record = self.encyclopedia.record(
+                    self._first_article[number] + draw,
                     num_entities=num_entities,
                     num_facts=num_facts,
                     num_distractors=rng.randint(*stage.num_distractors),
                     num_unanswerable=int(rng.random() < stage.unanswerable),
                     # Drawn only where it is asked for: the other stages' articles stay what they were.
                     shared_relations=stage.shared_relations > 0 and rng.random() < stage.shared_relations,
-                ),
-                stage.max_questions,
+                )
+            else:
+                record = self.sources[name].record(index)
+            result.append((name, self._trimmed(rng, record, stage.max_questions)))
+        return result
+
+    def foreign(self, rng: random.Random, name: str, record: Record) -> Question:
+        """A question that the record's document does not answer although it sounds like one of its own.
+
+        Args:
+            name: of the source that the record is from.
+        """
+        if name != ENCYCLOPEDIA:
+            return self.sources[name].foreign(rng, record)
+        # The article's own relations asked about somebody else: only the name tells that the article does not answer.
+        # Questions of other articles hardly ever share a relation, and the adapter learned to ignore names.
+        return self.encyclopedia.asked_of_another(rng, rng.choice(record.questions), document=record.document)
+
+    def _mixture(self, number: int, stage: Stage) -> Mixture:
+        weights = {stage.source: 1.0} if isinstance(stage.source, str) else dict(stage.source)
+        if missing := set(weights) - {ENCYCLOPEDIA, *self.sources}:
+            raise ValueError(
+                f"Stage {number} draws from {', '.join(sorted(missing))}, but the sources are "
+                f"{', '.join([ENCYCLOPEDIA, *self.sources])}. Enter it under sources."
             )
-            for i in range(stage.batch_size)
-        ]
+        return Mixture(weights, self.encyclopedia.seed, self.encyclopedia.split, "stage", number)
+
+    def _sorted(self, number: int, stage: Stage) -> Buckets | None:
+        if not stage.bucket_documents and stage.max_step_tokens is None:
+            return None
+        if ENCYCLOPEDIA in self._mixtures[number].names:
+            raise ValueError(
+                f"Stage {number} sorts by length (bucket_documents, max_step_tokens) and draws from the encyclopedia, "
+                "whose articles of one step are alike already. Leave these out, or draw from other sources."
+            )
+        return Buckets(
+            partial(self._length, number),  # not a lambda: workers get a pickled copy
+            *(self.encyclopedia.seed, self.encyclopedia.split, "stage", number),
+            window=stage.bucket_documents or 512,
+            batch_size=stage.batch_size,
+            max_step_tokens=stage.max_step_tokens,
+        )
+
+    def _find(self, number: int, draw: int) -> tuple[str, int]:
+        """A stage's draw → source and number within it; each stage goes on where the stages before it stopped."""
+        name, index = self._mixtures[number][draw]
+        while len(self._drawn_before) <= number:
+            n = len(self._drawn_before) - 1
+            stage, buckets = self.stages[n], self._buckets[n]
+            num_draws = stage.steps * stage.batch_size if buckets is None else buckets.num_draws(stage.steps)
+            self._drawn_before.append(self._drawn_before[-1] + self._mixtures[n].counts(num_draws))
+        return name, self._drawn_before[number][name] + index
+
+    def _length(self, number: int, draw: int) -> int:
+        name, index = self._find(number, draw)
+        return self.sources[name].num_tokens(index)
 
     @staticmethod
     def _trimmed(rng: random.Random, record: Record, max_questions: int) -> Record:
@@ -115,6 +207,8 @@ class _Batches(Dataset):
             [b + s + q.text + self.layout.after_user for b, s, (q, _) in zip(before, separator, asked, strict=True)]
         )
         answers = self._encode([self.layout.answer(q.answer) for q, _ in asked])
+        # Tokenized again, a generated answer need not give the tokens that its log-probabilities belong to.
+        answers = [list(q.stored.ids) if q.stored else ids for ids, (q, _) in zip(answers, asked, strict=True)]
         return [
             Segment(prompt + answer, len(prompt), sees, KINDS.index(question.kind))
             for prompt, answer, (question, sees) in zip(prompts, answers, asked, strict=True)
@@ -160,6 +254,21 @@ class BaseModelBatches(_Batches):
         return self._rows(trunks, asked, extra)
 
 
+class StoredTopK(NamedTuple):
+    """What the base model thought of answer tokens with the document in its prompt, worked out before training.
+
+    where: [N, S] bool, positions of the student's rows that predict such a token. indices, log_probs: [N, S, k], its k
+        most likely next tokens there; log-probability -inf fills up where fewer are stored, 0 elsewhere.
+    """
+
+    where: Tensor
+    indices: Tensor
+    log_probs: Tensor
+
+    def to(self, device: torch.device | str) -> "StoredTopK":
+        return StoredTopK(*(tensor.to(device) for tensor in self))
+
+
 class DistillationBatch(NamedTuple):
     """One step of context distillation for N documents of C chunks together.
 
@@ -167,6 +276,7 @@ class DistillationBatch(NamedTuple):
     members: the documents that each row's adapter joins, its own first; [N] lists on the host.
     student: the questions alone. teacher: the same questions, those about the document behind it. The answer tokens of
         both come in the same order.
+    stored: the teacher's probabilities where they were stored; None where no question has any.
     """
 
     chunk_ids: Tensor
@@ -175,6 +285,7 @@ class DistillationBatch(NamedTuple):
     members: list[list[int]]
     student: PackedRows
     teacher: PackedRows
+    stored: StoredTopK | None = None
 
     def to(self, device: torch.device | str) -> "DistillationBatch":
         return DistillationBatch(
@@ -184,6 +295,7 @@ class DistillationBatch(NamedTuple):
             self.members,
             self.student.to(device),
             self.teacher.to(device),
+            None if self.stored is None else self.stored.to(device),
         )
 
 
@@ -207,18 +319,24 @@ class DistillationBatches(_Batches):
 
     def __getitem__(self, step: int) -> DistillationBatch:
         _, stage, _ = self.curriculum.stage(step)
-        records = self.curriculum.records(step)
+        named = self.curriculum.named_records(step)
         rng = self.curriculum.encyclopedia.rng("distillation", step)
         asked = [
             [
                 *record.questions,
                 *rng.sample(self.background, stage.num_background),
-                *self._foreign(rng, record, stage.num_foreign),
+                *(self.curriculum.foreign(rng, name, record) for _ in range(stage.num_foreign)),
             ]
-            for record in records
+            for name, record in named
         ]
-        members = self._members(rng, len(records), stage.company)
-        return self.batch([record.document for record in records], asked, members=members)
+        members = self._members(rng, len(named), stage.company)
+        documents = [record.document for _, record in named]
+        chunks = None
+        if stage.chunk_weights is not None:
+            # Random numbers of their own: documents and questions do not depend on how they are cut.
+            rng = self.curriculum.encyclopedia.rng("chunks", step)
+            chunks = [self._cut(rng, document, stage) for document in documents]
+        return self.batch(documents, asked, members=members, chunks=chunks)
 
     @staticmethod
     def _members(rng: random.Random, count: int, company: tuple[int, int]) -> list[list[int]]:
@@ -228,12 +346,20 @@ class DistillationBatches(_Batches):
         sizes = [min(rng.randint(*company), count) for _ in range(count)]
         return [[i, *rng.sample([j for j in range(count) if j != i], size - 1)] for i, size in enumerate(sizes)]
 
-    def _foreign(self, rng: random.Random, record: Record, count: int) -> list[Question]:
-        # The article's own relations asked about somebody else: only the name tells that the article does not answer.
-        # Questions of other articles hardly ever share a relation, and the adapter learned to ignore names.
+    def _cut(self, rng: random.Random, document: str, stage: Stage) -> list[Chunks]:
+        """A document in a number of chunks drawn by the stage's weights, or as many of its least size as fit.
+
+        Source: Charakorn et al. 2026, Doc-to-LoRA, appendix A, https://arxiv.org/abs/2602.15902
+        """
+        (wanted,) = rng.choices(range(1, len(stage.chunk_weights) + 1), stage.chunk_weights)
+        # Blanks belong to the sentence after them, as they do to its first token.
+        starts = [0, *(start - document[start - 1].isspace() for start, _ in split_sentences(document)[1:])]
+        sentences = [document[start:end] for start, end in zip(starts, [*starts[1:], len(document)], strict=True)]
+        sizes = count_tokens(sentences, self.tokenizer)
+        pieces = random_pieces(rng, sizes, num_pieces=wanted, min_size=stage.min_chunk_tokens)
         return [
-            self.curriculum.encyclopedia.asked_of_another(rng, rng.choice(record.questions), document=record.document)
-            for _ in range(count)
+            chunk_document("".join(sentences[a:b]), self.tokenizer, max_chunk_tokens=self.max_chunk_tokens)
+            for a, b in pieces
         ]
 
     def batch(
@@ -242,25 +368,75 @@ class DistillationBatches(_Batches):
         asked: Sequence[Sequence[Question]],
         *,
         members: Sequence[Sequence[int]] | None = None,
+        chunks: Sequence[Sequence[Chunks]] | None = None,
     ) -> DistillationBatch:
         """One batch from documents and the questions asked about each.
 
         Args:
             members: the documents that each row's adapter joins; None: its own alone.
+            chunks: of each document, in pieces; None cuts it into as few as possible.
         """
-        chunks = [
-            chunk_document(document, self.tokenizer, max_chunk_tokens=self.max_chunk_tokens) for document in documents
-        ]
-        width = max(chunk.ids.shape[1] for chunk in chunks)
+        if chunks is None:
+            size = self.max_chunk_tokens
+            chunks = [[chunk_document(document, self.tokenizer, max_chunk_tokens=size)] for document in documents]
+        pieces = [piece for of_document in chunks for piece in of_document]
+        width = max(piece.ids.shape[1] for piece in pieces)
         pad = lambda tensor, value: torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)  # noqa: E731
         trunks = self._encode([self.layout.before_user + document for document in documents])
+        student = self._rows([[] for _ in documents], [[(q, False) for q in questions] for questions in asked])
         return DistillationBatch(
-            chunk_ids=torch.cat([pad(chunk.ids, self.tokenizer.pad_token_id) for chunk in chunks]),
-            chunk_mask=torch.cat([pad(chunk.mask, False) for chunk in chunks]),
-            num_chunks=[len(chunk.ids) for chunk in chunks],
+            chunk_ids=torch.cat([pad(piece.ids, self.tokenizer.pad_token_id) for piece in pieces]),
+            chunk_mask=torch.cat([pad(piece.mask, False) for piece in pieces]),
+            num_chunks=[sum(len(piece.ids) for piece in of_document) for of_document in chunks],
             members=[[i] for i in range(len(documents))] if members is None else [list(row) for row in members],
-            student=self._rows([[] for _ in documents], [[(q, False) for q in questions] for questions in asked]),
+            student=student,
             teacher=self._rows(
                 trunks, [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]
             ),
+            stored=stored_top_k(student, asked),
         )
+
+
+def random_pieces(rng: random.Random, sizes: Sequence[int], *, num_pieces: int, min_size: int) -> list[tuple[int, int]]:
+    """Cuts a row of sizes into at most num_pieces runs of at least min_size altogether, at random places.
+
+    Returns:
+        [(start, end), ...] of the runs; one if even two do not fit.
+    """
+    before = [0, *accumulate(sizes)]
+    for wanted in range(min(num_pieces, before[-1] // max(min_size, 1), len(sizes)), 1, -1):
+        # How many runs of at least min_size still fit behind each border; then borders that leave enough for the rest.
+        fits = [0] * len(before)
+        for i in range(len(sizes) - 1, -1, -1):
+            j = bisect_left(before, before[i] + min_size)
+            fits[i] = 1 + fits[j] if j < len(before) else 0
+        if fits[0] < wanted:
+            continue
+        borders = [0]
+        for remaining in range(wanted - 1, 0, -1):
+            first = bisect_left(before, before[borders[-1]] + min_size)
+            # fits falls from left to right.
+            usable = [i for i in range(first, len(sizes)) if fits[i] >= remaining]
+            borders.append(rng.choice(usable))
+        return list(pairwise([*borders, len(sizes)]))
+    return [(0, len(sizes))]
+
+
+def stored_top_k(student: PackedRows, asked: Sequence[Sequence[Question]]) -> StoredTopK | None:
+    """Stored answers' probabilities laid out as the student's rows are."""
+    questions = [(row, number, q) for row, asked_of in enumerate(asked) for number, q in enumerate(asked_of, start=1)]
+    k = max((q.stored.indices.shape[1] for _, _, q in questions if q.stored), default=0)
+    if not k:
+        return None
+    shape = (*student.ids.shape, k)
+    where = torch.zeros(shape[:2], dtype=torch.bool)
+    indices, log_probs = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
+    for row, number, question in questions:
+        if question.stored:
+            at = ((student.segments[row] == number) & (student.target_kind[row] >= 0)).nonzero()[:, 0]
+            size = question.stored.indices.shape[1]
+            where[row, at] = True
+            indices[row, at, :size] = torch.as_tensor(question.stored.indices, dtype=torch.int32)
+            log_probs[row, at] = -torch.inf
+            log_probs[row, at, :size] = torch.as_tensor(question.stored.log_probs, dtype=torch.float32)
+    return StoredTopK(where, indices, log_probs)

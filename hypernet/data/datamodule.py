@@ -1,35 +1,130 @@
 """Lightning data module over datasets whose items are whole batches, addressed by step.
 
 Training starts at the trainer's `global_step`, so a resumed run sees exactly the batches that the interrupted one had
-left.
+left. With several processes or accumulated gradients each process takes its parts of every step's batch
+(`hypernet.data.splitting`), so that an optimizer step stays the same step on any machine.
 """
 
+import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hypernet.data.splitting import split
+
+
+class _Failed(NamedTuple):
+    """Comes out of a dataset instead of a batch that could not be made: an exception would bring its traceback."""
+
+    what: str
+    reason: str
+
+
+class _Checked(Dataset):
+    """A dataset, `_Failed` where an item raises an error."""
+
+    def __init__(self, dataset: Dataset, what: str) -> None:
+        self.dataset = dataset
+        self.what = what
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.item(index)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            return _Failed(f"{self.what} {self.step(index)}", reason)
+
+    def item(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def step(self, index: int) -> int:
+        return index
+
+
+class _Parts(_Checked):
+    """This process's parts of every step: item i is part i mod k of step i // k, for k parts accumulated per step."""
+
+    def __init__(self, dataset: Dataset, trainer: L.Trainer) -> None:
+        super().__init__(dataset, "step")
+        self.accumulated = trainer.accumulate_grad_batches
+        self.rank, self.world_size = trainer.global_rank, trainer.world_size
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.accumulated
+
+    def step(self, index: int) -> int:
+        return index // self.accumulated
+
+    def item(self, index: int) -> Any:
+        batch, num_parts = self.dataset[self.step(index)], self.accumulated * self.world_size
+        if num_parts == 1:
+            return batch
+        number = index % self.accumulated
+        part = self.rank * self.accumulated + number
+        return split(batch, part, num_parts, is_last=number == self.accumulated - 1)
 
 
 def _as_is(batch: Any) -> Any:
     return batch
 
 
-class _FromGlobalStep(Sampler[int]):
-    """Steps from the trainer's global_step on. Its length is that of the whole run, which Lightning counts against."""
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the trainer still finishes its step and saves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def __init__(self, num_steps: int, trainer: L.Trainer) -> None:
-        self.num_steps = num_steps
+
+class _FromGlobalStep(Sampler[int]):
+    """Parts of the steps from the trainer's global_step on. Its length is the whole run's: Lightning counts to it."""
+
+    def __init__(self, parts: _Parts, trainer: L.Trainer) -> None:
+        self.parts = parts
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.trainer.global_step, self.num_steps))
+        return iter(range(self.trainer.global_step * self.parts.accumulated, len(self.parts)))
 
     def __len__(self) -> int:
-        return self.num_steps
+        return len(self.parts)
 
 
-class _StepLoader(DataLoader):
+class _Loader(DataLoader):
+    """Says in one line what went wrong with a batch or with the process that prepares it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._raising(super().__iter__())
+
+    def _raising(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                # RuntimeError for a worker that was killed or takes too long; the others where it dies while it hands
+                # a batch over.
+                if not self.num_workers:
+                    raise
+                reason = " ".join(str(error).split()).rstrip(".")
+                raise ChildProcessError(
+                    f"A data worker was lost: {reason}. A killed one was mostly out of memory; one that takes "
+                    f"{self.timeout:.0f} s for a batch is given up (worker_timeout_s). Lower num_workers or raise the "
+                    "limit, and go on with ckpt_path=last."
+                ) from error
+            if isinstance(batch, _Failed):
+                raise ValueError(
+                    f"The batch of {batch.what} cannot be made ({batch.reason}). Mend or remove its data, and go on "
+                    "with ckpt_path=last."
+                )
+            yield batch
+
+
+class _StepLoader(_Loader):
     """Its position is the trainer's global_step, which every checkpoint holds; so it has no state of its own."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -43,15 +138,25 @@ class BatchDataModule(L.LightningDataModule):
     """Train and validation batches.
 
     Args:
-        train, validation: datasets of whole batches; item i of `train` is optimizer step i.
+        train, validation: datasets of whole batches; item i of `train` is optimizer step i, whatever the number of
+            processes and of accumulated parts.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
+        worker_timeout_s: how long to wait for a batch from them.
     """
 
-    def __init__(self, *, train: Dataset, validation: Dataset | None = None, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        train: Dataset,
+        validation: Dataset | None = None,
+        num_workers: int = 0,
+        worker_timeout_s: float = 300,
+    ) -> None:
         super().__init__()
         self.train = train
         self.validation = validation
         self.num_workers = num_workers
+        self.worker_timeout_s = worker_timeout_s
 
     def train_dataloader(self) -> DataLoader:
         """Raises ValueError if the trainer wants more steps than there are batches; it would wait for them for ever."""
@@ -60,10 +165,13 @@ class BatchDataModule(L.LightningDataModule):
                 f"max_steps is {self.trainer.max_steps}, but there are {len(self.train)} batches to train on. "
                 "Lower trainer.max_steps, or give the stages more steps."
             )
-        return self._loader(_StepLoader, self.train, sampler=_FromGlobalStep(len(self.train), self.trainer))
+        parts = _Parts(self.train, self.trainer)
+        return self._loader(_StepLoader, parts, sampler=_FromGlobalStep(parts, self.trainer))
 
     def val_dataloader(self) -> DataLoader | list:
-        return [] if self.validation is None else self._loader(DataLoader, self.validation, sampler=None)
+        if self.validation is None:
+            return []
+        return self._loader(_Loader, _Checked(self.validation, "validation step"), sampler=None)
 
     def _loader(self, loader: type[DataLoader], dataset: Dataset, *, sampler: Sampler | None) -> DataLoader:
         return loader(
@@ -72,5 +180,9 @@ class BatchDataModule(L.LightningDataModule):
             sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.num_workers,
+            timeout=self.worker_timeout_s if self.num_workers else 0,
             multiprocessing_context="spawn" if self.num_workers else None,
+            worker_init_fn=_leave_interrupts_to_the_trainer,
+            # Its own: drawing the workers' seed would move the trainer's random numbers, by validation too.
+            generator=torch.Generator(),
         )

@@ -6,6 +6,20 @@ record = Record(sentences=("Velmar Tosk was born in Korvale.",), questions=(Ques
 
 from typing import NamedTuple
 
+import numpy as np
+
+
+class StoredAnswer(NamedTuple):
+    """An answer as the base model gave it with the document in its prompt, and how sure it was at each token.
+
+    ids: the P tokens, the closing one included. indices, log_probs: its k most likely next tokens at each of them and
+        their log-probabilities, [P, k]; what they leave of 1 belongs to all other tokens together.
+    """
+
+    ids: tuple[int, ...]
+    indices: np.ndarray
+    log_probs: np.ndarray
+
 
 class Question(NamedTuple):
     """A question with its one right answer.
@@ -14,12 +28,14 @@ class Question(NamedTuple):
         "background" (the base model answers it from its own weights) or "foreign" (about another document; the answer
         is `UNKNOWN`).
     group: what it asks for, e.g. the relation's name; tables are broken down by it.
+    stored: the answer in the base model's own tokens, where it was stored; `answer` is then its text.
     """
 
     text: str
     answer: str
     kind: str = "document"
     group: str = ""
+    stored: StoredAnswer | None = None
 
 
 class Record(NamedTuple):

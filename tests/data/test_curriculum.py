@@ -1,17 +1,22 @@
 """Curricula: stages, the same batch for the same step, what a batch holds."""
 
+import hashlib
 import pickle
+import random
 import re
 from collections import Counter
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from hypernet.chunking import chunk_document
 from hypernet.data.collate import KINDS
-from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, Stage
+from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, Stage, random_pieces
 from hypernet.data.encyclopedia import Encyclopedia, background_questions, relations
-from hypernet.data.records import UNKNOWN
+from hypernet.data.needles import Needles
+from hypernet.data.records import UNKNOWN, Question, Record, StoredAnswer
 
 STAGES = [
     Stage(steps=2, batch_size=5, facts_per_entity=(1, 1), num_distractors=(0, 0)),
@@ -238,7 +243,8 @@ def test_a_batch_is_the_same_again_and_in_a_worker_process(batches, request):
     batches = request.getfixturevalue(batches)
 
     def tensors(batch):
-        return [t for part in batch for t in (part if isinstance(part, tuple) else [torch.as_tensor(part)])]
+        parts = [part for part in batch if part is not None]
+        return [t for part in parts for t in (part if isinstance(part, tuple) else [torch.as_tensor(part)])]
 
     first = tensors(batches[2])
     for again in (tensors(batches[2]), tensors(pickle.loads(pickle.dumps(batches))[2])):
@@ -277,3 +283,196 @@ def test_a_stage_says_in_whose_company_a_document_s_adapter_answers(tiny_tokeniz
     # What is read and asked does not depend on it.
     for alone, joined in zip(batches(), batches(company=[2, 2]), strict=True):
         assert torch.equal(alone.chunk_ids, joined.chunk_ids) and torch.equal(alone.student.ids, joined.student.ids)
+
+
+# What experiments are trained on stays what it is
+
+TINY = [
+    {"steps": 400, "batch_size": 48, "facts_per_entity": [1, 1], "num_distractors": [0, 0], "num_background": 2}
+    | {"num_foreign": 1},
+    {"steps": 800, "batch_size": 32, "num_entities": [1, 2], "facts_per_entity": [1, 3], "num_distractors": [0, 1]}
+    | {"num_background": 2, "num_foreign": 1, "unanswerable": 0.1},
+    {"steps": 1300, "batch_size": 18, "num_entities": [1, 4], "facts_per_entity": [2, 5], "num_background": 3}
+    | {"num_foreign": 1, "unanswerable": 0.1, "company": [1, 2], "shared_relations": 0.5},
+]
+BASE_MODEL = [
+    {"steps": 300, "facts_per_entity": [2, 4], "num_distractors": [0, 1], "num_background": 4, "restatement": 1.0},
+    {"steps": 1200, "batch_size": 24, "num_entities": [1, 4], "facts_per_entity": [2, 6], "num_distractors": [0, 3]}
+    | {"num_background": 5, "unanswerable": 0.1, "restatement": 0.1},
+]
+
+
+def digest(tokenizer, *parts):
+    """Of texts and shapes rather than token ids: another tokenizer is no other batch."""
+    result = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            result.update("".join(tokenizer.convert_ids_to_tokens(part.flatten().tolist())).encode())
+        else:
+            result.update(repr(part).encode())
+    return result.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, "7e87575c855fc951"), (777, "a29313aaf0d61e4d"), (2400, "642025b5c7649f6d")],
+)
+def test_the_hypernetwork_s_batches_are_what_they_were(tiny_tokenizer, step, expected):
+    batches = DistillationBatches(make_curriculum(stages=TINY), tiny_tokenizer, max_chunk_tokens=112)
+    batch = batches[step]
+    rows = [t for rows in (batch.student, batch.teacher) for t in (rows.ids, rows.target_kind.tolist())]
+    assert digest(tiny_tokenizer, batch.chunk_ids, batch.num_chunks, batch.members, *rows) == expected
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, "95c2dd24c98103d6"), (1499, "76a312f646060ac6")])
+def test_the_base_model_s_batches_are_what_they_were(tiny_tokenizer, step, expected):
+    rows = BaseModelBatches(make_curriculum(stages=BASE_MODEL), tiny_tokenizer)[step]
+    assert digest(tiny_tokenizer, rows.ids, rows.target_kind.tolist(), rows.target_weight.tolist()) == expected
+
+
+# Other sources
+
+
+class Rows:
+    """A finite dataset: document i has i + 1 sentences."""
+
+    def __init__(self, name, size=1000):
+        self.name, self.size = name, size
+
+    def record(self, index):
+        sentences = tuple(f"{self.name} {index} has line {line}." for line in range(index % self.size + 1))
+        return Record(sentences, (Question(f"Who is {index}?", f"{self.name} {index}"),))
+
+    def num_tokens(self, index):
+        return 10 * (index % self.size + 1)
+
+    def foreign(self, rng, record):
+        return Question("Who is not there?", UNKNOWN, "foreign")
+
+
+def make_mixed(*stages, seed=0):
+    return Curriculum(Encyclopedia("train", seed=seed), stages, sources={"a": Rows("a"), "b": Rows("b", 7)})
+
+
+def numbers_of(records, name="a"):
+    return [int(r.questions[0].answer.split()[1]) for r in records if r.questions[0].answer.startswith(f"{name} ")]
+
+
+def test_a_stage_draws_from_another_source_and_the_next_one_goes_on_there():
+    stage = {"steps": 2, "batch_size": 3, "source": "a"}
+    curriculum = make_mixed(stage, {"steps": 1}, stage)
+    assert numbers_of(curriculum.records(0) + curriculum.records(1)) == list(range(6))
+    assert numbers_of(make_mixed(stage, {"steps": 1}, stage).records(3)) == [6, 7, 8]
+    # The encyclopedia's articles of a stage are those it would have anyway.
+    assert curriculum.records(2) == make_curriculum(stages=[{"steps": 2, "batch_size": 3}, {"steps": 1}]).records(2)
+
+
+def test_a_mixture_takes_from_each_source_its_share_and_nothing_twice():
+    curriculum = make_mixed({"steps": 60, "batch_size": 10, "source": {"a": 3, "encyclopedia": 1}})
+    named = [pair for step in range(60) for pair in curriculum.named_records(step)]
+    counts = Counter(name for name, _ in named)
+    assert 420 < counts["a"] < 480 and counts["a"] + counts["encyclopedia"] == 600
+    assert numbers_of([record for _, record in named]) == list(range(counts["a"]))
+    articles = [record.document for name, record in named if name == "encyclopedia"]
+    assert len(set(articles)) == len(articles)
+    again = make_mixed({"steps": 60, "batch_size": 10, "source": {"a": 3, "encyclopedia": 1}})
+    assert again.named_records(59) == named[-10:]
+
+
+def test_documents_of_a_step_can_be_of_similar_length(tiny_tokenizer):
+    curriculum = make_mixed({"steps": 8, "batch_size": 4, "source": "a", "bucket_documents": 16})
+    steps = [numbers_of(curriculum.records(step)) for step in range(8)]
+    assert sorted(steps[:4]) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]] != steps[:4]
+    budget = make_mixed({"steps": 40, "source": "b", "max_step_tokens": 130, "bucket_documents": 30}, {"steps": 1})
+    for step in range(40):
+        numbers = numbers_of(budget.records(step), "b")
+        assert len(numbers) * max(n % 7 + 1 for n in numbers) * 10 <= 130
+    assert pickle.loads(pickle.dumps(budget)).records(39) == budget.records(39)
+    with pytest.raises(ValueError, match=r"Stage 0 sorts by length .* and draws from the encyclopedia"):
+        make_mixed({"steps": 1, "max_step_tokens": 100})
+
+
+def test_a_source_that_is_not_there_is_refused_by_name():
+    with pytest.raises(ValueError, match="Stage 1 draws from c, d, but the sources are encyclopedia, a, b"):
+        make_mixed({"steps": 1}, {"steps": 1, "source": {"d": 1, "a": 2, "c": 1}})
+
+
+def test_questions_about_other_documents_come_from_the_record_s_source(tiny_tokenizer):
+    curriculum = make_mixed({"steps": 1, "batch_size": 3, "source": "a", "num_foreign": 2, "num_background": 0})
+    batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=40)[0]
+    for row in range(3):
+        asked = segments_of(batch.student, row, tiny_tokenizer)
+        assert [kind for kind, _, _ in asked] == ["document", "foreign", "foreign"]
+        assert "Who is not there?" in asked[1][1]
+    assert BaseModelBatches(curriculum, tiny_tokenizer)[0].ids.shape[0] == 3
+
+
+# Random numbers of chunks
+
+
+def test_a_stage_draws_into_how_many_chunks_a_document_falls(tiny_tokenizer):
+    needles = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(300, 300))
+
+    def batches(**more):
+        stage = {"steps": 4, "batch_size": 20, "source": "needles", "num_background": 0, **more}
+        curriculum = Curriculum(Encyclopedia("train"), [stage], sources={"needles": needles})
+        return DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=320)
+
+    weights = [8, 2, 1, 1, 1, 1, 1, 1]
+    cut, whole = batches(chunk_weights=weights), batches()
+    affixes = 3  # <|user|> before, <|end|><|assistant|> after
+    counts = Counter()
+    for step in range(4):
+        batch, uncut = cut[step], whole[step]
+        assert torch.equal(batch.teacher.ids, uncut.teacher.ids) and uncut.num_chunks == [1] * 20
+        counts.update(batch.num_chunks)
+        assert ((batch.chunk_mask.sum(1) - affixes) >= 25).all()
+        chunks = iter(zip(batch.chunk_ids, batch.chunk_mask, strict=True))
+        for number, ids, mask in zip(batch.num_chunks, uncut.chunk_ids, uncut.chunk_mask, strict=True):
+            pieces = [ids[mask].tolist() for ids, mask in (next(chunks) for _ in range(number))]
+            # Joined, the chunks are the document's tokens.
+            assert [i for piece in pieces for i in piece[1:-2]] == ids[mask].tolist()[1:-2]
+    assert set(counts) <= set(range(1, 9)) and 25 < counts[1] < 55 and 2 < counts[2] < 20 and len(counts) > 5
+    assert torch.equal(cut[3].chunk_ids, batches(chunk_weights=weights)[3].chunk_ids)
+
+
+@pytest.mark.parametrize("num_pieces", [1, 2, 5, 9])
+def test_random_pieces_cover_everything_and_none_is_too_small(num_pieces):
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(200):
+        sizes = [rng.randint(1, 12) for _ in range(rng.randint(1, 30))]
+        pieces = random_pieces(rng, sizes, num_pieces=num_pieces, min_size=20)
+        assert pieces[0][0] == 0 and pieces[-1][1] == len(sizes)
+        assert all(a[1] == b[0] for a, b in pairwise(pieces)) and len(pieces) <= num_pieces
+        assert all(sum(sizes[a:b]) >= 20 for a, b in pieces) or len(pieces) == 1
+        seen.add(len(pieces))
+    assert num_pieces in seen or num_pieces == 9
+    assert random_pieces(rng, [30, 30, 30], num_pieces=3, min_size=20) == [(0, 1), (1, 2), (2, 3)]
+    places = {random_pieces(rng, [30] * 9, num_pieces=2, min_size=20)[0][1] for _ in range(200)}
+    assert places == set(range(1, 9))
+
+
+# Stored answers
+
+
+def test_stored_probabilities_stand_where_the_student_predicts_their_answer(tiny_tokenizer):
+    log_probs = np.log([[0.5, 0.2], [0.7, 0.1], [0.9, 1e-9]])
+    stored = StoredAnswer((50, 60, 3), np.array([[50, 7], [60, 8], [3, 9]]), log_probs)
+    one = stored._replace(ids=(50, 3), indices=np.array([[4], [5]]), log_probs=np.log([[0.25], [0.5]]))
+    asked = [
+        [Question("Who?", "it"), Question("What?", "stored text", stored=stored)],
+        [Question("Where?", "there", stored=one)],
+        [Question("When?", "then")],
+    ]
+    batches = DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=30)
+    batch = batches.batch(["A.", "B.", "C."], asked)
+    student, found = batch.student, batch.stored
+    assert found.where.sum() == 5 and not found.where[2].any()
+    assert student.targets()[found.where].tolist() == [50, 60, 3, 50, 3]
+    assert found.indices[found.where].tolist() == [[50, 7], [60, 8], [3, 9], [4, 0], [5, 0]]
+    expected = torch.tensor([[0.5, 0.2], [0.7, 0.1], [0.9, 0], [0.25, 0], [0.5, 0]])
+    torch.testing.assert_close(found.log_probs[found.where].exp(), expected)
+    assert (found.where <= (student.target_kind >= 0)).all()
+    assert {t.device.type for t in batch.to("meta").stored} == {"meta"}
+    assert batches[0].stored is None

@@ -1,5 +1,11 @@
 """The data module hands out whole batches, from the trainer's step on."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -7,7 +13,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from hypernet.data.collate import Segment, pack_row, pad_rows
 from hypernet.data.datamodule import BatchDataModule
+
+ROOT = Path(__file__).parents[2]
 
 
 class Squares(Dataset):
@@ -40,6 +49,11 @@ class Counting(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def fake_trainer(**changes):
+    alone = {"global_step": 0, "max_steps": 5, "accumulate_grad_batches": 1, "global_rank": 0, "world_size": 1}
+    return SimpleNamespace(**{**alone, **changes})
+
+
 def make_trainer(folder, **settings):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     quiet |= {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "enable_checkpointing": False}
@@ -49,7 +63,7 @@ def make_trainer(folder, **settings):
 @pytest.mark.parametrize("start", [0, 3, 5])
 def test_training_batches_begin_at_the_trainer_s_step_and_count_for_the_whole_run(start):
     data = BatchDataModule(train=Squares(5))
-    data.trainer = SimpleNamespace(global_step=start, max_steps=5)
+    data.trainer = fake_trainer(global_step=start, max_steps=5)
     loader = data.train_dataloader()
     assert len(loader) == 5
     assert [(int(square), extra) for square, extra in loader] == [(i**2, [i]) for i in range(start, 5)]
@@ -59,7 +73,7 @@ def test_training_batches_begin_at_the_trainer_s_step_and_count_for_the_whole_ru
 
 def test_validation_batches_are_always_all_of_them():
     data = BatchDataModule(train=Squares(5), validation=Squares(3))
-    data.trainer = SimpleNamespace(global_step=2, max_steps=5)
+    data.trainer = fake_trainer(global_step=2, max_steps=5)
     assert [extra for _, extra in data.val_dataloader()] == [[0], [1], [2]]
 
 
@@ -92,6 +106,84 @@ def test_more_steps_than_batches_are_refused_before_training(tmp_path):
 
 def test_batches_can_be_prepared_in_another_process(tmp_path):
     data = BatchDataModule(train=Squares(4), num_workers=1)
-    data.trainer = SimpleNamespace(global_step=1, max_steps=4)
+    data.trainer = fake_trainer(global_step=1, max_steps=4)
     assert data.train_dataloader().num_workers == 1
     assert data.train_dataloader().multiprocessing_context.get_start_method() == "spawn"
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, [0, 1, 0, 1]), (1, [2, 3, 2, 3])])
+def test_each_process_takes_its_parts_of_every_step(rank, expected):
+    rows = pad_rows([pack_row([], [Segment([7, i, 3], 1, False, 0)]) for i in range(4)], pad_id=0)
+    data = BatchDataModule(train=[rows] * 5)
+    data.trainer = fake_trainer(global_step=3, accumulate_grad_batches=2, global_rank=rank, world_size=2)
+    loader = data.train_dataloader()
+    assert len(loader) == 10  # what Lightning counts to
+    parts = list(loader)
+    assert [int(part.batch.ids[0, 1]) for part in parts] == expected
+    assert [part.is_last for part in parts] == [False, True] * 2 and {part.num_parts for part in parts} == {4}
+
+
+# What goes wrong
+
+
+class Corrupt(Squares):
+    """Its third item is damaged, or ends the process that makes it, or never comes."""
+
+    def __init__(self, size, kind):
+        super().__init__(size)
+        self.kind = kind
+
+    def __getitem__(self, step):
+        if step == 2 and self.kind == "corrupt":
+            raise KeyError("question\nanswer")
+        if step == 2 and self.kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 2 and self.kind == "stuck":
+            time.sleep(600)
+        return super().__getitem__(step)
+
+
+def run_into(kind, **settings):
+    data = BatchDataModule(train=Corrupt(5, kind), **settings)
+    data.trainer = fake_trainer()
+    seen = []
+    with pytest.raises((ValueError, OSError)) as error:
+        for _, (step,) in data.train_dataloader():
+            seen.append(step)
+    assert "\n" not in str(error.value) and "ckpt_path=last" in str(error.value)
+    return seen, error.value
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_that_cannot_be_made_is_named_by_its_step(num_workers):
+    seen, error = run_into("corrupt", num_workers=num_workers)
+    assert seen == [0, 1]
+    assert "The batch of step 2 cannot be made (KeyError: 'question\\nanswer')" in str(error)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("killed", {}), ("stuck", {"worker_timeout_s": 8})])
+def test_a_lost_worker_is_an_error_and_not_a_wait_for_ever(kind, settings):
+    # In a process of its own: torch raises from a signal handler there, whatever the main thread is doing.
+    script = (
+        "from tests.data.test_datamodule import run_into\n"
+        f"print(repr(run_into({kind!r}, num_workers=1, **{settings!r})[1]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.startswith("ChildProcessError('A data worker was lost: "), done.stderr
+
+
+def test_a_validation_batch_that_cannot_be_made_is_named_too():
+    data = BatchDataModule(train=Squares(5), validation=Corrupt(5, "corrupt"))
+    with pytest.raises(ValueError, match="The batch of validation step 2 cannot be made"):
+        list(data.val_dataloader())
+
+
+def test_preparing_batches_moves_no_random_numbers_of_the_trainer():
+    data = BatchDataModule(train=Squares(2), validation=Squares(2))
+    data.trainer = fake_trainer(max_steps=2)
+    before = torch.get_rng_state()
+    assert len(list(data.train_dataloader())) == len(list(data.val_dataloader())) == 2
+    assert torch.equal(torch.get_rng_state(), before)

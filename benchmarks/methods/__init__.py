@@ -1,0 +1,1 @@
+"""What the benchmark compares: ways to answer questions on documents, each a class of its own."""

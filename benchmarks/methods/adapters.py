@@ -1,0 +1,82 @@
+"""Methods that answer with an adapter from one forward pass, and their controls."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.methods.base import Method
+from benchmarks.tasks import Asked, Case
+from hypernet.adapter import LoRAAdapter
+from hypernet.composition import drop
+from hypernet.doc_to_lora import DocToLoRA
+
+
+class DocToLoRAMethod(Method):
+    """The documents' adapter, the question alone in the prompt.
+
+    A document that was replaced is internalized with the others and then dropped from the adapter. Without any text,
+    the adapter is the generator's bias block alone.
+    """
+
+    def build(self, case: Case) -> None:
+        replaced = () if self.of_another_document else case.replaced
+        self.adapter = internalized(self.model, [*replaced, *self.documents])
+        for _ in replaced:
+            self.adapter = drop(self.adapter, 0)
+
+    def stored_bytes(self) -> int:
+        return self.adapter.num_bytes
+
+
+class WrongDocument(DocToLoRAMethod):
+    """Control: the adapter of another case's documents."""
+
+    of_another_document = True
+
+
+class RandomAdapter(DocToLoRAMethod):
+    """Control: Gaussian A and B; in every layer the delta's Frobenius norm is that of the documents' adapter."""
+
+    def build(self, case: Case) -> None:
+        super().build(case)
+        self.adapter = random_like(self.adapter)
+
+
+class DocToLoRAInPrompt(DocToLoRAMethod):
+    """The documents' adapter, and the documents in the prompt as well."""
+
+    def documents_for(self, question: Asked) -> Sequence[str]:
+        return self.documents
+
+    def stored_bytes(self) -> int:
+        return super().stored_bytes() + sum(len(document.encode()) for document in self.documents)
+
+
+def internalized(model: DocToLoRA, documents: Sequence[str]) -> LoRAAdapter:
+    """The documents' adapter; without any, the generator's bias block alone."""
+    return model.internalize(documents) if documents else drop(model.internalize("."), 0)
+
+
+def delta_norms(adapter: LoRAAdapter) -> dict[str, Tensor]:
+    """Frobenius norm of the whole delta, bias block included, by target: [L]."""
+    return {
+        # ||BᵀA||² is the sum of (A Aᵀ) * (B Bᵀ), both [rank, rank].
+        name: adapter.scaling * ((A @ A.mT) * (B @ B.mT)).sum((-1, -2)).clamp(min=0).sqrt()
+        for name, (A, B) in ((name, (A.double(), B.double())) for name, (A, B) in adapter.concatenated().items())
+    }
+
+
+def random_like(adapter: LoRAAdapter) -> LoRAAdapter:
+    """An adapter of the same shape and, in every layer, the same norm of the delta; drawn from torch's generator."""
+    parts = [adapter.A, adapter.B, adapter.bias_A, adapter.bias_B]
+    A, B, bias_A, bias_B = ({name: torch.randn_like(rows) for name, rows in part.items()} for part in parts)
+    drawn = replace(adapter, A=A, B=B, bias_A=bias_A, bias_B=bias_B)
+    wanted, found = delta_norms(adapter), delta_norms(drawn)
+    factors = {name: (wanted[name] / found[name])[:, None, None] for name in wanted}  # [L, 1, 1]
+    scaled = [
+        {name: (rows * factors[name].to(rows.dtype)).to(rows.dtype) for name, rows in part.items()}
+        for part in (B, bias_B)
+    ]
+    return replace(drawn, B=scaled[0], bias_B=scaled[1])

@@ -1,0 +1,62 @@
+"""One cell of the benchmark, a task answered by a method at a seed; or a sweep of them: `python -m benchmarks.run`
+
+    python -m benchmarks.run task=encyclopedia method=doc_to_lora
+    python -m benchmarks.run --multirun task=encyclopedia,locality method=doc_to_lora,full_context seed=0,1,2
+    python -m benchmarks.run sweep=tiny
+
+Rows go to <output_dir>/cells, one file per cell: one row per question, one per case with its costs, one summary. A cell
+that is there is skipped, one that failed is tried again. `python -m benchmarks.report` makes tables and plots of them.
+"""
+
+import logging
+import sys
+import time
+import traceback
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+# What a cell's answers do not depend on.
+NOT_IDENTITY = ("output_dir", "force", "device", "threads", "num_timed", "num_profiled")
+
+
+@hydra.main(config_path="../conf/benchmark", config_name="run", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from benchmarks.cells import Sweep, cell_path, identity_of, write_cell, write_error
+
+    config = OmegaConf.to_container(cfg, resolve=True)
+    relevant = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+    identity = identity_of(relevant, cfg.checkpoint)
+    names = {"task": cfg.task_name, "method": cfg.method_name, "seed": cfg.seed}
+    path = cell_path(cfg.output_dir, **names, identity=identity)
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    label = "/".join(map(str, names.values()))
+    if path.is_file() and not cfg.force:
+        outcome = "is there, skipped"
+    else:
+        try:
+            from benchmarks.measure import measure  # seconds, and a cell that is there needs none of it
+
+            rows = measure(cfg, config)
+            rows[-1]["overrides"] = list(HydraConfig.get().overrides.task)
+        except Exception as error:  # whatever it was, the other cells go on; the row says it and the cell is retried
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            write_error(path, {**names, "identity": identity, "error": reason, "traceback": traceback.format_exc()})
+            if not multirun:
+                sys.exit(f"benchmarks.run: {label} failed: {reason}")
+            outcome = f"failed: {reason}"
+        else:
+            write_cell(path, [{**names, "identity": identity, **row} for row in rows])
+            scores = [f"{name} {values['exact_match']:.3f}" for name, values in rows[-1]["sets"].items()]
+            outcome = f"{rows[-1]['wall_s']:.1f} s, exact match: {', '.join(scores)}"
+    sweep = Sweep.of(cfg.output_dir) if multirun else None
+    progress = f"[{sweep.progress(HydraConfig.get().job.num, time.time())}] " if sweep else ""
+    log.info("%s%s %s", progress, label, outcome)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Question answering datasets as records: from the hub, from files in the same columns, or in SQuAD's own JSON format.
+
+    QuestionAnswering("train", name="squad")                              # from the hub, through `datasets`
+    QuestionAnswering("test", name="drop", path="drop.parquet")           # a file with that dataset's columns
+    QuestionAnswering("train", path="my_questions.json")                  # SQuAD's format, v1.1 or v2.0
+
+All questions about one document make one record. No two of train, validation and test share a document: a dataset's
+own test split is ours, and what stands in it is left out of the others; where there is none, a hash of the document
+decides.
+"""
+
+import json
+import logging
+import random
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from hypernet.data.encyclopedia import SPLITS
+from hypernet.data.records import UNKNOWN, Question, Record
+from hypernet.data.sources import Epochs, count_tokens
+
+log = logging.getLogger(__name__)
+
+LONG_BENCH = "zip://data/{}.jsonl::hf://datasets/zai-org/LongBench/data.zip"
+
+
+class Columns(NamedTuple):
+    """Where a dataset is and what its columns mean.
+
+    hub: its name there, or data_files: what `datasets` reads as JSON lines.
+    document: columns joined by a blank line. question, answers: columns, with a dot before a field of one.
+    train, test: names of its splits; a test split's answers must be public. train None: it is for measuring alone.
+    several: what several answers are: "alternatives", of which the first is taken, or "parts" of one (in training).
+    empty: what no answer means: "unanswerable", or "hidden" (the question is left out).
+    """
+
+    hub: str | None
+    document: tuple[str, ...]
+    question: str
+    answers: str
+    train: str | None = "train"
+    test: str | None = "validation"
+    several: str = "alternatives"
+    empty: str = "hidden"
+    data_files: str | None = None
+
+
+DATASETS = {
+    "squad": Columns("rajpurkar/squad", ("context",), "question", "answers.text"),
+    "squad_v2": Columns("rajpurkar/squad_v2", ("context",), "question", "answers.text", empty="unanswerable"),
+    # Validation rows hold the answers of several annotators, training rows the spans of one.
+    "drop": Columns("ucinlp/drop", ("passage",), "question", "answers_spans.spans", several="parts"),
+    "ropes": Columns("allenai/ropes", ("background", "situation"), "question", "answers.text"),
+    "pwc": Columns("sggetao/PwC", ("input",), "prompt", "answer", test="test"),
+}
+# The repository has no loading script any more; its archive holds a file of JSON lines for each task.
+DATASETS |= {
+    name: Columns(None, ("context",), "input", "answers", train=None, data_files=LONG_BENCH.format(name))
+    for name in ("2wikimqa", "multifieldqa_en", "qasper")
+}
+_SQUAD = DATASETS["squad_v2"]  # what SQuAD's JSON is turned into
+
+
+class QuestionAnswering:
+    """Documents with questions; a `hypernet.data.sources.Source`. Nothing is read before the first record is asked for.
+
+    Args:
+        split: "train", "validation" (a tenth of what is trained on) or "test".
+        tokenizer: what lengths are counted with; None counts words.
+        name: one of `DATASETS`; None: path is in SQuAD's JSON format.
+        path: a local file instead of the hub: .json in SQuAD's format, or .jsonl or .parquet in the columns of `name`.
+        test_path: the file that the test split is taken from; None: a tenth of path's documents is.
+        max_document_tokens: longer documents are left out.
+
+    Raises:
+        ValueError: an unknown name or split, or neither name nor path. When reading: the file or dataset is missing,
+            damaged, lacks a column, or has no document for this split.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        seed: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str | None = None,
+        path: str | Path | None = None,
+        test_path: str | Path | None = None,
+        max_document_tokens: int | None = None,
+    ) -> None:
+        if split not in SPLITS[:3]:
+            raise ValueError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS[:3])}.")
+        if name is not None and name not in DATASETS:
+            raise ValueError(f"Unknown dataset {name!r}; choose one of {', '.join(DATASETS)}, or give a path alone.")
+        if name is None and path is None:
+            raise ValueError("Give the name of a dataset, or the path of a file in SQuAD's JSON format.")
+        self.split = split
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self.name = name
+        self.path = path
+        self.test_path = test_path
+        self.max_document_tokens = max_document_tokens
+
+    def record(self, index: int) -> Record:
+        return self.records[self._order[index]]
+
+    def num_tokens(self, index: int) -> int:
+        return self._lengths[self._order[index]]
+
+    def foreign(self, rng: random.Random, record: Record) -> Question:
+        """A question about another document."""
+        if len(self.records) == 1:
+            raise ValueError(f"{self._what} has a single document, so none is asked about another. Set num_foreign: 0.")
+        while (other := rng.choice(self.records)).document == record.document:
+            pass
+        return rng.choice(other.questions)._replace(answer=UNKNOWN, kind="foreign")
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """Every document of this split once, in the dataset's order."""
+        columns = DATASETS[self.name] if self.name else _SQUAD
+        own_test = self.test_path is not None if self.path else columns.test is not None
+        if self.path is None and columns.train is None:
+            if self.split != "test":
+                raise ValueError(f"{self.name} is for measuring alone and has no {self.split} split. Take split test.")
+            found = self._read(columns, test=True)
+        elif own_test:
+            found = self._read(columns, test=True)
+            if self.split != "test":
+                test, found = found, self._read(columns, test=False)
+                found = {document: questions for document, questions in found.items() if document not in test}
+                found = {d: q for d, q in found.items() if (_bucket(d) == 1) == (self.split == "validation")}
+        else:
+            found = self._read(columns, test=False)
+            buckets = {0: "test", 1: "validation"}
+            found = {d: q for d, q in found.items() if buckets.get(_bucket(d), "train") == self.split}
+        records = [Record((document,), tuple(questions)) for document, questions in found.items() if questions]
+        if self.max_document_tokens is not None:
+            sizes = count_tokens([record.document for record in records], self.tokenizer)
+            short = [r for r, size in zip(records, sizes, strict=True) if size <= self.max_document_tokens]
+            log.info("%s: %d of %d documents are too long", self._what, len(records) - len(short), len(records))
+            records = short
+        if not records:
+            raise ValueError(
+                f"{self._what} has no document for the {self.split} split. Give a larger file, test_path, or a larger "
+                "max_document_tokens."
+            )
+        return records
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return count_tokens([record.document for record in self.records], self.tokenizer)
+
+    @cached_property
+    def _order(self) -> Epochs:
+        return Epochs(len(self.records), self._what, self.split, self.seed)
+
+    @property
+    def _what(self) -> str:
+        return str(self.path or self.name)
+
+    def _read(self, columns: Columns, *, test: bool) -> dict[str, list[Question]]:
+        """Document → its questions, in the dataset's order."""
+        if self.path is None:
+            rows = _hub_rows(columns, columns.test if test and columns.train else columns.train or "train")
+            source = self.name
+        else:
+            source = self.test_path if test else self.path
+            rows = file_rows(source)
+        found: dict[str, dict[str, Question]] = {}
+        for number, row in enumerate(rows):
+            document = "\n\n".join(str(_field(row, column, source, number)).strip() for column in columns.document)
+            text = str(_field(row, columns.question, source, number)).strip()
+            answers = _field(row, columns.answers, source, number)
+            answers = [answers] if isinstance(answers, str) else list(answers or [])
+            questions = found.setdefault(document, {})
+            if answers:
+                parts = list(dict.fromkeys(answers)) if columns.several == "parts" and not test else answers[:1]
+                questions.setdefault(text, Question(text, ", ".join(parts).strip(), "document", self.name or "squad"))
+            elif columns.empty == "unanswerable":
+                questions.setdefault(text, Question(text, UNKNOWN, "unanswerable", self.name or "squad"))
+        return {document: list(questions.values()) for document, questions in found.items() if document.strip()}
+
+
+def _bucket(document: str) -> int:
+    return zlib.crc32(document.encode()) % 10
+
+
+def _field(row: Mapping[str, Any], column: str, source: Any, number: int) -> Any:
+    value: Any = row
+    for name in column.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise ValueError(
+                f"{source} has no column {column} in row {number}; it has {', '.join(row)}. Give `name` the dataset "
+                "whose columns these are."
+            )
+        value = value[name]
+    return value
+
+
+def file_rows(path: str | Path) -> Iterable[Mapping[str, Any]]:
+    """Rows of a local file: .jsonl and .parquet as they are, .json in SQuAD's format in the columns of squad_v2.
+
+    Raises:
+        ValueError: no such file, or it cannot be read as what its suffix says.
+    """
+    path = Path(path)
+    kind = {".json": "squad", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    if kind is None or not path.is_file():
+        reason = "its suffix is none of .json, .jsonl, .parquet" if path.is_file() else "there is no such file"
+        raise ValueError(f"Cannot read questions from {path}: {reason}. Check the path.")
+    if kind == "squad":
+        try:
+            return list(_squad_rows(json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not in SQuAD's JSON format ({type(error).__name__}: {error}): it should hold data → "
+                "paragraphs → context and qas. Rows of columns belong into a .jsonl file."
+            ) from error
+    return _load(kind, str(path), data_files=str(path), split="train")
+
+
+def _squad_rows(content: Any) -> Iterator[dict[str, Any]]:
+    for article in content["data"]:
+        for paragraph in article["paragraphs"]:
+            for asked in paragraph["qas"]:
+                answers = [] if asked.get("is_impossible") else [answer["text"] for answer in asked["answers"]]
+                if answers or asked.get("is_impossible"):
+                    yield {
+                        "context": paragraph["context"],
+                        "question": asked["question"],
+                        "answers": {"text": answers},
+                    }
+
+
+def _hub_rows(columns: Columns, split: str) -> Iterable[Mapping[str, Any]]:
+    if columns.data_files:
+        return _load("json", columns.data_files, data_files=columns.data_files, split="train")
+    return _load(columns.hub, columns.hub, split=split)
+
+
+def _load(loader: str, what: str, **settings: Any) -> Iterable[Mapping[str, Any]]:
+    from datasets import load_dataset  # takes a second, and few need it
+
+    try:
+        return load_dataset(loader, **settings)
+    except Exception as error:  # no network, no such dataset, a damaged file: datasets raises a dozen types for these
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"Could not read {what}: {reason}. Check the file, or the name and the network.") from error

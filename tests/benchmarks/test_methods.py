@@ -1,0 +1,190 @@
+"""benchmarks/methods: every method's promise, on a tiny random model; controls on the shipped one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.decoding import greedy
+from benchmarks.measure import run_cell
+from benchmarks.methods.adapters import DocToLoRAInPrompt, DocToLoRAMethod, RandomAdapter, WrongDocument, delta_norms
+from benchmarks.methods.gradients import ContextDistillation, TextLoRA
+from benchmarks.methods.prompts import FullContext, NoContext, PrefixCache, Retrieval
+from benchmarks.tasks import Asked, Case, EncyclopediaTask
+from hypernet.doc_to_lora import DocToLoRA
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = "The mayor of Velmar is Ilda Renwick. Velmar has 311 houses. The river Tosk flows through Velmar."
+OTHER = "Korvale was founded in 1788. Its colours are grey and red."
+QUESTIONS = (
+    Asked("Who leads Velmar?", ("Ilda Renwick",)),
+    Asked("How many houses does Velmar have?", ("311",)),
+    Asked("Which river?", ("Tosk",), context=OTHER),
+)
+CASE = Case("set", "0", (DOCUMENT,), QUESTIONS, others=(OTHER,), practice=("What flows through Velmar?",))
+
+
+def prepared(method, case: Case = CASE):
+    method.prepare(case)
+    return method
+
+
+def test_the_decoding_loop_gives_the_library_s_answers(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    adapter = model.internalize(DOCUMENT)
+    texts = [question.text for question in QUESTIONS]
+    prompts = [model.tokenizer(model.layout.prompt(t), add_special_tokens=False)["input_ids"] for t in texts]
+    with model.injector.using(adapter):
+        ours = greedy(model.base_model, model.tokenizer, prompts, max_new_tokens=9)
+    assert ours.texts == model.generate(texts, adapter, max_new_tokens=9)
+    assert all(0 < n <= 9 for n in ours.num_tokens) and 0 < ours.first_token_s <= ours.total_s
+
+
+def test_log_likelihoods_are_those_of_the_answer_tokens(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    method = prepared(NoContext(model=model, max_new_tokens=4))
+    ids = method.prompt(QUESTIONS[1])[0]
+    answer = method.encode(model.layout.answer("311"))
+    with torch.no_grad():
+        log_probs = model.base_model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+    expected = sum(log_probs[len(ids) - 1 + i, token].item() for i, token in enumerate(answer))
+    # In a batch with longer ones.
+    assert method.answer(QUESTIONS)[1].log_likelihood == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("documents", [(DOCUMENT,), (DOCUMENT, OTHER), (DOCUMENT * 30,), ("",)])
+def test_a_kept_prefix_gives_exactly_the_answers_of_full_context(make_doc_to_lora, documents) -> None:
+    model = make_doc_to_lora()
+    case = CASE._replace(documents=documents)
+    full, kept = (prepared(kind(model=model, max_new_tokens=8), case) for kind in (FullContext, PrefixCache))
+    ours, theirs = kept.answer(QUESTIONS), full.answer(QUESTIONS)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.text, a.fits, a.prompt_tokens) == (b.text, b.fits, b.prompt_tokens)
+        assert a.log_likelihood == pytest.approx(b.log_likelihood, abs=1e-3)
+    assert kept.answer(QUESTIONS[:1])[0].text == ours[0].text  # the prefix stays as it is
+    assert [answer.fits for answer in ours] == [len(documents[0]) < 1000] * 3
+
+
+def test_documents_that_do_not_fit_lose_their_middle(make_doc_to_lora) -> None:
+    method = prepared(
+        FullContext(model=make_doc_to_lora(), max_new_tokens=8), CASE._replace(documents=(DOCUMENT * 30,))
+    )
+    ids, fits = method.prompt(QUESTIONS[2])  # the longest question
+    text = method.encode(DOCUMENT * 30 + "\n\n")
+    assert not fits and len(ids) == method.window - 8
+    start = len(method.encode(method.model.layout.before_user))
+    assert ids[start : start + 50] == text[:50]
+    assert ids[-len(method.tail(QUESTIONS[2])) - 50 : -len(method.tail(QUESTIONS[2]))] == text[-50:]
+
+
+def test_a_random_adapter_has_the_documents_norm_in_every_layer(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    own, drawn = (prepared(kind(model=model)).adapter for kind in (DocToLoRAMethod, RandomAdapter))
+    for name, norms in delta_norms(own).items():
+        A, B = own.concatenated()[name]
+        dense = own.scaling * torch.linalg.matrix_norm(B.mT @ A)
+        assert torch.allclose(norms.float(), dense, rtol=1e-4)
+        assert torch.allclose(delta_norms(drawn)[name], norms, rtol=1e-4)
+        assert not torch.allclose(drawn.A[name], own.A[name])
+
+
+def test_the_wrong_document_s_adapter_is_the_other_s(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    wrong = prepared(WrongDocument(model=model)).adapter
+    assert wrong.content_id() == model.internalize(OTHER).content_id()
+    both = prepared(DocToLoRAInPrompt(model=model))
+    assert both.adapter.content_id() == model.internalize(DOCUMENT).content_id()
+    assert both.prompt(QUESTIONS[0]) == prepared(FullContext(model=model)).prompt(QUESTIONS[0])
+
+
+def test_a_replaced_document_leaves_nothing_in_the_adapter(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    updated = prepared(DocToLoRAMethod(model=model), CASE._replace(replaced=(OTHER,))).adapter
+    plain = prepared(DocToLoRAMethod(model=model)).adapter
+    assert [d["sha256"] for d in updated.provenance["documents"]] == [
+        d["sha256"] for d in plain.provenance["documents"]
+    ]
+    for name in plain.A:
+        assert torch.allclose(updated.A[name], plain.A[name], atol=1e-6)
+        assert torch.allclose(updated.B[name], plain.B[name], atol=1e-6)
+
+
+def test_without_text_prompts_are_the_question_alone_and_adapters_the_bias_block(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    case = CASE._replace(documents=("",))
+    alone = prepared(NoContext(model=model), case)
+    for kind in (FullContext, PrefixCache):
+        method = prepared(kind(model=model), case)
+        assert [a.text for a in method.answer(QUESTIONS)] == [a.text for a in alone.answer(QUESTIONS)]
+    assert prepared(DocToLoRAMethod(model=model), case).adapter.num_chunks == 0
+
+
+def test_retrieval_puts_the_chunk_with_the_fact_into_the_prompt(make_doc_to_lora) -> None:
+    pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")
+    method = prepared(Retrieval(model=make_doc_to_lora(), num_chunks=1, max_chunk_tokens=25))
+    assert len(method.chunks) >= 3
+    assert "Ilda" in method.documents_for(Asked("Who is the mayor of Velmar?", ("",)))[0]
+    assert "311" in method.documents_for(Asked("How many houses?", ("",)))[0]
+    assert method.stored_bytes() > len(DOCUMENT)
+    assert prepared(method, CASE._replace(documents=("",))).documents_for(QUESTIONS[0]) == ()
+
+
+def test_dense_retrieval_says_what_it_needs(make_doc_to_lora, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
+    with pytest.raises(ValueError, match="pip install sentence-transformers"):
+        Retrieval(model=make_doc_to_lora(), num_chunks=1, max_chunk_tokens=25, encoder="some/model")
+
+
+GRADIENTS = {
+    "text": (TextLoRA, {}),
+    "oracle": (ContextDistillation, {"questions": "oracle"}),
+    "generated": (ContextDistillation, {"questions": "generated"}),
+    "warm": (ContextDistillation, {"questions": "oracle", "warm_start": True}),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradient_methods_lower_their_loss_and_start_where_they_should(make_doc_to_lora, name) -> None:
+    model = make_doc_to_lora().requires_grad_(False)
+    kind, settings = GRADIENTS[name]
+    method = kind(model=model, lr=1e-2, record_at=[0, 4, 12], max_new_tokens=6, **settings)
+    assert method.prepare_flops(CASE) > 0
+    prepared(method)
+    assert len(method.losses) == 12 and min(method.losses[-3:]) < method.losses[0]
+    assert method.steps == (0, 4, 12)
+    seconds = [method.seconds_at(step) for step in method.steps]
+    assert seconds == sorted(seconds)
+    assert all(p.grad is None for p in model.base_model.parameters())
+    method.use(0)
+    start = prepared((DocToLoRAMethod if name == "warm" else NoContext)(model=model, max_new_tokens=6))
+    for a, b in zip(method.answer(QUESTIONS), start.answer(QUESTIONS), strict=True):
+        assert a.log_likelihood == pytest.approx(b.log_likelihood, abs=5e-3)
+    method.use(12)
+    assert method.stored_bytes() == start.stored_bytes() or name != "warm"
+
+
+def test_distillation_refuses_unknown_questions(make_doc_to_lora) -> None:
+    with pytest.raises(ValueError, match="oracle or generated"):
+        ContextDistillation(model=make_doc_to_lora(), questions="all", lr=1e-3, record_at=[1])
+
+
+@pytest.mark.parametrize("kind", [FullContext, RandomAdapter, TextLoRA])
+def test_equal_seeds_give_equal_rows(make_doc_to_lora, kind) -> None:
+    task = EncyclopediaTask(sets={"one": {"facts_per_entity": [2, 2]}}, num_cases=2)
+    settings = {"lr": 1e-2, "record_at": [2]} if kind is TextLoRA else {}
+
+    def rows() -> list[dict]:
+        method = kind(model=make_doc_to_lora(), max_new_tokens=6, **settings)
+        found = run_cell(task, method, seed=5, num_timed=0, num_profiled=0)
+        return [row for row in found if row["kind"] == "question"]
+
+    assert rows() == rows()
+
+
+@pytest.mark.parametrize("control", ["shuffled_facts", "empty_document"])
+def test_controls_score_like_no_context_with_the_shipped_model(control) -> None:
+    model = DocToLoRA.from_pretrained(ROOT / "assets/tiny").eval().requires_grad_(False)
+    task = EncyclopediaTask(sets={"one": {"facts_per_entity": [2, 4]}}, num_cases=3, control=control)
+    for kind in (NoContext, FullContext, DocToLoRAMethod):
+        rows = run_cell(task, kind(model=model, max_new_tokens=16), seed=0, num_timed=0, num_profiled=0)
+        assert sum(row["exact_match"] for row in rows if row["kind"] == "question") == 0

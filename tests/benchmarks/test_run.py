@@ -1,0 +1,115 @@
+"""benchmarks/run.py: cells are there completely or not at all, skipped when they are, tried again when they failed."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from benchmarks.cells import Sweep, cell_path, error_path, identity_of, read_cells, write_cell, write_error
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf/benchmark"
+FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
+SMALL = ["task.num_cases=1", "num_timed=1", "num_profiled=0"]
+ONE_SET = ["~task.sets", "+task.sets={one: {facts_per_entity: [2, 2]}}"]
+
+
+def run(monkeypatch, *arguments: str) -> int | str | None:
+    """python -m benchmarks.run; gives what it exits with."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.run", *arguments])
+    try:
+        runpy.run_module("benchmarks.run", run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return None
+
+
+def test_one_cell_s_rows_explain_themselves_and_a_second_run_skips_it(monkeypatch, tmp_path) -> None:
+    command = [f"output_dir={tmp_path}", "method=doc_to_lora", *ONE_SET, *SMALL]
+    assert run(monkeypatch, *command) in (None, 0)
+    (path,) = (tmp_path / "cells").glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["kind"] for row in rows] == ["question", "question", "case", "summary"]
+    assert all((row["task"], row["method"], row["seed"]) == ("encyclopedia", "doc_to_lora", 0) for row in rows)
+    assert {"commit", "hardware", "versions", "date", "config"} <= set(rows[-1]["run"])
+    assert rows[-1]["wall_s"] > 0 and rows[2]["question_s"] >= rows[2]["first_token_s"] > 0
+    before = path.stat().st_mtime_ns
+    assert run(monkeypatch, *command) in (None, 0)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_failed_cell_says_so_in_one_line_and_is_measured_once_it_can_be(monkeypatch, tmp_path) -> None:
+    squad = tmp_path / "squad.json"
+    command = [f"output_dir={tmp_path}", "task=squad", "method=no_context", f"task.squad_file={squad}", *SMALL]
+    message = run(monkeypatch, *command)
+    assert "squad/no_context/0 failed: ValueError: Cannot read" in message
+    (error,) = (tmp_path / "cells").glob("*.error.json")
+    assert "Traceback" in json.loads(error.read_text(encoding="utf-8"))["traceback"]
+    paragraphs = [
+        {"context": f"The well {i} is deep.", "qas": [{"question": "?", "answers": [{"text": "deep"}]}]} for i in (1, 2)
+    ]
+    squad.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+    assert run(monkeypatch, *command) in (None, 0)
+    assert not error.exists() and read_cells(tmp_path)[-1]["kind"] == "summary"
+
+
+def test_a_sweep_ends_with_the_cells_that_failed(monkeypatch, tmp_path) -> None:
+    sweep = ["--multirun", f"output_dir={tmp_path}", "task=encyclopedia", *ONE_SET, "seed=0", *SMALL]
+    message = run(monkeypatch, *sweep, "method=no_context", "max_new_tokens=none,4")
+    assert "1 cells failed: encyclopedia/no_context/0" in message
+    assert len(list((tmp_path / "cells").glob("*.jsonl"))) == 1
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_half_a_cell_is_never_left(tmp_path) -> None:
+    path = cell_path(tmp_path, task="t", method="m", seed=0, identity="x")
+
+    def rows():
+        yield {"kind": "question"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cell(path, rows())
+    assert not list(path.parent.glob("*"))
+    write_error(path, {"error": "no"})
+    write_cell(path, [{"kind": "summary"}])
+    assert not error_path(path).exists() and read_cells(tmp_path) == [{"kind": "summary"}]
+
+
+def test_another_setting_or_checkpoint_is_another_cell(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("fingerprint: a")
+    first = identity_of({"lr": 1}, str(tmp_path))
+    assert first == identity_of({"lr": 1}, str(tmp_path)) != identity_of({"lr": 2}, str(tmp_path))
+    (tmp_path / "config.yaml").write_text("fingerprint: b")
+    assert first != identity_of({"lr": 1}, str(tmp_path))
+
+
+def test_progress_says_how_long_the_rest_takes() -> None:
+    assert Sweep(10, 100.0).progress(3, 140.0) == "cell 4 of 10, 40 s so far, 1 min 00 s to go"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_is_composed_and_built(path, make_doc_to_lora) -> None:
+    group, _, option = str(path).partition("/")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(group if not option else "run", [f"{group}={option}"] if option else [], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
+    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    assert OmegaConf.to_container(own, resolve=option not in ("tune", "tune_retrieval"), throw_on_missing=True)
+    if group == "task":
+        assert callable(instantiate(cfg.task, _convert_="all").cases)
+    elif group == "method" and option != "retrieval_dense":
+        if option == "retrieval":
+            pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")
+        assert instantiate(cfg.method, _convert_="all")(model=make_doc_to_lora(), max_new_tokens=4).steps
+    elif group == "sweep":
+        names = dict(cfg.hydra.sweeper.params)
+        for key in ("task", "method"):
+            assert all((CONF / key / f"{name}.yaml").is_file() for name in names[key].split(","))

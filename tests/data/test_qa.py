@@ -1,0 +1,233 @@
+"""Question answering: small files in each dataset's columns, splits, what is refused."""
+
+import json
+import pickle
+import random
+import zipfile
+
+import datasets
+import pytest
+
+import hypernet.data.qa as module
+from hypernet.data.qa import DATASETS, QuestionAnswering, file_rows
+from hypernet.data.records import UNKNOWN
+from hypernet.data.sources import Source
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def rows_of(name, count=60, first=0):
+    """Two questions about each document in the columns that the dataset has on the hub."""
+    for i in range(first, first + count):
+        for side in ("left", "right"):
+            question, answer = f"What is {side} of {i}?", f"{side} {i}"
+            spans = [answer, f"{answer} too"] if i % 3 == 0 else [answer]
+            yield {
+                "squad": {"id": f"{i}{side}", "title": "T", "context": f"Text {i}.", "question": question}
+                | {"answers": {"text": spans, "answer_start": [0] * len(spans)}},
+                "squad_v2": {"id": f"{i}{side}", "title": "T", "context": f"Text {i}.", "question": question}
+                | {"answers": {"text": spans if side == "left" else [], "answer_start": []}},
+                "drop": {"section_id": "s", "query_id": f"{i}{side}", "passage": f"Text {i}.", "question": question}
+                | {"answers_spans": {"spans": spans, "types": ["span"] * len(spans)}},
+                "ropes": {"id": f"{i}{side}", "background": f"Text {i}.", "situation": "And so.", "question": question}
+                | {"answers": {"text": [answer]}},
+                "pwc": {"input": f"Text {i}.", "prompt": question, "answer": answer},
+                "long_bench": {"input": question, "context": f"Text {i}.", "answers": spans, "length": 2}
+                | {"dataset": "qasper", "language": "en", "all_classes": None, "_id": f"{i}{side}"},
+            }[name]
+
+
+def write(path, rows):
+    rows = list(rows)
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def questions_of(source):
+    return {q.text: q for record in source.records for q in record.questions}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", ["squad", "squad_v2", "drop", "ropes", "pwc"])
+def test_files_in_a_dataset_s_columns_become_one_record_per_document(tmp_path, name, suffix):
+    path = write(tmp_path / f"rows{suffix}", rows_of(name))
+    sources = [QuestionAnswering(split, name=name, path=path) for split in SPLITS]
+    documents = [{record.document for record in source.records} for source in sources]
+    assert sum(map(len, documents)) == len(set.union(*documents)) == 60 and all(documents)
+    questions = {text: q for source in sources for text, q in questions_of(source).items()}
+    assert len(questions) == 120 and all(len(r.questions) == 2 for source in sources for r in source.records)
+    expected = "left 3, left 3 too" if name == "drop" else "left 3"
+    assert questions["What is left of 3?"].answer == expected and questions["What is left of 3?"].kind == "document"
+    right = questions["What is right of 4?"]
+    assert (right.answer, right.kind) == ((UNKNOWN, "unanswerable") if name == "squad_v2" else ("right 4", "document"))
+    by_question = {q.text: record for source in sources for record in source.records for q in record.questions}
+    assert by_question["What is left of 3?"].document == ("Text 3.\n\nAnd so." if name == "ropes" else "Text 3.")
+
+
+def test_a_test_file_is_the_test_split_and_its_documents_are_in_no_other(tmp_path):
+    path, test_path = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    write(path, rows_of("drop", 60))
+    write(test_path, rows_of("drop", 10, first=55))
+    sources = {s: QuestionAnswering(s, name="drop", path=path, test_path=test_path) for s in SPLITS}
+    documents = {split: {record.document for record in source.records} for split, source in sources.items()}
+    assert documents["test"] == {f"Text {i}." for i in range(55, 65)}
+    assert documents["train"] | documents["validation"] == {f"Text {i}." for i in range(55)}
+    assert not documents["train"] & documents["validation"] and documents["validation"]
+    # There several spans are several annotators' answers.
+    assert questions_of(sources["test"])["What is left of 57?"].answer == "left 57"
+
+
+SQUAD = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "Towns",
+            "paragraphs": [
+                {
+                    "context": f"Elmouth {i} lies on the Vel.",
+                    "qas": [
+                        {"id": "a", "question": "Which river?", "answers": [{"text": "the Vel", "answer_start": 17}]},
+                        {"id": "b", "question": "Who leads it?", "is_impossible": True, "answers": []},
+                        {"id": "c", "question": "Hidden?", "answers": []},
+                    ],
+                }
+                for i in range(40)
+            ],
+        }
+    ],
+}
+
+
+def test_squad_s_json_is_read_with_its_unanswerable_questions(tmp_path):
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(SQUAD), encoding="utf-8")
+    sources = [QuestionAnswering(split, path=path) for split in SPLITS]
+    assert sum(len(source.records) for source in sources) == 40
+    for source in sources:
+        for record in source.records:
+            assert [(q.text, q.answer, q.kind) for q in record.questions] == [
+                ("Which river?", "the Vel", "document"),
+                ("Who leads it?", UNKNOWN, "unanswerable"),
+            ]
+
+
+def test_a_finite_dataset_goes_round_in_another_order_each_time(tmp_path):
+    source = QuestionAnswering("train", name="pwc", path=write(tmp_path / "rows.jsonl", rows_of("pwc", 20)))
+    size = len(source.records)
+    epochs = [[source.record(epoch * size + i).document for i in range(size)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == size and epochs[0] != epochs[1]
+    assert [pickle.loads(pickle.dumps(source)).record(i).document for i in (5, 3)] == [epochs[0][5], epochs[0][3]]
+    other = QuestionAnswering("train", seed=1, name="pwc", path=source.path)
+    assert [other.record(i).document for i in range(size)] != epochs[0]
+    assert isinstance(source, Source) and source.num_tokens(3) == 2
+
+
+def test_documents_that_are_too_long_are_left_out(tmp_path, tiny_tokenizer):
+    rows = [{"input": "word " * (i + 1), "prompt": "How many?", "answer": str(i)} for i in range(50)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    source = QuestionAnswering("train", name="pwc", path=path, max_document_tokens=20)
+    assert 10 < len(source.records) <= 20 and max(map(source.num_tokens, range(30))) <= 20
+    with pytest.raises(ValueError, match="has no document for the train split"):
+        _ = QuestionAnswering("train", name="pwc", path=path, max_document_tokens=0).records
+
+
+def test_foreign_questions_are_other_documents(tmp_path):
+    source = QuestionAnswering("train", name="pwc", path=write(tmp_path / "rows.jsonl", rows_of("pwc", 5)))
+    record = source.records[0]
+    for seed in range(10):
+        question = source.foreign(random.Random(seed), record)
+        assert question.text not in {q.text for q in record.questions}
+        assert (question.kind, question.answer) == ("foreign", UNKNOWN)
+
+
+# The hub, with load_dataset replaced
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Calls of load_dataset, which answers with rows in the columns of the dataset."""
+    calls = []
+
+    def load_dataset(name, **settings):
+        calls.append((name, settings))
+        columns = next((key for key, c in DATASETS.items() if c.hub == name), "long_bench")
+        return list(rows_of(columns, 30, first=0 if settings["split"] == "train" else 25))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["squad", "squad_v2", "drop", "ropes", "pwc"])
+def test_a_dataset_s_own_test_split_is_ours_and_nothing_is_run_that_comes_with_it(hub, name):
+    found = {split: {r.document for r in QuestionAnswering(split, name=name).records} for split in SPLITS}
+    assert len(found["test"]) == 30 and found["train"] and found["validation"]
+    assert not found["train"] & found["validation"] and not (found["train"] | found["validation"]) & found["test"]
+    test_split = "test" if name == "pwc" else "validation"
+    assert {(called, settings["split"]) for called, settings in hub} == {
+        (DATASETS[name].hub, "train"),
+        (DATASETS[name].hub, test_split),
+    }
+    assert all("trust_remote_code" not in settings for _, settings in hub)
+
+
+def test_nothing_is_read_before_the_first_record(hub):
+    source = QuestionAnswering("test", name="qasper")
+    assert not hub
+    assert len(source.records) == 30
+    archive = "zip://data/qasper.jsonl::hf://datasets/zai-org/LongBench/data.zip"
+    assert hub == [("json", {"data_files": archive, "split": "train"})]
+    with pytest.raises(ValueError, match="qasper is for measuring alone and has no train split"):
+        _ = QuestionAnswering("train", name="qasper").records
+
+
+def test_a_task_of_long_bench_is_read_out_of_its_archive(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("data/qasper.jsonl", "\n".join(map(json.dumps, rows_of("long_bench", 4))))
+    local = f"zip://data/qasper.jsonl::{tmp_path / 'data.zip'}"
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # no matter that the file is here
+    monkeypatch.setitem(DATASETS, "qasper", DATASETS["qasper"]._replace(data_files=local))
+    source = QuestionAnswering("test", name="qasper")
+    assert {r.document for r in source.records} == {f"Text {i}." for i in range(4)}
+    assert questions_of(source)["What is left of 3?"].answer == "left 3"
+
+
+# What is refused
+
+
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
+    bad, text = tmp_path / "bad.json", tmp_path / "a.txt"
+    bad.write_text('{"data": [{"title": "T"}]}')
+    text.write_text("A")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 no")
+    other = write(tmp_path / "other.jsonl", [{"text": "A", "question": "B"}])
+    cases = [
+        ({"name": "squat"}, "Unknown dataset 'squat'; choose one of squad, squad_v2, drop"),
+        ({}, "Give the name of a dataset, or the path"),
+        ({"path": tmp_path / "none.json"}, "there is no such file. Check the path"),
+        ({"path": text}, "its suffix is none of .json, .jsonl, .parquet"),
+        ({"path": bad}, r"is not in SQuAD's JSON format \(KeyError: 'paragraphs'\)"),
+        ({"path": broken, "name": "drop"}, "Could not read .*broken.parquet"),
+        ({"path": other, "name": "drop"}, "has no column passage in row 0; it has text, question"),
+        ({"path": bad, "split": "dev"}, "Unknown split 'dev'"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            _ = QuestionAnswering(**settings).records
+        assert "\n" not in str(caught.value)
+
+    def offline(*_, **__):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match="Could not read rajpurkar/squad: ConnectionError: no network. Check"):
+        _ = QuestionAnswering(name="squad").records
+    assert module.log.name == "hypernet.data.qa" and file_rows is module.file_rows

@@ -22,6 +22,8 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from benchmarks.peak import peak_bytes
+
 if TYPE_CHECKING:
     from hypernet.doc_to_lora import DocToLoRA
 
@@ -127,33 +129,16 @@ def _timed(times: list[float], run: Callable[[], Any], *, device: str) -> Any:
     return result
 
 
-def peak_bytes(run: Callable[[], Any], *, device: str) -> tuple[int, int | None]:
-    """(most bytes of tensors held at a time beyond what was there, the same for the whole process or None on a GPU)."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, None
-    from torch.profiler import ProfilerActivity, profile
-
+def process_bytes(run: Callable[[], Any]) -> int | None:
+    """Growth of the whole process's resident memory at the worst moment; None where Linux's /proc is missing."""
     status = Path("/proc/self/status")
-    process = None
-    if status.exists():
-        Path("/proc/self/clear_refs").write_text("5")  # starts the process's high-water mark anew
-        resident = _kib(status, "VmRSS")
-        run()
-        process = 1024 * (_kib(status, "VmHWM") - resident)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most, process
+    if not status.exists():
+        return None
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # starts the process's high-water mark anew
+    resident = _kib(status, "VmRSS")
+    run()
+    return 1024 * (_kib(status, "VmHWM") - resident)
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
@@ -213,7 +198,8 @@ def length_rows(model: "DocToLoRA", cfg: DictConfig, *, device: str, rate: float
             row = {"kind": "length", "method": name, "tokens": num_tokens, "chunks": adapter.num_chunks}
             row |= {"max_chunk_tokens": model.max_chunk_tokens, "out_of_memory": name in failed}
             if name not in failed:
-                peak, process = peak_bytes(run, device=device)
+                process = process_bytes(run) if device == "cpu" else None
+                peak = peak_bytes(run, device=device)
                 flops = flops_of(run)
                 row |= _quantiles(times[name]) | {
                     "peak_mib": peak / 2**20,

@@ -18,6 +18,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from benchmarks.peak import peak_bytes
+
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent
 
@@ -213,23 +215,7 @@ def peak_extra_bytes(function: Callable[[Inputs], Tensor], inputs: Inputs, direc
             torch.autograd.grad(y, [inputs.x, inputs.A, inputs.B], inputs.base)
 
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    return peak_bytes(run, device=device)
 
 
 def measured_machine(device: str, dtype: torch.dtype) -> Any:

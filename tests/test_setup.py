@@ -301,7 +301,8 @@ def test_every_import_is_a_declared_dependency():
                 continue
             for top in {module.split(".")[0] for module in modules} - ours - sys.stdlib_module_names:
                 distribution = canonicalize_name(DISTRIBUTION_OF.get(top, top))
-                assert distribution in names | NOT_OURS_TO_INSTALL, f"{file} imports {top}: declare it in pyproject.toml"
+                known = distribution in names | NOT_OURS_TO_INSTALL
+                assert known, f"{file} imports {top}: declare it in pyproject.toml"
 
 
 def test_kernels_is_no_package_of_its_own():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from benchmarks.cost import adapter_flops, flops_of
 from benchmarks.decoding import Generated, Prefix, greedy, log_likelihoods
-from benchmarks.internalize_cost import peak_bytes
+from benchmarks.peak import peak_bytes
 from benchmarks.tasks import Asked, Case
 from hypernet.adapter import LoRAAdapter
 from hypernet.data.collate import DOCUMENT_SEPARATOR
@@ -85,7 +85,7 @@ class Method:
 
     def prepare_peak_bytes(self, case: Case) -> int:
         """Most bytes of tensors held at a time while preparing, beyond those of the model."""
-        return peak_bytes(lambda: self.prepare(case), device=self.model.device.type)[0]
+        return peak_bytes(lambda: self.prepare(case), device=self.model.device.type)
 
     # What all methods share
 
@@ -118,7 +118,7 @@ class Method:
         num_tokens = len(self.prompt(question)[0]) + self.timed_answer(question)[2] - 1  # the last one is not read
         added = adapter_flops(self.adapter.targets, self.adapter.rank, num_tokens) if self.adapter else 0
         run: Callable[[], object] = lambda: self.timed_answer(question)  # noqa: E731
-        return flops_of(run) + added, peak_bytes(run, device=self.model.device.type)[0]
+        return flops_of(run) + added, peak_bytes(run, device=self.model.device.type)
 
     def prompt(self, question: Asked) -> tuple[list[int], bool]:
         """Token ids, and whether everything is in them. Documents that are too long lose their middle."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.cost import flops_of
 from benchmarks.decoding import greedy
-from benchmarks.internalize_cost import peak_bytes
 from benchmarks.methods.adapters import internalized
 from benchmarks.methods.base import Method
+from benchmarks.peak import peak_bytes
 from benchmarks.tasks import Asked, Case
 from hypernet.adapter import LoRAAdapter, new_provenance
 from hypernet.base_model import logits_at
@@ -121,7 +121,7 @@ class GradientMethod(Method):
         return one + (two - one) * (self.num_steps - 1)
 
     def prepare_peak_bytes(self, case: Case) -> int:
-        return peak_bytes(lambda: self._prepare_short(case, 2), device=self.model.device.type)[0]
+        return peak_bytes(lambda: self._prepare_short(case, 2), device=self.model.device.type)
 
     def _prepare_short(self, case: Case, num_steps: int) -> None:
         steps, self.num_steps = self.num_steps, num_steps

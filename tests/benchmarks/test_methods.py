@@ -188,3 +188,18 @@ def test_controls_score_like_no_context_with_the_shipped_model(control) -> None:
     for kind in (NoContext, FullContext, DocToLoRAMethod):
         rows = run_cell(task, kind(model=model, max_new_tokens=16), seed=0, num_timed=0, num_profiled=0)
         assert sum(row["exact_match"] for row in rows if row["kind"] == "question") == 0
+
+
+METHODS = [NoContext, FullContext, PrefixCache, DocToLoRAMethod, WrongDocument, RandomAdapter, DocToLoRAInPrompt]
+
+
+@pytest.mark.parametrize("kind", [*METHODS, TextLoRA, ContextDistillation])
+def test_every_method_says_what_it_costs(make_doc_to_lora, kind) -> None:
+    trained = {"lr": 1e-2, "record_at": [0, 2]} if kind in (TextLoRA, ContextDistillation) else {}
+    more = {"questions": "oracle"} if kind is ContextDistillation else {}
+    model = make_doc_to_lora().requires_grad_(False)  # as a cell has it; counting operations needs it
+    method = prepared(kind(model=model, max_new_tokens=3, **trained, **more))
+    method.answer(QUESTIONS)
+    assert isinstance(method.prepare_peak_bytes(CASE), int) and method.prepare_flops(CASE) >= 0
+    flops, peak = method.answer_cost(QUESTIONS[0])
+    assert flops > 0 and isinstance(peak, int) and peak > 0

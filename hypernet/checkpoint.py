@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hypernet.arguments import key_values
 from hypernet.base_model import fingerprint, hush_torchao
 from hypernet.files import replaced, replaced_folder, save_tensors
 from hypernet.hypernetwork import HyperNetwork
@@ -266,16 +267,10 @@ def convert(
 
 def _settings(arguments: Sequence[str]) -> dict[str, Any]:
     names = ("source", "output_dir", "base_model", "max_chunk_tokens", "overwrite")
-    settings: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name not in names or not equals:
-            raise ValueError(f"Cannot read {argument!r}: settings are key=value with {', '.join(names)}. See --help.")
-        if name in settings:
-            raise ValueError(f"{name} is given twice. Give it once.")
+    settings: dict[str, Any] = key_values(arguments, names)
+    for name, value in settings.items():
         if not value:
             raise ValueError(f"{name}= has no value. Give one, or leave it out.")
-        settings[name] = value
     for name in ("source", "output_dir"):
         if name not in settings:
             raise ValueError(f"{name} is missing. Write {name}=..., see --help.")

@@ -4,7 +4,6 @@
 side (`hypernet.data.collate`), so means per row are means per document.
 """
 
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -66,19 +65,6 @@ def context_distillation_kl_topk(student_logits: Tensor, indices: Tensor, log_pr
     rest_p = -torch.expm1(log_p.logsumexp(-1).clamp(max=0))
     rest = torch.xlogy(rest_p, rest_p) - rest_p * log_rest_q
     return top + torch.where(stored.sum(-1) < student.shape[-1], rest, 0)
-
-
-def adapter_l1(A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> Tensor:
-    """Mean absolute value of generated LoRA weights, over all targets together; keeps them small.
-
-    Args:
-        A, B: target name → [C, L, R, d_in] and [C, L, R, d_out], as a hypernetwork generates them.
-
-    Returns:
-        A scalar, float32.
-    """
-    blocks = [block.float() for blocks in (A, B) for block in blocks.values()]
-    return sum(block.abs().sum() for block in blocks) / sum(block.numel() for block in blocks)
 
 
 def mean_per_document(values: Tensor, document: Tensor, num_documents: int) -> Tensor:

@@ -21,6 +21,7 @@ LEVELS = [
         "hypernet.kernels.lora_delta.budget",
         "hypernet.kernels.lora_delta",
         "hypernet.adapter",
+        "hypernet.arguments",
         "hypernet.attention",
         "hypernet.base_model",
         "hypernet.chunking",

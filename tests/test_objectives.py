@@ -8,7 +8,6 @@ import torch
 from hypernet.data.collate import Segment, pack_row, pad_rows
 from hypernet.lit_module import answers_right_by_kind
 from hypernet.objectives import (
-    adapter_l1,
     answer_nll,
     answers_right,
     context_distillation_kl,
@@ -130,19 +129,6 @@ def test_what_only_fills_up_changes_nothing():
 
 
 # Weights
-
-
-def test_the_size_of_adapters_is_the_mean_of_all_their_weights():
-    A = {"up": torch.tensor([[1.0, -2.0]]), "down": torch.tensor([-3.0])}
-    B = {"up": torch.zeros(3), "down": torch.ones(4)}
-    assert adapter_l1(A, B) == (1 + 2 + 3 + 4) / 10
-    half = torch.full((5,), -0.5, dtype=torch.bfloat16, requires_grad=True)
-    value = adapter_l1({"up": half}, {})
-    value.backward()
-    assert value.dtype == torch.float32 and half.grad.tolist() == pytest.approx([-0.2] * 5, rel=0.01)
-
-
-# Means
 
 
 def test_every_document_counts_the_same_however_many_tokens_it_has():

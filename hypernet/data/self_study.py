@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from hypernet.arguments import key_values
 from hypernet.base_model import fingerprint, hush_torchao, load_base_model
 from hypernet.chunking import chunk_document
 from hypernet.data.collate import ChatLayout, Segment, pack_row, pad_rows
@@ -573,12 +574,7 @@ def parse(arguments: Sequence[str]) -> StudySettings:
     """
     fields = {field.name: field for field in dataclasses.fields(StudySettings)}
     found: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name not in fields or not equals:
-            raise ValueError(f"Cannot read {argument!r}: settings are key=value with {', '.join(fields)}. See --help.")
-        if name in found:
-            raise ValueError(f"{name} is given twice. Give it once.")
+    for name, value in key_values(arguments, fields).items():
         kind = fields[name].type
         try:
             found[name] = kind(value)

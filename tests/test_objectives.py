@@ -128,7 +128,7 @@ def test_what_only_fills_up_changes_nothing():
     )
 
 
-# Weights
+# Means
 
 
 def test_every_document_counts_the_same_however_many_tokens_it_has():

@@ -1,23 +1,24 @@
 """ContextEncoder: token ids of chunks to features, read off the frozen base model.
 
-Three kinds: the hidden states that enter every layer (per_layer_activations), the normed last state of the model cut
-short (early_exit), or the token embeddings (embed_only). The base model lends its weights; it is not part of this
-module's parameters or state dict.
+Four kinds: the hidden states that enter every layer (per_layer_activations), the normed last state of the model cut
+short (early_exit), several layers' states side by side (multi_layer), or the token embeddings (embed_only). The base
+model lends its weights; it is not part of this module's parameters or state dict.
 
     encoder = ContextEncoder(base_model, kind="per_layer_activations")
     features = encoder(ids, mask)            # [C, T], [C, T] -> [C, num_maps, T, D]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypernet.targets import find_blocks
 
-KINDS = ("per_layer_activations", "early_exit", "embed_only")
+KINDS = ("per_layer_activations", "early_exit", "multi_layer", "embed_only")
 
 
 class ContextEncoder(nn.Module):
@@ -27,13 +28,14 @@ class ContextEncoder(nn.Module):
         base_model: a transformers causal LM, kept by reference: moving or saving this module does not touch it.
         kind: "per_layer_activations": the base model without its last block, as L maps: the states entering its L - 1
             blocks, embeddings first, and the state after them with the final norm applied. "early_exit": one map, the
-            state after `layer_idx` blocks with the final norm applied. "embed_only": one map, the output of the
-            embedding layer.
-        layer_idx: blocks to run, 1 to L; for early_exit only.
+            state after `layer_idx` blocks with the final norm applied. "multi_layer": one map, the states after each of
+            the `layer_idx` numbers of blocks, 0 being the embeddings, at unit rms and side by side; the last one has
+            passed the final norm. "embed_only": one map, the output of the embedding layer.
+        layer_idx: blocks to run, 1 to L, for early_exit; an ascending list of them, from 0 on, for multi_layer.
 
     Attributes:
         num_maps: feature maps per chunk, L or 1.
-        feature_dim: D, the base model's hidden size.
+        feature_dim: D, the base model's hidden size; with multi_layer as many times that as there are states.
 
     The base model runs as it is: an adapter that is injected changes the features, so set none while encoding.
 
@@ -42,7 +44,13 @@ class ContextEncoder(nn.Module):
             blocks cannot be found.
     """
 
-    def __init__(self, base_model: nn.Module, *, kind: str = "per_layer_activations", layer_idx: int | None = None):
+    def __init__(
+        self,
+        base_model: nn.Module,
+        *,
+        kind: str = "per_layer_activations",
+        layer_idx: int | Sequence[int] | None = None,
+    ):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"Unknown context encoder kind {kind!r}: choose one of {', '.join(KINDS)}.")
@@ -52,15 +60,25 @@ class ContextEncoder(nn.Module):
         config = base_model.config.get_text_config()
         self.kind = kind
         self.layer_idx = layer_idx
-        self.feature_dim = config.hidden_size
+        self.hidden_size = config.hidden_size
         self.num_maps = config.num_hidden_layers if kind == "per_layer_activations" else 1
-        if kind != "early_exit":
-            if layer_idx is not None:
-                raise ValueError(
-                    f"layer_idx is for early_exit only, got layer_idx={layer_idx} with {kind}. Leave it out."
-                )
-        elif layer_idx is None or not 1 <= layer_idx <= config.num_hidden_layers:
-            raise ValueError(f"early_exit needs layer_idx between 1 and {config.num_hidden_layers}, got {layer_idx}.")
+        last = config.num_hidden_layers
+        if kind == "early_exit":
+            if type(layer_idx) is not int or not 1 <= layer_idx <= last:
+                raise ValueError(f"early_exit needs layer_idx between 1 and {last}, got {layer_idx}.")
+        elif kind == "multi_layer":
+            wanted = f"multi_layer needs layer_idx as an ascending list of numbers from 0 to {last}, got {layer_idx}."
+            if isinstance(layer_idx, str) or not isinstance(layer_idx, Sequence) or not layer_idx:
+                raise ValueError(wanted)
+            if any(type(i) is not int or not 0 <= i <= last for i in layer_idx) or sorted({*layer_idx}) != [*layer_idx]:
+                raise ValueError(wanted)
+            self.layer_idx = list(layer_idx)
+        elif layer_idx is not None:
+            raise ValueError(
+                f"layer_idx is for early_exit and multi_layer only, got layer_idx={layer_idx} with {kind}. "
+                "Leave it out."
+            )
+        self.feature_dim = self.hidden_size * (len(self.layer_idx) if kind == "multi_layer" else 1)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids [C, T], right-padded, and mask [C, T] (True or 1: a token) -> features [C, num_maps, T, D].
@@ -89,21 +107,30 @@ class ContextEncoder(nn.Module):
             with self._cut_after(self.layer_idx):
                 read(0, self._last_state(ids, mask))
             return
+        if self.kind == "multi_layer":
+            states: list[Tensor] = []
+            self._states(ids, mask, self.layer_idx, lambda _, state: states.append(F.rms_norm(state, state.shape[-1:])))
+            read(0, torch.cat(states, dim=-1))
+            return
+        self._states(ids, mask, range(self.num_maps), read)
+
+    def _states(self, ids: Tensor, mask: Tensor, after: Sequence[int], read: Callable[[int, Tensor], None]) -> None:
+        """Calls read(position in `after`, state after that many blocks); the last state has passed the final norm."""
 
         def read_input(index: int, block: nn.Module, args: tuple, kwargs: dict) -> None:
             states = args[0] if args else kwargs["hidden_states"]
-            if states.shape != (*ids.shape, self.feature_dim):
+            if states.shape != (*ids.shape, self.hidden_size):
                 raise ValueError(
-                    f"{type(block).__name__} takes states {list(states.shape)}, not [C, T, D={self.feature_dim}], so "
+                    f"{type(block).__name__} takes states {list(states.shape)}, not [C, T, D={self.hidden_size}], so "
                     "there are no activations per layer to read. Set the context encoder's kind to early_exit."
                 )
             read(index, states)
 
-        with ExitStack() as undo, self._cut_after(self.num_maps - 1) as blocks:
-            for index, block in enumerate(blocks):
-                hook = block.register_forward_pre_hook(partial(read_input, index), with_kwargs=True)
+        with ExitStack() as undo, self._cut_after(after[-1]) as blocks:
+            for index, number in enumerate(after[:-1]):
+                hook = blocks[number].register_forward_pre_hook(partial(read_input, index), with_kwargs=True)
                 undo.callback(hook.remove)
-            read(self.num_maps - 1, self._last_state(ids, mask))
+            read(len(after) - 1, self._last_state(ids, mask))
 
     def _last_state(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self._decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state

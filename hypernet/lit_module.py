@@ -8,6 +8,8 @@ step's.
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,12 @@ from hypernet.objectives import (
     answers_right,
     context_distillation_kl,
     context_distillation_kl_topk,
+    hidden_state_distance,
+    mean_absolute_weight,
     mean_per_document,
 )
 from hypernet.packed_attention import packed_logits
+from hypernet.targets import find_blocks
 from hypernet.timing import PhaseTimes
 
 log = logging.getLogger(__name__)
@@ -182,6 +187,9 @@ class LitDocToLoRA(_Trained):
             questions.
         nll_weight: of the next-token loss on the true answers to the same questions.
         locality_weight: of KL(plain base model || base model with the adapter) on background and foreign questions.
+        hidden_weight: of deep context distillation, the distance between the hidden states of the two models of
+            kl_weight after every block, where they predict an answer token; the mean over blocks.
+        l1_weight: of the mean absolute entry of a document's generated A and B.
         output_dir: where the trained checkpoint is written when training ends.
         include_base_model: put the base model into it, so that the folder needs nothing else.
     """
@@ -194,6 +202,8 @@ class LitDocToLoRA(_Trained):
         kl_weight: float = 1.0,
         nll_weight: float = 0.0,
         locality_weight: float = 0.5,
+        hidden_weight: float = 0.0,
+        l1_weight: float = 0.0,
         output_dir: str | None = None,
         include_base_model: bool = False,
     ) -> None:
@@ -203,6 +213,8 @@ class LitDocToLoRA(_Trained):
         self.kl_weight = kl_weight
         self.nll_weight = nll_weight
         self.locality_weight = locality_weight
+        self.hidden_weight = hidden_weight
+        self.l1_weight = l1_weight
         self.output_dir = output_dir
         self.include_base_model = include_base_model
         # The base model is read from its own files; a checkpoint may lack its keys, and only these (see
@@ -215,11 +227,11 @@ class LitDocToLoRA(_Trained):
         student_rows, teacher_rows = batch.student, batch.teacher
         with self.phases("encode"):
             A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
-        with self.phases("teacher"), torch.no_grad():
+        with self.phases("teacher"), torch.no_grad(), self._hidden_states() as teacher_states:
             teacher = self.model(teacher_rows)
         self.model.set_chunks(A, B, batch.num_chunks, members=batch.members)
         is_answer = student_rows.target_kind >= 0
-        with self.phases("student"):
+        with self.phases("student"), self._hidden_states() as student_states:
             student = self.model(student_rows)
         kind = student_rows.target_kind[is_answer]
         document = is_answer.nonzero()[:, 0]
@@ -239,7 +251,43 @@ class LitDocToLoRA(_Trained):
             nll = answer_nll(student[about_document], student_rows.targets()[is_answer][about_document])
             loss_nll = mean_per_document(nll, document[about_document], num_documents) * about
             loss = loss + self.nll_weight * loss_nll
-        return self._finish(part, {"loss": loss, "kl": loss_kl, "locality_kl": loss_locality})
+        losses = {"kl": loss_kl, "locality_kl": loss_locality}
+        if self.hidden_weight:
+            in_teacher = teacher_rows.target_kind >= 0
+            distance = torch.stack(
+                [
+                    hidden_state_distance(mine[is_answer][about_document], theirs[in_teacher][about_document])
+                    for mine, theirs in zip(student_states, teacher_states, strict=True)
+                ]
+            ).mean(0)
+            losses["hidden"] = mean_per_document(distance, document[about_document], num_documents) * about
+            loss = loss + self.hidden_weight * losses["hidden"]
+        if self.l1_weight:
+            sizes = mean_absolute_weight([*A.values(), *B.values()], batch.num_chunks)
+            # Companions from another part of the step come last, and count there.
+            losses["l1"] = sizes[:num_documents].mean() * part.share["rows"]
+            loss = loss + self.l1_weight * losses["l1"]
+        return self._finish(part, {"loss": loss, **losses})
+
+    @contextmanager
+    def _hidden_states(self) -> Iterator[list[Tensor]]:
+        """Collects the states after every block, [N, S, D] each, of what runs inside; nothing without hidden_weight."""
+        states: list[Tensor] = []
+        if not self.hidden_weight:
+            yield states
+            return
+        decoder, name = find_blocks(self.model.base_model)
+        # The block's own output, not a slice of it: checkpointed blocks run again in backward, without these hooks, and
+        # must then save as many tensors.
+        hooks = [
+            block.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
+            for block in getattr(decoder, name)
+        ]
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def on_after_backward(self) -> None:
         super().on_after_backward()

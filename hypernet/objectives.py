@@ -4,6 +4,7 @@
 side (`hypernet.data.collate`), so means per row are means per document.
 """
 
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,34 @@ def context_distillation_kl_topk(student_logits: Tensor, indices: Tensor, log_pr
     rest_p = -torch.expm1(log_p.logsumexp(-1).clamp(max=0))
     rest = torch.xlogy(rest_p, rest_p) - rest_p * log_rest_q
     return top + torch.where(stored.sum(-1) < student.shape[-1], rest, 0)
+
+
+def hidden_state_distance(student_states: Tensor, teacher_states: Tensor) -> Tensor:
+    """Squared distance of each token's hidden state from the teacher's, in units of the teacher's squared length.
+
+    Args:
+        student_states, teacher_states: [P, D], after the same block; no gradient flows into the teacher.
+
+    Returns:
+        [P], float32; 0 where they agree, 1 for a student of zeros.
+    """
+    teacher = teacher_states.detach().float()
+    return (student_states.float() - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)
+
+
+def mean_absolute_weight(weights: Sequence[Tensor], num_chunks: Sequence[int]) -> Tensor:
+    """L1 of each document's generated weights: the mean absolute entry of all its chunks' matrices.
+
+    Args:
+        weights: tensors [C, ...] of all chunks, document after document; padding of narrow layers counts as zeros.
+        num_chunks: chunks of each document, C altogether.
+
+    Returns:
+        [number of documents], float32.
+    """
+    size = sum(w[0].numel() for w in weights)
+    per_chunk = sum(w.float().abs().flatten(1).sum(1) for w in weights) / size
+    return torch.stack([chunks.mean() for chunks in per_chunk.split(list(num_chunks))])
 
 
 def mean_per_document(values: Tensor, document: Tensor, num_documents: int) -> Tensor:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hypernet.context_encoder import KINDS
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.targets import LoRATarget, find_targets
 
@@ -31,6 +30,7 @@ log = logging.getLogger(__name__)
 
 PUBLISHED_FILE = "pytorch_model.bin"
 HUB_PREFIX = "hub:"
+PUBLISHED_KINDS = ("per_layer_activations", "early_exit", "embed_only")  # of context encoders
 HEAD_DIM = 128  # the format has no place for another
 # A published file's pickle has 0.1 MB. Interpreted, a byte becomes up to 64 bytes of objects.
 MAX_PICKLE_BYTES = 4 * 2**20
@@ -612,8 +612,8 @@ def _aggregator_and_encoder(config: Record, aggregator: Record, encoder: Record,
     if config.get("extra_modules"):
         raise _WrongFile("also generates norms (extra_modules), which is not supported.")
     kind = encoder.get("ctx_encoder_type")
-    if kind not in KINDS:
-        raise _WrongFile(f"has the context encoder {_short(kind)}; there are {', '.join(KINDS)}.")
+    if kind not in PUBLISHED_KINDS:
+        raise _WrongFile(f"has the context encoder {_short(kind)}; there are {', '.join(PUBLISHED_KINDS)}.")
     reader = encoder.get("ctx_encoder_model_name_or_path")
     if reader not in (None, base_model):
         raise _WrongFile(f"reads documents with {_short(reader)} instead of its base model, which is not supported.")

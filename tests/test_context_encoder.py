@@ -100,6 +100,22 @@ def test_early_exit_equals_the_normed_state_after_that_many_blocks(model_type, l
 
 
 @by_model
+@pytest.mark.parametrize("layer_idx", [[0, 2], [1], [0, 1, LAYERS]])
+def test_multi_layer_is_several_states_at_unit_rms_side_by_side(model_type, layer_idx):
+    base_model = make_base_model(model_type)
+    ids, mask = batch()
+    states = list(hidden_states(base_model, ids, mask))
+    for number in range(LAYERS):  # the last of transformers' states is normed already
+        if number == layer_idx[-1]:
+            states[number] = final_norm(base_model, states[number])
+    expected = torch.cat([states[i] / states[i].pow(2).mean(-1, keepdim=True).sqrt() for i in layer_idx], -1)
+    encoder = ContextEncoder(base_model, kind="multi_layer", layer_idx=layer_idx)
+    features = encoder(ids, mask)
+    assert features.shape == (3, 1, 9, D * len(layer_idx)) == (3, encoder.num_maps, 9, encoder.feature_dim)
+    torch.testing.assert_close(features[:, 0][mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
+@by_model
 def test_embed_only_equals_the_embedding_layer(model_type):
     base_model = make_base_model(model_type)
     ids, mask = batch()
@@ -107,9 +123,13 @@ def test_embed_only_equals_the_embedding_layer(model_type):
     assert torch.equal(features, base_model.get_input_embeddings()(ids)[:, None])
 
 
-@pytest.mark.parametrize("kind", ["per_layer_activations", "early_exit", "embed_only"])
-def test_padding_does_not_change_a_chunks_features(kind):
-    encoder = ContextEncoder(make_base_model(), kind=kind, layer_idx=2 if kind == "early_exit" else None)
+LAYER_IDX = {"per_layer_activations": None, "early_exit": 2, "multi_layer": [0, 2], "embed_only": None}
+by_kind = pytest.mark.parametrize(("kind", "layer_idx"), LAYER_IDX.items())
+
+
+@by_kind
+def test_padding_does_not_change_a_chunks_features(kind, layer_idx):
+    encoder = ContextEncoder(make_base_model(), kind=kind, layer_idx=layer_idx)
     ids, mask = batch()
     features = encoder(ids, mask)
     for c, length in enumerate(LENGTHS):
@@ -117,10 +137,10 @@ def test_padding_does_not_change_a_chunks_features(kind):
         torch.testing.assert_close(features[c : c + 1, :, :length], alone, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["per_layer_activations", "early_exit", "embed_only"])
-def test_no_graph_is_kept_even_if_the_base_model_could_train(kind):
+@by_kind
+def test_no_graph_is_kept_even_if_the_base_model_could_train(kind, layer_idx):
     base_model = make_base_model()
-    features = ContextEncoder(base_model, kind=kind, layer_idx=1 if kind == "early_exit" else None)(*batch())
+    features = ContextEncoder(base_model, kind=kind, layer_idx=layer_idx)(*batch())
     assert all(p.requires_grad for p in base_model.parameters())
     assert not features.requires_grad and features.grad_fn is None
 
@@ -136,7 +156,7 @@ def test_the_base_model_is_left_as_it_was(model_type):
     base_model, untouched = make_base_model(model_type), make_base_model(model_type)
     modules = [(name, id(module)) for name, module in base_model.named_modules()]
     ids, mask = batch()
-    for kind, layer_idx in (("per_layer_activations", None), ("early_exit", 1)):
+    for kind, layer_idx in LAYER_IDX.items():
         ContextEncoder(base_model, kind=kind, layer_idx=layer_idx)(ids, mask)
     assert [name for name, _ in modules] == [name for name, _ in untouched.named_modules()]
     assert [(name, id(module)) for name, module in base_model.named_modules()] == modules
@@ -163,7 +183,12 @@ def test_the_base_model_is_left_as_it_was_after_an_error():
         ({"kind": "early_exit"}, "layer_idx between 1 and 3, got None"),
         ({"kind": "early_exit", "layer_idx": 4}, "layer_idx between 1 and 3, got 4"),
         ({"kind": "early_exit", "layer_idx": 0}, "layer_idx between 1 and 3, got 0"),
-        ({"kind": "embed_only", "layer_idx": 2}, "early_exit only, got layer_idx=2 with embed_only"),
+        ({"kind": "embed_only", "layer_idx": 2}, "multi_layer only, got layer_idx=2 with embed_only"),
+        ({"kind": "multi_layer"}, "ascending list of numbers from 0 to 3, got None"),
+        ({"kind": "multi_layer", "layer_idx": 2}, "ascending list of numbers from 0 to 3, got 2"),
+        ({"kind": "multi_layer", "layer_idx": []}, "ascending list of numbers from 0 to 3"),
+        ({"kind": "multi_layer", "layer_idx": [2, 1]}, "ascending list of numbers from 0 to 3"),
+        ({"kind": "multi_layer", "layer_idx": [1, 4]}, "ascending list of numbers from 0 to 3"),
     ],
 )
 def test_a_wrong_choice_is_refused_with_the_choices(arguments, hint):

@@ -120,6 +120,20 @@ def log_probabilities(model, question, answer, *, adapter=None, document=None):
     return logits.double().log_softmax(-1), answer
 
 
+def states_after_blocks(model, question, answer, *, adapter=None, document=None):
+    """Reference: where the answer's tokens are predicted, [L, tokens, D]; the last one is what the final norm takes."""
+    prompt, answer = (
+        model.tokenizer(text)["input_ids"]
+        for text in (model.layout.prompt(question, document), model.layout.answer(answer))
+    )
+    last = []
+    hook = model.base_model.get_decoder().norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    with torch.no_grad(), model.injector.using(adapter):
+        states = model.base_model(torch.tensor([prompt + answer]), output_hidden_states=True).hidden_states
+    hook.remove()
+    return torch.stack([*states[1:-1], *last])[:, 0, len(prompt) - 1 : -1].double()
+
+
 def test_the_loss_is_that_of_single_prompts_with_internalized_adapters(make_module, tiny_tokenizer):
     documents = [
         "Norbach was founded by Ilda Renwick. It makes tin boxes. It has 312 workers.",
@@ -137,16 +151,18 @@ def test_the_loss_is_that_of_single_prompts_with_internalized_adapters(make_modu
     curriculum = Curriculum(Encyclopedia("train"), STAGES)
     batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=20).batch(documents, asked)
     assert max(batch.num_chunks) > 1
-    weights = {"kl_weight": 0.7, "nll_weight": 0.3, "locality_weight": 0.4}
+    weights = {"kl_weight": 0.7, "nll_weight": 0.3, "locality_weight": 0.4, "hidden_weight": 0.6, "l1_weight": 0.2}
     module = quietly(make_module("doc_to_lora", **weights))
     model = module.model
     loss = module.training_step(batch, 0)
     model.injector.clear()
 
-    means = {"kl": [], "nll": [], "locality": []}
+    means = {name.removesuffix("_weight"): [] for name in weights}
     for document, questions in zip(documents, asked, strict=True):
         adapter = model.internalize(document)
-        values = {"kl": [], "nll": [], "locality": []}
+        values = {name: [] for name in means}
+        entries = torch.cat([matrices.flatten() for matrices in (*adapter.A.values(), *adapter.B.values())])
+        values["l1"].append(float(entries.abs().mean()))
         for question in questions:
             about = question.kind in ("document", "unanswerable")
             student, answer = log_probabilities(model, question.text, question.answer, adapter=adapter)
@@ -155,6 +171,9 @@ def test_the_loss_is_that_of_single_prompts_with_internalized_adapters(make_modu
             values["kl" if about else "locality"] += kl
             if about:
                 values["nll"] += [-float(student[i, token]) for i, token in enumerate(answer)]
+                mine = states_after_blocks(model, question.text, question.answer, adapter=adapter)
+                theirs = states_after_blocks(model, question.text, question.answer, document=document)
+                values["hidden"] += ((mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean(0).tolist()
         for name, found in values.items():
             means[name].append(sum(found) / len(found))
     expected = sum(weights[f"{name}_weight"] * sum(found) / len(found) for name, found in means.items())
@@ -253,14 +272,14 @@ def test_gradients_are_the_same_with_gradient_checkpointing(make_module, make_da
     """There the base model's layers run again during backward, and must find the adapters still in force."""
     gradients = []
     for checkpointing in (False, True):
-        module = quietly(make_module("doc_to_lora"))
+        module = quietly(make_module("doc_to_lora", hidden_weight=0.5, l1_weight=0.5))
         if checkpointing:
             module.model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
             module.model.base_model.train()
         module.training_step(make_data("doc_to_lora").train[0], 0).backward()
         gradients.append([p.grad for p in module.model.hypernetwork.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain)
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_training_changes_the_hypernetwork_alone(tmp_path, make_module, make_data):

@@ -17,6 +17,7 @@ def rows_of(model, *texts):
 ENCODERS = [
     {"kind": "per_layer_activations"},
     {"kind": "early_exit", "layer_idx": 1},
+    {"kind": "multi_layer", "layer_idx": [0, 2]},
     {"kind": "embed_only"},
 ]
 

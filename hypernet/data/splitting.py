@@ -15,7 +15,7 @@ from hypernet.data.collate import KINDS, PackedRows
 from hypernet.data.curriculum import DistillationBatch, StoredTopK
 
 ABOUT_DOCUMENT = (KINDS.index("document"), KINDS.index("unanswerable"))
-_WHOLE = {"document": 1.0, "background": 1.0, "answer_weight": 1.0, "document_tokens": 1.0}
+_WHOLE = {"document": 1.0, "background": 1.0, "rows": 1.0, "answer_weight": 1.0, "document_tokens": 1.0}
 
 
 class StepPart(NamedTuple):
@@ -23,7 +23,7 @@ class StepPart(NamedTuple):
 
     batch: as the whole one, with fewer documents.
     share: name of a mean's count → this part's portion of it, 0 to 1. "document" and "background" count documents with
-        questions about themselves and with other ones; "answer_weight" and "document_tokens" count tokens.
+        questions about themselves and with other ones, "rows" all; "answer_weight" and "document_tokens" count tokens.
     num_parts: of the whole step, over all processes. is_last: of this process's parts.
     """
 
@@ -68,10 +68,14 @@ def split(batch: DistillationBatch | PackedRows, part: int, num_parts: int, *, i
 
 
 def _document_counts(batch: DistillationBatch) -> dict[str, torch.Tensor]:
-    """For each document whether it has questions about itself, and others, [N] each."""
+    """For each document whether it has questions about itself, and others, and one, [N] each."""
     kind = batch.student.target_kind
     about = torch.isin(kind, torch.tensor(ABOUT_DOCUMENT, device=kind.device))
-    return {"document": about.any(1).double(), "background": ((kind >= 0) & ~about).any(1).double()}
+    return {
+        "document": about.any(1).double(),
+        "background": ((kind >= 0) & ~about).any(1).double(),
+        "rows": torch.ones(len(kind), dtype=torch.double),
+    }
 
 
 def _row_counts(rows: PackedRows) -> dict[str, torch.Tensor]:

@@ -30,7 +30,8 @@ def distillation(make_doc_to_lora):
     """In double precision but for the losses."""
     model = make_doc_to_lora()
     model.double()
-    return LitDocToLoRA(model=model, optimizer={}, kl_weight=0.7, nll_weight=0.3, locality_weight=0.4)
+    weights = {"kl_weight": 0.7, "nll_weight": 0.3, "locality_weight": 0.4, "hidden_weight": 0.6, "l1_weight": 0.2}
+    return LitDocToLoRA(model=model, optimizer={}, **weights)
 
 
 def losses_and_gradients(module, parameters, parts):

@@ -11,9 +11,10 @@ An aggregator is a class with `forward(features, mask) -> outputs` and `latent_d
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -40,6 +41,10 @@ class HyperNetwork(nn.Module):
         aggregator: {"name": key of AGGREGATORS, ...its sizes}.
         num_pre_head_blocks, pre_head_multiple: residual blocks before the head, and their hidden size in units of the
             latent size.
+        standardize_features: bring every feature of every map to mean 0 and variance 1, by the statistics that
+            `calibrate` takes once before training; they are part of the state dict. A base model's states have a few
+            large directions that all tokens share, and what tells one name from another is small beside them. False:
+            as in the published checkpoints.
 
     Attributes:
         config: plain dict (numbers, strings, lists) with every size spelled out; HyperNetwork(**config) has the same
@@ -68,6 +73,7 @@ class HyperNetwork(nn.Module):
         aggregator: Mapping[str, Any],
         num_pre_head_blocks: int = 1,
         pre_head_multiple: int = 4,
+        standardize_features: bool = False,
     ):
         super().__init__()
         self.targets = _checked_targets(targets)
@@ -81,7 +87,13 @@ class HyperNetwork(nn.Module):
             raise ValueError(f"rank must be at least 1, got {rank}.")
         self.feature_dim = feature_dim
         self.num_maps = num_maps
+        if not isinstance(standardize_features, bool):
+            raise ValueError(f"standardize_features must be true or false, got {standardize_features!r}.")
         self.rank = rank
+        self.standardize_features = standardize_features
+        if standardize_features:
+            self.register_buffer("feature_mean", torch.zeros(num_maps, feature_dim))
+            self.register_buffer("feature_std", torch.ones(num_maps, feature_dim))
         self.scaling = 2 * rank**1.5 if scaling is None else float(scaling)
 
         num_outputs = (self.num_layers // num_maps) * len(self.targets) * rank
@@ -103,6 +115,7 @@ class HyperNetwork(nn.Module):
             "aggregator": {"name": aggregator["name"], **sizes},
             "num_pre_head_blocks": num_pre_head_blocks,
             "pre_head_multiple": pre_head_multiple,
+            "standardize_features": standardize_features,
         }
 
     @property
@@ -117,6 +130,36 @@ class HyperNetwork(nn.Module):
         """Number of parameters: {"aggregator": ..., "lora_head": ..., "total": ...}."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {**counts, "total": sum(counts.values())}
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether nothing is left to `calibrate`."""
+        return not self.standardize_features or bool((self.feature_std != 1).any())
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Takes the features' mean and standard deviation from chunks like those to come.
+
+        Args:
+            batches: features [C, num_maps, T, D] with mask [C, T], as of `forward`.
+
+        Raises:
+            ValueError: this network does not standardize features, or there is no token.
+        """
+        if not self.standardize_features:
+            raise ValueError("This hypernetwork takes features as they are; build it with standardize_features=True.")
+        count, total, squares = 0, 0.0, 0.0
+        for features, mask in batches:
+            tokens = features.transpose(1, 2)[mask.bool()].double()  # [tokens, num_maps, D]
+            count += len(tokens)
+            total, squares = total + tokens.sum(0), squares + tokens.square().sum(0)
+        if not count:
+            raise ValueError("calibrate needs at least one token, got none.")
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        # A feature that never changes says nothing: it must not become the loudest by its rounding.
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(torch.where(std > 1e-4 * mean.abs(), std, torch.ones_like(std)))
 
     def forward(
         self, features: Tensor, mask: Tensor, *, layers: slice = slice(None)
@@ -147,6 +190,9 @@ class HyperNetwork(nn.Module):
         if not mask.any(1).all():
             raise ValueError("Every chunk needs a token, but a row of the mask is all False. Leave empty chunks out.")
 
+        if self.standardize_features:
+            where = layers if self.num_maps > 1 else slice(None)
+            features = (features - self.feature_mean[where, None]) / self.feature_std[where, None]
         latents = self.aggregator(
             rearrange(features, "c l t d -> (c l) t d"), repeat(mask, "c t -> (c l) t", l=num_maps)
         )

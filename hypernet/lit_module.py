@@ -28,6 +28,7 @@ from hypernet.objectives import (
     context_distillation_kl,
     context_distillation_kl_topk,
     hidden_state_distance,
+    key_contrast,
     mean_absolute_weight,
     mean_per_document,
 )
@@ -190,6 +191,9 @@ class LitDocToLoRA(_Trained):
         hidden_weight: of deep context distillation, the distance between the hidden states of the two models of
             kl_weight after every block, where they predict an answer token; the mean over blocks.
         l1_weight: of the mean absolute entry of a document's generated A and B.
+        key_weight: of the contrast between the rows of A and what enters their modules in the plain base model (see
+            `key_contrast`), over all layers. It compares the documents that are computed together, so with accumulated
+            parts or several processes there are fewer to compare.
         output_dir: where the trained checkpoint is written when training ends.
         include_base_model: put the base model into it, so that the folder needs nothing else.
     """
@@ -204,6 +208,7 @@ class LitDocToLoRA(_Trained):
         locality_weight: float = 0.5,
         hidden_weight: float = 0.0,
         l1_weight: float = 0.0,
+        key_weight: float = 0.0,
         output_dir: str | None = None,
         include_base_model: bool = False,
     ) -> None:
@@ -215,6 +220,7 @@ class LitDocToLoRA(_Trained):
         self.locality_weight = locality_weight
         self.hidden_weight = hidden_weight
         self.l1_weight = l1_weight
+        self.key_weight = key_weight
         self.output_dir = output_dir
         self.include_base_model = include_base_model
         # The base model is read from its own files; a checkpoint may lack its keys, and only these (see
@@ -229,6 +235,7 @@ class LitDocToLoRA(_Trained):
             A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         with self.phases("teacher"), torch.no_grad(), self._hidden_states() as teacher_states:
             teacher = self.model(teacher_rows)
+        key_loss = self._key_contrast(A, batch) * part.share["document"] if self.key_weight else None
         self.model.set_chunks(A, B, batch.num_chunks, members=batch.members)
         is_answer = student_rows.target_kind >= 0
         with self.phases("student"), self._hidden_states() as student_states:
@@ -267,7 +274,37 @@ class LitDocToLoRA(_Trained):
             # Companions from another part of the step come last, and count there.
             losses["l1"] = sizes[:num_documents].mean() * part.share["rows"]
             loss = loss + self.l1_weight * losses["l1"]
+        if key_loss is not None:
+            losses["key"] = key_loss
+            loss = loss + self.key_weight * key_loss
         return self._finish(part, {"loss": loss, **losses})
+
+    def _key_contrast(self, A: dict[str, Tensor], batch: DistillationBatch) -> Tensor:
+        """Mean over layers, targets and both directions of `key_contrast`, and over documents that have questions."""
+        rows = batch.student
+        row, column, kinds = first_answer_tokens(rows)
+        about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
+        owner = torch.where(about, row, -1)
+        inputs: dict[tuple[str, int], Tensor] = {}
+        hooks = []
+        for target in self.model.hypernetwork.targets:
+            for layer, path in enumerate(target.paths):
+                if path is not None:
+
+                    def read(_, args, key=(target.name, layer)) -> None:
+                        inputs[key] = args[0][row, column]
+
+                    hooks.append(self.model.base_model.get_submodule(path).register_forward_pre_hook(read))
+        try:
+            with self.phases("teacher"), torch.no_grad():
+                self.model(rows)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        losses = []
+        for (name, layer), x in inputs.items():
+            losses += key_contrast(A[name][:, layer, :, : x.shape[-1]], x, owner, batch.num_chunks)
+        return mean_per_document(torch.stack(losses).mean(0), owner[about], len(rows.ids))
 
     @contextmanager
     def _hidden_states(self) -> Iterator[list[Tensor]]:
@@ -339,8 +376,21 @@ class LitDocToLoRA(_Trained):
     def on_fit_start(self) -> None:
         self.model.hypernetwork.train()
         self.model.base_model.eval()
+        if not self.model.hypernetwork.is_calibrated:
+            self._calibrate()
         counts = self.model.hypernetwork.parameter_counts()
         log.info("Hypernetwork: %s parameters", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+    def _calibrate(self) -> None:
+        """Statistics of the features, from steps spread over the whole run; the same in every process."""
+        train = self.trainer.datamodule.train
+
+        def features() -> Iterator[tuple[Tensor, Tensor]]:
+            for step in torch.linspace(0, len(train) - 1, NUM_CALIBRATION_STEPS).long().unique().tolist():
+                batch = train[step].to(self.device)
+                yield self.model.context_encoder(batch.chunk_ids, batch.chunk_mask), batch.chunk_mask
+
+        self.model.hypernetwork.calibrate(features())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
@@ -361,6 +411,7 @@ class LitDocToLoRA(_Trained):
 
 
 _TRAINED = "model.hypernetwork."
+NUM_CALIBRATION_STEPS = 16  # some thousand tokens at the tiny scale
 
 
 def _is_complete(module: LitBaseModel | LitDocToLoRA) -> bool:
@@ -387,6 +438,15 @@ def save_base_model(base_model: nn.Module, tokenizer: Any, output_dir: str | Pat
     """transformers' format: config.json, model.safetensors, the tokenizer."""
     base_model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+
+
+def first_answer_tokens(rows: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and kind of the position that predicts each answer's first token, [number of answers] each."""
+    is_answer = rows.target_kind >= 0
+    before = torch.zeros_like(is_answer)
+    before[:, 1:] = is_answer[:, :-1] & (rows.segments[:, 1:] == rows.segments[:, :-1])
+    row, column = (is_answer & ~before).nonzero(as_tuple=True)
+    return row, column, rows.target_kind[row, column]
 
 
 def answers_right_by_kind(rows: PackedRows, predicted: Tensor) -> dict[str, Tensor]:

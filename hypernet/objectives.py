@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KEY_SHARPNESS = 20.0  # of key_contrast; cosines of unrelated directions are of the size of d**-0.5
+
 
 def answer_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each target token.
@@ -79,6 +81,38 @@ def hidden_state_distance(student_states: Tensor, teacher_states: Tensor) -> Ten
     """
     teacher = teacher_states.detach().float()
     return (student_states.float() - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)
+
+
+def key_contrast(keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Whether documents' rows of A are told by their own questions, and questions by their own document's rows.
+
+    A row of A is a key that a module's input is compared with, and distillation alone is slow to put into it which
+    entity a question is about: while an adapter holds one entity, the relation tells enough. Here a document's score
+    for a question is the log-sum-exp of 20 × the cosines between its rows and the question's input, less the mean input
+    of all; for each question the documents are contrasted, and for each document its questions with all others.
+
+    Args:
+        keys: [C, R, d], A of one module for all chunks, document after document.
+        inputs: [Q, d], what enters the module where a question's answer begins; no gradient flows into it.
+        owner: [Q], the document that the question is about; -1: none of them.
+        num_chunks: chunks of each document, C altogether.
+
+    Returns:
+        Cross-entropy of each question that has an owner among the documents, and the same of each question among
+        the questions, others of its document left out, both [number of owned questions], float32.
+    """
+    inputs = inputs.detach().float()
+    inputs = F.normalize(inputs - inputs.mean(0), dim=-1)
+    rows = torch.einsum("crd,qd->cqr", F.normalize(keys.float(), dim=-1), inputs) * KEY_SHARPNESS
+    scores = torch.stack([chunks.logsumexp((0, 2)) for chunks in rows.split(list(num_chunks))])  # [documents, Q]
+    owned = owner >= 0
+    by_document = F.cross_entropy(scores.T[owned], owner[owned], reduction="none")
+    own = scores[owner[owned]]  # [owned, Q]
+    question = owned.nonzero()[:, 0]
+    sibling = owner[None] == owner[owned][:, None]
+    sibling[torch.arange(len(question), device=owner.device), question] = False
+    by_question = F.cross_entropy(own.masked_fill(sibling, -torch.inf), question, reduction="none")
+    return by_document, by_question
 
 
 def mean_absolute_weight(weights: Sequence[Tensor], num_chunks: Sequence[int]) -> Tensor:

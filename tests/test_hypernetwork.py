@@ -240,3 +240,46 @@ def test_an_aggregator_is_a_class_with_latent_dim_and_the_two_sizes_it_is_given(
         aggregator = aggregator_class(feature_dim=D, num_outputs=4, latent_dim=8)
         assert aggregator.latent_dim == 8
         assert aggregator(torch.randn(2, 5, D), torch.ones(2, 5, dtype=torch.bool)).shape == (2, 4, 8)
+
+
+# Standardized features
+
+
+@pytest.mark.parametrize("num_maps", [1, LAYERS])
+def test_calibrated_features_reach_the_aggregator_at_mean_zero_and_variance_one(num_maps):
+    hypernetwork, (features, mask) = make(num_maps=num_maps, standardize_features=True), batch(num_maps)
+    features = features * torch.tensor([1.0, 50, 0.01, 3, 0, 2]) + torch.tensor([0.0, -300, 1, 7, 5, 0])
+    assert not hypernetwork.is_calibrated
+    # In two pieces, with padding that must not count.
+    rest = features[2:].masked_fill(~mask[2:, None, :, None], 9e9)
+    hypernetwork.calibrate([(features[:2], mask[:2]), (rest, mask[2:])])
+    assert hypernetwork.is_calibrated
+
+    plain = make(num_maps=num_maps)
+    tokens = features.transpose(1, 2)[mask]
+    mean, std = tokens.mean(0), tokens.std(0, correction=0)
+    std[:, 4] = 1  # never changes: must not become the loudest
+    standardized = (features - mean[:, None]) / std[:, None]
+    assert_same(hypernetwork(features, mask), plain(standardized, mask), rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_are_those_of_the_layers_asked_for_and_travel_with_the_weights():
+    hypernetwork, (features, mask) = make(standardize_features=True), batch()
+    hypernetwork.calibrate([(features * torch.arange(1.0, 4)[:, None, None] + 2, mask)])
+    whole = hypernetwork(features, mask)
+    part = hypernetwork(features[:, 1:], mask, layers=slice(1, 3))
+    assert_same(part, [{name: matrices[:, 1:] for name, matrices in side.items()} for side in whole])
+    loaded = HyperNetwork(**hypernetwork.config)
+    loaded.load_state_dict(hypernetwork.state_dict())
+    assert loaded.is_calibrated
+    assert_same(loaded(features, mask), whole, rtol=0, atol=0)
+
+
+def test_only_a_network_that_standardizes_can_be_calibrated_and_only_with_tokens():
+    features, mask = batch()
+    with pytest.raises(ValueError, match="standardize_features=True"):
+        make().calibrate([(features, mask)])
+    with pytest.raises(ValueError, match="at least one token"):
+        make(standardize_features=True).calibrate([])
+    assert make().is_calibrated
+    assert make(standardize_features=True).parameter_counts() == make().parameter_counts()

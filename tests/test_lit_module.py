@@ -12,11 +12,13 @@ from torch.utils.data import Dataset
 from hypernet.base_model import fingerprint, load_base_model
 from hypernet.checkpoint import load_checkpoint
 from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
+from hypernet.data.collate import KINDS
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import Question
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
+from hypernet.objectives import key_contrast
 
 OPTIMIZER = {
     "lr": 0.01,
@@ -255,6 +257,40 @@ def test_gradient_reaches_every_parameter_of_the_hypernetwork_after_two_steps_an
         optimizer.step()
     assert without == []
     assert all(parameter.grad is None for parameter in module.model.base_model.parameters())
+
+
+def test_the_key_contrast_compares_what_enters_the_modules_of_the_plain_model(make_module, make_data):
+    """Reference: the inputs of every question as a prompt of its own, without any adapter."""
+    module = quietly(make_module("doc_to_lora", kl_weight=0.0, nll_weight=0.0, locality_weight=0.0, key_weight=0.5))
+    model, batch = module.model, make_data("doc_to_lora").train[1]
+    loss = module.training_step(batch, 0)
+    model.injector.clear()
+    A, _ = model.adapt(batch.chunk_ids, batch.chunk_mask)
+    rows, owner, prompts = batch.student, [], []
+    for i in range(len(rows.ids)):
+        for segment in range(1, int(rows.segments[i].max()) + 1):
+            inside = rows.segments[i] == segment
+            kinds, ids = rows.target_kind[i][inside], rows.ids[i][inside]
+            end = int((kinds >= 0).nonzero()[0]) + 1
+            prompts.append(torch.cat([rows.ids[i][rows.segments[i] == 0], ids[:end]]))
+            owner.append(i if KINDS[kinds[end - 1]] in ("document", "unanswerable") else -1)
+    assert -1 in owner and len(set(owner)) > 2
+    losses = []
+    for target in model.hypernetwork.targets:
+        for layer, path in enumerate(target.paths):
+            inputs = []
+            hook = model.base_model.get_submodule(path).register_forward_pre_hook(
+                lambda _, x, inputs=inputs: inputs.append(x[0][0, -1])
+            )
+            with torch.no_grad():
+                for prompt in prompts:
+                    model.base_model(prompt[None])
+            hook.remove()
+            losses += key_contrast(A[target.name][:, layer], torch.stack(inputs), torch.tensor(owner), batch.num_chunks)
+    per_question, owned = torch.stack(losses).mean(0), torch.tensor([i for i in owner if i >= 0])
+    expected = torch.stack([per_question[owned == i].mean() for i in owned.unique()]).mean()
+    assert loss.item() == pytest.approx(0.5 * expected.item(), rel=1e-3)
+    assert not any(module._forward_pre_hooks for module in model.base_model.modules())
 
 
 def test_adapters_stay_until_after_backward_and_are_gone_then(make_module, make_data):

@@ -12,6 +12,9 @@ from hypernet.objectives import (
     answers_right,
     context_distillation_kl,
     context_distillation_kl_topk,
+    hidden_state_distance,
+    key_contrast,
+    mean_absolute_weight,
     mean_per_document,
 )
 
@@ -62,6 +65,70 @@ def test_one_impossible_token_costs_infinitely_much_and_certain_ones_cost_nothin
     certain = torch.tensor([[0.0, -torch.inf]])
     assert answer_nll(certain, torch.tensor([0])) == 0
     assert answer_nll(certain, torch.tensor([1])) == torch.inf
+
+
+# Hidden states and generated weights
+
+
+def test_the_distance_of_hidden_states_is_in_units_of_the_teacher_s_length():
+    teacher = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 1.0]], requires_grad=True)
+    student = torch.tensor([[0.0, 0.0], [2.0, 2.0], [1.0, 1.0]], requires_grad=True)
+    distance = hidden_state_distance(student, teacher)
+    torch.testing.assert_close(distance, torch.tensor([1.0, 1.0, 0.0]))
+    distance.sum().backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+def test_the_l1_of_a_document_is_the_mean_of_all_its_chunks_entries():
+    A, B = torch.full((3, 2, 4), -1.0), torch.full((3, 2, 8), 4.0)
+    A[1:] = 3
+    expected = [(8 * 1 + 16 * 4) / 24, (8 * 3 + 16 * 4) / 24]
+    torch.testing.assert_close(mean_absolute_weight([A, B], [1, 2]), torch.tensor(expected))
+
+
+def test_key_contrast_is_the_cross_entropy_of_every_question_over_documents_and_over_questions():
+    torch.manual_seed(0)
+    num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, -1, 2])  # document 1 has no question
+    keys = torch.randn(6, 3, 5, dtype=torch.double, requires_grad=True)
+    inputs = torch.randn(7, 5, dtype=torch.double, requires_grad=True)
+    by_document, by_question = key_contrast(keys, inputs, owner, num_chunks)
+
+    centred = (inputs - inputs.mean(0)).detach()
+
+    def score(document, question):
+        first = sum(num_chunks[:document])
+        rows = keys[first : first + num_chunks[document]].flatten(0, 1)
+        cosines = rows @ centred[question] / rows.norm(dim=-1) / centred[question].norm()
+        return (20 * cosines).logsumexp(0)
+
+    expected_d, expected_q = [], []
+    for question, document in enumerate(owner.tolist()):
+        if document >= 0:
+            own = score(document, question)
+            rivals = [q for q in range(7) if q == question or owner[q] != document]
+            expected_d.append(torch.stack([score(d, question) for d in range(3)]).logsumexp(0) - own)
+            expected_q.append(torch.stack([score(document, q) for q in rivals]).logsumexp(0) - own)
+    for found, expected in ((by_document, expected_d), (by_question, expected_q)):
+        torch.testing.assert_close(found, torch.stack(expected).float(), rtol=1e-4, atol=1e-5)
+    got, wanted = (
+        torch.autograd.grad(sum(value.sum() for value in values), keys)[0]
+        for values in ((by_document, by_question), (torch.stack(expected_d), torch.stack(expected_q)))
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    assert inputs.grad is None
+
+
+def test_keys_that_are_their_questions_directions_cost_next_to_nothing_and_others_keys_much():
+    inputs = torch.eye(4)
+    keys = (inputs - inputs.mean(0))[:, None]
+    right = key_contrast(keys, inputs, torch.arange(4), [1] * 4)
+    wrong = key_contrast(keys.roll(1, 0), inputs, torch.arange(4), [1] * 4)
+    assert all(value.max() < 1e-6 for value in right) and all(value.min() > 5 for value in wrong)
+
+
+def test_key_contrast_without_questions_about_the_documents_is_empty():
+    nobody = torch.tensor([-1, -1])
+    assert all(not len(value) for value in key_contrast(torch.ones(1, 2, 3), torch.ones(2, 3), nobody, [1]))
 
 
 # Stored top-k

@@ -2,5 +2,7 @@
 
 import os
 
-# torch reads it when it is imported; its profiler, which measures memory, prints two lines for each use otherwise.
+# torch reads both when it is imported. Otherwise its profiler, which measures memory, prints two lines for each use and
+# one where something is freed that was there before.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

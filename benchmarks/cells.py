@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hypernet.files import replaced
 
@@ -94,10 +94,10 @@ class SweepProgress(Callback):
     """Hydra callback: writes down how many cells a multirun has, and says at its end which ones failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        overrides = [
-            *(f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()),
-            *config.hydra.overrides.task,
-        ]
+        # Not resolved: a value such as ${hydra:runtime.choices.method} has a meaning in a cell alone.
+        params = OmegaConf.to_container(config.hydra.sweeper, resolve=False).get("params") or {}
+        given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        overrides = [*(f"{key}={value}" for key, value in params.items()), *given]
         # A later value of a key counts: the command line comes after the configuration.
         parsed = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(overrides)}
         sweeps = [o for o in parsed.values() if o.is_sweep_override()]

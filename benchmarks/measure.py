@@ -1,15 +1,15 @@
 """Measures one cell: a task's cases answered by a method at a seed.
 
-    rows = run_cell(task, method, seed=0, num_timed=2, num_profiled=1)
+    rows = run_cell(task.cases(seed=0), method, seed=0, num_timed=2, num_profiled=1)
 
 A module of its own, so that launchers which start other processes find it by name.
 """
 
-import logging
+import json
 import time
 import zlib
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from omegaconf import DictConfig
 
 from benchmarks.methods.base import Method
 from benchmarks.rows import describe_run
-from benchmarks.tasks import Case, Task
-from hypernet.base_model import hush_torchao
+from benchmarks.tasks.base import Case, Task
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.metrics import exact_match, rouge_l, token_f1
 
@@ -29,12 +28,25 @@ def load_model(checkpoint: str, device: str) -> DocToLoRA:
     """The checkpoint, once for all cells of a process."""
     from transformers.utils.logging import disable_progress_bar
 
-    hush_torchao()
     disable_progress_bar()
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index
     model = DocToLoRA.from_pretrained(checkpoint, device=device).eval().requires_grad_(False)
     model.generate(["Where?"], model.internalize("The first call of everything is slow."))
     return model
+
+
+def build_task(settings: dict[str, Any] | DictConfig, model: DocToLoRA) -> Task:
+    """The task that the settings describe; one that measures in the model's own tokens is given the model."""
+    task = instantiate(settings, _convert_="all")
+    return task(model=model) if isinstance(task, partial) else task
+
+
+@lru_cache(maxsize=1)
+def load_cases(settings: str, seed: int, checkpoint: str, device: str) -> tuple[Case, ...]:
+    """The cases of the task that these settings, as JSON, describe.
+
+    Kept for the sweep's next cell, which has another method: haystacks of many chunks take longer to make than to read.
+    """
+    return tuple(build_task(json.loads(settings), load_model(checkpoint, device)).cases(seed))
 
 
 def question_rows(case: Case, method: Method, step: int | None) -> Iterator[dict[str, Any]]:
@@ -48,6 +60,7 @@ def question_rows(case: Case, method: Method, step: int | None) -> Iterator[dict
             "case": case.name,
             "number": number,
             "step": step,
+            "attributes": dict(case.attributes),
             "group": question.group,
             "question": question.text,
             "answers": list(question.answers),
@@ -98,6 +111,7 @@ def case_row(case: Case, method: Method, *, seed: int, timed: bool, profiled: bo
         "kind": "case",
         "set": case.set,
         "case": case.name,
+        "attributes": dict(case.attributes),
         "documents": len(case.documents),
         "document_tokens": sum(len(method.encode(document)) for document in case.documents),
         "questions": len(case.questions),
@@ -107,16 +121,19 @@ def case_row(case: Case, method: Method, *, seed: int, timed: bool, profiled: bo
     }
 
 
-def run_cell(task: Task, method: Method, *, seed: int, num_timed: int, num_profiled: int) -> list[dict[str, Any]]:
+def run_cell(
+    cases: Iterable[Case], method: Method, *, seed: int, num_timed: int, num_profiled: int
+) -> list[dict[str, Any]]:
     """All rows of a cell but its summary.
 
     Args:
+        cases: of a task at that seed.
         num_timed: cases of each set whose questions are also asked alone, for the clock.
         num_profiled: cases of each set whose FLOPs and memory are counted.
     """
     rows: list[dict[str, Any]] = []
     seen: dict[str, int] = {}
-    for case in task.cases(seed):
+    for case in cases:
         place = seen[case.set] = seen.get(case.set, -1) + 1
         rows += case_row(case, method, seed=seed, timed=place < num_timed, profiled=place < num_profiled)
     return rows
@@ -142,10 +159,10 @@ def measure(cfg: DictConfig, config: dict[str, Any]) -> list[dict[str, Any]]:
     started = time.perf_counter()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     model = load_model(cfg.checkpoint, device)
-    task = instantiate(cfg.task, _convert_="all")
+    cases = load_cases(json.dumps(config["task"]), cfg.seed, cfg.checkpoint, device)
     method = instantiate(cfg.method, _convert_="all")(model=model, max_new_tokens=cfg.max_new_tokens)
     try:
-        rows = run_cell(task, method, seed=cfg.seed, num_timed=cfg.num_timed, num_profiled=cfg.num_profiled)
+        rows = run_cell(cases, method, seed=cfg.seed, num_timed=cfg.num_timed, num_profiled=cfg.num_profiled)
     finally:
         model.injector.clear()
     summary = summary_row(rows) | {"wall_s": time.perf_counter() - started, "run": describe_run(config)}

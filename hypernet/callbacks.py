@@ -21,6 +21,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
 from hypernet.checkpoint_io import RunCheckpoint, at_step_end
+from hypernet.sharding import whole
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class NonFiniteGuard(L.Callback):
         # A loss scaler has its own way with gradients that overflow.
         if getattr(trainer.precision_plugin, "scaler", None) is None and parameters:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            finite &= norm.isfinite()
+            finite &= whole(norm).isfinite()
         failed = trainer.strategy.reduce((~finite).int(), reduce_op="sum")
         if not failed:
             return
@@ -169,7 +170,7 @@ class NonFiniteGuard(L.Callback):
         self.skipped = state_dict["skipped"]
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule, losses: list[Tensor], batches: list[Any]) -> str:
-        bad = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [n for n, p in module.named_parameters() if p.grad is not None and not whole(p.grad).isfinite().all()]
         gradient = f"; the gradient of {bad[0]} and {len(bad) - 1} more is not finite" if bad else ""
         texts = [text for batch in batches for text in module.describe(batch)]
         shown = ", ".join(repr(text) for text in texts[:_SHOWN])

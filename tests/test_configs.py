@@ -1,16 +1,23 @@
 """Every YAML file below conf/ is found here, composed and built; one that nothing composes fails."""
 
 import re
+import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+import hypernet.doc_to_lora
 import hypernet.training
+from benchmarks.internalize_cost import GEMMA_2_2B
+from hypernet.base_model import build_base_model, freeze
 from hypernet.training import encyclopedia_texts
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +27,8 @@ FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.
 FILES = [path for path in FILES if path.parts[0] != "benchmark"]
 TOP = [path.name for path in FILES if len(path.parts) == 1]
 EXPERIMENTS = [path.name for path in FILES if path.parts[0] == "experiment"]
+# Those beside a base model that is not here: built on the meta device, without weights.
+LARGE = [name for name in EXPERIMENTS if name.startswith("main_") or name == "niah_gemma2_2b"]
 # Hydra's own groups are for its plugins (tests/test_train.py).
 OPTIONS = [path for path in FILES if len(path.parts) > 1 and path.parts[0] not in ("experiment", "hydra")]
 
@@ -79,7 +88,7 @@ def test_every_top_level_file_is_a_command_s_and_resolves(top):
     assert resolved(composed(top))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in LARGE])
 def test_every_experiment_is_complete_and_can_be_built(build, experiment):
     (recipe,) = [recipe for recipe in recipes() if recipe[1:] == (f"experiment={experiment}",)]
     assert resolved(composed(*recipe))
@@ -101,7 +110,8 @@ def test_an_experiment_s_header_says_how_to_run_it(experiment):
     assert (ROOT / command.split()[0]).is_file()
     default = choices(composed("train")).get("experiment")
     assert f"experiment={experiment}" in command or default == Path("experiment") / experiment
-    assert re.search(r"#\s+hardware\s+\S", text)
+    for said in ("hardware", "time", "expected"):
+        assert re.search(rf"^#\s+{said}\s+\S", text, re.M), said
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=str)
@@ -129,3 +139,198 @@ def test_a_file_that_no_command_composes_fails(monkeypatch, build):
     monkeypatch.setitem(globals(), "FILES", [*FILES, orphan])
     with pytest.raises(pytest.fail.Exception, match="No command composes conf/orphans/lonely.yaml"):
         test_every_other_file_is_chosen_by_some_command_or_can_be(build, orphan)
+
+
+# Large ones
+
+# The sizes in config.json of google/gemma-2-2b-it, Qwen/Qwen3-4B-Instruct-2507 and mistralai/Mistral-7B-Instruct-v0.2.
+BASE_MODELS = {
+    "google/gemma-2-2b-it": GEMMA_2_2B,
+    "Qwen/Qwen3-4B-Instruct-2507": {
+        **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728},
+        **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+        **{"tie_word_embeddings": True, "max_position_embeddings": 262144},
+    },
+    "mistralai/Mistral-7B-Instruct-v0.2": {
+        **{"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336},
+        **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None},
+        **{"tie_word_embeddings": False, "max_position_embeddings": 32768},
+    },
+}
+BASE_MODEL_PARAMETERS = {
+    "google/gemma-2-2b-it": 2_614_341_888,
+    "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+}
+# What the paper's 309,456,384 leave out of gemma-2-2b's hypernetwork: latents and output queries, the two norms that
+# end the halves of the Perceiver, the pre-head block's two LayerNorms, and the scalers of A and B.
+LEFT_OUT = {"latents_q": 2 * 8 * 512, "layernorm": 2 * 512, "LayerNorm": 2 * 2 * 512, "scaler": 2 * 26 * 8}
+
+
+def expected_parameters(
+    *, num_layers: int, hidden: int, wide: int, num_maps: int, num_latents: int = 8, num_blocks: int = 8, rank: int = 8
+) -> tuple[int, int]:
+    """Of the paper's hypernetwork for down_proj, from its sizes alone: as the paper counts them, and the rest."""
+    latent = 512
+    attention = 2 * latent * 16 * 128 + 2 * latent * 4 * 128
+    block = attention + 3 * latent * 4 * latent + 5 * latent  # five norms
+    projection = 3 * hidden * 4 * hidden - 4 * hidden * hidden + 4 * hidden * latent
+    pre_head = num_layers * (2 * latent * 4 * latent + 4 * latent + latent)
+    head = num_layers * latent * (wide + hidden)
+    bias_block = num_layers * rank * (wide + hidden)
+    counted = projection + (num_blocks + 1) * block + pre_head + head + bias_block
+    outputs = rank * (num_layers if num_maps == 1 else 1)
+    rest = (num_latents + outputs) * latent + 2 * latent + 2 * 2 * latent + 2 * num_layers * rank
+    return counted, rest
+
+
+@pytest.fixture
+def build_large(monkeypatch, tmp_path, tiny_tokenizer):
+    """build_large(experiment): what train.py would build, on the meta device and without init_from's weights."""
+
+    def load(source, **settings):
+        base_model = freeze(build_base_model({**BASE_MODELS[source], "pad_token_id": 0}))
+        return base_model.to(getattr(torch, settings["dtype"])), tiny_tokenizer
+
+    monkeypatch.setattr(hypernet.training, "load_base_model", load)
+    monkeypatch.setattr(hypernet.doc_to_lora, "fingerprint", lambda module: "of no weights")
+
+    def build(experiment):
+        cfg = composed("train", f"experiment={experiment}", f"output_dir={tmp_path}")
+        cfg.task.init_from = None
+        with torch.device("meta"):
+            module, data = instantiate(cfg.task, _convert_="all")
+        data.num_workers = cfg.num_workers
+        trainer = instantiate(cfg.trainer, _convert_="all")(logger=False, enable_checkpointing=False)
+        return cfg, module, data, trainer
+
+    return build
+
+
+def test_large_experiments_are_those_beside_a_base_model_that_is_not_here():
+    for name in EXPERIMENTS:
+        source = composed("train", f"experiment={name}").task.base_model
+        assert (source in BASE_MODELS) == (name in LARGE), name
+
+
+@pytest.mark.parametrize("experiment", LARGE)
+def test_a_large_experiment_has_the_papers_parameters(build_large, experiment):
+    cfg, module, data, trainer = build_large(experiment)
+    assert resolved(cfg)
+    model = module.model
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+    assert sum(p.numel() for p in model.base_model.parameters()) == BASE_MODEL_PARAMETERS[cfg.task.base_model]
+    assert {p.dtype for p in model.base_model.parameters()} == {torch.bfloat16}
+    config = model.base_model.config
+    sizes = {"num_layers": config.num_hidden_layers, "hidden": config.hidden_size, "wide": config.intermediate_size}
+    niah = experiment.startswith("niah")
+    sizes |= {"num_maps": 1, "num_latents": 208} if niah else {"num_maps": config.num_hidden_layers}
+    assert model.hypernetwork.parameter_counts()["total"] == sum(expected_parameters(**sizes))
+    assert trainer.max_steps == len(data.train)
+    # A chunk with its chat template, and a document with a question, fit the base model's window.
+    assert model.max_chunk_tokens < config.max_position_embeddings
+
+
+def test_the_papers_hypernetwork_has_the_papers_parameters_and_11680_that_it_does_not_count(build_large):
+    _, module, _, _ = build_large("main_gemma2_2b_stage1")
+    sizes = {"num_layers": 26, "hidden": 2304, "wide": 9216, "num_maps": 26}
+    assert expected_parameters(**sizes) == (309_456_384, 11_680)
+    found = dict.fromkeys(LEFT_OUT, 0)
+    network = module.model.hypernetwork
+    norms = {f"{name}." for name, part in network.named_modules() if isinstance(part, torch.nn.LayerNorm)}
+    for name, parameter in network.named_parameters():
+        if name.endswith("latents_q"):
+            found["latents_q"] += parameter.numel()
+        elif name.endswith(("encoder.layernorm.weight", "decoder.layernorm.weight")):
+            found["layernorm"] += parameter.numel()
+        elif any(name.startswith(norm) for norm in norms):
+            found["LayerNorm"] += parameter.numel()
+        elif "scaler_" in name:
+            found["scaler"] += parameter.numel()
+    assert found == LEFT_OUT and sum(found.values()) == 11_680
+    total = network.parameter_counts()["total"]
+    assert total == 309_468_064 and total - sum(found.values()) == 309_456_384
+
+
+def test_a_main_run_takes_the_papers_steps(build_large):
+    """262,144 document tokens, on 8 devices in parts of 4,096 and 1,024; 1-8 chunks in the second stage alone."""
+    for number, (steps, at_once) in enumerate(((80_000, 4096), (20_000, 1024)), start=1):
+        cfg, module, data, trainer = build_large(f"main_gemma2_2b_stage{number}")
+        (stage,) = data.train.curriculum.stages
+        assert stage.steps == trainer.max_steps == steps and stage.max_step_tokens == 2**18
+        assert stage.max_step_tokens / trainer.num_devices / trainer.accumulate_grad_batches == at_once
+        assert (stage.chunk_weights is None) == (number == 1)
+        assert sorted(data.train.curriculum.sources) == ["drop", "pwc", "ropes", "squad", "study"]
+        assert set(stage.source) == set(data.train.curriculum.sources)
+        assert sum(stage.source.values()) == pytest.approx(1)
+        assert (module.kl_weight, module.nll_weight, module.locality_weight) == (1, 0, 0)
+    weights = stage.chunk_weights
+    assert [w / sum(weights) for w in weights[:2]] == [0.5, 0.125] and len(weights) == 8
+
+
+# Ablations
+
+
+def differing(one: dict, other: dict, prefix: str = "") -> set[str]:
+    """Keys, with dots, whose values differ."""
+    found = set()
+    for key in one.keys() | other.keys():
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.add(prefix + key)
+    return found
+
+
+ABLATIONS = {
+    "next_token": {"task.objective.kl_weight", "task.objective.nll_weight"},
+    "kl": {"task.objective.nll_weight"},
+    "rank": {"task.hypernetwork.rank"},
+    "latents": {"task.hypernetwork.aggregator.num_latents"},
+    "targets": {"task.target_modules"},
+    "early_exit": {"task.context_encoder.kind", "task.context_encoder.layer_idx"},
+    "without_locality": {"task.objective.locality_weight"},
+    "without_company": {"company", "task.stages"},
+}
+
+
+def test_every_ablation_is_in_the_list():
+    assert {f"tiny_ablation_{name}" for name in ABLATIONS} == {
+        name for name in EXPERIMENTS if name.startswith("tiny_ablation_")
+    }
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_one_thing(name):
+    complete, ablated = (
+        resolved(composed("train", f"experiment={experiment}", "output_dir=outputs/same"))
+        for experiment in ("tiny_ablation", f"tiny_ablation_{name}")
+    )
+    assert differing(complete, ablated) - {"name"} == ABLATIONS[name]
+
+
+def test_the_ablation_without_company_joins_no_documents_and_the_complete_one_does():
+    for name, company in (("tiny_ablation", [1, 2]), ("tiny_ablation_without_company", [1, 1])):
+        *earlier, last = resolved(composed("train", f"experiment={name}"))["task"]["stages"]
+        assert last["company"] == company and not any("company" in stage for stage in earlier)
+
+
+def test_runs_of_a_sweep_over_ablations_have_folders_with_their_names():
+    cfg = composed("train", "experiment=tiny_ablation_rank", "task.hypernetwork.rank=4", "seed=2")
+    assert (cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) == ("outputs/tiny_ablations", "tiny_ablation_rank_4_seed_2")
+
+
+def test_the_sweep_over_ablations_runs_as_its_header_says(tmp_path, tiny_base_model_folder):
+    header = (CONF / "experiment/tiny_ablation.yaml").read_text(encoding="utf-8")
+    (sweep,) = re.findall(r"#\s+sweep\s+python (train\.py .*?)  ", header)
+    _, *arguments = shlex.split(sweep.replace("glob(tiny_ablation*)", "glob(tiny_ablation_w*)").replace("0,1,2", "3"))
+    stage = "[{steps: 1, batch_size: 2, facts_per_entity: [1, 2]}]"
+    small = [f"task.{stages}={stage}" for stages in ("stages", "validation_stages")]
+    small += ["trainer.max_steps=1", "trainer.accelerator=cpu", "trainer.precision=32-true", "threads=1"]
+    small += [f"task.base_model={tiny_base_model_folder}", "task.hypernetwork.aggregator.latent_dim=16"]
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, *small]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    folders = sorted(path.parent.name for path in (tmp_path / "outputs/tiny_ablations").glob("*/checkpoint"))
+    assert folders == ["tiny_ablation_without_company_seed_3", "tiny_ablation_without_locality_seed_3"]

@@ -58,11 +58,17 @@ LEVELS = [
     {"hypernet.hypernetwork"},
     {"hypernet.published", "hypernet.streaming"},
     {"hypernet.checkpoint", "hypernet.doc_to_lora"},
-    {"hypernet.callbacks", "hypernet.checkpoint_io", "hypernet.lit_module"},
+    {"hypernet.callbacks", "hypernet.checkpoint_io", "hypernet.lit_module", "hypernet.sharding"},
     {"hypernet.training"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-LIGHTNING = {"hypernet.callbacks", "hypernet.checkpoint_io", "hypernet.data.datamodule", "hypernet.lit_module"}
+LIGHTNING = {
+    "hypernet.callbacks",
+    "hypernet.checkpoint_io",
+    "hypernet.data.datamodule",
+    "hypernet.lit_module",
+    "hypernet.sharding",
+}
 NEVER_IN_THE_LIBRARY = {"hydra", "omegaconf", "wandb", "benchmarks", "train", "generate_adapter"}
 IN_KERNELS = {"torch", "triton"} | sys.stdlib_module_names
 

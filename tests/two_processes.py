@@ -1,9 +1,12 @@
-"""A callback for runs of several processes; train.py takes it as +callbacks.same={_target_: ...}."""
+"""What runs in several processes: a comparison, and callbacks, which train.py takes as +callbacks.x={_target_: ...}."""
 
 from pathlib import Path
 
 import lightning as L
 import torch
+from torch.distributed.tensor import DTensor
+
+from hypernet.checkpoint_io import at_step_end
 
 
 class SameWeights(L.Callback):
@@ -17,3 +20,82 @@ class SameWeights(L.Callback):
             raise RuntimeError(f"The processes' weights differ after step {trainer.global_step}.")
         if trainer.is_global_zero:
             Path("same_weights.txt").write_text(f"{trainer.global_step} steps, {trainer.world_size} processes")
+
+
+class DividedWeights(L.Callback):
+    """Fails unless this process holds its part alone of what trains, of the optimizer's states and of the blocks."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if not at_step_end(trainer, batch_idx):
+            return
+        share = 1 / trainer.world_size
+        trained = [p for p in module.parameters() if p.requires_grad]
+        states = [t for state in trainer.optimizers[0].state.values() for t in state.values() if t.ndim]
+        blocks = [p for name, p in module.named_parameters() if ".layers." in name and "base_model." in name]
+        for name, tensors in (("weights", trained), ("states", states), ("blocks", blocks)):
+            held = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
+            of = sum(t.numel() for t in tensors)
+            if not 0 < held <= (share + 0.05) * of:
+                raise RuntimeError(f"This process holds {held} of {of} {name}.")
+        if trainer.is_global_zero:
+            Path("divided_weights.txt").write_text(f"{trainer.global_step} steps, {trainer.world_size} processes")
+
+
+def compare_gradients(rank, base_model_folder, task, port):
+    """Fails unless this process's part of a step gives, with divided weights, the gradients of the whole step."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from hypernet.base_model import load_base_model
+    from hypernet.callbacks import checkpoint_activations
+    from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
+    from hypernet.data.encyclopedia import Encyclopedia
+    from hypernet.data.splitting import split
+    from hypernet.doc_to_lora import DocToLoRA
+    from hypernet.lit_module import LitBaseModel, LitDocToLoRA
+    from hypernet.sharding import shard, whole
+
+    torch.set_num_threads(1)
+    stage = {"steps": 1, "batch_size": 4, "company": [1, 2], "num_foreign": 1, "restatement": 0.5}
+    curriculum = Curriculum(Encyclopedia("train"), [stage])
+
+    def make():
+        torch.manual_seed(0)
+        base_model, tokenizer = load_base_model(base_model_folder)
+        if task == "base_model":
+            module = LitBaseModel(base_model=base_model.requires_grad_(True), tokenizer=tokenizer, optimizer={})
+            return module, BaseModelBatches(curriculum, tokenizer)[0]
+        aggregator = {"name": "perceiver", "latent_dim": 16, "num_latents": 3, "num_blocks": 1}
+        model = DocToLoRA.build(
+            base_model=base_model,
+            tokenizer=tokenizer,
+            target_modules=["down_proj"],
+            hypernetwork={"rank": 2, "aggregator": {**aggregator, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}},
+            context_encoder={"kind": "per_layer_activations"},
+            max_chunk_tokens=30,
+        )
+        with torch.no_grad():
+            for parameter in model.hypernetwork.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        checkpoint_activations(base_model)
+        module = LitDocToLoRA(model=model, optimizer={}, nll_weight=0.5)
+        return module, DistillationBatches(curriculum, tokenizer, max_chunk_tokens=30)[0]
+
+    def gradients(module, part):
+        module._finish = lambda part, losses: losses["loss"] * part.num_parts  # there is no trainer to log to
+        module.training_step(part, 0).backward()
+        if task == "doc_to_lora":
+            module.model.injector.clear()
+        return {name: whole(p.grad) for name, p in module.named_parameters() if p.requires_grad}
+
+    (one, batch), (divided, _) = make(), make()
+    expected = gradients(one, split(batch, 0, 1))
+    address = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **address)
+    try:
+        shard(divided, init_device_mesh("cpu", (2,)))
+        found = gradients(divided, split(batch, rank, 2))
+        size = max(gradient.abs().max() for gradient in expected.values())
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * float(size), msg=name)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods.base import Method
-from benchmarks.tasks import Asked, Case
+from benchmarks.tasks.base import Asked, Case
 from hypernet.adapter import LoRAAdapter
 from hypernet.composition import drop
 from hypernet.doc_to_lora import DocToLoRA
@@ -31,9 +31,20 @@ class DocToLoRAMethod(Method):
 
 
 class WrongDocument(DocToLoRAMethod):
-    """Control: the adapter of another case's documents."""
+    """Control: the adapter of another case's documents.
+
+    Raises:
+        ValueError: when preparing: there is no other case, so its documents would be the right ones.
+    """
 
     of_another_document = True
+
+    def build(self, case: Case) -> None:
+        if set(case.others) == set(case.documents):
+            raise ValueError(
+                f"Set {case.set!r} has a single case, so there are no wrong documents. Set task.num_cases to 2 or more."
+            )
+        super().build(case)
 
 
 class RandomAdapter(DocToLoRAMethod):

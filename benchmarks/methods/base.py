@@ -12,7 +12,7 @@ from typing import NamedTuple
 from benchmarks.cost import adapter_flops, flops_of
 from benchmarks.decoding import Generated, Prefix, greedy, log_likelihoods
 from benchmarks.peak import peak_bytes
-from benchmarks.tasks import Asked, Case
+from benchmarks.tasks.base import Asked, Case
 from hypernet.adapter import LoRAAdapter
 from hypernet.data.collate import DOCUMENT_SEPARATOR
 from hypernet.doc_to_lora import DocToLoRA

@@ -16,7 +16,7 @@ from benchmarks.decoding import greedy
 from benchmarks.methods.adapters import internalized
 from benchmarks.methods.base import Method
 from benchmarks.peak import peak_bytes
-from benchmarks.tasks import Asked, Case
+from benchmarks.tasks.base import Asked, Case
 from hypernet.adapter import LoRAAdapter, new_provenance
 from hypernet.base_model import logits_at
 from hypernet.chunking import chunk_document

@@ -1,12 +1,13 @@
 """Methods that put text into the prompt: none of it, all of it, all of it read in advance, the best chunks of it."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from benchmarks.decoding import Prefix
 from benchmarks.methods.base import Method
-from benchmarks.tasks import Asked, Case
+from benchmarks.tasks.base import Asked, Case
 from hypernet.chunking import chunk_document
 from hypernet.doc_to_lora import DocToLoRA
 
@@ -103,6 +104,7 @@ class _Bm25:
             import bm25s
         except ImportError as error:
             raise ValueError("method=retrieval ranks with bm25s, which is not installed: pip install bm25s.") from error
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it makes it report every index
         self._bm25s = bm25s
 
     def index(self, texts: Sequence[str]) -> None:

@@ -4,9 +4,11 @@
     QuestionAnswering("test", name="drop", path="drop.parquet")           # a file with that dataset's columns
     QuestionAnswering("train", path="my_questions.json")                  # SQuAD's format, v1.1 or v2.0
 
+`accepted_answers` gives what a dataset is measured on, with every annotator's answer.
+
 All questions about one document make one record. No two of train, validation and test share a document: a dataset's
 own test split is ours, and what stands in it is left out of the others; where there is none, a hash of the document
-decides.
+decides. A row that cannot be used (a damaged line, a missing or empty field) is left out and counted.
 """
 
 import json
@@ -22,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hypernet.data.encyclopedia import SPLITS
 from hypernet.data.records import UNKNOWN, Question, Record
-from hypernet.data.sources import Epochs, count_tokens
+from hypernet.data.sources import MAX_CORRUPT_ROWS, CorruptRows, Epochs, count_tokens
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +78,11 @@ class QuestionAnswering:
         path: a local file instead of the hub: .json in SQuAD's format, or .jsonl or .parquet in the columns of `name`.
         test_path: the file that the test split is taken from; None: a tenth of path's documents is.
         max_document_tokens: longer documents are left out.
+        max_corrupt_rows: rows of a file or dataset that may be left out because they cannot be used.
 
     Raises:
         ValueError: an unknown name or split, or neither name nor path. When reading: the file or dataset is missing,
-            damaged, lacks a column, or has no document for this split.
+            damaged, lacks a column, has more corrupt rows than that, or no document for this split.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class QuestionAnswering:
         path: str | Path | None = None,
         test_path: str | Path | None = None,
         max_document_tokens: int | None = None,
+        max_corrupt_rows: int = MAX_CORRUPT_ROWS,
     ) -> None:
         if split not in SPLITS[:3]:
             raise ValueError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS[:3])}.")
@@ -106,6 +110,7 @@ class QuestionAnswering:
         self.path = path
         self.test_path = test_path
         self.max_document_tokens = max_document_tokens
+        self.max_corrupt_rows = max_corrupt_rows
 
     def record(self, index: int) -> Record:
         return self.records[self._order[index]]
@@ -173,19 +178,94 @@ class QuestionAnswering:
         else:
             source = self.test_path if test else self.path
             rows = file_rows(source)
-        found: dict[str, dict[str, Question]] = {}
-        for number, row in enumerate(rows):
-            document = "\n\n".join(str(_field(row, column, source, number)).strip() for column in columns.document)
-            text = str(_field(row, columns.question, source, number)).strip()
-            answers = _field(row, columns.answers, source, number)
-            answers = [answers] if isinstance(answers, str) else list(answers or [])
-            questions = found.setdefault(document, {})
-            if answers:
-                parts = list(dict.fromkeys(answers)) if columns.several == "parts" and not test else answers[:1]
-                questions.setdefault(text, Question(text, ", ".join(parts).strip(), "document", self.name or "squad"))
-            elif columns.empty == "unanswerable":
-                questions.setdefault(text, Question(text, UNKNOWN, "unanswerable", self.name or "squad"))
-        return {document: list(questions.values()) for document, questions in found.items() if document.strip()}
+        group = self.name or "squad"
+        parts = columns.several == "parts" and not test
+
+        def question(text: str, answers: tuple[str, ...]) -> Question:
+            if not answers:
+                return Question(text, UNKNOWN, "unanswerable", group)
+            return Question(text, ", ".join(answers if parts else answers[:1]), "document", group)
+
+        found = _by_document(rows, columns, CorruptRows(source, self.max_corrupt_rows))
+        return {document: [question(*asked) for asked in questions.items()] for document, questions in found.items()}
+
+
+def accepted_answers(
+    name: str | None = None, *, path: str | Path | None = None
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """What a dataset is measured on: document → question → all its answers, any of which is right.
+
+    A question that has no answer has `UNKNOWN`; documents without questions are left out.
+
+    Args:
+        name: one of `DATASETS`; None: path is in SQuAD's JSON format.
+        path: a local file instead of the hub's test split, taken whole.
+
+    Raises:
+        ValueError: as `QuestionAnswering`.
+    """
+    QuestionAnswering("test", name=name, path=path)  # refuses what it does not know
+    columns = DATASETS[name] if name else _SQUAD
+    rows = file_rows(path) if path is not None else _hub_rows(columns, columns.test if columns.train else "train")
+    found = _by_document(rows, columns, CorruptRows(path or name))
+    result = {
+        document: {text: answers or (UNKNOWN,) for text, answers in questions.items()}
+        for document, questions in found.items()
+        if questions
+    }
+    if not result:
+        raise ValueError(f"{path or name} holds no question with an answer. Give another file, or the dataset's name.")
+    return result
+
+
+def _by_document(
+    rows: Iterable[Mapping[str, Any] | ValueError], columns: Columns, corrupt: CorruptRows
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Document → question → its answers, in the dataset's order; a question that comes twice is taken once.
+
+    An unanswerable one has none; one whose answer is hidden is left out.
+    """
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    num_good = 0
+    for number, row in enumerate(rows):
+        try:
+            document, text, answers = _asked(row, columns, corrupt.what, number)
+        except ValueError as error:
+            corrupt.skip(str(error))
+            continue
+        num_good += 1
+        questions = found.setdefault(document, {})
+        if answers or columns.empty == "unanswerable":
+            questions.setdefault(text, answers)
+    corrupt.report(num_good=num_good)
+    return {document: questions for document, questions in found.items() if document}
+
+
+def _asked(
+    row: Mapping[str, Any] | ValueError, columns: Columns, source: Any, number: int
+) -> tuple[str, str, tuple[str, ...]]:
+    """Document, question and its different answers; ValueError where the row is corrupt, said in a whole sentence."""
+    if isinstance(row, ValueError):
+        raise row
+
+    def text(value: Any, column: str) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"Row {number} has {value!r:.60} as {column}, not a text.")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"Row {number} has half a character in {column}.") from None
+        return value.strip()
+
+    document = "\n\n".join(text(_field(row, column, source, number), column) for column in columns.document).strip()
+    question = text(_field(row, columns.question, source, number), columns.question)
+    if not question:
+        raise ValueError(f"Row {number} has no question in {columns.question}.")
+    answers = _field(row, columns.answers, source, number)
+    if not isinstance(answers, (str, list, tuple, type(None))):
+        raise ValueError(f"Row {number} has {answers!r:.60} as {columns.answers}, not one text or several.")
+    answers = [answers] if isinstance(answers, str) else list(answers or [])
+    return document, question, tuple(dict.fromkeys(text(answer, columns.answers) for answer in answers))
 
 
 def _bucket(document: str) -> int:
@@ -204,8 +284,10 @@ def _field(row: Mapping[str, Any], column: str, source: Any, number: int) -> Any
     return value
 
 
-def file_rows(path: str | Path) -> Iterable[Mapping[str, Any]]:
+def file_rows(path: str | Path) -> Iterable[Mapping[str, Any] | ValueError]:
     """Rows of a local file: .jsonl and .parquet as they are, .json in SQuAD's format in the columns of squad_v2.
+
+    In place of a row that cannot be read stands the error that says why.
 
     Raises:
         ValueError: no such file, or it cannot be read as what its suffix says.
@@ -223,20 +305,41 @@ def file_rows(path: str | Path) -> Iterable[Mapping[str, Any]]:
                 f"{path} is not in SQuAD's JSON format ({type(error).__name__}: {error}): it should hold data → "
                 "paragraphs → context and qas. Rows of columns belong into a .jsonl file."
             ) from error
+    if kind == "json":
+        return _json_lines(path)
     return _load(kind, str(path), data_files=str(path), split="train")
 
 
-def _squad_rows(content: Any) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any] | ValueError]:
+    """Read here and not by `datasets`, which gives up a file for one damaged line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # also bytes that are no UTF-8
+                yield ValueError(f"Line {number + 1} is no JSON ({type(error).__name__}: {error}).")
+                continue
+            yield row if isinstance(row, dict) else ValueError(f"Line {number + 1} is no JSON object.")
+
+
+def _squad_rows(content: Any) -> Iterator[dict[str, Any] | ValueError]:
     for article in content["data"]:
-        for paragraph in article["paragraphs"]:
-            for asked in paragraph["qas"]:
-                answers = [] if asked.get("is_impossible") else [answer["text"] for answer in asked["answers"]]
-                if answers or asked.get("is_impossible"):
-                    yield {
-                        "context": paragraph["context"],
-                        "question": asked["question"],
-                        "answers": {"text": answers},
-                    }
+        for number, paragraph in enumerate(article["paragraphs"]):
+            where = f"Paragraph {number} of {str(article.get('title'))!r:.60}"
+            try:
+                context, questions = paragraph["context"], list(paragraph["qas"])
+            except (KeyError, TypeError) as error:
+                yield ValueError(f"{where} lacks context or qas ({type(error).__name__}: {error}).")
+                continue
+            for asked in questions:
+                try:
+                    answers = [] if asked.get("is_impossible") else [answer["text"] for answer in asked["answers"]]
+                    if answers or asked.get("is_impossible"):
+                        yield {"context": context, "question": asked["question"], "answers": {"text": answers}}
+                except (AttributeError, KeyError, TypeError) as error:
+                    yield ValueError(f"{where} has a damaged question ({type(error).__name__}: {error}).")
 
 
 def _hub_rows(columns: Columns, split: str) -> Iterable[Mapping[str, Any]]:

@@ -36,6 +36,7 @@ from hypernet.chunking import chunk_document
 from hypernet.data.collate import ChatLayout, Segment, pack_row, pad_rows
 from hypernet.data.encyclopedia import SPLITS
 from hypernet.data.records import UNKNOWN, Question, Record, StoredAnswer
+from hypernet.data.sources import MAX_CORRUPT_ROWS, CorruptRows, TooManyCorruptRows
 from hypernet.documents import Document, read_documents
 from hypernet.files import replaced
 from hypernet.packed_attention import packed_logits
@@ -81,6 +82,9 @@ class StudySettings:
     dataset_config: str = dataclasses.field(default="", metadata={"help": "its configuration"})
     dataset_split: str = dataclasses.field(default="train", metadata={"help": "its split"})
     dataset_column: str = dataclasses.field(default="text", metadata={"help": "the column with the text"})
+    max_corrupt_rows: int = dataclasses.field(
+        default=MAX_CORRUPT_ROWS, metadata={"help": "its rows without a text that are left out; more end the run"}
+    )
     max_documents: int = dataclasses.field(default=0, metadata={"help": "only the first so many; 0: all"})
     questions_by: str = dataclasses.field(default="", metadata={"help": "the model that asks; empty: the base model"})
     questions_per_chunk: int = dataclasses.field(default=5, metadata={"help": "at most; doubles are dropped"})
@@ -112,7 +116,7 @@ class StudySettings:
 
     def described(self) -> dict[str, Any]:
         """What decides the shards' content: not where they lie and how the work is divided."""
-        free = {"output_dir", "batch_size", "device", "process_index", "num_processes"}
+        free = {"output_dir", "batch_size", "device", "process_index", "num_processes", "max_corrupt_rows"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 
@@ -330,11 +334,16 @@ def _streamed(settings: StudySettings) -> Iterator[Document]:
         rows = load_dataset(
             settings.dataset, settings.dataset_config or None, split=settings.dataset_split, streaming=True
         )
+        corrupt = CorruptRows(settings.dataset, settings.max_corrupt_rows)
         for number, row in enumerate(rows):
-            text = str(row[settings.dataset_column])
-            if text.strip():
+            text = row[settings.dataset_column]
+            if not isinstance(text, str):
+                corrupt.skip(f"Row {number} has {text!r:.60} as {settings.dataset_column}, not a text.")
+            elif text.strip():
                 sha256 = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
                 yield Document(f"{settings.dataset}/{number}", text, sha256)
+    except TooManyCorruptRows:
+        raise
     except Exception as error:  # no network, no such dataset or column: datasets raises a dozen types for these
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(
@@ -456,10 +465,12 @@ class SelfStudy:
         split: "train", "validation" or "test".
         tokenizer: of the model in training; it must be the one that the answers were stored with.
         path: the folder with the shards.
+        max_corrupt_rows: stored answers that may be left out because they cannot be used, of those read so far. A
+            passage that has no others gives its place to the next one.
 
     Raises:
-        ValueError: an unknown split. When reading: no shards, of several runs, of another tokenizer, or none of their
-            texts is in this split.
+        ValueError: an unknown split. When reading: no shards, of several runs, of another tokenizer, with more corrupt
+            rows than that, or none of their texts is in this split.
     """
 
     def __init__(
@@ -469,6 +480,7 @@ class SelfStudy:
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         path: str | Path,
+        max_corrupt_rows: int = MAX_CORRUPT_ROWS,
     ) -> None:
         if split not in SPLITS[:3]:
             raise ValueError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS[:3])}.")
@@ -476,23 +488,37 @@ class SelfStudy:
         self.seed = seed
         self.tokenizer = tokenizer
         self.path = Path(path)
+        self.corrupt = CorruptRows(self.path, max_corrupt_rows)
+        self._counted: set[int] = set()  # shards whose corrupt rows are
 
     def record(self, index: int) -> Record:
-        shard, passage, _ = self._found(index)
-        return _read_shard(self.shards[shard])[passage]
+        place, size = self._place(index), len(self._index)
+        for i in range(size):
+            if (record := self._passage((place + i) % size)) is not None:
+                return record
+        raise ValueError(f"{self.path} has no passage that can be used. Remove its shards, make them again.")
+
+    def _passage(self, place: int) -> Record | None:
+        """None where all of its rows are corrupt."""
+        shard, passage, _ = self._index[place]
+        found, reasons = _read_shard(self.shards[shard])
+        if reasons and shard not in self._counted:
+            self._counted.add(shard)
+            for reason in reasons:
+                self.corrupt.skip(reason)
+            self.corrupt.report(num_good=1)
+        return found.get(passage)
 
     def num_tokens(self, index: int) -> int:
-        return self._found(index)[2]
+        return self._index[self._place(index)][2]
 
     def foreign(self, rng: random.Random, record: Record) -> Question:
         """A question about another passage. Its answer is not stored, so it needs a teacher."""
-        if len(self._index) == 1:
-            raise ValueError(f"{self.path} has a single passage, so none is asked about another. Set num_foreign: 0.")
-        while True:
-            shard, passage, _ = rng.choice(self._index)
-            other = _read_shard(self.shards[shard])[passage]
-            if other.document != record.document:
+        for _ in range(1000):
+            other = self._passage(rng.randrange(len(self._index)))
+            if other is not None and other.document != record.document:
                 return rng.choice(other.questions)._replace(answer=UNKNOWN, kind="foreign", stored=None)
+        raise ValueError(f"{self.path} has a single passage, so none is asked about another. Set num_foreign: 0.")
 
     @cached_property
     def shards(self) -> list[Path]:
@@ -519,15 +545,18 @@ class SelfStudy:
         for number, shard in enumerate(self.shards):
             columns = pq.read_table(shard, columns=["passage", "source_sha256", "num_tokens"]).to_pydict()
             for passage, sha256, size in zip(*columns.values(), strict=True):
+                if passage is None or sha256 is None or size is None:
+                    continue  # counted when the shard is read
                 if buckets.get(int(sha256[:8], 16) % 10, "train") == self.split:
                     found[number, passage] = size
         if not found:
             raise ValueError(f"None of the texts in {self.path} is in the {self.split} split. Study more of them.")
         return [(*place, size) for place, size in found.items()]
 
-    def _found(self, index: int) -> tuple[int, int, int]:
+    def _place(self, index: int) -> int:
+        """In `_index`."""
         epoch, place = divmod(index, len(self._index))
-        return self._index[self._order(epoch)[place]]
+        return self._order(epoch)[place]
 
     def _order(self, epoch: int) -> array:
         if epoch not in self._orders:
@@ -552,18 +581,49 @@ class SelfStudy:
 
 
 @lru_cache(maxsize=2 * SHARDS_TOGETHER)
-def _read_shard(path: Path) -> dict[int, Record]:
-    """passage → record."""
+def _read_shard(path: Path) -> tuple[dict[int, Record], tuple[str, ...]]:
+    """passage → record, and what is wrong with each row that is left out."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path} is damaged ({reason}). Remove it, make it again.") from error
     found: dict[int, tuple[str, list[Question]]] = {}
-    for row in pq.read_table(path).to_pylist():
+    reasons = []
+    for number, row in enumerate(rows):
+        if (wrong := _what_is_wrong(row)) is not None:
+            reasons.append(f"Row {number} of {path.name} {wrong}.")
+            continue
         ids = tuple(row["answer_ids"])
         indices, log_probs = (np.array(row[key]).reshape(len(ids), -1) for key in ("top_indices", "top_log_probs"))
         stored = StoredAnswer(ids, indices.astype(np.int32), log_probs.astype(np.float32))
         question = Question(row["question"], row["answer"], "document", "study", stored)
         found.setdefault(row["passage"], (row["document"], []))[1].append(question)
-    return {passage: Record((document,), tuple(questions)) for passage, (document, questions) in found.items()}
+    records = {passage: Record((document,), tuple(questions)) for passage, (document, questions) in found.items()}
+    return records, tuple(reasons)
+
+
+def _what_is_wrong(row: dict[str, Any]) -> str | None:
+    """Why a stored answer cannot be used; None if it can."""
+    if empty := [key for key, value in row.items() if value is None or value == [] or value == ""]:
+        # What the base model said may come to no text, a lone closing token.
+        empty = [key for key in empty if key != "answer" or row[key] is None]
+    if empty:
+        return f"has no {empty[0]}"
+    ids, indices, log_probs = (row[key] for key in ("answer_ids", "top_indices", "top_log_probs"))
+    if None in ids or None in indices or None in log_probs:
+        return "has gaps in its tokens"
+    if len(indices) != len(log_probs) or len(indices) % len(ids):
+        return f"has {len(indices)} tokens with {len(log_probs)} probabilities for an answer of {len(ids)} tokens"
+    if min(ids) < 0 or min(indices) < 0:
+        return "has a negative token"
+    # A sum a little over 1 is rounding, and -inf is a token that cannot come.
+    if not np.array(log_probs).max() <= 1e-3 or np.isnan(log_probs).any():
+        return "has probabilities that are none"
+    return None
 
 
 def parse(arguments: Sequence[str]) -> StudySettings:

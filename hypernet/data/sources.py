@@ -7,6 +7,7 @@
 Nothing here has a state that a checkpoint would have to hold: what is kept is only there to save time.
 """
 
+import logging
 import random
 from array import array
 from bisect import bisect_left
@@ -19,6 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hypernet.data.records import Question, Record
 
+log = logging.getLogger(__name__)
+
+MAX_CORRUPT_ROWS = 100  # of a dataset; more are no accident
 BLOCK = 1024  # draws of a mixture that are worked out together
 
 
@@ -37,6 +41,50 @@ class Source(Protocol):
     def foreign(self, rng: random.Random, record: Record) -> Question:
         """A question like the record's own, of kind "foreign": its document does not answer it."""
         ...
+
+
+class TooManyCorruptRows(ValueError):
+    """What `CorruptRows` raises."""
+
+
+class CorruptRows:
+    """Rows of a dataset that cannot be used: they are left out and counted, and too many of them end the run.
+
+    Args:
+        what: the file or dataset, for messages.
+        limit: rows that may be left out.
+    """
+
+    def __init__(self, what: object, limit: int = MAX_CORRUPT_ROWS) -> None:
+        self.what = what
+        self.limit = limit
+        self.count = 0
+        self.first = ""
+
+    def skip(self, reason: str) -> None:
+        """Leaves out one row.
+
+        Raises:
+            TooManyCorruptRows: it is one more than the limit.
+        """
+        self.count += 1
+        self.first = self.first or " ".join(str(reason).split())
+        if self.count > self.limit:
+            raise TooManyCorruptRows(
+                f"{self.what} has more than {self.limit} corrupt rows; the first: {self.first} Mend the data, or raise "
+                "max_corrupt_rows."
+            )
+
+    def report(self, *, num_good: int) -> None:
+        """Says how many rows were left out, if any.
+
+        Raises:
+            TooManyCorruptRows: there are corrupt rows and no others.
+        """
+        if self.count and not num_good:
+            raise TooManyCorruptRows(f"{self.what} has no row that can be used; the first: {self.first}")
+        if self.count:
+            log.warning("%s: %d corrupt rows are left out; the first: %s", self.what, self.count, self.first)
 
 
 class Epochs:

@@ -2,12 +2,26 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.cost import Costs, ModelShape, adapter_flops, amortised, break_even, flops_of
+from benchmarks.cost import (
+    CostModel,
+    Costs,
+    Line,
+    Measured,
+    ModelShape,
+    SecondsModel,
+    adapter_flops,
+    amortised,
+    break_even,
+    break_evens,
+    flops_of,
+)
 from benchmarks.decoding import Prefix, greedy
 from benchmarks.internalize_cost import flops_of as torch_flops_of
+from benchmarks.internalize_cost import make_document
 
 
 @pytest.mark.parametrize("new", [1, 7, 37])
@@ -50,4 +64,69 @@ def test_break_even_is_where_the_totals_cross() -> None:
     assert 100 + 30 * 2 == 10 + 30 * 5
     assert break_even(other, own) == math.inf
     assert break_even(Costs(1, 1), Costs(5, 2)) == 0
+    pairs = [(100, 2, 10, 5), (10, 5, 100, 2), (1, 1, 5, 2), (1, 1, 5, 1), (5, 1, 1, 1), (1, 1, 1, 1)]
+    columns = [np.array(column, dtype=float) for column in zip(*pairs, strict=True)]
+    alone = [break_even(Costs(*pair[:2]), Costs(*pair[2:])) for pair in pairs]
+    assert break_evens(Costs(*columns[:2]), Costs(*columns[2:])).tolist() == alone
     assert amortised(own, 30) == pytest.approx(amortised(other, 30))
+
+
+def test_a_model_s_costs_are_those_that_torch_counts_for_each_method(make_doc_to_lora) -> None:
+    doc_to_lora = make_doc_to_lora().requires_grad_(False)
+    model = CostModel.of(doc_to_lora)._replace(question_tokens=9, answer_tokens=4, retrieved_tokens=30)
+    base_model, tokenizer = doc_to_lora.base_model, doc_to_lora.tokenizer
+    tokenizer.eos_token_id = base_model.generation_config.eos_token_id = None  # all answers have the same length
+
+    def counted(prompt: int, past: int = 0) -> int:
+        prefix = Prefix.of(base_model, range(5, 5 + past)) if past else None
+        ids = [list(range(5, 5 + prompt))]
+        return flops_of(lambda: greedy(base_model, tokenizer, ids, max_new_tokens=4, prefix=prefix))
+
+    for length in (20, 57):
+        assert model.costs("full_context", length) == (0, counted(length + 9))
+        read = flops_of(lambda n=length: Prefix.of(base_model, range(5, 5 + n)))
+        assert model.costs("prefix_cache", length) == (read, counted(9, past=length))
+        assert model.costs("retrieval", length) == (0, counted(min(length, 30) + 9))
+        rank = (model.num_chunks(length) + 1) * doc_to_lora.hypernetwork.rank
+        extra = adapter_flops(model.targets, rank, 9 + 3)
+        assert model.costs("doc_to_lora", length).question == counted(9) + extra
+    with pytest.raises(ValueError, match="no_context.*doc_to_lora, full_context"):
+        model.costs("no_context", 20)
+
+
+@pytest.mark.parametrize("num_tokens", [12, 55, 130])
+def test_internalizing_costs_what_two_counted_documents_foretell(make_doc_to_lora, num_tokens) -> None:
+    doc_to_lora = make_doc_to_lora().requires_grad_(False)
+    document = make_document(doc_to_lora, num_tokens)
+    counted = flops_of(lambda: doc_to_lora.internalize(document))
+    chunks = doc_to_lora.internalize(document).num_chunks
+    per_chunk, per_token = CostModel.of(doc_to_lora).internalize_flops
+    # Within a tenth: what chunks are padded to, and attention within them, is not foretold.
+    assert per_chunk * chunks + per_token * num_tokens == pytest.approx(counted, rel=0.1)
+
+
+def test_a_line_is_found_again_and_never_has_a_part_below_zero() -> None:
+    exact = Line.fitted([(x, 2 + 3 * x) for x in (1, 5, 40)])
+    assert exact == pytest.approx((2, 3)) and exact.at(10) == pytest.approx(32)
+    assert Line.fitted([(1, 10), (2, 5)]).slope == 0
+    through_zero = Line.fitted([(1, 1), (10, 20)])
+    assert through_zero.fixed == 0 and 1 < through_zero.slope < 2
+    assert Line.fitted([(3, 7)]) == (7, 0)
+    with pytest.raises(ValueError, match="seconds above 0"):
+        Line.fitted([(1, 0.0)])
+
+
+def test_seconds_are_those_that_were_measured_where_a_line_fits_them(cost_model) -> None:
+    def measured(method: str, length: int) -> Measured:
+        work = cost_model.phases(method, length)
+        return Measured(method, length, 0.1 + 1e-6 * (work.prepare or length), 1e-6 * work.first_token, 0.02)
+
+    points = [measured(method, length) for method in ("doc_to_lora", "retrieval") for length in (50, 200, 500)]
+    seconds = SecondsModel.fitted(cost_model._replace(retrieved_tokens=96), points)
+    for point in points[:3]:
+        costs = seconds.costs(point.method, point.num_tokens)
+        assert costs.prepare == pytest.approx(point.prepare_s)
+        assert costs.question == pytest.approx(point.first_token_s + 4 * 0.02, rel=1e-6)
+    assert seconds.costs("retrieval", 1000).prepare == pytest.approx(0.101)  # over tokens: an index takes no FLOPs
+    with pytest.raises(KeyError):
+        seconds.costs("full_context", 100)

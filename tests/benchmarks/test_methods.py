@@ -10,7 +10,8 @@ from benchmarks.measure import run_cell
 from benchmarks.methods.adapters import DocToLoRAInPrompt, DocToLoRAMethod, RandomAdapter, WrongDocument, delta_norms
 from benchmarks.methods.gradients import ContextDistillation, TextLoRA
 from benchmarks.methods.prompts import FullContext, NoContext, PrefixCache, Retrieval
-from benchmarks.tasks import Asked, Case, EncyclopediaTask
+from benchmarks.tasks.base import Asked, Case
+from benchmarks.tasks.encyclopedia import EncyclopediaTask
 from hypernet.doc_to_lora import DocToLoRA
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,8 @@ def test_the_wrong_document_s_adapter_is_the_other_s(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     wrong = prepared(WrongDocument(model=model)).adapter
     assert wrong.content_id() == model.internalize(OTHER).content_id()
+    with pytest.raises(ValueError, match="Set 'set' has a single case.* Set task.num_cases to 2 or more"):
+        prepared(WrongDocument(model=model), CASE._replace(others=CASE.documents))
     both = prepared(DocToLoRAInPrompt(model=model))
     assert both.adapter.content_id() == model.internalize(DOCUMENT).content_id()
     assert both.prompt(QUESTIONS[0]) == prepared(FullContext(model=model)).prompt(QUESTIONS[0])
@@ -168,14 +171,14 @@ def test_distillation_refuses_unknown_questions(make_doc_to_lora) -> None:
         ContextDistillation(model=make_doc_to_lora(), questions="all", lr=1e-3, record_at=[1])
 
 
-@pytest.mark.parametrize("kind", [FullContext, RandomAdapter, TextLoRA])
+@pytest.mark.parametrize("kind", [FullContext, DocToLoRAMethod, RandomAdapter, TextLoRA])
 def test_equal_seeds_give_equal_rows(make_doc_to_lora, kind) -> None:
     task = EncyclopediaTask(sets={"one": {"facts_per_entity": [2, 2]}}, num_cases=2)
     settings = {"lr": 1e-2, "record_at": [2]} if kind is TextLoRA else {}
 
     def rows() -> list[dict]:
         method = kind(model=make_doc_to_lora(), max_new_tokens=6, **settings)
-        found = run_cell(task, method, seed=5, num_timed=0, num_profiled=0)
+        found = run_cell(task.cases(5), method, seed=5, num_timed=0, num_profiled=0)
         return [row for row in found if row["kind"] == "question"]
 
     assert rows() == rows()
@@ -186,8 +189,14 @@ def test_controls_score_like_no_context_with_the_shipped_model(control) -> None:
     model = DocToLoRA.from_pretrained(ROOT / "assets/tiny").eval().requires_grad_(False)
     task = EncyclopediaTask(sets={"one": {"facts_per_entity": [2, 4]}}, num_cases=3, control=control)
     for kind in (NoContext, FullContext, DocToLoRAMethod):
-        rows = run_cell(task, kind(model=model, max_new_tokens=16), seed=0, num_timed=0, num_profiled=0)
-        assert sum(row["exact_match"] for row in rows if row["kind"] == "question") == 0
+        method = kind(model=model, max_new_tokens=16)
+        rows = run_cell(task.cases(0), method, seed=0, num_timed=0, num_profiled=0)
+        asked = [row for row in rows if row["kind"] == "question"]
+        assert len(asked) >= 6 and sum(row["exact_match"] for row in asked) == 0
+        if kind is NoContext:
+            floor = asked
+        elif control == "empty_document" and kind is FullContext:  # the very same prompts
+            assert [row["prediction"] for row in asked] == [row["prediction"] for row in floor]
 
 
 METHODS = [NoContext, FullContext, PrefixCache, DocToLoRAMethod, WrongDocument, RandomAdapter, DocToLoRAInPrompt]

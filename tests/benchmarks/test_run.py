@@ -1,7 +1,9 @@
 """benchmarks/run.py: cells are there completely or not at all, skipped when they are, tried again when they failed."""
 
 import json
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,15 +11,25 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from benchmarks import measure
 from benchmarks.cells import Sweep, cell_path, error_path, identity_of, read_cells, write_cell, write_error
+from benchmarks.measure import build_task
+from benchmarks.methods.prompts import NoContext
+from benchmarks.tasks.base import Asked, Case
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf/benchmark"
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 SMALL = ["task.num_cases=1", "num_timed=1", "num_profiled=0"]
 ONE_SET = ["~task.sets", "+task.sets={one: {facts_per_entity: [2, 2]}}"]
+
+
+def resolved(cfg: DictConfig) -> dict:
+    """All settings but Hydra's own; fails if one is missing or refers to nothing."""
+    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
 
 
 def run(monkeypatch, *arguments: str) -> int | str | None:
@@ -47,9 +59,10 @@ def test_one_cell_s_rows_explain_themselves_and_a_second_run_skips_it(monkeypatc
 
 def test_a_failed_cell_says_so_in_one_line_and_is_measured_once_it_can_be(monkeypatch, tmp_path) -> None:
     squad = tmp_path / "squad.json"
-    command = [f"output_dir={tmp_path}", "task=squad", "method=no_context", f"task.squad_file={squad}", *SMALL]
+    command = [f"output_dir={tmp_path}", "task=squad", "method=no_context", f"task.path={squad}", *SMALL]
     message = run(monkeypatch, *command)
-    assert "squad/no_context/0 failed: ValueError: Cannot read" in message
+    assert "squad/no_context/0 failed: ValueError: Cannot read questions from" in message
+    assert "\n" not in message
     (error,) = (tmp_path / "cells").glob("*.error.json")
     assert "Traceback" in json.loads(error.read_text(encoding="utf-8"))["traceback"]
     paragraphs = [
@@ -101,15 +114,76 @@ def test_every_file_is_composed_and_built(path, make_doc_to_lora) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(group if not option else "run", [f"{group}={option}"] if option else [], return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
-    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    assert OmegaConf.to_container(own, resolve=option not in ("tune", "tune_retrieval"), throw_on_missing=True)
+    if group != "sweep":  # some refer to a setting of the methods that they name
+        assert resolved(cfg)
     if group == "task":
-        assert callable(instantiate(cfg.task, _convert_="all").cases)
+        assert callable(build_task(cfg.task, make_doc_to_lora()).cases)
     elif group == "method" and option != "retrieval_dense":
         if option == "retrieval":
             pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")
         assert instantiate(cfg.method, _convert_="all")(model=make_doc_to_lora(), max_new_tokens=4).steps
     elif group == "sweep":
-        names = dict(cfg.hydra.sweeper.params)
-        for key in ("task", "method"):
-            assert all((CONF / key / f"{name}.yaml").is_file() for name in names[key].split(","))
+        names = {key: values.split(",") for key, values in cfg.hydra.sweeper.params.items() if key != "seed"}
+        first = {key: values[0] for key, values in names.items()}
+        for key, values in names.items():
+            for value in values:
+                chosen = [f"{k}={v}" for k, v in (first | {key: value}).items()]
+                with initialize_config_dir(str(CONF), version_base="1.3"):
+                    cell = compose("run", [f"sweep={option}", *chosen], return_hydra_config=True)
+                HydraConfig.instance().set_config(cell)
+                assert resolved(cell)["task"]["_target_"]
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_sweep_s_header_says_how_to_run_it_and_how_long_it_takes(path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# @package _global_\n")
+    assert re.search(rf"^#\s+(command)?\s+python -m benchmarks.run sweep={path.stem}\b", text, re.MULTILINE)
+    assert re.search(r"^#\s+hardware\s+\S", text, re.MULTILINE) and re.search(r"^#\s+time\s+\S", text, re.MULTILINE)
+
+
+def test_a_sweep_prints_its_progress_and_nothing_else(tmp_path) -> None:
+    """In a process of its own: what is imported first decides what is printed."""
+    pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")
+    sweep = [
+        f"output_dir={tmp_path}",
+        "task=encyclopedia",
+        *ONE_SET,
+        "task.num_cases=1",
+        "num_timed=1",
+        "num_profiled=1",
+    ]
+    command = [sys.executable, "-m", "benchmarks.run", "--multirun", "method=retrieval,doc_to_lora", *sweep]
+    command.append("method_name=${hydra:runtime.choices.method}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert [re.sub(r", .* to go", "", line).split()[:5] for line in lines] == [
+        ["[cell", "1", "of", "2]", "encyclopedia/retrieval/0"],
+        ["[cell", "2", "of", "2]", "encyclopedia/doc_to_lora/0"],
+    ]
+
+
+def test_cells_of_one_task_and_seed_make_their_cases_once(monkeypatch) -> None:
+    made = []
+
+    class Counting:
+        def cases(self, seed):
+            made.append(seed)
+            yield Case("set", "0", ("A.",), (Asked("B?", ("C",)),))
+
+    monkeypatch.setattr(measure, "load_model", lambda checkpoint, device: None)
+    monkeypatch.setattr(measure, "build_task", lambda settings, model: Counting())
+    measure.load_cases.cache_clear()
+    wanted = [('{"a": 1}', 0, "x", "cpu"), ('{"a": 1}', 0, "x", "cpu"), ('{"a": 1}', 1, "x", "cpu")]
+    assert [len(measure.load_cases(*key)) for key in wanted] == [1, 1, 1] and made == [0, 1]
+    measure.load_cases.cache_clear()
+
+
+def test_every_row_of_a_case_has_its_attributes(make_doc_to_lora) -> None:
+    case = Case("set", "0", ("Town A has 3 houses.",), (Asked("How many?", ("3",)),), attributes={"num_chunks": 4})
+    method = NoContext(model=make_doc_to_lora(), max_new_tokens=3)
+    rows = measure.run_cell([case], method, seed=0, num_timed=0, num_profiled=0)
+    assert [(row["kind"], row["attributes"]) for row in rows] == [
+        ("question", {"num_chunks": 4}),
+        ("case", {"num_chunks": 4}),
+    ]

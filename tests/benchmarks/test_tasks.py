@@ -1,106 +1,129 @@
-"""benchmarks/tasks.py: same seed same cases, nothing of training in them, controls that tell nothing."""
+"""benchmarks/tasks: what holds for every task, whatever it asks. Each file of conf/benchmark/task is found and built.
 
+What a task promises of its own is tested in tests/benchmarks/tasks/.
+"""
+
+import json
 import random
+from itertools import groupby
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from benchmarks.tasks import ConflictTask, EncyclopediaTask, LocalityTask, UpdatesTask, with_new_values
-from hypernet.data.encyclopedia import Encyclopedia, background_questions
+from benchmarks.measure import build_task
+from benchmarks.tasks.base import practice_on_text, some
+from hypernet.data.encyclopedia import Encyclopedia
 
-STATEMENTS = {"capital": "The capital of {s} is {v}.", "symbol": "The chemical symbol of {s} is {v}."}
-
-
-def encyclopedia_task(**changes) -> EncyclopediaTask:
-    sets = {"one": {"entities": [1, 1]}, "two documents": {"documents": 2, "facts_per_entity": [2, 3]}}
-    return EncyclopediaTask(**{"sets": sets, "num_cases": 3, **changes})
-
-
-TASKS = [
-    encyclopedia_task(),
-    encyclopedia_task(control="shuffled_facts"),
-    LocalityTask(num_cases=2),
-    ConflictTask(num_cases=3, statements=STATEMENTS),
-    UpdatesTask(num_cases=3),
-]
+CONF = Path(__file__).parents[2] / "conf/benchmark"
+NAMES = sorted(path.stem for path in (CONF / "task").glob("*.yaml"))
+SMALL = {
+    "needles": ["task.num_chunks=[1,3]"],
+    "needles_keys": ["task.num_chunks=[2,3]"],
+    "composition": ["task.num_documents=[1,2]"],
+}
+DATASETS = ("squad", "qasper", "multifieldqa_en", "2wikimqa")
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
-def test_same_seed_same_cases_and_another_seed_others(task) -> None:
-    assert list(task.cases(0)) == list(task.cases(0))
-    assert list(task.cases(0)) != list(task.cases(1))
+def datasets_file(folder: Path, name: str) -> Path:
+    """Five documents with two questions each, in SQuAD's format or in LongBench's columns."""
+    if name == "squad":
+        paragraphs = [
+            {
+                "context": f"Town {i} has {100 + i} houses. It lies on the river Vel, near a very old wood of oaks.",
+                "qas": [
+                    {"question": f"How many houses has town {i}?", "answers": [{"text": f"{100 + i}"}]},
+                    {"question": "Which river?", "answers": [{"text": "the Vel"}, {"text": "Vel"}]},
+                ],
+            }
+            for i in range(5)
+        ]
+        path = folder / "questions.json"
+        path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+    else:
+        rows = [
+            {"input": f"What is {side} of {i}?", "context": f"Text {i} tells of many things, and of what is beside it."}
+            | {"answers": [f"{side} {i}", f"{side} {i}, too"], "length": 11, "dataset": name, "language": "en"}
+            | {"all_classes": None, "_id": f"{i}{side}"}
+            for i in range(5)
+            for side in ("left", "right")
+        ]
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
-def test_practice_never_holds_a_test_question_and_another_case_is_another(task) -> None:
-    for case in task.cases(0):
-        assert not {question.text for question in case.questions} & set(case.practice)
-        assert case.others and case.others != case.documents
+@pytest.fixture
+def build(make_doc_to_lora, tmp_path):
+    """build(name): the task of conf/benchmark/task/<name>.yaml with two cases in each set."""
+
+    def build(name: str):
+        overrides = [f"task={name}", "task.num_cases=2", *SMALL.get(name, [])]
+        if name in DATASETS:
+            overrides.append(f"task.path={datasets_file(tmp_path, name)}")
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            settings = compose("run", overrides).task
+        return build_task(settings, make_doc_to_lora(max_chunk_tokens=120))
+
+    return build
 
 
-def test_answers_stand_in_the_documents_as_many_as_asked_for() -> None:
-    cases = list(encyclopedia_task().cases(3))
-    assert [(case.set, len(case.documents)) for case in cases] == [("one", 1)] * 3 + [("two documents", 2)] * 3
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_cases_and_another_seed_others(build, name) -> None:
+    assert list(build(name).cases(0)) == list(build(name).cases(0))
+    assert list(build(name).cases(0)) != list(build(name).cases(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cases_are_what_the_harness_takes_for_granted(build, name) -> None:
+    cases = list(build(name).cases(0))
+    sets = [key for key, _ in groupby(cases, key=lambda case: case.set)]
+    assert len(sets) == len(set(sets))  # a set's cases follow each other
+    assert len({(case.set, case.name) for case in cases}) == len(cases)
     for case in cases:
-        assert len(case.questions) <= 6
-        text = " ".join(case.documents).lower()
-        assert all(question.answers[0].lower() in text for question in case.questions)
+        assert case.documents and case.questions
+        assert all(question.text and question.answers and all(question.answers) for question in case.questions)
+        # Methods that train on questions never see those of the test, and the wrong document is another.
+        assert case.practice and not {question.text for question in case.questions} & set(case.practice)
+        assert case.others and not set(case.others) & set(case.documents)
+        # The report slices by them, and rows hold them as JSON.
+        assert all(isinstance(value, int | float) for value in case.attributes.values())
+    keys = {tuple(case.attributes) for case in cases}
+    assert len(keys) == 1
 
 
-def test_test_and_training_share_no_entity() -> None:
-    """Names belong to one split by their hash, so what no training article could draw is in no training article."""
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DATASETS])
+def test_no_entity_that_is_asked_about_occurs_in_training(build, name) -> None:
+    """Of two-word names. A training article holds names of its own split alone, by a hash of the whole name."""
     train = Encyclopedia("train", seed=0)
     read = " ".join(train.record(i, num_entities=2, num_facts=6).document for i in range(400))
-    for case in encyclopedia_task(num_cases=20).cases(0):
-        for question in case.questions:
-            names = [word for word in question.text.rstrip("?.").split()[1:] if word[0].isupper()]
-            if len(names) >= 2:  # a person's or a company's
-                assert " ".join(names) not in read
+    texts = [
+        question.text
+        for case in build(name).cases(0)
+        if not case.set.startswith("background")
+        for question in case.questions
+    ]
+    for text in texts:
+        names = [word for word in text.rstrip("?.").removesuffix("'s").split()[1:] if word[0].isupper()]
+        if len(names) == 2:
+            assert " ".join(names) not in read
 
 
-@pytest.mark.parametrize("control", ["shuffled_facts", "empty_document"])
-def test_controls_tell_no_answer(control) -> None:
-    plain, controlled = (list(encyclopedia_task(control=c).cases(0)) for c in (None, control))
-    for case, original in zip(controlled, plain, strict=True):
-        assert [q.text for q in case.questions] == [q.text for q in original.questions]
-        told = " ".join(case.documents)
-        assert not any(f" {question.answers[0]}" in f" {told}" for question in case.questions)
-        assert control == "shuffled_facts" or not told.strip()
-    with pytest.raises(ValueError, match="choose one of"):
-        encyclopedia_task(control="upside_down")
+def test_at_most_so_many_are_drawn_and_none_twice() -> None:
+    assert sorted(some(random.Random(0), range(5), None)) == sorted(some(random.Random(0), range(5), 9)) == [*range(5)]
+    drawn = some(random.Random(0), range(50), 20)
+    assert len(drawn) == len(set(drawn)) == 20
 
 
-def test_a_new_version_has_every_value_changed_and_nothing_else() -> None:
-    encyclopedia = Encyclopedia("test", seed=0)
-    record = encyclopedia.record(4, num_facts=5)
-    newer, values = with_new_values(record, encyclopedia, random.Random(0))
-    assert all(old != new and new.lower() in newer.lower() for old, new in values.items())
-    assert len(newer.split(".")) == len(record.document.split("."))
-
-
-def test_updates_ask_for_the_newer_value_and_give_the_older_document_only_to_be_dropped() -> None:
-    for case in UpdatesTask(num_cases=3).cases(0):
-        older = case.replaced or case.documents[:1]
-        newer = case.documents[-1]
-        assert bool(case.replaced) == (case.set == "old version dropped")
-        for question in case.questions:
-            assert question.old_answer != question.answers[0]
-            assert question.answers[0].lower() in newer.lower() and question.old_answer.lower() in older[0].lower()
-
-
-def test_conflicts_contradict_what_the_base_model_learned() -> None:
-    learned = {question.text: question.answer for question in background_questions()}
-    cases = list(ConflictTask(num_cases=5, statements=STATEMENTS).cases(0))
-    assert {case.set for case in cases} == {"known entities", "the real world"}
-    for case in cases:
-        for question in case.questions:
-            assert learned[question.text] == question.old_answer != question.answers[0]
-            assert question.answers[0].lower() in case.documents[0].lower()
-    with pytest.raises(ValueError, match="the background groups are"):
-        ConflictTask(num_cases=1, statements={"weather": "{s} {v}"})
-
-
-def test_locality_asks_nothing_about_the_document() -> None:
-    for case in LocalityTask(num_cases=2).cases(0):
-        for question in case.questions:
-            assert (question.context is None) == case.set.startswith("background")
-            assert question.context != case.documents[0]
+def test_practice_on_any_text_asks_each_sentence_s_end_once_and_never_tells_it() -> None:
+    text = (
+        "The old mill stands by the river. Short one. The old mill stands by the river. It has four wide black sails."
+    )
+    asked = practice_on_text(text, random.Random(0), 16)
+    assert sorted(asked) == [
+        "How does this go on: It has four",
+        "How does this go on: The old mill",
+        "What does the text say?",
+    ]
+    assert len(practice_on_text(text, random.Random(0), 2)) == 2
+    assert practice_on_text("", random.Random(0), 16) == ("What does the text say?",)

@@ -3,13 +3,14 @@
 import json
 import pickle
 import random
+import re
 import zipfile
 
 import datasets
 import pytest
 
 import hypernet.data.qa as module
-from hypernet.data.qa import DATASETS, QuestionAnswering, file_rows
+from hypernet.data.qa import DATASETS, QuestionAnswering, accepted_answers, file_rows
 from hypernet.data.records import UNKNOWN
 from hypernet.data.sources import Source
 
@@ -148,6 +149,39 @@ def test_foreign_questions_are_other_documents(tmp_path):
         assert (question.kind, question.answer) == ("foreign", UNKNOWN)
 
 
+# What is measured: every annotator's answer
+
+
+@pytest.mark.parametrize("name", ["squad", "squad_v2", "drop", "ropes", "pwc", "qasper"])
+def test_all_answers_of_a_file_are_accepted_in_the_dataset_s_order(tmp_path, name):
+    columns = "long_bench" if name == "qasper" else name
+    path = write(tmp_path / "rows.jsonl", rows_of(columns, 12))
+    found = accepted_answers(name, path=path)
+    first = "Text {}.\n\nAnd so." if name == "ropes" else "Text {}."
+    assert list(found) == [first.format(i) for i in range(12)]
+    several = ("left 3", "left 3 too") if name not in ("ropes", "pwc") else ("left 3",)
+    assert found[first.format(3)]["What is left of 3?"] == several
+    right = (UNKNOWN,) if name == "squad_v2" else ("right 4",)
+    assert found[first.format(4)] == {"What is left of 4?": ("left 4",), "What is right of 4?": right}
+    # The record that is trained on or validated with has the first of them.
+    for record in QuestionAnswering("test", name=name, path=path, test_path=path).records if name != "qasper" else ():
+        assert all(found[record.document][q.text][0] == q.answer for q in record.questions)
+
+
+def test_hidden_questions_and_documents_without_any_are_not_measured(tmp_path):
+    rows = [
+        {"context": "A.", "question": "B?", "answers": {"text": ["C", "C", " D "]}},
+        {"context": "A.", "question": "E?", "answers": {"text": []}},
+        {"context": "F.", "question": "G?", "answers": {"text": []}},
+        {"context": " ", "question": "H?", "answers": {"text": ["I"]}},
+    ]
+    assert accepted_answers("squad", path=write(tmp_path / "a.jsonl", rows)) == {"A.": {"B?": ("C", "D")}}
+    with pytest.raises(ValueError, match="b.jsonl holds no question with an answer"):
+        accepted_answers("squad", path=write(tmp_path / "b.jsonl", rows[2:]))
+    with pytest.raises(ValueError, match="Give the name of a dataset, or the path"):
+        accepted_answers()
+
+
 # The hub, with load_dataset replaced
 
 
@@ -186,6 +220,16 @@ def test_nothing_is_read_before_the_first_record(hub):
     assert hub == [("json", {"data_files": archive, "split": "train"})]
     with pytest.raises(ValueError, match="qasper is for measuring alone and has no train split"):
         _ = QuestionAnswering("train", name="qasper").records
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_dataset_is_measured_on_the_hub_s_test_split(hub, name):
+    found = accepted_answers(name)
+    assert len(found) == 30 and all(answers for questions in found.values() for answers in questions.values())
+    ((_, settings),) = hub
+    long_bench = DATASETS[name].train is None
+    assert settings["split"] == ("train" if long_bench else "test" if name == "pwc" else "validation")
+    assert ("data_files" in settings) == long_bench
 
 
 def test_a_task_of_long_bench_is_read_out_of_its_archive(tmp_path, monkeypatch):
@@ -231,3 +275,62 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Could not read rajpurkar/squad: ConnectionError: no network. Check"):
         _ = QuestionAnswering(name="squad").records
     assert module.log.name == "hypernet.data.qa" and file_rows is module.file_rows
+
+
+# Corrupt rows
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "reason"),
+    [
+        ('{"input": "Text 1.", "prom', "Line 4 is no JSON"),
+        (b'{"input": "Text \xff.", "prompt": "Q?", "answer": "A"}', "Line 4 is no JSON .UnicodeDecodeError"),
+        ("[1, 2]", "Line 4 is no JSON object"),
+        ('{"input": null, "prompt": "Q?", "answer": "A"}', "Row 3 has None as input, not a text"),
+        ('{"input": "Text.", "prompt": 7, "answer": "A"}', "Row 3 has 7 as prompt, not a text"),
+        ('{"input": "Text.", "prompt": " ", "answer": "A"}', "Row 3 has no question in prompt"),
+        ('{"input": "Text.", "prompt": "Q?", "answer": {"text": "A"}}', "Row 3 has .* as answer, not one text or"),
+        ('{"input": "Text.", "prompt": "Q?", "answer": ["A", null]}', "Row 3 has None as answer, not a text"),
+        ('{"input": "Text \\ud800.", "prompt": "Q?", "answer": "A"}', "Row 3 has half a character in input"),
+        ('{"input": "Text.", "answer": "A"}', "has no column prompt in row 3; it has input, answer"),
+    ],
+)
+def test_a_corrupt_row_is_left_out_and_told(tmp_path, caplog, corrupt, reason):
+    path = write(tmp_path / "rows.jsonl", rows_of("pwc", 20))
+    intact = {split: QuestionAnswering(split, name="pwc", path=path).records for split in SPLITS}
+    assert not caplog.records
+    lines = path.read_bytes().split(b"\n")
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_bytes(
+        b"\n".join([*lines[:3], corrupt if isinstance(corrupt, bytes) else corrupt.encode(), *lines[3:]])
+    )
+    for split in SPLITS:
+        assert QuestionAnswering(split, name="pwc", path=damaged, max_corrupt_rows=1).records == intact[split]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3 and all(f"{damaged}: 1 corrupt rows are left out; the first: " in message for message in told)
+    assert re.search(reason, told[0])
+    with pytest.raises(
+        ValueError, match=f"has more than 0 corrupt rows; the first: .*{reason}.*raise max_corrupt_rows"
+    ):
+        _ = QuestionAnswering(name="pwc", path=damaged, max_corrupt_rows=0).records
+
+
+def test_corrupt_questions_of_squad_s_json_leave_the_others(tmp_path, caplog):
+    content = json.loads(json.dumps(SQUAD))
+    paragraphs = content["data"][0]["paragraphs"]
+    del paragraphs[3]["context"]
+    del paragraphs[5]["qas"][0]["question"]
+    paragraphs[7]["qas"][0]["answers"] = [{"answer_start": 3}]
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    sources = [QuestionAnswering(split, path=path) for split in SPLITS]
+    assert sum(len(source.records) for source in sources) == 39
+    questions = [q.text for source in sources for record in source.records for q in record.questions]
+    assert questions.count("Which river?") == 37 and questions.count("Who leads it?") == 39
+    assert "3 corrupt rows are left out; the first: Paragraph 3 of 'Towns' lacks context or qas" in caplog.text
+
+
+def test_a_file_of_corrupt_rows_alone_says_what_is_wrong_with_the_first(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"input": 1, "prompt": "Q?", "answer": "A"}] * 3)
+    with pytest.raises(ValueError, match="has no row that can be used; the first: Row 0 has 1 as input, not a text"):
+        _ = QuestionAnswering(name="pwc", path=path).records

@@ -1,8 +1,11 @@
 """Self-study: what is stored against plain prompts, shards, restarting, dividing the work, reading back."""
 
+import dataclasses
 import json
 import random
+import re
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -260,6 +263,118 @@ def test_what_cannot_be_read_back_is_refused(studied, tmp_path, engine):
     other.add_tokens(["new"])
     with pytest.raises(ValueError, match="was stored with the tokenizer of .*whose ids mean other tokens"):
         SelfStudy(path=studied[0].output_dir, tokenizer=other).record(0)
+
+
+# Corrupt rows
+
+
+def damaged_copy(shards, folder, change):
+    """The shards again, with change(rows) done to each one's rows."""
+    folder.mkdir(exist_ok=True)
+    for shard in shards:
+        table = pq.read_table(shard)
+        rows = table.to_pylist()
+        change(rows)
+        schema = table.schema
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / shard.name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ({"question": None}, "has no question"),
+        ({"document": ""}, "has no document"),
+        ({"answer_ids": []}, "has no answer_ids"),
+        ({"top_indices": [1, 2, None]}, "has gaps in its tokens"),
+        ({"top_indices": [1, 2, 3]}, r"has 3 tokens with \d+ probabilities for an answer of \d tokens"),
+        ({"answer_ids": [-5]}, "has a negative token"),
+        ({"top_log_probs": [float("nan")] * 4, "top_indices": [1, 2, 3, 4], "answer_ids": [1]}, "probabilities that"),
+        ({"top_log_probs": [0.5, -1, -2, -3], "top_indices": [1, 2, 3, 4], "answer_ids": [1]}, "probabilities that"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_corrupt_answer_is_left_out_and_told(studied, tmp_path, caplog, damage, reason):
+    settings, shards = studied
+    intact = SelfStudy("train", path=settings.output_dir)
+    size = len(intact._index)
+    number, _, _ = intact._index[intact._place(2)]
+    document, question = intact.record(2).document, intact.record(2).questions[0].text
+
+    def change(rows):
+        for row in rows:
+            if (row["document"], row["question"]) == (document, question):
+                row.update(damage)
+
+    source = SelfStudy("train", path=damaged_copy(shards, tmp_path / "damaged", change), max_corrupt_rows=1)
+    for index in range(2 * size):
+        expected, found = intact.record(index), source.record(index)
+        if expected.document != document:
+            assert found.document == expected.document and len(found.questions) == len(expected.questions)
+        else:
+            assert question not in [q.text for q in found.questions]
+    (told,) = caplog.messages  # once, however often the shard is read
+    assert "1 corrupt rows are left out; the first: Row" in told and f"of {shards[number].name}" in told
+    assert re.search(reason, told)
+    strict = SelfStudy("train", path=source.path, max_corrupt_rows=0)
+    with pytest.raises(ValueError, match=f"has more than 0 corrupt rows; the first: Row .*{reason}"):
+        for index in range(size):
+            strict.record(index)
+
+
+def test_a_passage_without_answers_gives_its_place_to_the_next(studied, tmp_path):
+    settings, shards = studied
+    intact = SelfStudy("train", path=settings.output_dir)
+    gone = intact.record(0).document
+
+    def change(rows):
+        for row in rows:
+            if row["document"] == gone:
+                row["question"] = None
+
+    folder = damaged_copy(shards, tmp_path / "damaged", change)
+    sources = [SelfStudy("train", path=folder) for _ in range(2)]
+    order = list(range(len(intact._index)))
+    found = [sources[0].record(i).document for i in order]
+    assert found == [sources[1].record(i).document for i in reversed(order)][::-1]
+    assert gone not in found and set(found) == {intact.record(i).document for i in order} - {gone}
+    assert all(sources[0].foreign(random.Random(i), intact.record(0)).text for i in range(20))
+
+
+def test_shards_of_corrupt_answers_alone_are_refused(studied, tmp_path):
+    def change(rows):
+        for row in rows:
+            row["question"] = ""
+
+    source = SelfStudy("train", path=damaged_copy(studied[1], tmp_path / "damaged", change))
+    with pytest.raises(ValueError, match="has no passage that can be used. Remove its shards, make them again."):
+        source.record(0)
+
+
+def test_a_damaged_shard_says_which_one(studied, tmp_path):
+    folder = damaged_copy(studied[1], tmp_path / "damaged", lambda rows: None)
+    source = SelfStudy("train", path=folder)
+    size = len(source._index)
+    for shard in folder.iterdir():
+        content = shard.read_bytes()
+        shard.write_bytes(content[:40] + bytes(len(content) - 240) + content[-200:])
+    with pytest.raises(ValueError, match="shard-0000.*parquet is damaged .*Remove it, make it again"):
+        for index in range(size):
+            source.record(index)
+
+
+def test_rows_of_a_stream_without_a_text_are_left_out(monkeypatch):
+    import datasets
+
+    rows = [{"text": "A."}, {"text": None}, {"text": "B."}, {"text": 3}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter(rows))
+    settings = StudySettings(output_dir="a", base_model="b", dataset="some/texts", max_corrupt_rows=2)
+    assert [document.text for document in module._documents(settings)] == ["A.", "B."]
+    assert "max_corrupt_rows" not in settings.described()
+    settings = dataclasses.replace(settings, max_corrupt_rows=1)
+    expected = "some/texts has more than 1 corrupt rows; the first: Row 1 has None as text, not a text. Mend the data"
+    with pytest.raises(ValueError, match=expected):
+        list(module._documents(settings))
 
 
 # The command

@@ -1,0 +1,1 @@
+"""What the benchmark asks, one file per task: benchmarks.tasks.base says what a task is."""

@@ -1,0 +1,446 @@
+"""Speed and memory of one optimizer step beside the padded way, in one run: `python -m benchmarks.training_speed`
+
+Three ways to take the same step on the same documents, questions and weights; runs take turns, batch by batch:
+  ours                 LitDocToLoRA: packed rows, adapters joined by address
+  padded_per_token     the reference implementation's way: a row per question with a copy of the document for the
+                       teacher, ranks zero-padded to the longest adapter, A and B repeated for every token
+  padded_per_question  the same rows, A and B once per question: what that repetition costs
+They share the context encoder and the hypernetwork, and all compute logits of answer tokens alone. Their loss and
+gradients are compared before anything is timed. Rows hold tokens/s, seconds and their ratio to ours run by run (p20,
+p50, p80), and the peak of memory beyond weights and optimizer states, gradients included.
+"""
+
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.peak import peak_bytes
+
+if TYPE_CHECKING:
+    from hypernet.data.collate import PackedRows
+    from hypernet.data.curriculum import DistillationBatch
+    from hypernet.doc_to_lora import DocToLoRA
+
+log = logging.getLogger(__name__)
+ROOT = Path(__file__).parent.parent
+MODELS = ("tiny", "gemma-2-2b")
+WEIGHTS = {"kl_weight": 1.0, "nll_weight": 0.5, "locality_weight": 0.5}
+# Of loss and gradients, relative to their size. In bfloat16 the two orders of adding up differ by its rounding.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+CHECKED_DOCUMENTS = 5  # two sets of gradients are held while methods are compared, so not on a whole batch
+
+
+class Prompts(NamedTuple):
+    """Questions with their answers, each a row of its own, right-padded.
+
+    ids: [Q, S]. mask: [Q, S] bool, False at the padding. predicts: [Q, S] bool, where the next token is an answer's.
+    kinds: [number of answer tokens], index into `hypernet.data.collate.KINDS`. targets: [number of answer tokens].
+    document: [Q], the row's number in the batch.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    predicts: Tensor
+    kinds: Tensor
+    targets: Tensor
+    document: Tensor
+
+    @classmethod
+    def of(cls, rows: "PackedRows") -> "Prompts":
+        """Packed rows taken apart: what a segment sees comes before it, the order stays."""
+        ids, predicts, kinds, document = [], [], [], []
+        for number in range(len(rows.ids)):
+            trunk = rows.segments[number] == 0
+            for segment in range(1, int(rows.segments[number].max()) + 1):
+                own = rows.segments[number] == segment
+                seen = own | trunk if rows.sees_trunk[number][own].all() else own
+                ids.append(rows.ids[number][seen])
+                kind = rows.target_kind[number][seen]
+                predicts.append(kind >= 0)
+                kinds.append(kind[kind >= 0])
+                document.append(number)
+        padded, predicts = (pad_sequence(tensors, batch_first=True) for tensors in (ids, predicts))
+        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True)
+        targets = padded.roll(-1, dims=1)[predicts]
+        return cls(padded, mask, predicts, torch.cat(kinds), targets, torch.tensor(document))
+
+    def to(self, device: str) -> "Prompts":
+        return Prompts(*(tensor.to(device) for tensor in self))
+
+
+class PaddedBatch(NamedTuple):
+    """A `DistillationBatch` with a row per question."""
+
+    chunk_ids: Tensor
+    chunk_mask: Tensor
+    num_chunks: list[int]
+    members: list[list[int]]
+    student: Prompts
+    teacher: Prompts
+
+
+# The methods. Each lays a batch out once, which data workers do in training, and computes the loss of a step.
+
+
+class Method(Protocol):
+    def prepare(self, batch: "DistillationBatch") -> Any: ...
+
+    def loss(self, prepared: Any) -> Tensor: ...
+
+    def after_backward(self) -> None: ...
+
+
+class Ours:
+    """The step that train.py takes."""
+
+    def __init__(self, model: "DocToLoRA") -> None:
+        from hypernet.lit_module import LitDocToLoRA
+
+        self.module = LitDocToLoRA(model=model, optimizer={}, **WEIGHTS)
+        self.module.log = lambda *_, **__: None  # there is no trainer to log to
+
+    def prepare(self, batch: "DistillationBatch") -> "DistillationBatch":
+        return batch.to(self.module.model.device)
+
+    def loss(self, prepared: "DistillationBatch") -> Tensor:
+        return self.module.training_step(prepared, 0)
+
+    def after_backward(self) -> None:
+        self.module.on_after_backward()
+        self.module.phases.take()
+
+
+class Padded:
+    """Context distillation in plain torch: a row per question, adapters of all documents padded to one rank.
+
+    Args:
+        per_token: A and B are repeated for every token, as the reference implementation does; else once per question.
+    """
+
+    def __init__(self, model: "DocToLoRA", *, per_token: bool) -> None:
+        self.model = model
+        self.per_token = per_token
+        self._adapters: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._document: Tensor | None = None
+        for target in model.hypernetwork.targets:
+            for place in target.modules():
+                module = model.base_model.get_submodule(place.path)
+                module.register_forward_hook(partial(self._add_delta, target.name, place.layer))
+
+    def prepare(self, batch: "DistillationBatch") -> PaddedBatch:
+        device = self.model.device
+        return PaddedBatch(
+            batch.chunk_ids.to(device),
+            batch.chunk_mask.to(device),
+            batch.num_chunks,
+            batch.members,
+            Prompts.of(batch.student).to(device),
+            Prompts.of(batch.teacher).to(device),
+        )
+
+    def loss(self, prepared: PaddedBatch) -> Tensor:
+        from hypernet.data.collate import KINDS
+
+        A, B = self.model.adapt(prepared.chunk_ids, prepared.chunk_mask)
+        with torch.no_grad():
+            teacher = self._logits(prepared.teacher)
+        network = self.model.hypernetwork
+        self._adapters = (
+            {name: self._joined(pool, network.bias_A[name], prepared) for name, pool in A.items()},
+            {name: self._joined(pool, network.bias_B[name], prepared) for name, pool in B.items()},
+        )
+        self._document = prepared.student.document
+        student = self._logits(prepared.student)
+
+        log_p, log_q = (logits.float().log_softmax(-1) for logits in (teacher, student))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        nll = -log_q.gather(1, prepared.student.targets[:, None])[:, 0]
+        kinds = prepared.student.kinds
+        about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
+        of_token = self._document[prepared.student.predicts.nonzero()[:, 0]]
+        terms = {"kl_weight": (kl, about), "nll_weight": (nll, about), "locality_weight": (kl, ~about)}
+        return sum(WEIGHTS[name] * self._mean(values, of_token, where) for name, (values, where) in terms.items())
+
+    def after_backward(self) -> None:
+        self._adapters = self._document = None
+
+    def _logits(self, prompts: Prompts) -> Tensor:
+        from hypernet.base_model import logits_at
+
+        return logits_at(
+            self.model.base_model, prompts.predicts, input_ids=prompts.ids, attention_mask=prompts.mask.long()
+        )
+
+    @staticmethod
+    def _joined(pool: Tensor, bias: Tensor, prepared: PaddedBatch) -> Tensor:
+        """[C, L, R, d] of all chunks → [N, L, rank of the longest, d], zeros behind the shorter ones."""
+        chunks = pool.split(prepared.num_chunks)
+        rows = [
+            torch.cat([*(block for i in documents for block in chunks[i]), bias], dim=1)  # [L, rank, d]
+            for documents in prepared.members
+        ]
+        longest = max(row.shape[1] for row in rows)
+        return torch.stack([nn.functional.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
+
+    @staticmethod
+    def _mean(values: Tensor, document: Tensor, where: Tensor) -> Tensor:
+        """Mean over documents of their tokens' means, of the tokens chosen by `where`."""
+        means = [values[where & (document == i)].mean() for i in document[where].unique()]
+        return torch.stack(means).mean() if means else values.new_zeros(())
+
+    def _add_delta(self, name: str, layer: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Any:
+        if self._adapters is None:
+            return None
+        (x,) = inputs  # [Q, S, d_in]
+        A, B = (pools[name][:, layer].to(x.dtype) for pools in self._adapters)  # [N, rank, d]
+        scaling = self.model.hypernetwork.scaling
+        A, B = A[self._document], B[self._document]  # [Q, rank, d]
+        if not self.per_token:
+            return output + scaling * torch.bmm(torch.bmm(x, A.mT), B)
+        A, B = (pool.repeat_interleave(x.shape[1], dim=0) for pool in (A, B))  # [Q * S, rank, d]
+        S = torch.einsum("td,trd->tr", x.flatten(0, 1), A)
+        return output + scaling * torch.einsum("tr,trd->td", S, B).view(output.shape)
+
+
+METHODS: dict[str, Callable[["DocToLoRA"], Method]] = {
+    "ours": Ours,
+    "padded_per_token": partial(Padded, per_token=True),
+    "padded_per_question": partial(Padded, per_token=False),
+}
+
+
+# What is measured with
+
+
+def build_model(name: str, *, device: str, seed: int = 0) -> "DocToLoRA":
+    """The shipped tiny model, or gemma-2-2b's shape with random weights in bfloat16 and the paper's hypernetwork."""
+    from benchmarks.internalize_cost import GEMMA_2_2B, PAPER_HYPERNETWORK
+    from hypernet.base_model import build_base_model, freeze, load_base_model
+    from hypernet.doc_to_lora import DocToLoRA
+
+    if name == "tiny":
+        model = DocToLoRA.from_pretrained(ROOT / "assets/tiny", device=device)
+    else:
+        # Random weights: the tokenizer need only give token ids that the model has.
+        _, tokenizer = load_base_model(ROOT / "assets/tiny/base_model")
+        with torch.device(device):
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                base_model = freeze(build_base_model({**GEMMA_2_2B, "pad_token_id": 0}, seed=seed))
+            finally:
+                torch.set_default_dtype(before)
+            torch.manual_seed(seed)
+            model = DocToLoRA.build(
+                base_model=base_model,
+                tokenizer=tokenizer,
+                target_modules=["down_proj"],
+                hypernetwork=PAPER_HYPERNETWORK,
+                context_encoder={"kind": "per_layer_activations"},
+                max_chunk_tokens=1024,
+                base_model_source="random",
+            )
+            with torch.no_grad():  # B starts at zero, and then most gradients are
+                head = model.hypernetwork.lora_head.head.weight
+                head += 0.1 * head.std() * torch.randn_like(head)
+    model.hypernetwork.train().requires_grad_(True)
+    return model
+
+
+def make_batches(model: "DocToLoRA", stage: dict, *, number: int, seed: int) -> list["DistillationBatch"]:
+    """The first batches of a stage (`hypernet.data.curriculum.Stage`) over the encyclopedia."""
+    from hypernet.data.curriculum import Curriculum, DistillationBatches
+    from hypernet.data.encyclopedia import Encyclopedia
+
+    curriculum = Curriculum(Encyclopedia("train", seed=seed), [{"steps": number, **stage}])
+    # A chunk is as long as its piece of the document: chunk_weights alone say how many there are.
+    batches = DistillationBatches(curriculum, model.tokenizer, max_chunk_tokens=10**4)
+    return [batches[i] for i in range(number)]
+
+
+def autocast(device: str, dtype: torch.dtype) -> AbstractContextManager:
+    """What the trainer's precision is: 32-true, or bf16-mixed."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def loss_and_gradients(
+    method: Method, prepared: Any, parameters: Sequence[nn.Parameter], *, device: str, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and the gradient of each parameter."""
+    for parameter in parameters:
+        parameter.grad = None
+    with autocast(device, dtype):
+        loss = method.loss(prepared)
+    loss.backward()
+    method.after_backward()
+    return loss.detach(), [parameter.grad for parameter in parameters]
+
+
+def difference(
+    methods: Sequence[Method], batch: "DistillationBatch", model: "DocToLoRA", *, device: str, dtype: torch.dtype
+) -> float:
+    """Largest difference of two methods' losses and gradients, each relative to the first one's size."""
+    parameters = list(model.hypernetwork.parameters())
+    (loss, own), (other_loss, other) = (
+        loss_and_gradients(method, method.prepare(batch), parameters, device=device, dtype=dtype) for method in methods
+    )
+    size = torch.nn.utils.get_total_norm(own)
+    distance = torch.nn.utils.get_total_norm([a - b for a, b in zip(own, other, strict=True)])
+    return max(float((loss - other_loss).abs() / loss.abs()), float(distance / size))
+
+
+def measure(cfg: DictConfig, model: "DocToLoRA", *, device: str, dtype: torch.dtype) -> Iterator[dict]:
+    """Rows of all methods, stage by stage.
+
+    Raises:
+        ValueError: a method's loss or gradients are not ours.
+    """
+    parameters = list(model.hypernetwork.parameters())
+    # A step must cost what it does in training; the weights may as well stay what they are.
+    optimizer = torch.optim.AdamW(parameters, lr=1e-8)
+    methods = {name: METHODS[name](model) for name in cfg.methods}
+
+    def step(name: str, prepared: Any) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_and_gradients(methods[name], prepared, parameters, device=device, dtype=dtype)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    for stage, settings in OmegaConf.to_container(cfg.stages).items():
+        few_documents = {**settings, "batch_size": min(CHECKED_DOCUMENTS, settings["batch_size"])}
+        (few,) = make_batches(model, few_documents, number=1, seed=cfg.seed)
+        differences = {
+            name: difference([methods["ours"], method], few, model, device=device, dtype=dtype)
+            for name, method in methods.items()
+        }
+        for name, found in differences.items():
+            if not found <= TOLERANCE[dtype]:
+                raise ValueError(
+                    f"{name} does not take our step in {stage}: loss or gradients differ by {found:.2g}, more than "
+                    f"{TOLERANCE[dtype]:.2g} of their size. Nothing is timed."
+                )
+        batches = make_batches(model, settings, number=cfg.batches, seed=cfg.seed)
+        tokens = [_count_tokens(batch) for batch in batches]
+        times: dict[str, list[float]] = {name: [] for name in methods}
+        peaks: dict[str, float] = {}
+        for name, method in list(methods.items()):
+            largest = method.prepare(max(batches, key=lambda batch: batch.chunk_ids.numel()))
+            try:
+                step(name, largest)  # warms up
+                optimizer.zero_grad(set_to_none=True)
+                peaks[name] = peak_bytes(partial(step, name, largest), device=device) / 2**20
+            except torch.OutOfMemoryError:
+                method.after_backward()
+            del largest
+        for run in range(cfg.runs):
+            # Another one begins every time: the first of a batch finds colder caches.
+            for name in [*peaks][run % len(peaks) :] + [*peaks][: run % len(peaks)]:
+                prepared = methods[name].prepare(batches[run % len(batches)])
+                times[name].append(_seconds(partial(step, name, prepared), device=device))
+                del prepared
+        for name in methods:
+            row = {"kind": "step", "stage": stage, "method": name, "out_of_memory": name not in peaks}
+            row |= {"documents": settings["batch_size"], "difference": differences[name]}
+            row |= {"chunks": [len(batch.chunk_ids) for batch in batches]}
+            row |= {f"{kind}_tokens": [count[kind] for count in tokens] for kind in ("context", "answer", "prompt")}
+            if name in peaks:
+                of_run = [tokens[run % len(tokens)] for run in range(cfg.runs)]
+                row |= quantiles(times[name], "s") | {"runs": cfg.runs, "peak_mib": peaks[name]}
+                for kind in ("context", "answer"):
+                    rates = [count[kind] / s for count, s in zip(of_run, times[name], strict=True)]
+                    row |= quantiles(rates, f"{kind}_tokens_per_s")
+                ratios = [other / own for other, own in zip(times[name], times["ours"], strict=True)]
+                row |= quantiles(ratios, "times_ours") | {"peak_times_ours": peaks[name] / peaks["ours"]}
+            yield row
+
+
+def quantiles(values: Sequence[float], unit: str) -> dict[str, float]:
+    ordered = sorted(values)
+    pick = lambda share: ordered[min(int(len(ordered) * share), len(ordered) - 1)]  # noqa: E731
+    return {f"p20_{unit}": pick(0.2), f"p50_{unit}": statistics.median(ordered), f"p80_{unit}": pick(0.8)}
+
+
+def _count_tokens(batch: "DistillationBatch") -> dict[str, int]:
+    rows = batch.student
+    return {
+        "context": int(batch.chunk_mask.sum()),
+        "answer": int((rows.target_kind >= 0).sum()),
+        "prompt": int((rows.segments > 0).sum()),  # questions with their answers
+    }
+
+
+def _seconds(run: Callable[[], Any], *, device: str) -> float:
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    before = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - before
+
+
+# What people see
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """A line per stage and method: tokens/s, time and memory as multiples of ours."""
+    lines = [
+        "| stage | method | context tokens/s | answer tokens/s | step, s | time | peak, MiB | memory |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        start = f"| {row['stage'].replace('_', ' ')} | {row['method'].replace('_', ' ')} | "
+        if row["out_of_memory"]:
+            lines.append(start + "out of memory | | | | | |")
+            continue
+        times = f"{row['p50_times_ours']:.2f}× ({row['p20_times_ours']:.2f} to {row['p80_times_ours']:.2f})"
+        lines.append(
+            f"{start}{row['p50_context_tokens_per_s']:,.0f} | {row['p50_answer_tokens_per_s']:,.0f} | "
+            f"{row['p50_s']:.3g} | {times} | {row['peak_mib']:,.0f} | {row['peak_times_ours']:.2f}× |"
+        )
+    return "\n".join(lines)
+
+
+@hydra.main(config_path="../conf", config_name="training_speed", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    from benchmarks.rows import describe_run, write_rows
+    from hypernet.base_model import hush_torchao
+
+    hush_torchao()
+    if cfg.model not in MODELS or (unknown := [name for name in cfg.methods if name not in METHODS]):
+        wrong = cfg.model if cfg.model not in MODELS else ", ".join(unknown)
+        sys.exit(f"training_speed: unknown {wrong}; models: {', '.join(MODELS)}; methods: {', '.join(METHODS)}.")
+    if "ours" not in cfg.methods:
+        sys.exit("training_speed: methods lacks ours, which the others are compared with. Add it.")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device == "cuda" else "float32"), None)
+    if dtype not in TOLERANCE:
+        sys.exit(f"training_speed: dtype is {cfg.dtype}; choose float32 or bfloat16.")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    model = build_model(cfg.model, device=device, seed=cfg.seed)
+    rows: list[dict] = []
+    run = describe_run(OmegaConf.to_container(cfg))
+    try:
+        for row in measure(cfg, model, device=device, dtype=dtype):
+            rows.append({**row, "model": cfg.model, "device": device, "dtype": str(dtype).removeprefix("torch.")})
+            if cfg.output:  # after every row: a run cut short keeps what it has
+                write_rows(cfg.output, rows, run=run)
+    except ValueError as error:
+        sys.exit(f"training_speed: {error}")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

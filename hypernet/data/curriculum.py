@@ -49,6 +49,8 @@ class Stage(NamedTuple):
     num_background: int = 1  # background questions per article
     num_foreign: int = 0  # the article's questions asked about an entity it does not name (hypernetwork only)
     company: tuple[int, int] = (1, 1)  # documents whose adapters are joined, its own among them (hypernetwork only)
+    company_source: str | None = None  # the company comes from this source and is not asked about; None: the step's own
+    company_documents: int = 8  # so many of its documents are read in a step; rows join them again and again
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
     shared_relations: float = 0.0  # chance that an article's entities are of one kind and told the same relations
     restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
@@ -141,6 +143,11 @@ class Curriculum:
 
     def _mixture(self, number: int, stage: Stage) -> Mixture:
         weights = {stage.source: 1.0} if isinstance(stage.source, str) else dict(stage.source)
+        if stage.company_source not in (None, *self.sources):
+            raise ValueError(
+                f"Stage {number} has company from {stage.company_source}, but the sources are "
+                f"{', '.join(self.sources) or 'none'}. Enter it under sources."
+            )
         if missing := set(weights) - {ENCYCLOPEDIA, *self.sources}:
             raise ValueError(
                 f"Stage {number} draws from {', '.join(sorted(missing))}, but the sources are "
@@ -329,8 +336,14 @@ class DistillationBatches(_Batches):
             ]
             for name, record in named
         ]
-        members = self._members(rng, len(named), stage.company)
         documents = [record.document for _, record in named]
+        if stage.company_source is None:
+            members = self._members(rng, len(named), stage.company)
+        else:
+            others = range(len(named), len(named) + stage.company_documents)
+            members = [[i, *rng.choices(others, k=rng.randint(*stage.company) - 1)] for i in range(len(named))]
+            source = self.curriculum.sources[stage.company_source]
+            documents += [source.record(step * stage.company_documents + i).document for i in range(len(others))]
         chunks = None
         if stage.chunk_weights is not None:
             # Random numbers of their own: documents and questions do not depend on how they are cut.
@@ -373,6 +386,7 @@ class DistillationBatches(_Batches):
         """One batch from documents and the questions asked about each.
 
         Args:
+            documents: those that are asked about first; more than `asked` has lists for are company only.
             members: the documents that each row's adapter joins; None: its own alone.
             chunks: of each document, in pieces; None cuts it into as few as possible.
         """
@@ -382,13 +396,13 @@ class DistillationBatches(_Batches):
         pieces = [piece for of_document in chunks for piece in of_document]
         width = max(piece.ids.shape[1] for piece in pieces)
         pad = lambda tensor, value: torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)  # noqa: E731
-        trunks = self._encode([self.layout.before_user + document for document in documents])
-        student = self._rows([[] for _ in documents], [[(q, False) for q in questions] for questions in asked])
+        trunks = self._encode([self.layout.before_user + document for document in documents[: len(asked)]])
+        student = self._rows([[] for _ in asked], [[(q, False) for q in questions] for questions in asked])
         return DistillationBatch(
             chunk_ids=torch.cat([pad(piece.ids, self.tokenizer.pad_token_id) for piece in pieces]),
             chunk_mask=torch.cat([pad(piece.mask, False) for piece in pieces]),
             num_chunks=[sum(len(piece.ids) for piece in of_document) for of_document in chunks],
-            members=[[i] for i in range(len(documents))] if members is None else [list(row) for row in members],
+            members=[[i] for i in range(len(asked))] if members is None else [list(row) for row in members],
             student=student,
             teacher=self._rows(
                 trunks, [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]

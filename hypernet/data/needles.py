@@ -63,7 +63,8 @@ class Needles:
         num_tokens: of the document, an inclusive range that each record draws from.
         num_keys: numbers that are told apart by a name, each asked for by a question of its own; (0, 0): there is one
             needle without a name.
-        num_needles: numbers per key, all of them the answer, in the document's order.
+        num_needles: numbers per key, all of them the answer, in the document's order; (0, 0): hay alone, without a
+            question.
         depth: where the first key's first needle stands, 0 (first sentence) to 1 (last); None draws it. All other
             needles are put at random.
         filler: "plain" (`FILLER`), "encyclopedia" (sentences of articles of this split), or sentences.
@@ -172,7 +173,7 @@ class Needles:
                 numbers.append(number)
         # (place, name, number); every needle's place is drawn even if one is given, so that the others' stay.
         planted = [[rng.random(), names[i // num_needles], number] for i, number in enumerate(numbers)]
-        if depth is not None:
+        if depth is not None and planted:
             planted[0][0] = depth
         planted.sort(key=lambda needle: needle[0])
         statements = [_statement(name, number) for _, name, number in planted]
@@ -188,6 +189,7 @@ class Needles:
                 "needle",
             )
             for name in names
+            if num_needles
         ]
         return Record(tuple(sentences), tuple(questions))
 

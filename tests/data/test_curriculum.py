@@ -285,6 +285,35 @@ def test_a_stage_says_in_whose_company_a_document_s_adapter_answers(tiny_tokeniz
         assert torch.equal(alone.chunk_ids, joined.chunk_ids) and torch.equal(alone.student.ids, joined.student.ids)
 
 
+def test_company_from_another_source_is_read_but_not_asked_about_and_joined_again_and_again(tiny_tokenizer):
+    def batches(**more):
+        stages = [{"steps": 3, "batch_size": 6, **more}]
+        hay = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(60, 90), num_needles=(0, 0))
+        curriculum = Curriculum(Encyclopedia("train"), stages, sources={"hay": hay})
+        return list(map(DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=40).__getitem__, range(3)))
+
+    joined = batches(company=[1, 20], company_source="hay", company_documents=3)
+    sizes = {len(members) for batch in joined for members in batch.members}
+    assert 1 <= min(sizes) and 10 < max(sizes) <= 20
+    texts = set()
+    for alone, batch in zip(batches(), joined, strict=True):
+        assert [members[0] for members in batch.members] == list(range(6)) and len(batch.num_chunks) == 9
+        assert {m for members in batch.members for m in members[1:]} <= {6, 7, 8}
+        assert torch.equal(alone.student.ids, batch.student.ids) and torch.equal(alone.teacher.ids, batch.teacher.ids)
+        num_chunks = sum(batch.num_chunks[:6])
+        assert batch.num_chunks[:6] == alone.num_chunks and sum(batch.num_chunks) == len(batch.chunk_ids) > num_chunks
+        company = tiny_tokenizer.batch_decode(batch.chunk_ids[num_chunks:], skip_special_tokens=True)
+        texts |= set(company)
+        assert not any("secret number" in text for text in company)
+    assert len(texts) > 6  # other hay in every step
+
+
+def test_company_from_a_source_that_is_not_there_is_refused(tiny_tokenizer):
+    for name in ("hay", "encyclopedia"):
+        with pytest.raises(ValueError, match=f"Stage 0 has company from {name}, but the sources are none. Enter it"):
+            make_curriculum(stages=[{"steps": 1, "company_source": name}])
+
+
 # What experiments are trained on stays what it is
 
 TINY = [

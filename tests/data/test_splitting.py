@@ -7,6 +7,7 @@ from hypernet.base_model import load_base_model
 from hypernet.data.collate import Segment, pack_row, pad_rows
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, StoredTopK
 from hypernet.data.encyclopedia import Encyclopedia
+from hypernet.data.needles import Needles
 from hypernet.data.records import Question
 from hypernet.data.splitting import StepPart, split
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
@@ -19,7 +20,8 @@ def batches(tiny_tokenizer):
     """batches(**stage) → DistillationBatches of 8 documents in up to some chunks each."""
 
     def make(**changes):
-        curriculum = Curriculum(Encyclopedia("train"), [{**STAGE, **changes}])
+        hay = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(20, 40), num_needles=(0, 0))
+        curriculum = Curriculum(Encyclopedia("train"), [{**STAGE, **changes}], sources={"hay": hay})
         return DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=12)
 
     return make
@@ -59,8 +61,13 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("num_parts", [2, 3, 8])
 @pytest.mark.parametrize(
     "stage",
-    [{"num_background": 2, "num_foreign": 1}, {"company": [1, 4]}, {"company": [8, 8], "num_background": 0}],
-    ids=["alone", "in company", "all together"],
+    [
+        {"num_background": 2, "num_foreign": 1},
+        {"company": [1, 4]},
+        {"company": [8, 8], "num_background": 0},
+        {"company": [3, 9], "company_source": "hay", "company_documents": 2},
+    ],
+    ids=["alone", "in company", "all together", "in other company"],
 )
 def test_one_step_over_8_documents_is_its_parts_together(batches, distillation, stage, num_parts):
     batch = batches(**stage)[0]

@@ -10,7 +10,7 @@ from functools import partial
 from benchmarks.plots import Figure, all_figures
 from benchmarks.summary import METHODS, Row, Rows, name_of, order, task_name
 from benchmarks.svg import PALETTE, key_of_line
-from benchmarks.verdict import details, verdict
+from benchmarks.verdict import details, set_by_set, verdict
 
 _safe = partial(html.escape, quote=True)
 TITLE = "When is an adapter better than the document in the prompt?"
@@ -27,6 +27,7 @@ h3 {{ font-size: 1rem; margin: 1.5rem 0 .25rem; }}
 p, ul, dl {{ max-width: 46rem; margin: .5rem 0; }}
 .answer {{ background: var(--band); border-left: .25rem solid var(--orange); padding: .75rem 1rem; max-width: 52rem; }}
 .answer p {{ max-width: none; }}
+.answer th:first-child {{ background: var(--band); }}
 .note, .command {{ color: var(--soft); font-size: .875rem; }}
 .finding {{ font-weight: 500; }}
 .panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20.5rem), 1fr)); gap: 1rem;
@@ -86,8 +87,10 @@ def page(rows: Rows) -> str:
 
 def _answer(rows: Rows, sweep: Row) -> str:
     said = " ".join(f"<strong>{_safe(title)}</strong> {_safe(text)}" for title, text in verdict(rows))
-    more = "".join(f"<dt>{_safe(title)}</dt><dd>{_safe(text)}</dd>" for title, text in details(rows))
-    more = f"<details><summary>Set by set</summary><dl>{more}</dl></details>" if more else ""
+    more = "".join(f"<p><strong>{_safe(title)}:</strong> {_safe(text)}</p>" for title, text in details(rows))
+    head, lines = set_by_set(rows)
+    more += _table("Difference of exact match (95 % interval), set by set", head, lines) if lines else ""
+    more = f"<details><summary>Set by set</summary>{more}</details>" if more else ""
     seeds = max((row["seeds"] for row in rows if row["kind"] == "summary"), default=0)
     scale = ", ".join([*sweep["checkpoints"], *sweep["hardware"], f"{seeds} seeds", f"{sweep['cells']} cells"])
     return (
@@ -129,7 +132,7 @@ def _figure(figure: Figure, sweep: Row) -> str:
         f'<section id="{figure.key}"><h2>{_safe(figure.title)}</h2>{finding}{text}'
         f'{legend}<div class="panels{" uneven" if figure.key == "sets" else ""}">{"".join(figure.panels)}</div>'
         f"<details><summary>These figures as a table</summary>{tables}</details>"
-        f'<p class="command">Made by {_codes([*commands, "python -m benchmarks.report"])}</p></section>'
+        f"{_made_by(commands)}</section>"
     )
 
 
@@ -178,6 +181,14 @@ def _made(sweep: Row) -> str:
         )
         parts.append(f"<h3>Settings of the methods</h3><ul>{chosen}</ul>")
     return "".join([*parts, "</section>"])
+
+
+def _made_by(commands: Sequence[str]) -> str:
+    if len(commands) == 1:
+        return f'<p class="command">Made by {_codes([*commands, "python -m benchmarks.report"])}</p>'
+    items = "".join(f"<li><code>{_safe(command)}</code></li>" for command in [*commands, "python -m benchmarks.report"])
+    summary = f"<summary>Made by {len(commands)} commands and a report</summary>"
+    return f'<details class="command">{summary}<ol>{items}</ol></details>'
 
 
 def _codes(commands: Sequence[str]) -> str:

@@ -1,293 +1,724 @@
-"""The report's plots as SVG text that follows the page's colours: light, dark, and legible without colour."""
+"""The report's figures from the rows of `benchmarks.summary`: what each shows, its panels, legend and table.
 
-import io
-import math
-import re
+    figures, missing = all_figures(rows)
+
+A figure whose rows are absent is left out, and `missing` says which command measures them.
+"""
+
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from typing import NamedTuple
 
-# Matplotlib writes this colour, the page's own text colour takes its place.
-_TEXT = "#123456"
-# Distinct for readers with colour-vision deficiency, of middle lightness for both backgrounds (after Okabe and Ito).
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56a0d3", "#8a6fc8", "#7a7a7a")
-_MARKERS = "osD^vPX*<>hpd8"
+from benchmarks.summary import (
+    ADAPTER,
+    ALTERNATIVES,
+    CEILING,
+    FLOOR,
+    GRADIENT,
+    WRONG,
+    Row,
+    Rows,
+    at_equal_length,
+    is_by_length,
+    name_of,
+    order,
+    task_name,
+)
+from benchmarks.svg import LINES, Axis, Point, Series, Style, chart, dots, heatmap, legend_order, short, style_of
 
-LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-QUESTIONS_PER_VERSION = (0.5, 1, 2, 4, 8, 16, 32, 64, 128)
-
-Rows = Sequence[dict[str, Any]]
-
-
-def all_figures(rows: Rows, *, checkpoint: str) -> list[tuple[str, str, str]]:
-    """(title, what it shows, SVG) of every plot that the rows have something for."""
-    figures = [
-        ("Accuracy by length", "Exact match with 95 % intervals by document tokens.", accuracy_by_length(rows)),
-        (
-            "Cost by length",
-            "Milliseconds to prepare a document and to answer a question asked alone.",
-            cost_by_length(rows),
-        ),
-        (
-            "Memory by length",
-            "KiB kept per document, and the most held at a time beyond the model while preparing or answering.",
-            memory_by_length(rows),
-        ),
-        (
-            "Capacity",
-            "Share of the gap between no context and full context that is closed, by document tokens in one adapter.",
-            capacity(rows),
-        ),
-        (
-            "Quality against cost",
-            "Exact match over the milliseconds per question, where a document is asked 1 or 32 questions.",
-            pareto(rows),
-        ),
-        (
-            "Quality over gradient steps",
-            "Exact match over the seconds of training for one document; the last point is the number in the tables.",
-            curves(rows),
-        ),
-        (
-            "Break-even",
-            "FLOPs of Doc-to-LoRA over those of the alternative, by document length and by questions asked before the "
-            "document changes. Below 1 the adapter is cheaper; the line is the break-even. Lengths beyond the model's "
-            "window are counted as if it had one.",
-            break_even_surface(checkpoint),
-        ),
-    ]
-    return [figure for figure in figures if figure[2]]
+QUESTIONS_PER_VERSION = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+CONTROLS = (FLOOR, CEILING, WRONG)
+# Which methods share a panel: with more lines than these none could be followed.
+GROUPS = (
+    (
+        "One forward pass, and prompts",
+        (ADAPTER, "doc_to_lora_in_prompt", "retrieval", "retrieval_dense", "random_adapter"),
+    ),
+    ("Gradient steps from nothing", ("text_lora", "distillation_oracle", "distillation_generated", ADAPTER)),
+    ("Gradient steps from Doc-to-LoRA", ("warm_start_oracle", "warm_start_generated", ADAPTER)),
+)
+# Tasks whose documents say nothing that is asked for; the sweep's own first.
+INTERFERENCE = ("interference", "locality")
+CAPACITY = {"capacity": "Four facts about each entity", "capacity_entities": "Each fact about another entity"}
+MATCH = Axis("exact match, with 95 % intervals", limits=(-0.04, 1.04), ticks=(0, 0.25, 0.5, 0.75, 1))
 
 
-def accuracy_by_length(rows: Rows) -> str:
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for method, style, points in _by_length(rows):
-            values = [p["exact_match"] for p in points]
-            low, high = zip(*((p["interval"] or (p["exact_match"],) * 2) for p in points), strict=True)
-            errors = [
-                [v - a for v, a in zip(values, low, strict=True)],
-                [b - v for v, b in zip(values, high, strict=True)],
-            ]
-            errors = [[max(0.0, e) for e in side] for side in errors]
-            x = [p["document_tokens"] for p in points]
-            axes.errorbar(x, values, errors, label=_name(method), capsize=2, linewidth=1.2, elinewidth=0.6, **style)
-        axes.set(xscale="log", xlabel="document tokens", ylabel="exact match", ylim=(-0.03, 1.03))
-        _legend(axes)
+class Figure(NamedTuple):
+    """title: a heading. text: what is shown, with units, a line per paragraph. finding: a sentence, or nothing.
 
-    return _svg(draw, "accuracy") if _by_length(rows) else ""
+    panels: drawings. legend: (name, style). tables: (caption, head, lines). tasks: whose rows it is made of.
+    """
+
+    key: str
+    title: str
+    text: str
+    finding: str
+    panels: list[str]
+    legend: list[tuple[str, Style]]
+    tables: list[tuple[str, Sequence[str], list[list[str]]]]
+    tasks: list[str]
 
 
-def cost_by_length(rows: Rows) -> str:
-    def draw(figure: Any) -> None:
-        left, right = figure.subplots(1, 2)
-        for method, style, points in _by_length(rows):
-            for axes, key in ((left, "prepare_s"), (right, "question_s")):
-                chosen = [p for p in points if p[key] is not None]
-                x, y = [p["document_tokens"] for p in chosen], [1000 * p[key] for p in chosen]
-                axes.plot(x, y, label=_name(method), linewidth=1.2, **style)
-        for axes, label in ((left, "ms to prepare a document"), (right, "ms per question")):
-            axes.set(xscale="log", yscale="log", xlabel="document tokens", ylabel=label)
-        _legend(right)
-
-    return _svg(draw, "cost") if _by_length(rows) else ""
+def all_figures(rows: Rows) -> tuple[list[Figure], list[tuple[str, str]]]:
+    """(figures, what is missing): missing are (title, command)."""
+    figures, missing = [], []
+    for make, title, command in FIGURES:
+        figure = make(rows)
+        if figure:
+            figures.append(figure)
+        else:
+            missing.append((title, f"python -m benchmarks.run {command}"))
+    return figures, missing
 
 
-def memory_by_length(rows: Rows) -> str:
-    def draw(figure: Any) -> None:
-        left, right = figure.subplots(1, 2)
-        for method, style, points in _by_length(rows):
-            x = [p["document_tokens"] for p in points]
-            left.plot(
-                x, [max(p["stored_bytes"], 1) / 1024 for p in points], label=_name(method), linewidth=1.2, **style
-            )
-            peaks = [(p["prepare_peak_bytes"], p["answer_peak_bytes"]) for p in points]
-            if all(None not in peak for peak in peaks):
-                right.plot(x, [max(peak) / 1024 for peak in peaks], label=_name(method), linewidth=1.2, **style)
-        left.set(xscale="log", yscale="log", xlabel="document tokens", ylabel="KiB kept")
-        right.set(xscale="log", yscale="log", xlabel="document tokens", ylabel="peak KiB")
-        _legend(right)
-
-    return _svg(draw, "memory") if _by_length(rows) else ""
+# Accuracy
 
 
-def capacity(rows: Rows) -> str:
-    chosen = [(m, s, [p for p in points if p.get("gap_closed") is not None]) for m, s, points in _by_length(rows)]
-    chosen = [
-        (m, s, points) for m, s, points in chosen if points and ("lora" in m or "distillation" in m or "warm" in m)
-    ]
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for method, style, points in chosen:
-            x, y = [p["document_tokens"] for p in points], [p["gap_closed"] for p in points]
-            axes.plot(x, y, label=_name(method), linewidth=1.2, **style)
-        axes.set(xscale="log", xlabel="document tokens in one adapter", ylabel="share of the gap closed")
-        _legend(axes)
-
-    return _svg(draw, "capacity") if chosen else ""
-
-
-def pareto(rows: Rows) -> str:
-    chosen = [row for row in rows if row["task"] == "encyclopedia" and row.get("question_s") is not None]
-
-    def draw(figure: Any) -> None:
-        first = chosen[0]["set"]
-        for axes, number in zip(figure.subplots(1, 2, sharey=True), (1, 32), strict=True):
-            for row, style in ((r, _style(r["method"])) for r in chosen if r["set"] == first):
-                x = 1000 * (row["question_s"] + (row["prepare_s"] or 0) / number)
-                axes.plot([x], [row["exact_match"]], label=_name(row["method"]), **(style | {"linestyle": "none"}))
-            axes.set(
-                xscale="log",
-                xlabel=f"ms per question, {number} asked",
-                ylabel=f"exact match, {first}" if number == 1 else "",
-                ylim=(-0.03, 1.03),
-            )
-        _legend(axes)
-
-    return _svg(draw, "pareto") if chosen else ""
-
-
-def curves(rows: Rows) -> str:
-    chosen = [row for row in rows if row["task"] == "encyclopedia" and row.get("curve")]
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        first = chosen[0]["set"]
-        for row in (row for row in chosen if row["set"] == first):
-            points = [p for p in row["curve"] if p["seconds"] is not None]
-            # A logarithmic axis has no 0: the start without a generated adapter takes no time.
-            x, y = [max(p["seconds"], 0.01) for p in points], [p["exact_match"] for p in points]
-            axes.plot(x, y, label=_name(row["method"]), linewidth=1.2, **_style(row["method"]))
-        for row in rows:
-            if (row["task"], row["set"], row["method"]) == ("encyclopedia", first, "doc_to_lora"):
-                axes.plot([row["prepare_s"]], [row["exact_match"]], label=_name("doc_to_lora"), **_style("doc_to_lora"))
-        axes.set(xscale="log", xlabel="seconds for one document", ylabel=f"exact match, {first}", ylim=(-0.03, 1.03))
-        _legend(axes)
-
-    return _svg(draw, "curves") if chosen else ""
-
-
-@cache
-def break_even_surface(checkpoint: str) -> str:
-    from benchmarks.cost import amortised
-
-    model = cost_model(checkpoint)
-
-    def draw(figure: Any) -> None:
-        from matplotlib.colors import TwoSlopeNorm
-
-        for axes, other in zip(figure.subplots(1, 2, sharey=True), ("full_context", "prefix_cache"), strict=True):
-            ratios = [
-                [
-                    amortised(model.costs("doc_to_lora", length), number)
-                    / amortised(model.costs(other, length), number)
-                    for length in LENGTHS
-                ]
-                for number in QUESTIONS_PER_VERSION
-            ]
-            logs = [[math.log10(ratio) for ratio in line] for line in ratios]
-            axes.imshow(logs, origin="lower", aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(0, -1.5, 1.5), alpha=0.85)
-            for i, line in enumerate(ratios):
-                for j, ratio in enumerate(line):
-                    axes.text(j, i, f"{ratio:.2g}", ha="center", va="center", fontsize=7, color="black")
-            low, high = min(map(min, logs)), max(map(max, logs))
-            if low < 0 < high:
-                axes.contour(logs, levels=[0], colors="black", linewidths=1.5)
-            axes.set_xticks(range(len(LENGTHS)), [f"{length:,}" for length in LENGTHS], fontsize=7)
-            axes.set_yticks(range(len(QUESTIONS_PER_VERSION)), [f"{n:g}" for n in QUESTIONS_PER_VERSION])
-            axes.set(xlabel="document tokens", title=f"against {_name(other)}")
-            axes.grid(False)
-        figure.axes[0].set_ylabel("questions per version of the document")
-
-    return _svg(draw, "surface")
-
-
-def cost_model(checkpoint: str) -> Any:
-    """FLOPs by length of the checkpoint's model: counted on documents of one and three chunks, analytic elsewhere."""
-    from benchmarks.cost import CostModel, ModelShape, flops_of
-    from benchmarks.internalize_cost import make_document
-    from hypernet.doc_to_lora import DocToLoRA
-
-    model = DocToLoRA.from_pretrained(checkpoint).eval().requires_grad_(False)
-    counted = []
-    for number in (1, 3):
-        document = make_document(model, number * model.max_chunk_tokens * 9 // 10)
-        flops = flops_of(lambda document=document: model.internalize(document))
-        counted.append((model.internalize(document).num_chunks, flops))
-    (chunks, flops), (more_chunks, more_flops) = counted
-    per_chunk = (more_flops - flops) / (more_chunks - chunks)
-    return CostModel(
-        shape=ModelShape.of(model.base_model),
-        targets=model.hypernetwork.targets,
-        rank_per_chunk=model.hypernetwork.rank,
-        max_chunk_tokens=model.max_chunk_tokens,
-        internalize_flops=(flops - chunks * per_chunk, per_chunk),
-        question_tokens=12,
-        answer_tokens=5,
+def by_set(rows: Rows) -> Figure | None:
+    """Every set of every task, with the controls."""
+    shown = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER)
+    chosen = [row for row in rows if row["kind"] == "summary" and row["method"] in shown]
+    if not any(row["method"] == ADAPTER for row in chosen):
+        return None
+    panels, lines = [], []
+    for task in dict.fromkeys(row["task"] for row in chosen):
+        own = []
+        for name in dict.fromkeys(row["set"] for row in chosen if row["task"] == task):
+            found = {r["method"]: r for r in chosen if (r["task"], r["set"]) == (task, name)}
+            own.append((name, [(m, found[m]["exact_match"], found[m]["interval"]) for m in shown if m in found]))
+            lines.append([task_name(task), name, *(_score(found.get(m)) for m in shown)])
+        panels.append(dots(task_name(task), own, x=MATCH))
+    return Figure(
+        "sets",
+        "Accuracy on every set",
+        "Exact match of the adapter beside its controls: no context is the floor, another case's adapter must not be "
+        "better than that, full context is what the adapter stands for. A set's name stands above its lines.",
+        "",
+        panels,
+        [(name_of(m), style_of(m)) for m in legend_order(row["method"] for row in chosen)],
+        [("Exact match (95 % interval)", ("task", "set", *map(name_of, shown)), lines)],
+        list(dict.fromkeys(row["task"] for row in chosen)),
     )
 
 
-def _by_length(rows: Rows) -> list[tuple[str, dict, list[dict]]]:
-    """(method, style, points by length) of the encyclopedia's sets with one document."""
-    chosen = [row for row in rows if row["task"] == "encyclopedia" and "documents" not in row["set"]]
+def accuracy_by_length(rows: Rows) -> Figure | None:
+    chosen = [row for row in rows if is_by_length(row)]
+    x = lambda row: row["document_tokens"]  # noqa: E731
+    return _accuracy(
+        "length",
+        "Accuracy by document length",
+        "Exact match by the mean length of one encyclopedia article, in tokens. Where the window is too short, full "
+        "context loses the middle of the document.",
+        chosen,
+        x,
+        Axis("document tokens", log=True),
+    )
+
+
+def needles(rows: Rows) -> Figure | None:
+    chosen = [row for row in _slices(rows, "num_chunks") if row["task"].startswith(("needles", "niah"))]
+    figure = _accuracy(
+        "needles",
+        "Needles in a haystack, by number of chunks",
+        "Exact match on a number hidden in filler text of so many chunks, each read by itself into its own part of the "
+        "adapter.",
+        chosen,
+        lambda row: row["attributes"]["num_chunks"],
+        Axis("chunks", log=True, ticks=_values(chosen, "num_chunks")),
+    )
+    pairs = [
+        row
+        for row in _slices(rows, "num_chunks", "depth")
+        if row["task"].startswith(("needles", "niah")) and row["method"] == ADAPTER
+    ]
+    return _with_depths(figure, pairs) if figure and pairs else figure
+
+
+def _with_depths(figure: Figure, pairs: Rows) -> Figure:
+    depths = sorted({row["attributes"]["depth"] for row in pairs})
+    names = {depth: f"needle at {depth:.0%} of the text" for depth in depths}
+    styles = {name: LINES[i % len(LINES)] for i, name in enumerate(names.values())}
+    panels = []
+    for task in dict.fromkeys(row["task"] for row in pairs):
+        series = [
+            Series(
+                names[depth],
+                [
+                    Point(row["attributes"]["num_chunks"], row["exact_match"])
+                    for row in pairs
+                    if (row["task"], row["attributes"]["depth"]) == (task, depth)
+                ],
+            )
+            for depth in depths
+        ]
+        title = f"{task_name(task)}: Doc-to-LoRA by depth"
+        panels.append(
+            chart(
+                title,
+                series,
+                x=Axis("chunks", log=True, ticks=_values(pairs, "num_chunks")),
+                y=_plain_match(),
+                styles=styles,
+            )
+        )
+    return figure._replace(
+        panels=[*figure.panels, *panels], legend=[*figure.legend, *((name, styles[name]) for name in styles)]
+    )
+
+
+def composition(rows: Rows) -> Figure | None:
+    chosen = [row for row in _slices(rows, "num_documents") if row["task"].startswith("composition")]
+    return _accuracy(
+        "composition",
+        "Adapters joined: accuracy by number of documents",
+        "Exact match on the same questions where each article's adapter is alone and where several are concatenated.",
+        chosen,
+        lambda row: row["attributes"]["num_documents"],
+        Axis("documents in one adapter", log=True, ticks=_values(chosen, "num_documents")),
+    )
+
+
+def interference(rows: Rows) -> Figure | None:
+    """What adapters do to questions that their document says nothing about: every method that has one."""
+    without = ("prefix_cache", "retrieval", "retrieval_dense")
+    own = [row for row in interference_rows(rows) if row["method"] not in without]
+    if not any(row["method"] == ADAPTER for row in own):
+        return None
+    methods = legend_order(row["method"] for row in own)
+    found = {(row["set"], row["method"]): row for row in own}
+    sets = list(dict.fromkeys(row["set"] for row in own))
+    panels, lines = [], []
+    for name in sets:
+        values = [(m, found[name, m]) for m in methods if (name, m) in found]
+        panels.append(dots(name, [("", [(m, r["exact_match"], r["interval"]) for m, r in values])], x=MATCH))
+        lines.append([name, *(_score(found.get((name, m))) for m in methods)])
+    scores = [
+        f"{name} {found[name, ADAPTER]['exact_match']:.2f} instead of {found[name, FLOOR]['exact_match']:.2f}"
+        for name in sets
+        if {(name, ADAPTER), (name, FLOOR)} <= set(found)
+    ]
+    return Figure(
+        "interference",
+        "Interference: what an adapter does to other questions",
+        "Exact match on questions that the adapter's document says nothing about: background knowledge, and another "
+        "document in the prompt. No context, which is no adapter at all, is the most that can be hoped for.",
+        f"With Doc-to-LoRA: {'; '.join(scores)}." if scores else "",
+        panels,
+        [(name_of(m), style_of(m)) for m in methods],
+        [("Exact match (95 % interval)", ("set", *map(name_of, methods)), lines)],
+        [own[0]["task"]],
+    )
+
+
+def interference_rows(rows: Rows) -> list[Row]:
+    """Of the sweep that is about interference where there is one, for it has more cases than the tiny one."""
+    chosen = [row for row in rows if row["kind"] == "summary" and row["task"] in INTERFERENCE]
+    first = min((row["task"] for row in chosen), key=INTERFERENCE.index, default="")
+    return [row for row in chosen if row["task"] == first]
+
+
+def capacity(rows: Rows) -> Figure | None:
+    """A panel for each task, a line for each rank, which are checkpoints of their own."""
+    chosen = [row for row in _slices(rows, "facts_per_chunk") if row["task"].startswith("capacity")]
+    ranks = {row["method"]: row["attributes"].get("rank") for row in chosen if is_adapter(row["method"])}
+    if not ranks:
+        return None
+    names = {m: f"Doc-to-LoRA, rank {rank:g} per chunk" if rank else name_of(m) for m, rank in ranks.items()}
+    ordered = sorted(ranks, key=lambda m: (ranks[m] or 0, order(m)))
+    styles = {names[m]: LINES[i % len(LINES)] for i, m in enumerate(ordered)}
+    others = [m for m in CONTROLS if any(row["method"] == m for row in chosen)]
+    panels, lines = [], []
+    tasks = list(dict.fromkeys(row["task"] for row in chosen))
+    for task in tasks:
+        own = sorted((row for row in chosen if row["task"] == task), key=_facts)
+        shown = [m for m in (*others, *ordered) if any(row["method"] == m for row in own)]
+        series = [Series(names.get(m, m), [_match(r, _facts) for r in own if r["method"] == m]) for m in shown]
+        title = CAPACITY.get(task, task_name(task))
+        x = Axis("facts per chunk", log=True, ticks=sorted({_facts(row) for row in own}))
+        panels.append(chart(title, series, x=x, y=MATCH, styles=styles))
+        for row in own:
+            if row["method"] in shown:
+                name = names.get(row["method"], name_of(row["method"]))
+                lines.append([title, short(_facts(row)), name, _score(row), _gap(row)])
+    head = ("task", "facts per chunk", "method", "exact match (95 % interval)", "share of the gap closed")
+    return Figure(
+        "capacity",
+        "Capacity: facts in one adapter",
+        "Exact match where every fact of the document is asked for, by facts per chunk; each chunk has ranks of its "
+        "own in the adapter.",
+        "",
+        panels,
+        [*((name_of(m), style_of(m)) for m in others), *styles.items()],
+        [("Capacity", head, lines)],
+        tasks,
+    )
+
+
+def is_adapter(method: str) -> bool:
+    """Whether it is Doc-to-LoRA, of the shipped checkpoint or of one of several ranks."""
+    return method == ADAPTER or method.startswith(f"{ADAPTER}_rank")
+
+
+def _facts(row: Row) -> float:
+    return row["attributes"]["facts_per_chunk"]
+
+
+def _accuracy(key: str, title: str, text: str, chosen: Rows, x: Callable[[Row], float], axis: Axis) -> Figure | None:
+    """Panels by group of methods, each with the controls; a task that comes in variants has panels for each."""
+    if not any(row["method"] == ADAPTER for row in chosen):
+        return None
+    panels, shown = [], set()
+    tasks = list(dict.fromkeys(row["task"] for row in chosen))
+    for task in tasks:
+        own = [row for row in chosen if row["task"] == task]
+        same = _same_answers(own)
+        for name, group in _groups_of({row["method"] for row in own} - {same}):
+            series = [
+                Series(m, [_match(r, x) for r in sorted((r for r in own if r["method"] == m), key=x)]) for m in group
+            ]
+            shown.update(group)
+            panels.append(chart(f"{task_name(task)}: {name}" if len(tasks) > 1 else name, series, x=axis, y=MATCH))
+        if same:
+            text += f" The {name_of(same)} answers as full context does."
+    values = sorted({x(row) for row in chosen})
+    columns = [short(value) for value in values]
+    lines = []
+    for task in tasks:
+        for method in legend_order(row["method"] for row in chosen if row["task"] == task):
+            found = {x(r): r for r in chosen if (r["task"], r["method"]) == (task, method)}
+            name = f"{task_name(task)}, {name_of(method)}" if len(tasks) > 1 else name_of(method)
+            lines.append([name, *(_score(found.get(value)) for value in values)])
+    return Figure(
+        key,
+        title,
+        text,
+        _trend([row for row in chosen if row["task"] == tasks[0]], x, axis.label),
+        panels,
+        [(name_of(m), style_of(m)) for m in legend_order(shown)],
+        [(f"Exact match (95 % interval) by {axis.label}", ("method", *columns), lines)],
+        tasks,
+    )
+
+
+def _groups_of(methods: set[str]) -> list[tuple[str, list[str]]]:
+    """(panel's name, its methods), the controls in each; methods that are in no group are put into the first."""
+    known = {m for _, group in GROUPS for m in group} | set(CONTROLS)
     result = []
-    for method in dict.fromkeys(row["method"] for row in chosen):
-        points = sorted((row for row in chosen if row["method"] == method), key=lambda row: row["document_tokens"])
-        result.append((method, _style(method), points))
+    for place, (name, group) in enumerate(GROUPS):
+        own = [m for m in group if m in methods]
+        if place == 0:
+            own += sorted(methods - known)
+        if set(own) - {ADAPTER} or (place == 0 and own):
+            result.append((name, sorted({*own, *(m for m in CONTROLS if m in methods)}, key=order)))
     return result
 
 
-def _style(method: str) -> dict[str, Any]:
-    from benchmarks.report import METHODS
-
-    place = METHODS.index(method) if method in METHODS else len(METHODS)
-    dashed = "--" if place >= len(_COLORS) else "-"
-    return {
-        "color": _COLORS[place % len(_COLORS)],
-        "marker": _MARKERS[place % len(_MARKERS)],
-        "linestyle": dashed,
-        "markersize": 5,
-    }
+def _same_answers(rows: Rows) -> str | None:
+    """prefix_cache, if it scores like full context throughout and so would hide behind it."""
+    scores = {m: [(r["set"], r["exact_match"]) for r in rows if r["method"] == m] for m in (CEILING, "prefix_cache")}
+    return (
+        "prefix_cache" if scores["prefix_cache"] and sorted(scores[CEILING]) == sorted(scores["prefix_cache"]) else None
+    )
 
 
-def _name(method: str) -> str:
-    return method.replace("_", " ")
+def _trend(rows: Rows, x: Callable[[Row], float], label: str) -> str:
+    parts = []
+    for method in (ADAPTER, CEILING, "retrieval"):
+        own = sorted((row for row in rows if row["method"] == method), key=x)
+        if len(own) > 1:
+            parts.append(f"{name_of(method)} {own[0]['exact_match']:.2f} and {own[-1]['exact_match']:.2f}")
+            ends = f"At {short(x(own[0]), digits=2)} and at {short(x(own[-1]), digits=2)} {label}"
+    return f"{ends}: {'; '.join(parts)}." if parts else ""
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, frameon=False)
+# Costs
 
 
-def _svg(draw: Callable[[Any], None], key: str) -> str:
-    """The drawing as an <svg> element whose ids are its own and whose black is the page's text colour."""
-    import matplotlib
+def cost_by_length(rows: Rows) -> Figure | None:
+    chosen = [row for row in rows if is_by_length(row)]
+    columns = (
+        ("Preparing a document", "milliseconds, once per document", lambda r: _times(r["prepare_s"], 1000)),
+        ("Time to first token", "milliseconds, per question", lambda r: _times(r["first_token_s"], 1000)),
+        ("A whole answer", "milliseconds, at equal answer length", lambda r: _times(at_equal_length(r), 1000)),
+    )
+    text = "Medians of questions that are asked one by one, by the document's length."
+    return _costs("cost", "Cost by document length", text, chosen, columns)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    colors = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor")
-    settings = dict.fromkeys(colors, _TEXT) | {
-        "svg.fonttype": "none",
-        "svg.hashsalt": key,
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "grid.color": _TEXT,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(settings):
-        figure = pyplot.figure(figsize=(9.5, 4), layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        pyplot.close(figure)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = svg.replace(_TEXT, "currentColor")
-    svg = re.sub(r'\bid="', f'id="{key}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{key}-", svg)
-    return re.sub(r'(xlink:href|href)="#', rf'\1="#{key}-', svg)
+def memory_by_length(rows: Rows) -> Figure | None:
+    chosen = [row for row in rows if is_by_length(row)]
+    columns = (
+        ("Kept between questions", "KiB per document", lambda r: _times(r["stored_bytes"], 1 / 1024)),
+        ("Peak while preparing", "MiB beyond the model's", lambda r: _times(r["prepare_peak_bytes"], 2**-20)),
+        (
+            "Peak while answering",
+            "MiB beyond the model's and what is kept",
+            lambda r: _times(r["answer_peak_bytes"], 2**-20),
+        ),
+    )
+    text = (
+        "What is kept of a document (adapter, keys and values, index or text), and the most held at a time in tensors. "
+        "No context keeps nothing and is not drawn where a logarithmic axis has no 0."
+    )
+    return _costs("memory", "Memory by document length", text, chosen, columns)
+
+
+def _costs(
+    key: str, title: str, text: str, chosen: Rows, columns: Sequence[tuple[str, str, Callable]]
+) -> Figure | None:
+    # Adapters of one size cost the same: one stands for its controls, one gradient method for its like.
+    shown = (
+        FLOOR,
+        CEILING,
+        "prefix_cache",
+        "retrieval",
+        "retrieval_dense",
+        ADAPTER,
+        WRONG,
+        "text_lora",
+        "distillation_generated",
+    )
+    panels, used = [], set()
+    for name, unit, value in columns:
+        series = []
+        for method in shown:
+            own = sorted((r for r in chosen if r["method"] == method), key=lambda r: r["document_tokens"])
+            points = [Point(r["document_tokens"], value(r)) for r in own if value(r)]
+            if points:
+                series.append(Series(method, points))
+                used.add(method)
+        if series:
+            panels.append(chart(name, series, x=Axis("document tokens", log=True), y=Axis(unit, log=True)))
+    if not panels:
+        return None
+    values = sorted({row["document_tokens"] for row in chosen})
+    tables = [
+        (
+            f"{name}, {unit}, by document tokens",
+            ("method", *map(short, values)),
+            [
+                [
+                    name_of(m),
+                    *(
+                        _number(next((value(r) for r in chosen if (r["method"], r["document_tokens"]) == (m, v)), None))
+                        for v in values
+                    ),
+                ]
+                for m in legend_order(row["method"] for row in chosen)
+            ],
+        )
+        for name, unit, value in columns
+    ]
+    left = {row["method"] for row in chosen} - used
+    if left:
+        text += f" In the table only: {', '.join(name_of(m) for m in legend_order(left))}."
+    return Figure(
+        key, title, text, "", panels, [(name_of(m), style_of(m)) for m in legend_order(used)], tables, ["encyclopedia"]
+    )
+
+
+def pareto(rows: Rows) -> Figure | None:
+    chosen = [row for row in rows if is_by_length(row) and at_equal_length(row) is not None]
+    if not any(row["method"] == ADAPTER for row in chosen):
+        return None
+    names = sorted({(row["document_tokens"], row["set"]) for row in chosen if row["method"] == ADAPTER})
+    panels, lines, used = [], [], set()
+    for number in (1, 32):
+        for _, name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
+            own = [row for row in chosen if row["set"] == name]
+            cost = lambda r, n=number: 1000 * (at_equal_length(r) + (r["prepare_s"] or 0) / n)  # noqa: E731
+            series = [Series(r["method"], [_match(r, cost)], joined=False) for r in own]
+            used.update(row["method"] for row in own)
+            title = f"{name}, {number} question{'s' if number > 1 else ''} per document"
+            panels.append(chart(title, series, x=Axis("milliseconds per question", log=True), y=MATCH))
+            lines += [[name, str(number), name_of(r["method"]), short(cost(r)), _score(r)] for r in own]
+    return Figure(
+        "pareto",
+        "Quality against cost",
+        "Exact match by the milliseconds of one question and its share of the preparation, where a document is asked "
+        "1 or 32 questions. Better is up and left.",
+        "",
+        panels,
+        [(name_of(m), style_of(m)) for m in legend_order(used)],
+        [
+            (
+                "Quality and cost",
+                ("set", "questions per document", "method", "ms per question", "exact match (95 % interval)"),
+                lines,
+            )
+        ],
+        ["encyclopedia"],
+    )
+
+
+def curves(rows: Rows) -> Figure | None:
+    """Gradient methods over their steps, with the methods that take none as flat lines."""
+    chosen = [row for row in rows if is_by_length(row) and row.get("curve")]
+    if not chosen:
+        return None
+    names = sorted({(row["document_tokens"], row["set"]) for row in chosen})
+    panels, lines, used = [], [], set()
+    for _, name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
+        own = [row for row in chosen if row["set"] == name]
+        steps = [point["step"] for point in own[0]["curve"]]
+        flat = [
+            row for row in rows if is_by_length(row) and row["set"] == name and row["method"] in (ADAPTER, *CONTROLS)
+        ]
+        series = [
+            *(Series(r["method"], [Point(s, r["exact_match"]) for s in (steps[0], steps[-1])]) for r in flat),
+            *(
+                Series(
+                    r["method"],
+                    [Point(p["step"], p["exact_match"], *(p["interval"] or (None, None))) for p in r["curve"]],
+                )
+                for r in own
+            ),
+        ]
+        used.update(s.key for s in series)
+        panels.append(chart(name, series, x=Axis("gradient steps", ticks=steps), y=MATCH))
+        for row in own:
+            for p in row["curve"]:
+                seconds = "–" if p["seconds"] is None else short(p["seconds"])
+                lines.append([name, name_of(row["method"]), str(p["step"]), seconds, _score(p)])
+    return Figure(
+        "curves",
+        "Quality over gradient steps",
+        "Exact match after so many steps on one document; methods without steps are flat lines. All other figures show "
+        "the last step. Seconds are in the table.",
+        _seconds_found(rows),
+        panels,
+        [(name_of(m), style_of(m)) for m in legend_order(used)],
+        [
+            (
+                "Quality over gradient steps",
+                ("set", "method", "steps", "seconds for one document", "exact match (95 % interval)"),
+                lines,
+            )
+        ],
+        ["encyclopedia"],
+    )
+
+
+def _seconds_found(rows: Rows) -> str:
+    own = [r for r in rows if is_by_length(r) and r["method"] in (ADAPTER, *GRADIENT) and r["prepare_s"]]
+    generated = [r for r in own if r["method"] == ADAPTER]
+    trained = [r["prepare_s"] for r in own if r["method"] in GRADIENT]
+    if not generated or not trained:
+        return ""
+    ours = [r["prepare_s"] for r in generated]
+    return (
+        f"Doc-to-LoRA takes {short(1000 * min(ours))} to {short(1000 * max(ours))} ms for a document, all steps of a "
+        f"gradient method {short(1000 * min(trained))} to {short(1000 * max(trained))} ms."
+    )
+
+
+# Break-even
+
+
+BREAK_EVEN = (
+    "set",
+    "document tokens",
+    *(f"{name_of(m)}, {what}" for m in ALTERNATIVES for what in ("by the clock (95 %)", "in FLOPs")),
+)
+
+
+def break_even_cells(row: Row) -> list[str]:
+    cells = [row["set"], short(row["document_tokens"])]
+    for method in ALTERNATIVES:
+        found = row["break_even"].get(method, {})
+        cells += [_questions(found, "seconds"), _questions(found, "flops")]
+    return cells
+
+
+def _questions(found: Row, what: str) -> str:
+    if what not in found:
+        return "–"
+    text = _or_never(found[what])
+    interval = found.get(f"{what}_interval")
+    if interval is None or interval == [found[what]] * 2:
+        return text
+    low, high = map(_or_never, interval)
+    return f"{text} ({low} to {high})" if low != high else text
+
+
+def _or_never(value: float | None) -> str:
+    return "never" if value is None else short(value, digits=2)
+
+
+def break_even(rows: Rows) -> Figure | None:
+    """The adapter's cost over each alternative's, by document length and questions per version of the document."""
+    surface = [row for row in rows if row["kind"] == "surface"]
+    even = [row for row in rows if row["kind"] == "summary" and row["task"] == "encyclopedia" and row.get("break_even")]
+    even = [row for row in even if row["method"] == ADAPTER]
+    if not surface or not even:
+        return None
+    lengths = sorted({row["num_tokens"] for row in surface})
+    costs = {(row["method"], row["num_tokens"]): row for row in surface}
+    longest = surface[0]["longest_measured"]
+    measured = sum(length <= longest for length in lengths)
+    panels, tables = [], []
+    for unit, what in (("seconds", "by the clock"), ("flops", "in FLOPs")):
+        for other in ALTERNATIVES:
+            pairs = [(costs.get((ADAPTER, n)), costs.get((other, n))) for n in lengths]
+            if not all(a and b and a[unit] and b[unit] for a, b in pairs):
+                continue
+            ratios = [
+                [_amortised(a[unit], number) / _amortised(b[unit], number) for a, b in pairs]
+                for number in QUESTIONS_PER_VERSION
+            ]
+            panels.append(
+                heatmap(
+                    f"Against {name_of(other)}, {what}",
+                    ratios,
+                    columns=[f"{n:,}" for n in lengths],
+                    rows=[f"{n:,g}" for n in QUESTIONS_PER_VERSION],
+                    x_label="document tokens",
+                    y_label="questions per version of the document",
+                    mark_after=measured if unit == "seconds" and 0 < measured < len(lengths) else None,
+                )
+            )
+            tables.append(
+                (
+                    f"The adapter's cost over that of {name_of(other)}, {what}, by document tokens",
+                    ("questions per version", *(f"{n:,}" for n in lengths)),
+                    [
+                        [f"{n:,g}", *(short(ratio) for ratio in line)]
+                        for n, line in zip(QUESTIONS_PER_VERSION, ratios, strict=True)
+                    ],
+                )
+            )
+    caption = "Questions about one version of a document from which on the adapter is cheaper, measured set by set"
+    return Figure(
+        "break-even",
+        "Break-even: when does an adapter pay?",
+        _how_counted(surface[0], longest),
+        even_found(even),
+        panels,
+        [],
+        [(caption, BREAK_EVEN, [break_even_cells(row) for row in even]), *tables],
+        ["encyclopedia"],
+    )
+
+
+def _how_counted(row: Row, longest: float) -> str:
+    read = (
+        "A cell is the adapter's cost per question over the alternative's, with the preparation shared among the "
+        "questions asked before the document changes (0.5: it changes twice per question). Blue, below 1: the adapter "
+        "is cheaper. The thick line is the break-even."
+    )
+    counted = (
+        f"Questions have {row['question_tokens']} tokens and answers {row['answer_tokens']}, whatever the method. "
+        "FLOPs follow from the model's shapes as if its window had any length; the tests hold them to PyTorch's counter"
+    )
+    if row["counted_over_formula"]:
+        low, high = row["counted_over_formula"]
+        counted += (
+            f", and these rows count {low:.2f} to {high:.2f} times as many for turning a document into an adapter"
+        )
+    counted += (
+        ". Seconds are fitted to the measured rows: for each method a fixed time and a time per FLOP, of preparing, of "
+        "the first token and of each further one"
+    )
+    if row["fit_error"] is not None:
+        counted += f"; the fit is off by {row['fit_error']:.1%} (median)"
+    return f"{read}\n{counted}. Beyond {short(longest)} tokens, right of the dashed line, they are extrapolated."
+
+
+def even_found(even: Rows) -> str:
+    parts = []
+    for other in ALTERNATIVES:
+        found = [row["break_even"].get(other, {}) for row in even]
+        clock = [f["seconds"] for f in found if "seconds" in f]
+        flops = [f["flops"] for f in found if "flops" in f]
+        if clock:
+            said = _span(clock)
+            parts.append(f"against {name_of(other)} {said}" + (f" ({_span(flops)} in FLOPs)" if flops else ""))
+    return f"By the clock, over the encyclopedia's sets: {'; '.join(parts)}." if parts else ""
+
+
+def _span(values: Sequence[float | None]) -> str:
+    """ "3 to 12 questions on 4 sets, never on 2" """
+    finite = sorted(v for v in values if v is not None)
+    if not finite:
+        return "never"
+    low, high = (short(value, digits=2) for value in (finite[0], finite[-1]))
+    ends = low if low == high else f"{low} to {high}"
+    never = len(values) - len(finite)
+    return f"after {ends} questions" + (f" on {len(finite)} sets, never on {never}" if never else "")
+
+
+def _amortised(costs: Sequence[float], number: float) -> float:
+    prepare, question = costs
+    return question + prepare / number
+
+
+FIGURES: tuple[tuple[Callable[[Rows], Figure | None], str, str], ...] = (
+    (by_set, "Accuracy on every set", "sweep=tiny"),
+    (accuracy_by_length, "Accuracy by document length", "sweep=tiny"),
+    (
+        needles,
+        "Needles in a haystack, by number of chunks",
+        "sweep=niah",
+    ),
+    (
+        composition,
+        "Adapters joined: accuracy by number of documents",
+        "sweep=composition",
+    ),
+    (
+        interference,
+        "Interference: what an adapter does to other questions",
+        "sweep=interference",
+    ),
+    (
+        capacity,
+        "Capacity: facts in one adapter",
+        "sweep=capacity",
+    ),
+    (cost_by_length, "Cost by document length", "sweep=tiny"),
+    (memory_by_length, "Memory by document length", "sweep=tiny"),
+    (pareto, "Quality against cost", "sweep=tiny"),
+    (break_even, "Break-even: when does an adapter pay?", "sweep=tiny"),
+    (curves, "Quality over gradient steps", "sweep=tiny"),
+)
+
+
+# Parts
+
+
+def _slices(rows: Rows, *by: str) -> list[Row]:
+    return [row for row in rows if row["kind"] == "slice" and row["by"] == list(by)]
+
+
+def _values(rows: Rows, key: str) -> list[float]:
+    return sorted({row["attributes"][key] for row in rows})
+
+
+def _match(row: Row, x: Callable[[Row], float]) -> Point:
+    return Point(x(row), row["exact_match"], *(row["interval"] or (None, None)))
+
+
+def _plain_match() -> Axis:
+    return MATCH._replace(label="exact match")
+
+
+def _score(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    interval = row.get("interval")
+    return f"{row['exact_match']:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
+
+
+def _gap(row: Row) -> str:
+    return f"{row['gap_closed']:.2f}" if row.get("gap_closed") is not None else "–"
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else short(value)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")

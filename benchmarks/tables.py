@@ -1,7 +1,9 @@
-"""Writes the tables in README.md and the model card from the committed rows: `python -m benchmarks.tables`
+"""Writes the tables in README.md and the model card, and README's plots, from the committed rows:
+`python -m benchmarks.tables`
 
-A table stands between `<!-- figures: benchmarks/results/<name>.jsonl -->` and `<!-- /figures -->`; a test fails when it
-differs from what its rows give.
+A table stands between `<!-- figures: benchmarks/results/<name>.jsonl -->` and `<!-- /figures -->`; where a file gives
+several, the table's name follows the file's: `<!-- figures: benchmarks/results/bench.jsonl capacity -->`. A test fails
+when one differs from what its rows give, and so for the plots, `benchmarks/results/<name>.svg`.
 """
 
 import json
@@ -10,9 +12,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import internalize_cost, kernel_speed, real_text, report, tiny_figures
+from benchmarks import internalize_cost, kernel_speed, plots, real_text, report, tiny_figures
+from benchmarks.svg import standalone
 
 ROOT = Path(__file__).parent.parent
+RESULTS = Path("benchmarks/results")
 FILES = ("README.md", "assets/tiny/README.md")
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "tiny_figures": tiny_figures.markdown,
@@ -20,24 +24,63 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "kernel_speed": kernel_speed.markdown,
     "internalize_cost": internalize_cost.markdown,
     "bench": report.overview,
+    "niah": report.niah,
+    "composition": report.composition,
+    "interference": report.interference,
+    "capacity": report.capacity,
 }
-_BLOCK = re.compile(r"(<!-- figures: (benchmarks/results/(\w+)\.jsonl) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
+# Of the report's rows: from a file of that name, or else from the tiny sweep's.
+PLOTS: dict[str, Callable[[list[dict]], plots.Figure | None]] = {
+    "niah": plots.needles,
+    "composition": plots.composition,
+    "interference": plots.interference,
+    "capacity": plots.capacity,
+}
+MAX_PANELS = 3  # side by side, as wide as README shows
+_BLOCK = re.compile(
+    r"(<!-- figures: (benchmarks/results/(\w+)\.jsonl)(?: (\w+))? -->\n)(.*?)(<!-- /figures -->)", re.DOTALL
+)
 
 
 def with_tables(text: str) -> str:
-    """The text with every table made anew from its rows."""
+    """The text with every table made anew from its rows.
+
+    Raises:
+        ValueError: a block names no table that there is.
+    """
 
     def table(match: re.Match) -> str:
-        lines = (ROOT / match[2]).read_text(encoding="utf-8").splitlines()
-        return f"{match[1]}\n{TABLES[match[3]]([json.loads(line) for line in lines])}\n\n{match[5]}"
+        name = match[4] or match[3]
+        if name not in TABLES:
+            raise ValueError(f"{match[1].strip()} asks for table {name!r}; there are {', '.join(TABLES)}.")
+        return f"{match[1]}\n{TABLES[name](_rows(ROOT / match[2]))}\n\n{match[6]}"
 
     return _BLOCK.sub(table, text)
+
+
+def made_plots(root: Path = ROOT) -> dict[str, str]:
+    """File → SVG of every plot whose rows are committed."""
+    made = {}
+    for name, figure_of in PLOTS.items():
+        path = next((p for stem in (name, "bench") if (p := root / RESULTS / f"{stem}.jsonl").is_file()), None)
+        figure = figure_of(_rows(path)) if path else None
+        if figure:
+            panels = figure.panels[:MAX_PANELS]
+            made[f"{RESULTS}/{name}.svg"] = standalone(panels, figure.legend)
+    return made
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> None:
     for name in FILES:
         path = ROOT / name
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"{name} follows its rows.", file=sys.stderr)
+    for name, svg in made_plots().items():
+        (ROOT / name).write_text(svg, encoding="utf-8")
         print(f"{name} follows its rows.", file=sys.stderr)
 
 

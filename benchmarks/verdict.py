@@ -5,7 +5,7 @@ parts = verdict(rows)      # (what it says, sentence): wins, what is level, loss
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.plots import even_found
+from benchmarks.plots import INTERFERENCE, even_found, interference_rows
 from benchmarks.summary import (
     ADAPTER,
     ALTERNATIVES,
@@ -22,9 +22,6 @@ from benchmarks.summary import (
 )
 from benchmarks.svg import short
 
-# Tasks whose documents say nothing that is asked for: an adapter can only do harm.
-HARM = ("locality",)
-
 
 def verdict(rows: Rows) -> list[tuple[str, str]]:
     """One paragraph in up to three parts, (what it says, sentence): wins, what is level, losses.
@@ -40,26 +37,25 @@ def verdict(rows: Rows) -> list[tuple[str, str]]:
 
 
 def details(rows: Rows) -> list[tuple[str, str]]:
-    """The same comparisons in full: (what with, sentence), set by set where the adapter is not level."""
-    own = answerable(rows)
-    result = []
-    for other in (CEILING, "retrieval"):
-        won, level, lost = compared(own, other)
-        parts = [
-            f"{verb}: {_examples(found, other)}"
-            for verb, found in zip(_VERBS, (won, level, lost), strict=True)
-            if found
-        ]
-        if parts:
-            result.append((f"Against {name_of(other)}", f"{'; '.join(parts)}."))
-    if text := even_found([row for row in rows if is_by_length(row) and row["method"] == ADAPTER]):
-        result.append(("Break-even", text))
-    if text := _gradients(rows):
-        result.append(("Against trained adapters", text))
-    return result
+    """More sentences: (what about, sentence)."""
+    even = even_found([row for row in rows if is_by_length(row) and row["method"] == ADAPTER])
+    found = [("Break-even", even), ("Against trained adapters", _gradients(rows))]
+    return [(title, text) for title, text in found if text]
 
 
-_VERBS = ("wins on", "level on", "loses on")
+def set_by_set(rows: Rows) -> tuple[Sequence[str], list[list[str]]]:
+    """(head, lines) of a table: the adapter minus each alternative on every set, with 95 % intervals."""
+    others = (CEILING, "retrieval", WRONG)
+    lines = []
+    for row in answerable(rows):
+        cells = [f"{task_name(row['task'])}, {row['set']}", f"{row['exact_match']:.2f}"]
+        for other in others:
+            found = row["against"].get(other)
+            interval = found and found["interval"]
+            text = f"{found['difference']:+.2f}" if found else "–"
+            cells.append(f"{text} ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else text)
+        lines.append(cells)
+    return ("set", name_of(ADAPTER), *(f"minus {name_of(other)}" for other in others)), lines
 
 
 def answerable(rows: Rows) -> list[Row]:
@@ -69,7 +65,7 @@ def answerable(rows: Rows) -> list[Row]:
         for row in rows
         if row["kind"] == "summary"
         and row["method"] == ADAPTER
-        and row["task"] not in (*HARM, *CONTROL_TASKS)
+        and row["task"] not in (*INTERFERENCE, *CONTROL_TASKS)
         and {CEILING, FLOOR} <= set(row.get("against", {}))
         and _of(row, CEILING) > _of(row, FLOOR)
     ]
@@ -110,11 +106,7 @@ def _quality(rows: Rows) -> Phrases:
 def _harm(rows: Rows) -> Phrases:
     """On questions that the document says nothing about."""
     result: Phrases = ([], [], [])
-    own = [
-        row
-        for row in rows
-        if row["kind"] == "summary" and row["method"] == ADAPTER and row["task"] in HARM and FLOOR in row["against"]
-    ]
+    own = [row for row in interference_rows(rows) if row["method"] == ADAPTER and FLOOR in row["against"]]
     titles = ("better than no context", "with no context", "below no context")
     for phrases, found, title in zip(result, compared(own, FLOOR), titles, strict=True):
         if found:

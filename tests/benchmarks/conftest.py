@@ -34,10 +34,9 @@ SETS = {
     },
     "composition": {"1 document": (60, {"num_documents": 1}), "4 documents": (240, {"num_documents": 4})},
     "capacity": {
-        "2 facts, 1 entity": (40, {"num_facts": 2, "num_entities": 1, "facts_per_chunk": 2, "rank": 8}),
-        "4 facts, 4 entities": (70, {"num_facts": 4, "num_entities": 4, "facts_per_chunk": 4, "rank": 8}),
+        "2 facts, 1 entity": (40, {"facts_per_chunk": 2, "rank": 8}),
+        "4 facts, 1 entity": (70, {"facts_per_chunk": 4, "rank": 8}),
     },
-    "interference": {"1 other": (60, {"num_adapters": 1}), "3 others": (60, {"num_adapters": 3})},
     "locality": {"background": (60, {})},
     "encyclopedia_empty_document": {"one entity": (60, {})},
 }

@@ -1,0 +1,74 @@
+"""benchmarks/screenshots.py: pictures are there completely or not at all, and errors are one line."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from benchmarks import screenshots
+
+
+@pytest.fixture
+def page(tmp_path) -> Path:
+    path = tmp_path / "page.html"
+    path.write_text("<html><head></head><main><h1>Page</h1></main></html>", encoding="utf-8")
+    return path
+
+
+def stand_in(folder: Path, body: str, monkeypatch) -> Path:
+    """A program called chromium that does this; gives the file into which it writes its arguments."""
+    program, given = folder / "chromium", folder / "given.txt"
+    seen = f'for a in "$@"; do page=${{a#file://}}; done; cat "$page" > {folder}/seen.html\n'
+    take_arguments = (
+        f'{seen}echo "$@" >> {given}\nfor a in "$@"; do case $a in --screenshot=*) out=${{a#*=}};; esac; done\n'
+    )
+    program.write_text(f"#!/bin/sh\n{take_arguments}{body}\n", encoding="utf-8")
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return given
+
+
+def run(*arguments: str) -> str | None:
+    try:
+        screenshots.main(arguments)
+    except SystemExit as stop:
+        return stop.code
+    return None
+
+
+def test_a_light_desktop_and_a_dark_phone_are_taken(page, tmp_path, monkeypatch) -> None:
+    given = stand_in(tmp_path, 'printf picture > "$out"', monkeypatch)
+    assert run(f"page={page}", f"output_dir={tmp_path / 'docs'}") is None
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == [
+        "benchmark-desktop.png",
+        "benchmark-phone.png",
+    ]
+    desktop, phone = given.read_text(encoding="utf-8").splitlines()
+    assert "preferredColorScheme=1" in desktop and "--window-size=1280," in desktop
+    assert desktop.endswith(page.as_uri()) and not phone.endswith(page.as_uri())
+    assert "main > :has(~ #length)" in (tmp_path / "seen.html").read_text(encoding="utf-8")
+    assert "preferredColorScheme=0" in phone and "--window-size=390," in phone
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("echo broken >&2; exit 3", "made no picture of .*: broken"),
+        ('head -c 400000 /dev/zero > "$out"', "would have 391 KiB, more than 300"),
+    ],
+)
+def test_a_browser_that_fails_leaves_nothing(page, tmp_path, monkeypatch, body, message) -> None:
+    stand_in(tmp_path, body, monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        screenshots.take(page, tmp_path / "docs/picture.png", screenshots.SHOTS[0])
+    assert not list(tmp_path.glob("docs/*"))
+
+
+def test_without_a_browser_or_a_page_one_line_says_what_to_do(page, tmp_path, monkeypatch) -> None:
+    assert "No page at" in run(f"page={tmp_path}/none.html") and "benchmarks.report" in run(
+        f"page={tmp_path}/none.html"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = run(f"page={page}", f"output_dir={tmp_path}")
+    assert message.startswith("benchmarks.screenshots: Screenshots need one of chromium") and "\n" not in message
+    assert "key=value" in run("nonsense")

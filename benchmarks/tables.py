@@ -14,6 +14,13 @@ from pathlib import Path
 
 from benchmarks import internalize_cost, kernel_speed, plots, real_text, report, tiny_figures
 from benchmarks.svg import standalone
+from benchmarks.verdict import verdict
+
+
+def answer(rows: list[dict]) -> str:
+    """When an adapter wins, in one paragraph of Markdown."""
+    return " ".join(f"**{title}** {text}" for title, text in verdict(rows))
+
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")
@@ -23,7 +30,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "real_text": lambda rows: real_text.markdown(rows[0]),
     "kernel_speed": kernel_speed.markdown,
     "internalize_cost": internalize_cost.markdown,
-    "bench": report.overview,
+    "bench": lambda rows: f"{answer(rows)}\n\n{report.overview(rows)}",
     "niah": report.niah,
     "composition": report.composition,
     "interference": report.interference,

@@ -38,7 +38,7 @@ def test_layer_by_layer_and_batch_by_batch_agree_with_all_at_once(make_doc_to_lo
     for mine, theirs in zip(streamed, at_once, strict=True):
         assert mine.keys() == theirs.keys() == set(names)
         for name in names:
-            torch.testing.assert_close(mine[name], theirs[name])
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-4)
             assert mine[name][:, 0].is_contiguous() and not mine[name].requires_grad
 
 

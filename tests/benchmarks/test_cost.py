@@ -1,5 +1,6 @@
 """benchmarks/cost.py: FLOPs from shapes are those that torch counts; break-even from hand-made costs."""
 
+import copy
 import math
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_break_even_is_where_the_totals_cross() -> None:
 def test_a_model_s_costs_are_those_that_torch_counts_for_each_method(make_doc_to_lora) -> None:
     doc_to_lora = make_doc_to_lora().requires_grad_(False)
     model = CostModel.of(doc_to_lora)._replace(question_tokens=9, answer_tokens=4, retrieved_tokens=30)
-    base_model, tokenizer = doc_to_lora.base_model, doc_to_lora.tokenizer
+    base_model, tokenizer = doc_to_lora.base_model, copy.deepcopy(doc_to_lora.tokenizer)  # all tests share it
     tokenizer.eos_token_id = base_model.generation_config.eos_token_id = None  # all answers have the same length
 
     def counted(prompt: int, past: int = 0) -> int:

@@ -226,35 +226,15 @@ METHODS: dict[str, Callable[["DocToLoRA"], Method]] = {
 
 def build_model(name: str, *, device: str, seed: int = 0) -> "DocToLoRA":
     """The shipped tiny model, or gemma-2-2b's shape with random weights in bfloat16 and the paper's hypernetwork."""
-    from benchmarks.internalize_cost import GEMMA_2_2B, PAPER_HYPERNETWORK
-    from hypernet.base_model import build_base_model, freeze, load_base_model
-    from hypernet.doc_to_lora import DocToLoRA
+    from benchmarks import internalize_cost
 
-    if name == "tiny":
-        model = DocToLoRA.from_pretrained(ROOT / "assets/tiny", device=device)
-    else:
-        # Random weights: the tokenizer need only give token ids that the model has.
-        _, tokenizer = load_base_model(ROOT / "assets/tiny/base_model")
-        with torch.device(device):
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(torch.bfloat16)
-            try:
-                base_model = freeze(build_base_model({**GEMMA_2_2B, "pad_token_id": 0}, seed=seed))
-            finally:
-                torch.set_default_dtype(before)
-            torch.manual_seed(seed)
-            model = DocToLoRA.build(
-                base_model=base_model,
-                tokenizer=tokenizer,
-                target_modules=["down_proj"],
-                hypernetwork=PAPER_HYPERNETWORK,
-                context_encoder={"kind": "per_layer_activations"},
-                max_chunk_tokens=1024,
-                base_model_source="random",
-            )
-            with torch.no_grad():  # B starts at zero, and then most gradients are
-                head = model.hypernetwork.lora_head.head.weight
-                head += 0.1 * head.std() * torch.randn_like(head)
+    torch.manual_seed(seed)
+    model = internalize_cost.build_model(name, device=device, max_chunk_tokens=None)
+    model.hypernetwork.float()
+    if name != "tiny":
+        with torch.no_grad():  # B starts at zero, and then most gradients are
+            head = model.hypernetwork.lora_head.head.weight
+            head += 0.1 * head.std() * torch.randn_like(head)
     model.hypernetwork.train().requires_grad_(True)
     return model
 

@@ -304,18 +304,20 @@ def test_adapters_stay_until_after_backward_and_are_gone_then(make_module, make_
     assert torch.equal(module.model.base_model(ids).logits, plain)
 
 
-def test_gradients_are_the_same_with_gradient_checkpointing(make_module, make_data):
+@pytest.mark.parametrize("weights", [{}, {"hidden_weight": 0.5, "l1_weight": 0.5, "key_weight": 0.5}], ids=["", "all"])
+def test_gradients_are_the_same_with_gradient_checkpointing(make_module, make_data, weights):
     """There the base model's layers run again during backward, and must find the adapters still in force."""
     gradients = []
     for checkpointing in (False, True):
-        module = quietly(make_module("doc_to_lora", hidden_weight=0.5, l1_weight=0.5))
+        module = quietly(make_module("doc_to_lora", **weights))
+        module.model.double()
         if checkpointing:
             module.model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
             module.model.base_model.train()
         module.training_step(make_data("doc_to_lora").train[0], 0).backward()
         gradients.append([p.grad for p in module.model.hypernetwork.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(recomputed, plain, rtol=1.3e-6, atol=1e-5)  # losses are in single precision
 
 
 def test_training_changes_the_hypernetwork_alone(tmp_path, make_module, make_data):

@@ -27,6 +27,8 @@ ENCODERS = [
 @pytest.mark.parametrize("max_batch_tokens", [1, 60, 10_000])
 def test_layer_by_layer_and_batch_by_batch_agree_with_all_at_once(make_doc_to_lora, encoder, names, max_batch_tokens):
     model = make_doc_to_lora(context_encoder=encoder, target_modules=names)
+    # In double precision: unit rms makes the rounding of this model's small embeddings large.
+    model.double()
     rows = rows_of(model, TEXT, "A short one.")
     streamed = read_chunks(rows, model.context_encoder, model.hypernetwork, max_batch_tokens=max_batch_tokens)
     width = max(len(ids) for ids, _ in rows)
@@ -38,7 +40,7 @@ def test_layer_by_layer_and_batch_by_batch_agree_with_all_at_once(make_doc_to_lo
     for mine, theirs in zip(streamed, at_once, strict=True):
         assert mine.keys() == theirs.keys() == set(names)
         for name in names:
-            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mine[name], theirs[name])
             assert mine[name][:, 0].is_contiguous() and not mine[name].requires_grad
 
 

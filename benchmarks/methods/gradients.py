@@ -4,6 +4,7 @@ Quality is reported after 0, ... steps, with the seconds it took to get there: a
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -52,7 +53,7 @@ class Batch(NamedTuple):
         return logits_at(base_model, self.counts, input_ids=self.ids, attention_mask=self.mask.long())
 
 
-class GradientMethod(Method):
+class GradientMethod(Method, ABC):
     """A LoRA of the same targets and, where its rank is None, the same total rank as the documents' generated adapter.
 
     It is the documents' own: where one replaces another, it is trained anew.
@@ -83,9 +84,9 @@ class GradientMethod(Method):
         self.snapshots: dict[int, tuple[LoRAAdapter, float]] = {}
         self.losses: list[float] = []
 
+    @abstractmethod
     def loss(self, documents: tuple[str, ...], questions: Sequence[str]) -> Callable[[], Tensor]:
         """What a step lowers: a function that is called with the adapter in force."""
-        raise NotImplementedError
 
     def training_questions(self, case: Case) -> Sequence[str]:
         """The questions that it trains on, if it does."""

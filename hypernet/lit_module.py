@@ -187,7 +187,8 @@ class LitDocToLoRA(_Trained):
         kl_weight: of KL(base model with the document in its prompt || base model with the adapter) on the document's
             questions.
         nll_weight: of the next-token loss on the true answers to the same questions.
-        locality_weight: of KL(plain base model || base model with the adapter) on background and foreign questions.
+        locality_weight: of KL(plain base model || base model with the adapter) on background and foreign questions, and
+            on those about another document in the prompt.
         hidden_weight: of deep context distillation, the distance between the hidden states of the two models of
             kl_weight after every block, where they predict an answer token; the mean over blocks.
         l1_weight: of the mean absolute entry of a document's generated A and B.
@@ -272,7 +273,8 @@ class LitDocToLoRA(_Trained):
         if self.l1_weight:
             sizes = mean_absolute_weight([*A.values(), *B.values()], batch.num_chunks)
             # Companions from another part of the step come last, and count there.
-            losses["l1"] = sizes[:num_documents].mean() * part.share["rows"]
+            num_own = batch.num_own_rows  # 0 in a part that only has rows with a document in the prompt
+            losses["l1"] = sizes[:num_own].sum() / max(num_own, 1) * part.share["rows"]
             loss = loss + self.l1_weight * losses["l1"]
         if key_loss is not None:
             losses["key"] = key_loss
@@ -334,7 +336,7 @@ class LitDocToLoRA(_Trained):
     def describe(self, batch: DistillationBatch | StepPart) -> list[str]:
         """How each of a batch's documents begins, for messages."""
         batch = StepPart.of(batch).batch
-        firsts = [sum(batch.num_chunks[:i]) for i in range(len(batch.student.ids))]
+        firsts = [sum(batch.num_chunks[:i]) for i in range(batch.num_own_rows)]
         return _beginnings(self.model.tokenizer, [batch.chunk_ids[i][batch.chunk_mask[i]] for i in firsts])
 
     def count_tokens(self, batch: DistillationBatch | StepPart) -> dict[str, Tensor]:

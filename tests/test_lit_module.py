@@ -237,6 +237,40 @@ def test_an_untrained_hypernetwork_starts_without_locality_loss(make_doc_to_lora
     assert quietly(module).training_step(make_data("doc_to_lora").train[0], 0).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_a_document_in_the_prompt_is_to_be_answered_as_without_the_other_document_s_adapter(
+    make_module, make_doc_to_lora, tiny_tokenizer
+):
+    """Reference: each question as a prompt of its own behind its document, with another's internalized adapter."""
+    module = quietly(make_module("doc_to_lora", model=make_doc_to_lora(), kl_weight=0.0, nll_weight=0.0))
+    model = module.model
+    module.locality_weight = 0.5
+    stage = {"steps": 1, "batch_size": 3, "facts_per_entity": [2, 3], "num_background": 0, "num_in_prompt": 2}
+    curriculum = Curriculum(Encyclopedia("train"), [stage])
+    batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=model.max_chunk_tokens)[0]
+    loss = module.training_step(batch, 0)
+    model.injector.clear()
+    documents = [record.document for record in curriculum.records(0)]
+    rows, kl = batch.student, []
+    assert len(rows.ids) == 5
+    for row in (3, 4):
+        (other,) = batch.members[row]
+        adapter = model.internalize(documents[other])
+        trunk = rows.ids[row][rows.segments[row] == 0]
+        of_row = []
+        for number in range(1, int(rows.segments[row].max()) + 1):
+            own = rows.segments[row] == number
+            prompt = torch.cat([trunk, rows.ids[row][own]])
+            where = torch.cat([torch.zeros(len(trunk), dtype=torch.bool), rows.target_kind[row][own] >= 0])
+            with torch.no_grad():
+                expected = model.base_model(prompt[None]).logits[0, where].double().log_softmax(-1)
+                with model.injector.using(adapter):
+                    found = model.base_model(prompt[None]).logits[0, where].double().log_softmax(-1)
+            of_row += (expected.exp() * (expected - found)).sum(-1).tolist()
+        kl.append(sum(of_row) / len(of_row))
+    assert min(kl) > 1e-4  # the test's adapters do something
+    assert loss.item() == pytest.approx(0.5 * sum(kl) / 2, rel=1e-3)
+
+
 # What a step does
 
 

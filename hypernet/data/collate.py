@@ -74,7 +74,7 @@ class Segment(NamedTuple):
     weight: float = 1.0
 
 
-KINDS = ("document", "unanswerable", "background", "foreign", "restatement")
+KINDS = ("document", "unanswerable", "background", "foreign", "restatement", "in_prompt")
 
 
 class Row(NamedTuple):

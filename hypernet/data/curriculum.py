@@ -51,6 +51,7 @@ class Stage(NamedTuple):
     company: tuple[int, int] = (1, 1)  # documents whose adapters are joined, its own among them (hypernetwork only)
     company_source: str | None = None  # the company comes from this source and is not asked about; None: the step's own
     company_documents: int = 8  # so many of its documents are read in a step; rows join them again and again
+    num_in_prompt: int = 0  # documents that stand in the prompt too, beside another's adapter (hypernetwork only)
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
     shared_relations: float = 0.0  # chance that an article's entities are of one kind and told the same relations
     restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
@@ -280,9 +281,10 @@ class DistillationBatch(NamedTuple):
     """One step of context distillation for N documents of C chunks together.
 
     chunk_ids, chunk_mask: [C, T]; num_chunks: per document, [N] on the host.
-    members: the documents that each row's adapter joins, its own first; [N] lists on the host.
-    student: the questions alone. teacher: the same questions, those about the document behind it. The answer tokens of
-        both come in the same order.
+    members: the documents that each row's adapter joins, its own first; lists on the host.
+    student: a row per document, the questions alone. teacher: the same questions, those about the document behind it.
+        The answer tokens of both come in the same order. Behind these rows of their own may stand others, the same in
+        both: a document in the prompt, questions about it (kind "in_prompt"), and the adapter of other documents.
     stored: the teacher's probabilities where they were stored; None where no question has any.
     """
 
@@ -293,6 +295,11 @@ class DistillationBatch(NamedTuple):
     student: PackedRows
     teacher: PackedRows
     stored: StoredTopK | None = None
+
+    @property
+    def num_own_rows(self) -> int:
+        """Rows that belong to the document of the same number; those with a document in the prompt come behind them."""
+        return len(self.student.ids) - int((self.student.target_kind == KINDS.index("in_prompt")).any(1).sum())
 
     def to(self, device: torch.device | str) -> "DistillationBatch":
         return DistillationBatch(
@@ -349,7 +356,25 @@ class DistillationBatches(_Batches):
             # Random numbers of their own: documents and questions do not depend on how they are cut.
             rng = self.curriculum.encyclopedia.rng("chunks", step)
             chunks = [self._cut(rng, document, stage) for document in documents]
-        return self.batch(documents, asked, members=members, chunks=chunks)
+        in_prompt = self._in_prompt(step, asked, members, stage.num_in_prompt)
+        return self.batch(documents, asked, members=members, chunks=chunks, in_prompt=in_prompt)
+
+    def _in_prompt(
+        self, step: int, asked: Sequence[Sequence[Question]], members: Sequence[Sequence[int]], count: int
+    ) -> list[tuple[int, list[Question], list[int]]]:
+        """Documents that stand in the prompt, with questions about them and with another row's adapter."""
+        # Random numbers of their own: what else is in the step does not depend on these.
+        rng = self.curriculum.encyclopedia.rng("in prompt", step)
+        result = []
+        for document in rng.sample(range(len(asked)), min(count, len(asked))):
+            others = [row for row in members if document not in row]
+            about = [question for question in asked[document] if question.kind == "document"]
+            if others and about:
+                # Two questions: the row is then about as long as the others, which have more questions but no document.
+                chosen = rng.sample(about, min(2, len(about)))
+                chosen = [question._replace(kind="in_prompt", stored=None) for question in chosen]
+                result.append((document, chosen, list(rng.choice(others))))
+        return result
 
     @staticmethod
     def _members(rng: random.Random, count: int, company: tuple[int, int]) -> list[list[int]]:
@@ -382,6 +407,7 @@ class DistillationBatches(_Batches):
         *,
         members: Sequence[Sequence[int]] | None = None,
         chunks: Sequence[Sequence[Chunks]] | None = None,
+        in_prompt: Sequence[tuple[int, Sequence[Question], Sequence[int]]] = (),
     ) -> DistillationBatch:
         """One batch from documents and the questions asked about each.
 
@@ -389,6 +415,8 @@ class DistillationBatches(_Batches):
             documents: those that are asked about first; more than `asked` has lists for are company only.
             members: the documents that each row's adapter joins; None: its own alone.
             chunks: of each document, in pieces; None cuts it into as few as possible.
+            in_prompt: (document, questions of the kind "in_prompt", members): rows with the document in the prompt and
+                the members' adapters.
         """
         if chunks is None:
             size = self.max_chunk_tokens
@@ -397,16 +425,19 @@ class DistillationBatches(_Batches):
         width = max(piece.ids.shape[1] for piece in pieces)
         pad = lambda tensor, value: torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)  # noqa: E731
         trunks = self._encode([self.layout.before_user + document for document in documents[: len(asked)]])
-        student = self._rows([[] for _ in asked], [[(q, False) for q in questions] for questions in asked])
+        student_asked = [[(question, False) for question in questions] for questions in asked]
+        teacher_asked = [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]
+        others = [[(question, True) for question in questions] for _, questions, _ in in_prompt]
+        in_prompt_trunks = [trunks[document] for document, _, _ in in_prompt]
+        student = self._rows([*([] for _ in asked), *in_prompt_trunks], [*student_asked, *others])
+        members = [[i] for i in range(len(asked))] if members is None else members
         return DistillationBatch(
             chunk_ids=torch.cat([pad(piece.ids, self.tokenizer.pad_token_id) for piece in pieces]),
             chunk_mask=torch.cat([pad(piece.mask, False) for piece in pieces]),
             num_chunks=[sum(len(piece.ids) for piece in of_document) for of_document in chunks],
-            members=[[i] for i in range(len(asked))] if members is None else [list(row) for row in members],
+            members=[list(row) for row in [*members, *(joined for _, _, joined in in_prompt)]],
             student=student,
-            teacher=self._rows(
-                trunks, [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]
-            ),
+            teacher=self._rows([*trunks, *in_prompt_trunks], [*teacher_asked, *others]),
             stored=stored_top_k(student, asked),
         )
 

@@ -22,8 +22,9 @@ class StepPart(NamedTuple):
     """What one process computes at once of an optimizer step.
 
     batch: as the whole one, with fewer documents.
-    share: name of a mean's count → this part's portion of it, 0 to 1. "document" and "background" count documents with
-        questions about themselves and with other ones, "rows" all; "answer_weight" and "document_tokens" count tokens.
+    share: name of a mean's count → this part's portion of it, 0 to 1. "document" and "background" count rows with
+        questions about their document and with other ones, "rows" those that have a document; "answer_weight" and
+        "document_tokens" count tokens.
     num_parts: of the whole step, over all processes. is_last: of this process's parts.
     """
 
@@ -68,13 +69,13 @@ def split(batch: DistillationBatch | PackedRows, part: int, num_parts: int, *, i
 
 
 def _document_counts(batch: DistillationBatch) -> dict[str, torch.Tensor]:
-    """For each document whether it has questions about itself, and others, and one, [N] each."""
+    """For each row whether it has questions about its document, and others, and whether it has one, [N] each."""
     kind = batch.student.target_kind
     about = torch.isin(kind, torch.tensor(ABOUT_DOCUMENT, device=kind.device))
     return {
         "document": about.any(1).double(),
         "background": ((kind >= 0) & ~about).any(1).double(),
-        "rows": torch.ones(len(kind), dtype=torch.double),
+        "rows": (torch.arange(len(kind)) < batch.num_own_rows).double(),
     }
 
 
@@ -103,8 +104,9 @@ def _rows(rows: PackedRows, first: int, end: int) -> PackedRows:
 def _documents(batch: DistillationBatch, first: int, end: int) -> DistillationBatch:
     """Some documents' rows, with every chunk that their adapters join."""
     members = batch.members[first:end]
-    # Companions that have no row here come behind those that have one.
-    needed = [*range(first, end), *sorted({m for row in members for m in row if not first <= m < end})]
+    # Companions that have no row here come behind those that have one; rows without a document need companions alone.
+    own = range(first, max(first, min(end, batch.num_own_rows)))
+    needed = [*own, *sorted({m for row in members for m in row if m not in own})]
     place = {document: i for i, document in enumerate(needed)}
     start = [sum(batch.num_chunks[:i]) for i in range(len(batch.num_chunks))]
     chunks = torch.tensor([start[i] + c for i in needed for c in range(batch.num_chunks[i])])

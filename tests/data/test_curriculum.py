@@ -285,6 +285,40 @@ def test_a_stage_says_in_whose_company_a_document_s_adapter_answers(tiny_tokeniz
         assert torch.equal(alone.chunk_ids, joined.chunk_ids) and torch.equal(alone.student.ids, joined.student.ids)
 
 
+def test_documents_stand_in_the_prompt_beside_adapters_of_others(tiny_tokenizer):
+    def batches(**stage):
+        stages = [{"steps": 3, "batch_size": 6, "facts_per_entity": [1, 3], "company": [1, 3], **stage}]
+        return DistillationBatches(make_curriculum(stages=stages), tiny_tokenizer, max_chunk_tokens=40)
+
+    sizes = set()
+    for step, (plain, batch) in enumerate(zip(batches(), batches(num_in_prompt=4), strict=True)):
+        records = batches().curriculum.records(step)
+        assert batch.num_own_rows == plain.num_own_rows == len(plain.student.ids) == 6
+        assert 6 < len(batch.student.ids) == len(batch.teacher.ids) == len(batch.members) <= 10
+        # The rows of their own are what they were.
+        assert batch.members[:6] == plain.members
+        for rows, before in ((batch.student, plain.student), (batch.teacher, plain.teacher)):
+            width = before.ids.shape[1]
+            assert torch.equal(rows.ids[:6, :width], before.ids)
+            assert torch.equal(rows.target_kind[:6, :width], before.target_kind)
+        for row in range(6, len(batch.student.ids)):
+            trunk = batch.student.segments[row] == 0
+            text = tiny_tokenizer.decode(batch.student.ids[row][trunk], skip_special_tokens=True)
+            (document,) = (i for i, record in enumerate(records) if record.document in text)
+            assert document not in batch.members[row]
+            assert batch.members[row] in plain.members
+            asked = {question.text for question in records[document].questions}
+            for number in range(1, int(batch.student.segments[row].max()) + 1):
+                own = batch.student.segments[row] == number
+                assert batch.student.sees_trunk[row][own].all()
+                assert KINDS[int(batch.student.target_kind[row][own].max())] == "in_prompt"
+                assert any(q in tiny_tokenizer.decode(batch.student.ids[row][own]) for q in asked)
+            sizes.add(number)
+            used = batch.student.segments[row] >= 0
+            assert torch.equal(batch.student.ids[row][used], batch.teacher.ids[row][batch.teacher.segments[row] >= 0])
+    assert sizes == {1, 2}
+
+
 def test_company_from_another_source_is_read_but_not_asked_about_and_joined_again_and_again(tiny_tokenizer):
     def batches(**more):
         stages = [{"steps": 3, "batch_size": 6, **more}]

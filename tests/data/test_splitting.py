@@ -66,8 +66,9 @@ def assert_same(found, expected):
         {"company": [1, 4]},
         {"company": [8, 8], "num_background": 0},
         {"company": [3, 9], "company_source": "hay", "company_documents": 2},
+        {"company": [1, 2], "num_in_prompt": 3},
     ],
-    ids=["alone", "in company", "all together", "in other company"],
+    ids=["alone", "in company", "all together", "in other company", "documents in the prompt"],
 )
 def test_one_step_over_8_documents_is_its_parts_together(batches, distillation, stage, num_parts):
     batch = batches(**stage)[0]
@@ -76,7 +77,8 @@ def test_one_step_over_8_documents_is_its_parts_together(batches, distillation, 
     whole = losses_and_gradients(distillation, parameters, [StepPart(batch)])
     assert all(gradient.any() for gradient in whole[1])
     parts = [split(batch, i, num_parts) for i in range(num_parts)]
-    assert sum(len(part.batch.student.ids) for part in parts) == 8
+    assert sum(part.batch.num_own_rows for part in parts) == 8
+    assert sum(len(part.batch.student.ids) for part in parts) == 8 + stage.get("num_in_prompt", 0)
     assert_same(losses_and_gradients(distillation, parameters, parts), whole)
 
 

@@ -61,7 +61,7 @@ class Checkpoint(NamedTuple):
 
     base_model: hub name or folder of the base model; base_model_fingerprint: of its weights, None if not recorded (any
     base model whose modules fit is then accepted).
-    context_encoder: {"kind": ..., "layer_idx": ...}. max_chunk_tokens: document tokens per chunk.
+    context_encoder: as `ContextEncoder` takes it, as a dict. max_chunk_tokens: document tokens per chunk.
     fingerprint: of the hypernetwork's weights, exact.
     """
 
@@ -146,7 +146,7 @@ def load_checkpoint(source: str | Path, *, base_model: str | Path | None = None)
         base_fingerprint = None if base_fingerprint is None else str(base_fingerprint)
         expected, settings = str(config["fingerprint"]), dict(config["hypernetwork"])
         context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
-        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx"}):
+        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "context_tokens"}):
             raise KeyError(f"context_encoder has no {unknown[0]}")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error

@@ -122,7 +122,12 @@ def chat_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def chunk_document(
-    text: str, tokenizer: PreTrainedTokenizerBase, *, max_chunk_tokens: int, add_affixes: bool = True
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_chunk_tokens: int,
+    context_tokens: int = 0,
+    add_affixes: bool = True,
 ) -> Chunks:
     """Cuts a document into as few chunks as its sentence borders allow, of about equal length.
 
@@ -135,16 +140,20 @@ def chunk_document(
         text: the document.
         tokenizer: a fast tokenizer (cuts need its character offsets).
         max_chunk_tokens: most document tokens in a chunk; the affixes come on top.
+        context_tokens: tokens of the document before a chunk that stand in front of it again, outside the mask: the
+            base model sees them, so that it knows whom "she" is about, and nothing else reads them.
         add_affixes: frame every chunk with `chat_affixes(tokenizer)`; if False, document tokens only, without BOS.
 
     Returns:
         Chunks: ids [C, T], mask [C, T], character spans, number of document tokens.
 
     Raises:
-        ValueError: if the text is blank or not encodable, the tokenizer not a fast one, or max_chunk_tokens below 1.
+        ValueError: if the text is blank or not encodable, the tokenizer not a fast one, max_chunk_tokens below 1 or
+            context_tokens below 0.
     """
-    if isinstance(max_chunk_tokens, bool) or not isinstance(max_chunk_tokens, int) or max_chunk_tokens < 1:
-        raise ValueError(f"max_chunk_tokens should be a whole number, at least 1, but is {max_chunk_tokens!r}.")
+    for name, value, least in (("max_chunk_tokens", max_chunk_tokens, 1), ("context_tokens", context_tokens, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} should be a whole number, at least {least}, but is {value!r}.")
     if not tokenizer.is_fast:
         raise ValueError(
             f"Chunking needs the character offsets of a fast tokenizer, but {type(tokenizer).__name__} has none. "
@@ -172,13 +181,15 @@ def chunk_document(
     cuts = _choose_cuts(levels, max_chunk_tokens)
 
     prefix, suffix = chat_affixes(tokenizer) if add_affixes else ([], [])
-    rows = [prefix + document_ids[start:end] + suffix for start, end in pairwise(cuts)]
+    starts = [max(0, start - context_tokens) for start in cuts[:-1]]  # of what the base model sees
+    rows = [prefix + document_ids[seen:end] + suffix for seen, end in zip(starts, cuts[1:], strict=True)]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.full((len(rows), max(map(len, rows))), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for c, row in enumerate(rows):
         ids[c, : len(row)] = torch.tensor(row, dtype=torch.int64)
         mask[c, : len(row)] = True
+        mask[c, len(prefix) : len(prefix) + cuts[c] - starts[c]] = False
     return Chunks(ids, mask, tuple(pairwise(characters[cuts].tolist())), len(document_ids))
 
 

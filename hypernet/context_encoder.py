@@ -6,6 +6,7 @@ model lends its weights; it is not part of this module's parameters or state dic
 
     encoder = ContextEncoder(base_model, kind="per_layer_activations")
     features = encoder(ids, mask)            # [C, T], [C, T] -> [C, num_maps, T, D]
+    features, mask = drop_context(features, mask)
 """
 
 from collections.abc import Callable, Sequence
@@ -32,16 +33,19 @@ class ContextEncoder(nn.Module):
             the `layer_idx` numbers of blocks, 0 being the embeddings, at unit rms and side by side; the last one has
             passed the final norm. "embed_only": one map, the output of the embedding layer.
         layer_idx: blocks to run, 1 to L, for early_exit; an ascending list of them, from 0 on, for multi_layer.
+        context_tokens: tokens of the document that the base model sees in front of each chunk (see `chunk_document`).
+            A sentence that says "she" is then read by what was said before. 0: as in the published checkpoints.
 
     Attributes:
+        settings: the three above as a dict.
         num_maps: feature maps per chunk, L or 1.
         feature_dim: D, the base model's hidden size; with multi_layer as many times that as there are states.
 
     The base model runs as it is: an adapter that is injected changes the features, so set none while encoding.
 
     Raises:
-        ValueError: unknown kind, layer_idx missing, out of range or given where it means nothing, or a base model whose
-            blocks cannot be found.
+        ValueError: unknown kind, layer_idx missing, out of range or given where it means nothing, context_tokens below
+            0, or a base model whose blocks cannot be found.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class ContextEncoder(nn.Module):
         *,
         kind: str = "per_layer_activations",
         layer_idx: int | Sequence[int] | None = None,
+        context_tokens: int = 0,
     ):
         super().__init__()
         if kind not in KINDS:
@@ -78,12 +83,17 @@ class ContextEncoder(nn.Module):
                 f"layer_idx is for early_exit and multi_layer only, got layer_idx={layer_idx} with {kind}. "
                 "Leave it out."
             )
+        if type(context_tokens) is not int or context_tokens < 0:
+            raise ValueError(f"context_tokens should be a whole number, at least 0, but is {context_tokens!r}.")
+        self.context_tokens = context_tokens
+        self.settings = {"kind": kind, "layer_idx": self.layer_idx, "context_tokens": context_tokens}
         self.feature_dim = self.hidden_size * (len(self.layer_idx) if kind == "multi_layer" else 1)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids [C, T], right-padded, and mask [C, T] (True or 1: a token) -> features [C, num_maps, T, D].
 
-        Features at the padding are not defined.
+        What the mask leaves out before its last token is context: seen by the tokens behind it. Features at the padding
+        are not defined.
         """
         maps: list[Tensor] = []
         self.stream(ids, mask, lambda _, features: maps.append(features))
@@ -133,7 +143,8 @@ class ContextEncoder(nn.Module):
             read(len(after) - 1, self._last_state(ids, mask))
 
     def _last_state(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self._decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        seen = mask.long().flip(1).cummax(1).values.flip(1)  # everything up to the last token of the chunk
+        return self._decoder(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
 
     @contextmanager
     def _cut_after(self, num_blocks: int):
@@ -146,3 +157,16 @@ class ContextEncoder(nn.Module):
             yield blocks[:num_blocks]
         finally:
             setattr(self._decoder, self._blocks_name, blocks)
+
+
+def drop_context(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [C, M, T, D] and mask [C, T] of the chunks' own tokens, moved together; as they are without context.
+
+    Returns:
+        [C, M, T', D] and [C, T'], T' the most tokens that a chunk has.
+    """
+    mask = mask.bool()
+    if (mask[:, 1:] <= mask[:, :-1]).all():
+        return features, mask
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+    return features.take_along_dim(order[:, None, :, None], dim=2), mask.gather(1, order)

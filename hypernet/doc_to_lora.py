@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from hypernet.adapter import LoRAAdapter, new_provenance
 from hypernet.base_model import fingerprint, generate_text, load_base_model
 from hypernet.checkpoint import BASE_MODEL_FOLDER, load_checkpoint, save_checkpoint
-from hypernet.chunking import chunk_document
-from hypernet.context_encoder import ContextEncoder
+from hypernet.chunking import Chunks, chunk_document
+from hypernet.context_encoder import ContextEncoder, drop_context
 from hypernet.data.collate import ChatLayout, PackedRows
 from hypernet.documents import Document
 from hypernet.hypernetwork import HyperNetwork
@@ -37,7 +37,7 @@ class DocToLoRA(nn.Module):
     Args:
         base_model, tokenizer: the causal LM that reads and answers; it stays frozen.
         hypernetwork: made for this base model's targets and width.
-        context_encoder: {"kind": ..., "layer_idx": ...}, see `ContextEncoder`.
+        context_encoder: {"kind": ..., "layer_idx": ..., "context_tokens": ...}, see `ContextEncoder`.
         max_chunk_tokens: document tokens per chunk.
         base_model_source: where the base model came from; adapters carry it for PEFT.
 
@@ -59,8 +59,7 @@ class DocToLoRA(nn.Module):
         self.base_model = base_model
         self.tokenizer = tokenizer
         self.hypernetwork = hypernetwork
-        self.context_encoder_settings = dict(context_encoder or {"kind": "per_layer_activations"})
-        self.context_encoder = ContextEncoder(base_model, **self.context_encoder_settings)
+        self.context_encoder = ContextEncoder(base_model, **(context_encoder or {}))
         self.max_chunk_tokens = max_chunk_tokens
         self.base_model_source = base_model_source
         self.base_model_fingerprint = fingerprint(base_model)
@@ -165,7 +164,7 @@ class DocToLoRA(nn.Module):
             hypernetwork=self.hypernetwork,
             base_model=BASE_MODEL_FOLDER if include_base_model else self.base_model_source,
             base_model_fingerprint=self.base_model_fingerprint,
-            context_encoder=self.context_encoder_settings,
+            context_encoder=self.context_encoder.settings,
             max_chunk_tokens=self.max_chunk_tokens,
         )
 
@@ -176,9 +175,18 @@ class DocToLoRA(nn.Module):
     def adapt(self, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Chunk ids and mask [C, T] → target name → A [C, L, R, d_in], B [C, L, R, d_out], differentiable."""
         self.injector.clear()  # the encoder reads with the plain base model
-        features = self.context_encoder(ids, mask)
+        features, mask = drop_context(self.context_encoder(ids, mask), mask)
         # The base model may be in half precision; the hypernetwork is not.
         return self.hypernetwork(features.to(next(self.hypernetwork.parameters()).dtype), mask)
+
+    def chunk(self, text: str) -> Chunks:
+        """The text cut as this model reads it; raises as `chunk_document` does."""
+        return chunk_document(
+            text,
+            self.tokenizer,
+            max_chunk_tokens=self.max_chunk_tokens,
+            context_tokens=self.context_encoder.context_tokens,
+        )
 
     @torch.no_grad()
     def internalize(
@@ -205,7 +213,7 @@ class DocToLoRA(nn.Module):
         documents = [_as_document(d) for d in ([document] if single else document)]
         if not documents:
             raise ValueError("There is no document to internalize; give at least one.")
-        chunks = [chunk_document(d.text, self.tokenizer, max_chunk_tokens=self.max_chunk_tokens) for d in documents]
+        chunks = [self.chunk(document.text) for document in documents]
         rows = [(ids, mask) for chunk in chunks for ids, mask in zip(chunk.ids, chunk.mask, strict=True)]
         self.injector.clear()  # the encoder reads with the plain base model
         A, B = read_chunks(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hypernet.context_encoder import ContextEncoder
+from hypernet.context_encoder import ContextEncoder, drop_context
 from hypernet.hypernetwork import HyperNetwork
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def read_chunks(
 
     Args:
         rows: (ids [T], mask [T]) per chunk, right-padded, on any device.
-        max_batch_tokens: most tokens read at once, padding included; a longer chunk is read alone. Where memory runs
+        max_batch_tokens: most tokens read at once, context and padding included; a longer chunk is read alone. Where memory runs
             out, it is halved and the batch is read again.
         progress: called with (chunks done, chunks altogether), before the first batch and after each.
 
@@ -59,7 +59,7 @@ def read_chunks(
 
     A = {target.name: empty(target.d_in, len(target.paths)) for target in hypernetwork.targets}
     B = {target.name: empty(target.d_out, len(target.paths)) for target in hypernetwork.targets}
-    lengths = [int(mask.sum()) for _, mask in rows]
+    lengths = [_length(mask) for _, mask in rows]
     done = 0
     if progress:
         progress(0, len(rows))
@@ -102,7 +102,7 @@ def _read_batch(
 ) -> None:
     """Fills A[:][where] and B[:][where] from these chunks, as many maps together as stay within the budget."""
     parameter = next(hypernetwork.parameters())
-    width = max(int(mask.sum()) for _, mask in rows)
+    width = max(_length(mask) for _, mask in rows)
     ids, mask = (
         torch.stack([pad(row[i][:width], (0, max(0, width - len(row[i])))) for row in rows]).to(parameter.device)
         for i in (0, 1)
@@ -118,13 +118,18 @@ def _read_batch(
             return
         layers = slice(index + 1 - len(maps), index + 1) if hypernetwork.num_maps > 1 else slice(None)
         # The base model may be in half precision; the hypernetwork decides its own type.
-        generated = hypernetwork(torch.stack(maps, dim=1).to(parameter.dtype), mask, layers=layers)
+        generated = hypernetwork(*drop_context(torch.stack(maps, dim=1).to(parameter.dtype), mask), layers=layers)
         maps.clear()
         for weights, parts in zip((A, B), generated, strict=True):
             for name, part in parts.items():
                 weights[name][where, layers] = part
 
     context_encoder.stream(ids, mask, read)
+
+
+def _length(mask: Tensor) -> int:
+    """Tokens of a chunk with its context, without the padding behind it."""
+    return int(mask.nonzero().max()) + 1
 
 
 def _fitting(lengths: Sequence[int], max_batch_tokens: int) -> int:

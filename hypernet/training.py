@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hypernet.base_model import build_base_model, load_base_model, train_tokenizer
 from hypernet.checkpoint import load_checkpoint
+from hypernet.context_encoder import ContextEncoder
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
@@ -164,11 +165,10 @@ def doc_to_lora_training(
     shared = {"seed": seed, "sources": sources, "tokenizer": model.tokenizer}
     train = make_curriculum("train", stages, **shared)
     validation = make_curriculum("validation", validation_stages, **shared)
+    reading = {"max_chunk_tokens": max_chunk_tokens, "context_tokens": model.context_encoder.context_tokens}
     return module, BatchDataModule(
-        train=DistillationBatches(train, model.tokenizer, max_chunk_tokens=max_chunk_tokens),
-        validation=DistillationBatches(
-            validation, model.tokenizer, max_chunk_tokens=max_chunk_tokens, held_out_background=True
-        ),
+        train=DistillationBatches(train, model.tokenizer, **reading),
+        validation=DistillationBatches(validation, model.tokenizer, held_out_background=True, **reading),
     )
 
 
@@ -182,7 +182,7 @@ def _check_same_settings(
             targets=targets, feature_dim=own.feature_dim, num_maps=own.num_maps, **hypernetwork
         ).config
     differing = [key for key, value in wanted.items() if own.config[key] != value]
-    if model.context_encoder_settings != context_encoder:
+    if model.context_encoder.settings != ContextEncoder(model.base_model, **context_encoder).settings:
         differing.append("context_encoder")
     if differing:
         raise ValueError(

@@ -550,3 +550,35 @@ def test_sentences_cover_the_text_without_gap():
     spans = split_sentences(text)
     assert "".join(text[start:end] for start, end in spans) == text
     assert split_sentences("") == []
+
+
+# Context
+
+
+@pytest.mark.parametrize("context_tokens", [1, 7, 10_000])
+def test_context_stands_before_a_chunk_outside_its_mask(context_tokens):
+    tokenizer = make_tokenizer(add_bos=True)
+    text = CORPUS[0] * 2
+    plain = chunk_document(text, tokenizer, max_chunk_tokens=20)
+    chunks = chunk_document(text, tokenizer, max_chunk_tokens=20, context_tokens=context_tokens)
+    assert len(plain.ids) > 3
+    assert chunks.spans == plain.spans
+    prefix, suffix = chat_affixes(tokenizer)
+    document = tokenizer(text, add_special_tokens=False)["input_ids"]
+    start = 0
+    for c in range(len(plain.ids)):
+        own = plain.ids[c][plain.mask[c]]
+        assert torch.equal(chunks.ids[c][chunks.mask[c]], own)  # what is read is what was read without
+        length = int(chunks.mask[c].nonzero().max()) + 1
+        end = start + len(own) - len(prefix) - len(suffix)
+        seen = document[max(0, start - context_tokens) : end]
+        assert chunks.ids[c][:length].tolist() == [*prefix, *seen, *suffix]
+        assert (chunks.ids[c][length:] == tokenizer.pad_token_id).all()
+        start = end
+    assert start == len(document)
+
+
+@pytest.mark.parametrize("context_tokens", [-1, 1.5, True, None])
+def test_an_impossible_number_of_context_tokens_is_refused(context_tokens):
+    with pytest.raises(ValueError, match="context_tokens should be a whole number, at least 0, but is"):
+        chunk_document("A text.", make_tokenizer(), max_chunk_tokens=9, context_tokens=context_tokens)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
 
-from hypernet.context_encoder import ContextEncoder
+from hypernet.context_encoder import ContextEncoder, drop_context
 
 LAYERS, D = 3, 16
 SIZES = dict(
@@ -201,3 +201,39 @@ def test_a_base_model_without_a_list_of_blocks_is_refused():
     base_model.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match="no list of 5 blocks in LlamaModel, which has .*layers"):
         ContextEncoder(base_model)
+
+
+# Context
+
+
+@by_model
+@pytest.mark.parametrize("kind", [{"kind": "per_layer_activations"}, {"kind": "early_exit", "layer_idx": 2}])
+def test_what_stands_before_a_chunk_is_seen_and_dropped(model_type, kind):
+    """Reference: the whole text without any mask, and its last tokens' features picked out by hand."""
+    base_model = make_base_model(model_type)
+    encoder = ContextEncoder(base_model, **kind, context_tokens=4)
+    ids, mask = batch()
+    read = mask.clone()
+    read[0, 1:5], read[2, 1:3] = False, False
+    features, own = drop_context(encoder(ids, read), read)
+    assert features.shape == (3, encoder.num_maps, 5, encoder.feature_dim)
+    assert own.sum(1).tolist() == [5, 1, 4] == read.sum(1).tolist()
+    for c, length in enumerate(LENGTHS):
+        whole = encoder(ids[c : c + 1, :length], mask[c : c + 1, :length])
+        picked = [t for t in range(length) if read[c, t]]
+        torch.testing.assert_close(features[c, :, : len(picked)], whole[0, :, picked], rtol=0, atol=2e-6)
+    without = encoder(ids[:1, 5:9], mask[:1, 5:9])
+    assert (features[0, :, 1:] - without[0])[-1].abs().max() > 1e-3  # the context was seen
+
+
+def test_without_context_nothing_moves():
+    features, (_, mask) = torch.randn(3, 2, 9, 4), batch()
+    kept, own = drop_context(features, mask)
+    assert kept is features
+    assert torch.equal(own, mask)
+
+
+@pytest.mark.parametrize("context_tokens", [-1, 2.0, True, None])
+def test_an_impossible_number_of_context_tokens_is_refused(context_tokens):
+    with pytest.raises(ValueError, match="context_tokens should be a whole number, at least 0"):
+        ContextEncoder(make_base_model(), context_tokens=context_tokens)

@@ -98,7 +98,7 @@ def published_content(model: DocToLoRA, *, changes: dict | None = None) -> Order
     network, changes = model.hypernetwork, changes or {}
     sizes = network.config["aggregator"]
     names = [target.name for target in network.targets]
-    kind = model.context_encoder_settings["kind"]
+    kind = model.context_encoder.kind
     peft = {
         "peft_type": AsPickled.of("peft.utils.peft_types.PeftType", value="LORA"),
         "r": network.rank,
@@ -129,7 +129,7 @@ def published_content(model: DocToLoRA, *, changes: dict | None = None) -> Order
     encoder = {
         "ctx_encoder_model_name_or_path": None,
         "ctx_encoder_type": AsPickled.of("ctx_to_lora.modeling.ctx_encoder.CTX_ENCODER_TYPE", value=kind),
-        "layer_idx": model.context_encoder_settings.get("layer_idx"),
+        "layer_idx": model.context_encoder.layer_idx,
         "quantize_ctx_encoder": False,
         "ctx_encoder_last_layer": None,
     }
@@ -178,7 +178,7 @@ def assert_same_adapters(model: DocToLoRA, other: DocToLoRA) -> None:
         ours, theirs = getattr(model.hypernetwork, bias), getattr(other.hypernetwork, bias)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
     assert model.hypernetwork.config == other.hypernetwork.config
-    assert model.context_encoder_settings == other.context_encoder_settings
+    assert model.context_encoder.settings == other.context_encoder.settings
     assert model.max_chunk_tokens == other.max_chunk_tokens
 
 

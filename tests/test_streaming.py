@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from hypernet.chunking import chunk_document
 from hypernet.streaming import read_chunks
 
 TEXT = "Norbach is a town. " + "Ilda Renwick founded the mill in 1807, and it still stands by the river. " * 9
 
 
 def rows_of(model, *texts):
-    chunks = [chunk_document(text, model.tokenizer, max_chunk_tokens=model.max_chunk_tokens) for text in texts]
+    chunks = [model.chunk(text) for text in texts]
     return [(ids, mask) for chunk in chunks for ids, mask in zip(chunk.ids, chunk.mask, strict=True)]
 
 
@@ -19,10 +18,11 @@ ENCODERS = [
     {"kind": "early_exit", "layer_idx": 1},
     {"kind": "multi_layer", "layer_idx": [0, 2]},
     {"kind": "embed_only"},
+    {"kind": "per_layer_activations", "context_tokens": 5},
 ]
 
 
-@pytest.mark.parametrize("encoder", ENCODERS, ids=lambda encoder: encoder["kind"])
+@pytest.mark.parametrize("encoder", ENCODERS, ids=lambda encoder: "-".join(map(str, encoder.values())))
 @pytest.mark.parametrize("names", [["down_proj"], ["q_proj", "down_proj"]], ids=len)
 @pytest.mark.parametrize("max_batch_tokens", [1, 60, 10_000])
 def test_layer_by_layer_and_batch_by_batch_agree_with_all_at_once(make_doc_to_lora, encoder, names, max_batch_tokens):

@@ -325,10 +325,12 @@ class DistillationBatches(_Batches):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_chunk_tokens: int,
+        context_tokens: int = 0,
         held_out_background: bool = False,
     ) -> None:
         super().__init__(curriculum, tokenizer)
         self.max_chunk_tokens = max_chunk_tokens
+        self.context_tokens = context_tokens
         self.background = background_questions(held_out=held_out_background)
 
     def __getitem__(self, step: int) -> DistillationBatch:
@@ -395,10 +397,12 @@ class DistillationBatches(_Batches):
         sentences = [document[start:end] for start, end in zip(starts, [*starts[1:], len(document)], strict=True)]
         sizes = count_tokens(sentences, self.tokenizer)
         pieces = random_pieces(rng, sizes, num_pieces=wanted, min_size=stage.min_chunk_tokens)
-        return [
-            chunk_document("".join(sentences[a:b]), self.tokenizer, max_chunk_tokens=self.max_chunk_tokens)
-            for a, b in pieces
-        ]
+        return [self._chunk("".join(sentences[a:b])) for a, b in pieces]
+
+    def _chunk(self, text: str) -> Chunks:
+        return chunk_document(
+            text, self.tokenizer, max_chunk_tokens=self.max_chunk_tokens, context_tokens=self.context_tokens
+        )
 
     def batch(
         self,
@@ -419,8 +423,7 @@ class DistillationBatches(_Batches):
                 the members' adapters.
         """
         if chunks is None:
-            size = self.max_chunk_tokens
-            chunks = [[chunk_document(document, self.tokenizer, max_chunk_tokens=size)] for document in documents]
+            chunks = [[self._chunk(document)] for document in documents]
         pieces = [piece for of_document in chunks for piece in of_document]
         width = max(piece.ids.shape[1] for piece in pieces)
         pad = lambda tensor, value: torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)  # noqa: E731

@@ -37,8 +37,8 @@ def read_chunks(
 
     Args:
         rows: (ids [T], mask [T]) per chunk, right-padded, on any device.
-        max_batch_tokens: most tokens read at once, context and padding included; a longer chunk is read alone. Where memory runs
-            out, it is halved and the batch is read again.
+        max_batch_tokens: most tokens read at once, context and padding included; a longer chunk is read alone. Where
+            memory runs out, it is halved and the batch is read again.
         progress: called with (chunks done, chunks altogether), before the first batch and after each.
 
     Returns:

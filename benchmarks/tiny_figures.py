@@ -13,38 +13,54 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 METHODS = ("no_context", "wrong_adapter", "adapter", "document_in_prompt")
+BY_CHUNKS = {"1 chunk": range(1, 2), "2-4 chunks": range(2, 5), "5 and more chunks": range(5, 10**6)}
 
 
-def held_out_articles(model: Any, *, seed: int, one_chunk: int, many_chunks: int) -> dict[str, list]:
-    """Test records by set: "one chunk" and "2-4 chunks", as many of each as asked for.
+def held_out_articles(
+    tokenizer: Any, *, seed: int, article_tokens: int, one_entity: int, many_entities: int
+) -> dict[str, list]:
+    """Test records by set, as many of each as asked for: "one entity" in up to article_tokens, "2-4 entities" in 2 to 4
+    pieces of up to article_tokens.
+
+    Sizes do not depend on the model's chunks, so figures of models that read differently can be compared.
 
     Raises:
-        ValueError: the model's chunks are so long or short that such articles hardly occur.
+        ValueError: such articles hardly occur.
     """
     from hypernet.chunking import chunk_document
     from hypernet.data.encyclopedia import Encyclopedia
 
     encyclopedia = Encyclopedia("test", seed=seed)
-    wanted = {"one chunk": (one_chunk, range(1, 2)), "2-4 chunks": (many_chunks, range(2, 5))}
+    wanted = {"one entity": (one_entity, range(1, 2)), "2-4 entities": (many_entities, range(2, 5))}
     sets: dict[str, list] = {name: [] for name in wanted}
     index = 0
-    most = 100 * (one_chunk + many_chunks)
+    most = 100 * (one_entity + many_entities)
     while any(len(sets[name]) < number for name, (number, _) in wanted.items()):
         rng = encyclopedia.rng(index, "sizes")
-        name = "one chunk" if len(sets["one chunk"]) < one_chunk else "2-4 chunks"
-        entities = 1 if name == "one chunk" else rng.randint(2, 4)
+        name = "one entity" if len(sets["one entity"]) < one_entity else "2-4 entities"
+        entities = 1 if name == "one entity" else rng.randint(2, 4)
         facts = sum(rng.randint(2 if entities == 1 else 4, 6) for _ in range(entities))
         record = encyclopedia.record(index, num_entities=entities, num_facts=facts, num_distractors=rng.randint(0, 2))
-        num_chunks = len(chunk_document(record.document, model.tokenizer, max_chunk_tokens=model.max_chunk_tokens).ids)
-        if num_chunks in wanted[name][1]:
+        num_pieces = len(chunk_document(record.document, tokenizer, max_chunk_tokens=article_tokens).ids)
+        if num_pieces in wanted[name][1]:
             sets[name].append(record)
         index += 1
         if index > most:
             raise ValueError(
-                f"Of {most} articles hardly any has {name}; max_chunk_tokens is {model.max_chunk_tokens}. "
-                "Use a checkpoint with chunks of about 100 tokens."
+                f"Of {most} articles hardly any about {name} has the size that article_tokens={article_tokens} asks "
+                "for. An article about one entity has about 100 of the tiny tokenizer's tokens."
             )
     return sets
+
+
+def by_chunks(rows: Sequence[dict]) -> list[dict]:
+    """The articles' rows once more, in sets by the number of chunks that the model reads an article in."""
+    return [
+        {**row, "set": name, "document": f"{row['set']} {row['document']}"}
+        for name, numbers in BY_CHUNKS.items()
+        for row in rows
+        if row.get("num_chunks") in numbers
+    ]
 
 
 def answer_all(model: Any, asked: Sequence[tuple], *, questions_per_batch: int, label: str) -> list[str]:
@@ -68,7 +84,11 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
     from hypernet.metrics import exact_match
 
     sets = held_out_articles(
-        model, seed=cfg.seed, one_chunk=cfg.documents_one_chunk, many_chunks=cfg.documents_many_chunks
+        model.tokenizer,
+        seed=cfg.seed,
+        article_tokens=cfg.article_tokens,
+        one_entity=cfg.documents_one_entity,
+        many_entities=cfg.documents_many_entities,
     )
     rows, all_adapters = [], []
     for name, records in sets.items():
@@ -99,6 +119,7 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
                 }
                 for (d, question), answer in zip(asked, answers, strict=True)
             ]
+    rows += by_chunks(rows)
     for held_out, name in ((False, "background"), (True, "background, facts never protected in training")):
         questions = background_questions(held_out=held_out)
         questions = random.Random(cfg.seed).sample(questions, min(cfg.num_background, len(questions)))

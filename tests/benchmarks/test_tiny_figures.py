@@ -3,7 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from benchmarks.tiny_figures import METHODS, evaluate, held_out_articles, markdown, summarize
+from benchmarks.tiny_figures import BY_CHUNKS, METHODS, evaluate, held_out_articles, markdown, summarize
+from hypernet.chunking import chunk_document
 
 
 def rows_of(name: str, method: str, values: list[float]) -> list[dict]:
@@ -12,42 +13,52 @@ def rows_of(name: str, method: str, values: list[float]) -> list[dict]:
 
 def test_summary_gives_means_and_the_share_of_the_gap_closed() -> None:
     rows = (
-        rows_of("one chunk", "no_context", [0, 0, 0, 0])
-        + rows_of("one chunk", "wrong_adapter", [0, 0, 0, 0])
-        + rows_of("one chunk", "adapter", [1, 0, 1, 0])
-        + rows_of("one chunk", "document_in_prompt", [1, 1, 1, 0])
+        rows_of("one entity", "no_context", [0, 0, 0, 0])
+        + rows_of("one entity", "wrong_adapter", [0, 0, 0, 0])
+        + rows_of("one entity", "adapter", [1, 0, 1, 0])
+        + rows_of("one entity", "document_in_prompt", [1, 1, 1, 0])
     )
     by_method = {row["method"]: row for row in summarize(rows)}
     assert by_method["adapter"]["exact_match"] == 0.5
     assert by_method["adapter"]["gap_closed"] == pytest.approx(0.5 / 0.75)
     assert by_method["wrong_adapter"]["gap_closed"] == 0
     assert by_method["document_in_prompt"]["low"] <= 0.75 <= by_method["document_in_prompt"]["high"]
-    assert "| one chunk | adapter | 4 | 2 | 0.500 |" in markdown(list(by_method.values()))
+    assert "| one entity | adapter | 4 | 2 | 0.500 |" in markdown(list(by_method.values()))
 
 
 def test_every_method_answers_the_same_held_out_questions(make_doc_to_lora) -> None:
     settings = {
         "seed": 3,
-        "documents_one_chunk": 3,
-        "documents_many_chunks": 2,
+        "article_tokens": 200,
+        "documents_one_entity": 3,
+        "documents_many_entities": 2,
         "num_background": 4,
         "questions_per_batch": 16,
     }
     rows = evaluate(make_doc_to_lora(max_chunk_tokens=200), OmegaConf.create(settings))
-    for name in ("one chunk", "2-4 chunks"):
+    for name in ("one entity", "2-4 entities"):
         asked = {m: [r["question"] for r in rows if (r["set"], r["method"]) == (name, m)] for m in METHODS}
         assert asked["adapter"] and all(questions == asked["adapter"] for questions in asked.values())
     assert len([r for r in rows if r["set"] == "background"]) == 8
-    chunks = {r["num_chunks"] for r in rows if r["set"] == "2-4 chunks"}
-    assert chunks <= {2, 3, 4}
+    # Once more by the number of chunks: the same rows, none lost or counted twice.
+    articles = [r for r in rows if r["set"] in ("one entity", "2-4 entities")]
+    regrouped = [r for r in rows if r["set"] in BY_CHUNKS]
+    assert len(regrouped) == len(articles)
+    assert all(r["num_chunks"] in BY_CHUNKS[r["set"]] for r in regrouped)
+    assert len({r["set"] for r in regrouped}) > 1
+    assert len({r["document"] for r in regrouped}) == 5
 
 
-def test_articles_are_the_same_for_the_same_seed(make_doc_to_lora) -> None:
-    model = make_doc_to_lora(max_chunk_tokens=200)
-    first, second = (held_out_articles(model, seed=1, one_chunk=2, many_chunks=1) for _ in range(2))
+def test_articles_are_the_same_for_the_same_seed_and_of_the_asked_sizes(tiny_tokenizer) -> None:
+    settings = {"seed": 1, "article_tokens": 200, "one_entity": 2, "many_entities": 3}
+    first, second = (held_out_articles(tiny_tokenizer, **settings) for _ in range(2))
     assert first == second
+    for name, (least, most) in {"one entity": (1, 1), "2-4 entities": (2, 4)}.items():
+        pieces = [len(chunk_document(r.document, tiny_tokenizer, max_chunk_tokens=200).ids) for r in first[name]]
+        assert len(pieces) == settings[name.replace("2-4", "many").replace(" ", "_")]
+        assert least <= min(pieces) and max(pieces) <= most
 
 
-def test_chunks_too_short_for_any_article_are_refused(make_doc_to_lora) -> None:
-    with pytest.raises(ValueError, match="max_chunk_tokens"):
-        held_out_articles(make_doc_to_lora(max_chunk_tokens=3), seed=1, one_chunk=2, many_chunks=1)
+def test_sizes_that_no_article_has_are_refused(tiny_tokenizer) -> None:
+    with pytest.raises(ValueError, match="article_tokens=3"):
+        held_out_articles(tiny_tokenizer, seed=1, article_tokens=3, one_entity=2, many_entities=1)

@@ -235,7 +235,8 @@ class LitDocToLoRA(_Trained):
         with self.phases("encode"):
             A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         with self.phases("teacher"), torch.no_grad(), self._hidden_states() as teacher_states:
-            teacher = self.model(teacher_rows)
+            # Where every answer's probabilities were stored, there may be nothing to ask.
+            teacher = self.model(teacher_rows) if (teacher_rows.target_kind >= 0).any() else None
         key_loss = self._key_contrast(A, batch) * part.share["document"] if self.key_weight else None
         self.model.set_chunks(A, B, batch.num_chunks, members=batch.members)
         is_answer = student_rows.target_kind >= 0
@@ -243,12 +244,7 @@ class LitDocToLoRA(_Trained):
             student = self.model(student_rows)
         kind = student_rows.target_kind[is_answer]
         document = is_answer.nonzero()[:, 0]
-        kl = context_distillation_kl(student, teacher)
-        if batch.stored is not None:  # answers of self-study bring their teacher's probabilities along
-            where, indices, log_probs = (tensor[is_answer] for tensor in batch.stored)
-            kl = kl.masked_scatter(
-                where, context_distillation_kl_topk(student[where], indices[where], log_probs[where])
-            )
+        kl = self._kl(student, teacher, batch, is_answer)
         about_document = (kind == KINDS.index("document")) | (kind == KINDS.index("unanswerable"))
         num_documents = len(student_rows.ids)
         about, other = part.share["document"], part.share["background"]
@@ -280,6 +276,19 @@ class LitDocToLoRA(_Trained):
             losses["key"] = key_loss
             loss = loss + self.key_weight * key_loss
         return self._finish(part, {"loss": loss, **losses})
+
+    def _kl(self, student: Tensor, teacher: Tensor | None, batch: DistillationBatch, is_answer: Tensor) -> Tensor:
+        """KL of each answer token, [P]: from stored probabilities where there are any, else from the logits."""
+        if batch.stored is None:
+            return context_distillation_kl(student, teacher)
+        where, indices, log_probs = (tensor[is_answer] for tensor in batch.stored)
+        stored = context_distillation_kl_topk(student[where], indices[where], log_probs[where])
+        kl = stored.new_zeros(len(student)).masked_scatter(where, stored)
+        if teacher is None:
+            return kl
+        # The teacher's rows may hold the questions whose probabilities were stored, or lack them.
+        teacher = teacher[~where] if len(teacher) == len(student) else teacher
+        return kl.masked_scatter(~where, context_distillation_kl(student[~where], teacher))
 
     def _key_contrast(self, A: dict[str, Tensor], batch: DistillationBatch) -> Tensor:
         """Mean over layers, targets and both directions of `key_contrast`, and over documents that have questions."""

@@ -167,7 +167,8 @@ def doc_to_lora_training(
     validation = make_curriculum("validation", validation_stages, **shared)
     reading = {"max_chunk_tokens": max_chunk_tokens, "context_tokens": model.context_encoder.context_tokens}
     return module, BatchDataModule(
-        train=DistillationBatches(train, model.tokenizer, **reading),
+        # Hidden states are not stored: for their distance the teacher reads every question.
+        train=DistillationBatches(train, model.tokenizer, skip_stored=not module.hidden_weight, **reading),
         validation=DistillationBatches(validation, model.tokenizer, held_out_background=True, **reading),
     )
 

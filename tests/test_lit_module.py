@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,8 +16,8 @@ from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_
 from hypernet.data.collate import KINDS
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
 from hypernet.data.datamodule import BatchDataModule
-from hypernet.data.encyclopedia import Encyclopedia
-from hypernet.data.records import Question
+from hypernet.data.encyclopedia import Encyclopedia, background_questions
+from hypernet.data.records import Question, StoredAnswer
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
 from hypernet.objectives import key_contrast
 
@@ -205,6 +206,41 @@ def test_stored_teacher_probabilities_stand_in_for_the_teacher_s(make_module, ma
         module.on_after_backward()
         results.append((loss.detach(), [p.grad for p in module.model.hypernetwork.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_background", [0, 2])
+def test_the_teacher_is_not_asked_what_was_stored(make_module, make_doc_to_lora, tiny_tokenizer, num_background):
+    """The same loss and gradients from fewer of the teacher's tokens; none at all where everything was stored."""
+    model = make_doc_to_lora()
+    size = len(tiny_tokenizer)
+    rng = np.random.default_rng(0)
+
+    def stored(question):
+        ids = tiny_tokenizer(question.answer, add_special_tokens=False)["input_ids"]
+        log_probs = np.log(rng.dirichlet(np.ones(size), len(ids)))
+        return question._replace(stored=StoredAnswer(tuple(ids), np.tile(np.arange(size), (len(ids), 1)), log_probs))
+
+    curriculum = Curriculum(Encyclopedia("train"), [{"steps": 1, "batch_size": 3, "facts_per_entity": [2, 3]}])
+    background = background_questions()[:num_background]
+    records = curriculum.records(0)
+    # One document keeps a question that needs the teacher, if any does.
+    asked = [[*map(stored, record.questions), *background] for record in records]
+    if num_background:
+        asked[1][0] = asked[1][0]._replace(stored=None)
+    results, widths = [], []
+    for skip in (False, True):
+        batches = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=40, skip_stored=skip)
+        batch = batches.batch([record.document for record in records], asked)
+        module = quietly(make_module("doc_to_lora", model=model))
+        model.zero_grad()
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        module.on_after_backward()
+        results.append((loss.detach(), [p.grad.clone() for p in model.hypernetwork.parameters()]))
+        widths.append((batch.teacher.segments >= 0).sum(1).tolist())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
+    assert all(b < a / 2 for a, b in zip(widths[0][::2], widths[1][::2], strict=True))  # without their documents
+    assert widths[1] == [0, 0, 0] if not num_background else widths[1][1] > widths[1][0] > 0
 
 
 def test_the_base_model_s_loss_is_that_of_single_prompts(make_module, make_data):

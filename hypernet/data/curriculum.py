@@ -285,7 +285,8 @@ class DistillationBatch(NamedTuple):
     student: a row per document, the questions alone. teacher: the same questions, those about the document behind it.
         The answer tokens of both come in the same order. Behind these rows of their own may stand others, the same in
         both: a document in the prompt, questions about it (kind "in_prompt"), and the adapter of other documents.
-    stored: the teacher's probabilities where they were stored; None where no question has any.
+    stored: the teacher's probabilities where they were stored; None where no question has any. The teacher's rows may
+        then lack these questions.
     """
 
     chunk_ids: Tensor
@@ -316,7 +317,8 @@ class DistillationBatch(NamedTuple):
 class DistillationBatches(_Batches):
     """Chunks, questions without and questions with the article; see `DistillationBatch`.
 
-    Background questions are those kept out of training (`held_out_background`) or the others.
+    Background questions are those kept out of training (`held_out_background`) or the others. With `skip_stored` the
+    teacher's rows leave out questions whose probabilities were stored, and documents that no other question is about.
     """
 
     def __init__(
@@ -327,10 +329,12 @@ class DistillationBatches(_Batches):
         max_chunk_tokens: int,
         context_tokens: int = 0,
         held_out_background: bool = False,
+        skip_stored: bool = False,
     ) -> None:
         super().__init__(curriculum, tokenizer)
         self.max_chunk_tokens = max_chunk_tokens
         self.context_tokens = context_tokens
+        self.skip_stored = skip_stored
         self.background = background_questions(held_out=held_out_background)
 
     def __getitem__(self, step: int) -> DistillationBatch:
@@ -432,6 +436,11 @@ class DistillationBatches(_Batches):
         teacher_asked = [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]
         others = [[(question, True) for question in questions] for _, questions, _ in in_prompt]
         in_prompt_trunks = [trunks[document] for document, _, _ in in_prompt]
+        if self.skip_stored:
+            teacher_asked = [[pair for pair in row if not pair[0].stored] for row in teacher_asked]
+            trunks = [
+                trunk if any(sees for _, sees in row) else [] for trunk, row in zip(trunks, teacher_asked, strict=True)
+            ]
         student = self._rows([*([] for _ in asked), *in_prompt_trunks], [*student_asked, *others])
         members = [[i] for i in range(len(asked))] if members is None else members
         return DistillationBatch(

@@ -54,6 +54,7 @@ class Stage(NamedTuple):
     num_in_prompt: int = 0  # documents that stand in the prompt too, beside another's adapter (hypernetwork only)
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
     shared_relations: float = 0.0  # chance that an article's entities are of one kind and told the same relations
+    shared_topic: float = 0.0  # chance that all articles of a step are about one kind and told the same relations
     restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
     source: str | Mapping[str, float] = ENCYCLOPEDIA  # where records come from, or name → weight of a mixture
     bucket_documents: int = 0  # so many documents are sorted by length together, so that a step's are alike; 0: none
@@ -110,6 +111,8 @@ class Curriculum:
         rng = self.encyclopedia.rng("step", step)
         num_entities = rng.randint(*stage.num_entities)
         num_facts = sum(rng.randint(*stage.facts_per_entity) for _ in range(num_entities))
+        # Of its own random numbers, and drawn only where it is asked for: the other stages stay what they were.
+        shared = stage.shared_topic > 0 and self.encyclopedia.rng("topic", step).random() < stage.shared_topic
         buckets = self._buckets[number]
         start = local_step * stage.batch_size
         result = []
@@ -124,6 +127,7 @@ class Curriculum:
                     num_unanswerable=int(rng.random() < stage.unanswerable),
                     # Drawn only where it is asked for: the other stages' articles stay what they were.
                     shared_relations=stage.shared_relations > 0 and rng.random() < stage.shared_relations,
+                    topic=f"step {step}" if shared else None,
                 )
             else:
                 record = self.sources[name].record(index)

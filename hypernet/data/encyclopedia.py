@@ -141,6 +141,7 @@ class Encyclopedia:
         num_distractors: int = 1,
         num_unanswerable: int = 0,
         shared_relations: bool = False,
+        topic: str | None = None,
     ) -> Record:
         """One article with one question per fact, in an order of its own.
 
@@ -151,6 +152,8 @@ class Encyclopedia:
             num_distractors: sentences that answer no question.
             num_unanswerable: questions about relations that the article leaves out; their answer is `UNKNOWN`.
             shared_relations: entities of one kind, told the same relations: only the name tells them apart.
+            topic: any word; entities of all articles of one topic are of one kind and told the same relations, as far
+                as the number of facts allows.
 
         Raises:
             ValueError: num_facts smaller than num_entities.
@@ -162,6 +165,9 @@ class Encyclopedia:
         rng = self.rng(index)
         kinds = [rng.choice(list(self._of_kind)) for _ in range(num_entities)]
         kinds = kinds[:1] * num_entities if shared_relations else kinds
+        if topic is not None:
+            of_topic = self.rng("topic", topic)
+            kinds = [of_topic.choice(list(self._of_kind))] * num_entities
         entities: list[Entity] = []
         for kind in kinds:
             entity = self.entity(rng, kind)
@@ -170,8 +176,9 @@ class Encyclopedia:
             entities.append(entity)
         told = [(entity, relation) for entity in entities for relation in self._of_kind[entity.kind]]
         rng.shuffle(told)
-        if shared_relations:
-            order = rng.sample(self._of_kind[kinds[0]], len(self._of_kind[kinds[0]]))
+        if shared_relations or topic is not None:
+            drawn_from = rng if topic is None else of_topic
+            order = drawn_from.sample(self._of_kind[kinds[0]], len(self._of_kind[kinds[0]]))
             told.sort(key=lambda pair: order.index(pair[1]))
         # One fact each first, so that no entity is without; the rest from what is left.
         first = [next(pair for pair in told if pair[0] is entity) for entity in entities]

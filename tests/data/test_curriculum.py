@@ -264,6 +264,26 @@ def test_a_stage_chooses_how_many_articles_share_their_relations_and_leaves_the_
     assert [plain.records(step) for step in range(4)] == [stated.records(step) for step in range(4)]
 
 
+def test_a_stage_chooses_how_many_steps_are_about_one_thing_and_leaves_the_others_as_they_were():
+    def records(**stage):
+        stages = [{"steps": 20, "batch_size": 6, "num_entities": [2, 2], "facts_per_entity": [1, 2], **stage}]
+        curriculum = make_curriculum(stages=stages)
+        return [curriculum.records(step) for step in range(20)]
+
+    def relations_of(step):
+        return [sorted({question.group for question in record.questions}) for record in step]
+
+    plain, some, every = records(), records(shared_topic=0.5), records(shared_topic=1.0)
+    for step in every:
+        assert len({*map(tuple, relations_of(step))}) == 1
+        assert len({record.document for record in step}) == 6
+    assert len({tuple(relations_of(step)[0]) for step in every}) > 5  # another topic in another step
+    about_one = [len({*map(tuple, relations_of(step))}) == 1 for step in some]
+    assert 4 <= sum(about_one) <= 16
+    for one, mixed, before, all_of_one in zip(about_one, some, plain, every, strict=True):
+        assert mixed == (all_of_one if one else before)
+
+
 def test_a_stage_says_in_whose_company_a_document_s_adapter_answers(tiny_tokenizer):
     def batches(**more):
         curriculum = make_curriculum(stages=[{"steps": 3, "batch_size": 6, **more}])

@@ -31,6 +31,7 @@ from hypernet.objectives import (
     key_contrast,
     mean_absolute_weight,
     mean_per_document,
+    silence,
 )
 from hypernet.packed_attention import packed_logits
 from hypernet.targets import find_blocks
@@ -195,6 +196,8 @@ class LitDocToLoRA(_Trained):
         key_weight: of the contrast between the rows of A and what enters their modules in the plain base model (see
             `key_contrast`), over all layers. It compares the documents that are computed together, so with accumulated
             parts or several processes there are fewer to compare.
+        silence_weight: of what each document's weights do to the inputs of questions about others (see `silence`), over
+            all layers and the same documents as the contrast.
         output_dir: where the trained checkpoint is written when training ends.
         include_base_model: put the base model into it, so that the folder needs nothing else.
     """
@@ -210,6 +213,7 @@ class LitDocToLoRA(_Trained):
         hidden_weight: float = 0.0,
         l1_weight: float = 0.0,
         key_weight: float = 0.0,
+        silence_weight: float = 0.0,
         output_dir: str | None = None,
         include_base_model: bool = False,
     ) -> None:
@@ -222,6 +226,7 @@ class LitDocToLoRA(_Trained):
         self.hidden_weight = hidden_weight
         self.l1_weight = l1_weight
         self.key_weight = key_weight
+        self.silence_weight = silence_weight
         self.output_dir = output_dir
         self.include_base_model = include_base_model
         # The base model is read from its own files; a checkpoint may lack its keys, and only these (see
@@ -237,7 +242,7 @@ class LitDocToLoRA(_Trained):
         with self.phases("teacher"), torch.no_grad(), self._hidden_states() as teacher_states:
             # Where every answer's probabilities were stored, there may be nothing to ask.
             teacher = self.model(teacher_rows) if (teacher_rows.target_kind >= 0).any() else None
-        key_loss = self._key_contrast(A, batch) * part.share["document"] if self.key_weight else None
+        key_losses = self._key_losses(A, B, part) if self.key_weight or self.silence_weight else {}
         self.model.set_chunks(A, B, batch.num_chunks, members=batch.members)
         is_answer = student_rows.target_kind >= 0
         with self.phases("student"), self._hidden_states() as student_states:
@@ -272,9 +277,9 @@ class LitDocToLoRA(_Trained):
             num_own = batch.num_own_rows  # 0 in a part that only has rows with a document in the prompt
             losses["l1"] = sizes[:num_own].sum() / max(num_own, 1) * part.share["rows"]
             loss = loss + self.l1_weight * losses["l1"]
-        if key_loss is not None:
-            losses["key"] = key_loss
-            loss = loss + self.key_weight * key_loss
+        for name, value in key_losses.items():
+            losses[name] = value
+            loss = loss + {"key": self.key_weight, "silence": self.silence_weight}[name] * value
         return self._finish(part, {"loss": loss, **losses})
 
     def _kl(self, student: Tensor, teacher: Tensor | None, batch: DistillationBatch, is_answer: Tensor) -> Tensor:
@@ -290,32 +295,50 @@ class LitDocToLoRA(_Trained):
         teacher = teacher[~where] if len(teacher) == len(student) else teacher
         return kl.masked_scatter(~where, context_distillation_kl(student[~where], teacher))
 
-    def _key_contrast(self, A: dict[str, Tensor], batch: DistillationBatch) -> Tensor:
-        """Mean over layers, targets and both directions of `key_contrast`, and over documents that have questions."""
-        rows = batch.student
-        row, column, kinds = first_answer_tokens(rows)
+    def _key_losses(self, A: dict[str, Tensor], B: dict[str, Tensor], part: StepPart) -> dict[str, Tensor]:
+        """`key_contrast` and `silence` of the step, as far as they are asked for; means over layers and targets."""
+        batch = part.batch
+        rows, num_own = batch.student, batch.num_own_rows
+        is_answer = rows.target_kind >= 0
+        is_answer[num_own:] = False  # with a document in the prompt, the inputs are others
+        row, column = is_answer.nonzero(as_tuple=True)
+        kinds = rows.target_kind[row, column]
         about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
         owner = torch.where(about, row, -1)
-        inputs: dict[tuple[str, int], Tensor] = {}
+        seen: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         hooks = []
         for target in self.model.hypernetwork.targets:
             for layer, path in enumerate(target.paths):
                 if path is not None:
 
-                    def read(_, args, key=(target.name, layer)) -> None:
-                        inputs[key] = args[0][row, column]
+                    def read(_, args, output, key=(target.name, layer)) -> None:
+                        seen[key] = args[0][row, column], output[row, column]
 
-                    hooks.append(self.model.base_model.get_submodule(path).register_forward_pre_hook(read))
+                    hooks.append(self.model.base_model.get_submodule(path).register_forward_hook(read))
         try:
             with self.phases("teacher"), torch.no_grad():
                 self.model(rows)
         finally:
             for hook in hooks:
                 hook.remove()
-        losses = []
-        for (name, layer), x in inputs.items():
-            losses += key_contrast(A[name][:, layer, :, : x.shape[-1]], x, owner, batch.num_chunks)
-        return mean_per_document(torch.stack(losses).mean(0), owner[about], len(rows.ids))
+        weights = {
+            (name, layer): (A[name][:, layer, :, : x.shape[-1]], B[name][:, layer, :, : y.shape[-1]], x, y)
+            for (name, layer), (x, y) in seen.items()
+        }
+        losses = {}
+        if self.key_weight:
+            first = torch.ones_like(row, dtype=torch.bool)  # of each answer
+            place = rows.segments[row, column]
+            first[1:] = (row[1:] != row[:-1]) | (place[1:] != place[:-1])
+            pairs = [key_contrast(a, x[first], owner[first], batch.num_chunks) for a, _, x, _ in weights.values()]
+            values = torch.stack([value for pair in pairs for value in pair]).mean(0)
+            owned = owner[first & about]
+            losses["key"] = mean_per_document(values, owned, len(rows.ids)) * part.share["document"]
+        if self.silence_weight:
+            scaling = self.model.hypernetwork.scaling
+            values = [silence(a, b, x, y, owner, batch.num_chunks, scaling=scaling) for a, b, x, y in weights.values()]
+            losses["silence"] = mean_per_document(torch.stack(values).mean(0), row, len(rows.ids)) * part.share["rows"]
+        return losses
 
     @contextmanager
     def _hidden_states(self) -> Iterator[list[Tensor]]:
@@ -449,15 +472,6 @@ def save_base_model(base_model: nn.Module, tokenizer: Any, output_dir: str | Pat
     """transformers' format: config.json, model.safetensors, the tokenizer."""
     base_model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-
-
-def first_answer_tokens(rows: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and kind of the position that predicts each answer's first token, [number of answers] each."""
-    is_answer = rows.target_kind >= 0
-    before = torch.zeros_like(is_answer)
-    before[:, 1:] = is_answer[:, :-1] & (rows.segments[:, 1:] == rows.segments[:, :-1])
-    row, column = (is_answer & ~before).nonzero(as_tuple=True)
-    return row, column, rows.target_kind[row, column]
 
 
 def answers_right_by_kind(rows: PackedRows, predicted: Tensor) -> dict[str, Tensor]:

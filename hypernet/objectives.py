@@ -115,6 +115,35 @@ def key_contrast(keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequen
     return by_document, by_question
 
 
+def silence(
+    A: Tensor, B: Tensor, inputs: Tensor, outputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, scaling: float
+) -> Tensor:
+    """How loud chunks are where nothing is asked about their document: what joined adapters add to each other.
+
+    Distillation with one adapter in force leaves open what it does to questions about other documents, and rows of A
+    that tell by the relation alone do much. Here each position is weighed against all documents at once.
+
+    Args:
+        A, B: [C, R, d_in] and [C, R, d_out] of one module for all chunks, document after document.
+        inputs, outputs: what enters the module and what it gives at each position, [P, d_in] and [P, d_out]; no
+            gradient flows into them.
+        owner: [P], the document that the position's question is about; -1: none of them.
+        num_chunks: chunks of each document, C altogether. scaling: factor on BA.
+
+    Returns:
+        [P], float32: the squared length of a chunk's delta in units of the output's, mean over all chunks but the
+        owner's; 0 where there are no others.
+    """
+    inputs, outputs, A, B = inputs.detach().float(), outputs.detach().float(), A.float(), B.float()
+    rows = torch.einsum("crd,pd->pcr", A, inputs)
+    # Without the delta itself, which would be as wide as the model for each pair of position and chunk.
+    squared = torch.einsum("pcr,crs,pcs->pc", rows, B @ B.mT, rows).clamp(min=0)
+    document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
+    others = document[None] != owner[:, None]
+    mean = (squared * others).sum(1) / others.sum(1).clamp(min=1)
+    return scaling**2 * mean / outputs.square().sum(-1).clamp(min=1e-12)
+
+
 def mean_absolute_weight(weights: Sequence[Tensor], num_chunks: Sequence[int]) -> Tensor:
     """L1 of each document's generated weights: the mean absolute entry of all its chunks' matrices.
 

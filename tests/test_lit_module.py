@@ -363,6 +363,50 @@ def test_the_key_contrast_compares_what_enters_the_modules_of_the_plain_model(ma
     assert not any(module._forward_pre_hooks for module in model.base_model.modules())
 
 
+def test_silence_weighs_every_answer_token_s_inputs_against_the_other_documents(make_module, make_data):
+    """Reference: every question as a prompt of its own without any adapter, every delta as a matrix."""
+    module = quietly(make_module("doc_to_lora", kl_weight=0.0, nll_weight=0.0, locality_weight=0.0, silence_weight=0.5))
+    model, batch = module.model, make_data("doc_to_lora").train[1]
+    num_hooks = [len(part._forward_hooks) for part in model.base_model.modules()]
+    loss = module.training_step(batch, 0)
+    assert [len(part._forward_hooks) for part in model.base_model.modules()] == num_hooks
+    model.injector.clear()
+    A, B = model.adapt(batch.chunk_ids, batch.chunk_mask)
+    of_chunk = [i for i, count in enumerate(batch.num_chunks) for _ in range(count)]
+    rows, per_row = batch.student, []
+    for i in range(len(rows.ids)):
+        values = []
+        for segment in range(1, int(rows.segments[i].max()) + 1):
+            inside = rows.segments[i] == segment
+            kinds, ids = rows.target_kind[i][inside], rows.ids[i][inside]
+            about = KINDS[int(kinds.max())] in ("document", "unanswerable")
+            others = [c for c, document in enumerate(of_chunk) if not (about and document == i)]
+            seen = []
+            hooks = [
+                model.base_model.get_submodule(path).register_forward_hook(
+                    lambda _, x, y, seen=seen: seen.append((x[0][0], y[0]))
+                )
+                for path in model.hypernetwork.targets[0].paths
+            ]
+            with torch.no_grad():
+                model.base_model(torch.cat([rows.ids[i][rows.segments[i] == 0], ids])[None])
+            for hook in hooks:
+                hook.remove()
+            for token in (kinds >= 0).nonzero()[:, 0].tolist():
+                of_layer = []
+                for layer, (x, y) in enumerate(seen):
+                    deltas = [
+                        model.hypernetwork.scaling * B["down_proj"][c, layer].T @ A["down_proj"][c, layer] @ x[token]
+                        for c in others
+                    ]
+                    of_layer.append(torch.stack(deltas).square().sum(1).mean() / y[token].square().sum())
+                values.append(torch.stack(of_layer).mean())
+        per_row.append(torch.stack(values).mean())
+    expected = torch.stack(per_row).mean()
+    assert expected > 1e-6
+    assert loss.item() == pytest.approx(0.5 * expected.item(), rel=1e-3)
+
+
 def test_adapters_stay_until_after_backward_and_are_gone_then(make_module, make_data):
     module = quietly(make_module("doc_to_lora"))
     ids = torch.arange(5, 15)[None]
@@ -374,7 +418,11 @@ def test_adapters_stay_until_after_backward_and_are_gone_then(make_module, make_
     assert torch.equal(module.model.base_model(ids).logits, plain)
 
 
-@pytest.mark.parametrize("weights", [{}, {"hidden_weight": 0.5, "l1_weight": 0.5, "key_weight": 0.5}], ids=["", "all"])
+@pytest.mark.parametrize(
+    "weights",
+    [{}, {"hidden_weight": 0.5, "l1_weight": 0.5, "key_weight": 0.5, "silence_weight": 0.5}],
+    ids=["", "all"],
+)
 def test_gradients_are_the_same_with_gradient_checkpointing(make_module, make_data, weights):
     """There the base model's layers run again during backward, and must find the adapters still in force."""
     gradients = []

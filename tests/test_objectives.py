@@ -16,6 +16,7 @@ from hypernet.objectives import (
     key_contrast,
     mean_absolute_weight,
     mean_per_document,
+    silence,
 )
 
 
@@ -129,6 +130,35 @@ def test_keys_that_are_their_questions_directions_cost_next_to_nothing_and_other
 def test_key_contrast_without_questions_about_the_documents_is_empty():
     nobody = torch.tensor([-1, -1])
     assert all(not len(value) for value in key_contrast(torch.ones(1, 2, 3), torch.ones(2, 3), nobody, [1]))
+
+
+def test_silence_is_the_mean_squared_delta_of_the_others_chunks_in_units_of_the_output():
+    """Reference: every delta as a matrix, one position and chunk after the other; gradients of A and B, too."""
+    torch.manual_seed(0)
+    num_chunks, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
+    A, B = (torch.randn(6, 3, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
+    x, y = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
+    found = silence(A, B, x, y, owner, num_chunks, scaling=1.5)
+    of_chunk = [0, 0, 1, 2, 2, 2]
+    expected = []
+    for p in range(5):
+        others = [c for c in range(6) if of_chunk[c] != owner[p]]
+        assert len(others) == [5, 4, 6, 3, 3][p]
+        expected.append(sum((1.5 * B[c].T @ A[c] @ x[p]).square().sum() for c in others) / len(others))
+    expected = torch.stack(expected) / y.square().sum(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    weights = torch.arange(1.0, 6)
+    mine = torch.autograd.grad((found * weights).sum(), (A, B))
+    theirs = torch.autograd.grad((expected * weights).sum(), (A, B))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_is_loud_without_other_documents_or_without_weights():
+    A, B, x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(6, 4), torch.randn(6, 4)
+    alone = torch.zeros(6, dtype=torch.long)
+    assert silence(A, B, x, y, alone, [2], scaling=2.0).tolist() == [0] * 6
+    assert silence(A, B, x, y, alone - 1, [2], scaling=2.0).min() > 0
+    assert silence(A, 0 * B, x, y, alone - 1, [2], scaling=2.0).tolist() == [0] * 6
 
 
 # Stored top-k

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -196,8 +196,8 @@ class LitDocToLoRA(_Trained):
         key_weight: of the contrast between the rows of A and what enters their modules in the plain base model (see
             `key_contrast`), over all layers. It compares the documents that are computed together, so with accumulated
             parts or several processes there are fewer to compare.
-        silence_weight: of what each document's weights do to the inputs of questions about others (see `silence`), over
-            all layers and the same documents as the contrast.
+        silence_weight: of what each document's weights do to the inputs of questions about others, whose own adapters
+            are in force (see `silence`), over all layers and the same documents as the contrast.
         output_dir: where the trained checkpoint is written when training ends.
         include_base_model: put the base model into it, so that the folder needs nothing else.
     """
@@ -242,10 +242,12 @@ class LitDocToLoRA(_Trained):
         with self.phases("teacher"), torch.no_grad(), self._hidden_states() as teacher_states:
             # Where every answer's probabilities were stored, there may be nothing to ask.
             teacher = self.model(teacher_rows) if (teacher_rows.target_kind >= 0).any() else None
-        key_losses = self._key_losses(A, B, part) if self.key_weight or self.silence_weight else {}
+        answers = _Answers.of(batch)
+        key_loss = self._key_loss(A, batch, answers) * part.share["document"] if self.key_weight else None
         self.model.set_chunks(A, B, batch.num_chunks, members=batch.members)
         is_answer = student_rows.target_kind >= 0
-        with self.phases("student"), self._hidden_states() as student_states:
+        hidden, calls = self._hidden_states(), self._module_calls(answers, wanted=bool(self.silence_weight))
+        with self.phases("student"), hidden as student_states, calls as student_calls:
             student = self.model(student_rows)
         kind = student_rows.target_kind[is_answer]
         document = is_answer.nonzero()[:, 0]
@@ -277,9 +279,12 @@ class LitDocToLoRA(_Trained):
             num_own = batch.num_own_rows  # 0 in a part that only has rows with a document in the prompt
             losses["l1"] = sizes[:num_own].sum() / max(num_own, 1) * part.share["rows"]
             loss = loss + self.l1_weight * losses["l1"]
-        for name, value in key_losses.items():
-            losses[name] = value
-            loss = loss + {"key": self.key_weight, "silence": self.silence_weight}[name] * value
+        if key_loss is not None:
+            losses["key"] = key_loss
+            loss = loss + self.key_weight * key_loss
+        if self.silence_weight:
+            losses["silence"] = self._silence_loss(A, B, batch, answers, student_calls) * part.share["rows"]
+            loss = loss + self.silence_weight * losses["silence"]
         return self._finish(part, {"loss": loss, **losses})
 
     def _kl(self, student: Tensor, teacher: Tensor | None, batch: DistillationBatch, is_answer: Tensor) -> Tensor:
@@ -295,50 +300,60 @@ class LitDocToLoRA(_Trained):
         teacher = teacher[~where] if len(teacher) == len(student) else teacher
         return kl.masked_scatter(~where, context_distillation_kl(student[~where], teacher))
 
-    def _key_losses(self, A: dict[str, Tensor], B: dict[str, Tensor], part: StepPart) -> dict[str, Tensor]:
-        """`key_contrast` and `silence` of the step, as far as they are asked for; means over layers and targets."""
-        batch = part.batch
-        rows, num_own = batch.student, batch.num_own_rows
-        is_answer = rows.target_kind >= 0
-        is_answer[num_own:] = False  # with a document in the prompt, the inputs are others
-        row, column = is_answer.nonzero(as_tuple=True)
-        kinds = rows.target_kind[row, column]
-        about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
-        owner = torch.where(about, row, -1)
-        seen: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+    def _key_loss(self, A: dict[str, Tensor], batch: DistillationBatch, answers: "_Answers") -> Tensor:
+        """Mean over layers, targets and both directions of `key_contrast`, and over documents that have questions."""
+        first = answers.first
+        with self.phases("teacher"), torch.no_grad(), self._module_calls(answers) as calls:
+            self.model(batch.student)
+        pairs = [
+            key_contrast(A[name][:, layer, :, : x.shape[-1]], x[first], answers.owner[first], batch.num_chunks)
+            for (name, layer), (x, _) in calls.items()
+        ]
+        values = torch.stack([value for pair in pairs for value in pair]).mean(0)
+        owned = answers.owner[first & (answers.owner >= 0)]
+        return mean_per_document(values, owned, len(batch.student.ids))
+
+    def _silence_loss(
+        self,
+        A: dict[str, Tensor],
+        B: dict[str, Tensor],
+        batch: DistillationBatch,
+        answers: "_Answers",
+        calls: dict[tuple[str, int], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Mean over layers and targets of `silence`, and over documents."""
+        scaling = self.model.hypernetwork.scaling
+        values = [
+            silence(
+                *(A[name][:, layer, :, : x.shape[-1]], B[name][:, layer, :, : y.shape[-1]], x, y),
+                *(answers.owner, batch.num_chunks),
+                scaling=scaling,
+            )
+            for (name, layer), (x, y) in calls.items()
+        ]
+        return mean_per_document(torch.stack(values).mean(0), answers.row, len(batch.student.ids))
+
+    @contextmanager
+    def _module_calls(
+        self, answers: "_Answers", wanted: bool = True
+    ) -> Iterator[dict[tuple[str, int], tuple[Tensor, Tensor]]]:
+        """Collects what enters and leaves the adapted modules at the answers, [P, d] each, by target name and layer."""
+        calls: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         hooks = []
-        for target in self.model.hypernetwork.targets:
+        for target in self.model.hypernetwork.targets if wanted else ():
             for layer, path in enumerate(target.paths):
                 if path is not None:
 
                     def read(_, args, output, key=(target.name, layer)) -> None:
-                        seen[key] = args[0][row, column], output[row, column]
+                        x, y = args[0].detach(), output.detach()
+                        calls[key] = x[answers.row, answers.column], y[answers.row, answers.column]
 
                     hooks.append(self.model.base_model.get_submodule(path).register_forward_hook(read))
         try:
-            with self.phases("teacher"), torch.no_grad():
-                self.model(rows)
+            yield calls
         finally:
             for hook in hooks:
                 hook.remove()
-        weights = {
-            (name, layer): (A[name][:, layer, :, : x.shape[-1]], B[name][:, layer, :, : y.shape[-1]], x, y)
-            for (name, layer), (x, y) in seen.items()
-        }
-        losses = {}
-        if self.key_weight:
-            first = torch.ones_like(row, dtype=torch.bool)  # of each answer
-            place = rows.segments[row, column]
-            first[1:] = (row[1:] != row[:-1]) | (place[1:] != place[:-1])
-            pairs = [key_contrast(a, x[first], owner[first], batch.num_chunks) for a, _, x, _ in weights.values()]
-            values = torch.stack([value for pair in pairs for value in pair]).mean(0)
-            owned = owner[first & about]
-            losses["key"] = mean_per_document(values, owned, len(rows.ids)) * part.share["document"]
-        if self.silence_weight:
-            scaling = self.model.hypernetwork.scaling
-            values = [silence(a, b, x, y, owner, batch.num_chunks, scaling=scaling) for a, b, x, y in weights.values()]
-            losses["silence"] = mean_per_document(torch.stack(values).mean(0), row, len(rows.ids)) * part.share["rows"]
-        return losses
 
     @contextmanager
     def _hidden_states(self) -> Iterator[list[Tensor]]:
@@ -442,6 +457,30 @@ class LitDocToLoRA(_Trained):
         if _is_complete(self):
             self.model.save_pretrained(self.output_dir, include_base_model=self.include_base_model)
             log.info("Checkpoint written to %s", self.output_dir)
+
+
+class _Answers(NamedTuple):
+    """Where a batch's own rows predict answer tokens, P of them: row, column, and the document asked about or -1.
+
+    first: whether the token is its answer's first.
+    """
+
+    row: Tensor
+    column: Tensor
+    owner: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, batch: DistillationBatch) -> "_Answers":
+        rows = batch.student
+        is_answer = rows.target_kind >= 0
+        is_answer[batch.num_own_rows :] = False  # with a document in the prompt
+        row, column = is_answer.nonzero(as_tuple=True)
+        kinds, place = rows.target_kind[row, column], rows.segments[row, column]
+        about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
+        first = torch.ones_like(about)
+        first[1:] = (row[1:] != row[:-1]) | (place[1:] != place[:-1])
+        return cls(row, column, torch.where(about, row, -1), first)
 
 
 _TRAINED = "model.hypernetwork."

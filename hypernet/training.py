@@ -147,7 +147,8 @@ def doc_to_lora_training(
             base_model=lm,
             tokenizer=tokenizer,
             hypernetwork=checkpoint.hypernetwork,
-            context_encoder=checkpoint.context_encoder,
+            # How much of the document is seen and made into one block may change from one training to the next.
+            context_encoder={**checkpoint.context_encoder, "context_tokens": context_encoder.get("context_tokens", 0)},
             max_chunk_tokens=max_chunk_tokens,
             base_model_source=base_model,
         )

@@ -364,18 +364,20 @@ def test_the_key_contrast_compares_what_enters_the_modules_of_the_plain_model(ma
 
 
 def test_silence_weighs_every_answer_token_s_inputs_against_the_other_documents(make_module, make_data):
-    """Reference: every question as a prompt of its own without any adapter, every delta as a matrix."""
+    """Reference: every question as a prompt of its own with its document's adapter, every delta as a matrix."""
     module = quietly(make_module("doc_to_lora", kl_weight=0.0, nll_weight=0.0, locality_weight=0.0, silence_weight=0.5))
-    model, batch = module.model, make_data("doc_to_lora").train[1]
+    model, data = module.model, make_data("doc_to_lora").train
+    batch = data[1]
     num_hooks = [len(part._forward_hooks) for part in model.base_model.modules()]
     loss = module.training_step(batch, 0)
     assert [len(part._forward_hooks) for part in model.base_model.modules()] == num_hooks
     model.injector.clear()
     A, B = model.adapt(batch.chunk_ids, batch.chunk_mask)
     of_chunk = [i for i, count in enumerate(batch.num_chunks) for _ in range(count)]
+    documents = [record.document for record in data.curriculum.records(1)]
     rows, per_row = batch.student, []
     for i in range(len(rows.ids)):
-        values = []
+        values, adapter = [], model.internalize(documents[i])
         for segment in range(1, int(rows.segments[i].max()) + 1):
             inside = rows.segments[i] == segment
             kinds, ids = rows.target_kind[i][inside], rows.ids[i][inside]
@@ -388,8 +390,8 @@ def test_silence_weighs_every_answer_token_s_inputs_against_the_other_documents(
                 )
                 for path in model.hypernetwork.targets[0].paths
             ]
-            with torch.no_grad():
-                model.base_model(torch.cat([rows.ids[i][rows.segments[i] == 0], ids])[None])
+            with torch.no_grad(), model.injector.using(adapter):
+                model.base_model(ids[None])
             for hook in hooks:
                 hook.remove()
             for token in (kinds >= 0).nonzero()[:, 0].tolist():

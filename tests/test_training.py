@@ -99,9 +99,11 @@ def test_training_can_start_from_a_checkpoint(make, tmp_path):
     for parameter in first.model.hypernetwork.parameters():
         parameter.data += 0.1
     first.model.save_pretrained(tmp_path / "first")
-    second, _ = make(seed=2, init_from=str(tmp_path / "first"), max_chunk_tokens=17)
+    encoder = {"kind": "per_layer_activations", "context_tokens": 5}
+    second, data = make(seed=2, init_from=str(tmp_path / "first"), max_chunk_tokens=17, context_encoder=encoder)
     assert fingerprint(second.model.hypernetwork) == fingerprint(first.model.hypernetwork)
-    assert second.model.max_chunk_tokens == 17
+    assert second.model.max_chunk_tokens == data.train.max_chunk_tokens == 17
+    assert second.model.context_encoder.context_tokens == data.train.context_tokens == 5
     assert all(parameter.requires_grad for parameter in second.model.hypernetwork.parameters())
 
 

@@ -7,7 +7,8 @@
     A, B = hypernetwork(features, mask)      # [C, L, T, D], [C, T] -> name -> [C, L, R, d_in], [C, L, R, d_out]
     HyperNetwork(**hypernetwork.config)      # the same network with fresh weights
 
-An aggregator is a class with `forward(features, mask) -> outputs` and `latent_dim`, entered in AGGREGATORS.
+An aggregator is a class with `forward(features, mask) -> outputs` and `latent_dim`, entered in AGGREGATORS. One that
+needs no latents gives A and B itself and takes the LoRA head's place, as `OuterProduct` does.
 """
 
 import inspect
@@ -19,12 +20,20 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from hypernet.lora_head import LoRAHead
+from hypernet.outer_product import OuterProduct
 from hypernet.perceiver import Perceiver
 from hypernet.pooling import MeanPool
 from hypernet.targets import LoRATarget
 
 # A closed list: checkpoints name the aggregator.
-AGGREGATORS: dict[str, type[nn.Module]] = {"perceiver": Perceiver, "mean_pool": MeanPool}
+AGGREGATORS: dict[str, type[nn.Module]] = {
+    "perceiver": Perceiver,
+    "mean_pool": MeanPool,
+    "outer_product": OuterProduct,
+}
+# What the network gives them; the rest are their settings.
+GIVEN = ("targets", "feature_dim", "num_outputs", "rank")
+HEAD_DEFAULTS = {"num_pre_head_blocks": 1, "pre_head_multiple": 4}
 
 
 class HyperNetwork(nn.Module):
@@ -40,7 +49,7 @@ class HyperNetwork(nn.Module):
         scaling: factor on BA, not divided by the rank; None means 2 * rank**1.5, as in the published checkpoints.
         aggregator: {"name": key of AGGREGATORS, ...its sizes}.
         num_pre_head_blocks, pre_head_multiple: residual blocks before the head, and their hidden size in units of the
-            latent size.
+            latent size; None means 1 and 4. An outer product has no such head and takes neither.
         standardize_features: bring every feature of every map to mean 0 and variance 1, by the statistics that
             `calibrate` takes once before training; they are part of the state dict. A base model's states have a few
             large directions that all tokens share, and what tells one name from another is small beside them. False:
@@ -58,8 +67,8 @@ class HyperNetwork(nn.Module):
     prefixes: `aggregator.perceiver.*` there is `aggregator.*` here, everything else there is below `lora_head.` here.
 
     Raises:
-        ValueError: unknown aggregator or size, targets of unequal depth or repeated names, num_maps neither one nor the
-            layer count.
+        ValueError: unknown aggregator or size, settings of a head that there is none of, targets of unequal depth or
+            repeated names, num_maps neither one nor the layer count.
     """
 
     def __init__(
@@ -71,8 +80,8 @@ class HyperNetwork(nn.Module):
         rank: int = 8,
         scaling: float | None = None,
         aggregator: Mapping[str, Any],
-        num_pre_head_blocks: int = 1,
-        pre_head_multiple: int = 4,
+        num_pre_head_blocks: int | None = None,
+        pre_head_multiple: int | None = None,
         standardize_features: bool = False,
     ):
         super().__init__()
@@ -96,16 +105,21 @@ class HyperNetwork(nn.Module):
             self.register_buffer("feature_std", torch.ones(num_maps, feature_dim))
         self.scaling = 2 * rank**1.5 if scaling is None else float(scaling)
 
-        num_outputs = (self.num_layers // num_maps) * len(self.targets) * rank
         aggregator_class, sizes = _aggregator_sizes(aggregator)
-        self.aggregator = aggregator_class(feature_dim=feature_dim, num_outputs=num_outputs, **sizes)
-        self.lora_head = LoRAHead(
-            self.targets,
-            latent_dim=self.aggregator.latent_dim,
-            rank=rank,
-            num_pre_head_blocks=num_pre_head_blocks,
-            pre_head_multiple=pre_head_multiple,
-        )
+        head = {"num_pre_head_blocks": num_pre_head_blocks, "pre_head_multiple": pre_head_multiple}
+        head = {name: value for name, value in head.items() if value is not None}
+        if aggregator_class is OuterProduct:
+            if head:
+                raise ValueError(
+                    f"Aggregator {aggregator['name']!r} has no head behind it; leave {' and '.join(head)} out."
+                )
+            self.aggregator = None
+            self.lora_head = OuterProduct(self.targets, feature_dim=feature_dim, rank=rank, **sizes)
+        else:
+            head = {**HEAD_DEFAULTS, **head}
+            num_outputs = (self.num_layers // num_maps) * len(self.targets) * rank
+            self.aggregator = aggregator_class(feature_dim=feature_dim, num_outputs=num_outputs, **sizes)
+            self.lora_head = LoRAHead(self.targets, latent_dim=self.aggregator.latent_dim, rank=rank, **head)
         self.config = {
             "targets": [target.plain() for target in self.targets],
             "feature_dim": feature_dim,
@@ -113,8 +127,7 @@ class HyperNetwork(nn.Module):
             "rank": rank,
             "scaling": self.scaling,
             "aggregator": {"name": aggregator["name"], **sizes},
-            "num_pre_head_blocks": num_pre_head_blocks,
-            "pre_head_multiple": pre_head_multiple,
+            **head,
             "standardize_features": standardize_features,
         }
 
@@ -127,7 +140,7 @@ class HyperNetwork(nn.Module):
         return self.lora_head.bias_B
 
     def parameter_counts(self) -> dict[str, int]:
-        """Number of parameters: {"aggregator": ..., "lora_head": ..., "total": ...}."""
+        """Number of parameters: {"aggregator": ..., "lora_head": ..., "total": ...}, what there is of them."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {**counts, "total": sum(counts.values())}
 
@@ -193,13 +206,13 @@ class HyperNetwork(nn.Module):
         if self.standardize_features:
             where = layers if self.num_maps > 1 else slice(None)
             features = (features - self.feature_mean[where, None]) / self.feature_std[where, None]
+        if self.aggregator is None:
+            return self.lora_head(features, mask, layers)
         latents = self.aggregator(
             rearrange(features, "c l t d -> (c l) t d"), repeat(mask, "c t -> (c l) t", l=num_maps)
         )
         # With one map per layer its outputs are that layer's (m r); with a single map they are all layers' (l m r).
-        latents = rearrange(
-            latents, "(c l) (k m r) h -> c (l k) m r h", l=num_maps, m=len(self.targets), r=self.rank
-        )
+        latents = rearrange(latents, "(c l) (k m r) h -> c (l k) m r h", l=num_maps, m=len(self.targets), r=self.rank)
         return self.lora_head(latents, layers)
 
 
@@ -224,7 +237,7 @@ def _aggregator_sizes(aggregator: Mapping[str, Any]) -> tuple[type[nn.Module], d
     if name not in AGGREGATORS:
         raise ValueError(f"Unknown aggregator {name!r}: set aggregator's name to one of {sorted(AGGREGATORS)}.")
     parameters = inspect.signature(AGGREGATORS[name]).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.name not in ("feature_dim", "num_outputs")}
+    defaults = {p.name: p.default for p in parameters if p.name not in GIVEN}
     unknown = sorted(set(sizes) - set(defaults))
     if unknown:
         raise ValueError(f"Aggregator {name!r} has no {', '.join(unknown)}; it has {', '.join(defaults)}.")

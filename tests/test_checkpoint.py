@@ -21,12 +21,21 @@ from hypernet.targets import LoRATarget
 DOCUMENT = "Norbach was founded by Ilda Renwick. It makes tin boxes. It has 312 workers."
 
 
+SIZES = {
+    "perceiver": {
+        **{"latent_dim": 8, "num_latents": 3, "num_blocks": 2},
+        **{"num_heads": 2, "num_kv_heads": 1, "head_dim": 4},
+    },
+    "outer_product": {"inner_dim": 6},
+}
+
+
 @pytest.fixture
-def hypernetwork():
+def hypernetwork(request):
     targets = [LoRATarget("down_proj", ("layers.0.mlp.down_proj", "layers.1.mlp.down_proj"), 7, 5)]
-    sizes = {"latent_dim": 8, "num_latents": 3, "num_blocks": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+    name = getattr(request, "param", "perceiver")
     hypernetwork = HyperNetwork(
-        targets=targets, feature_dim=5, num_maps=2, rank=2, aggregator={"name": "perceiver", **sizes}
+        targets=targets, feature_dim=5, num_maps=2, rank=2, aggregator={"name": name, **SIZES[name]}
     )
     for parameter in hypernetwork.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -61,6 +70,7 @@ def refusal(folder) -> str:
 # Round trips
 
 
+@pytest.mark.parametrize("hypernetwork", SIZES, indirect=True)
 def test_everything_comes_back_as_it_was(folder, hypernetwork):
     checkpoint = load_checkpoint(folder)
     assert checkpoint.hypernetwork.config == hypernetwork.config
@@ -73,6 +83,7 @@ def test_everything_comes_back_as_it_was(folder, hypernetwork):
     assert checkpoint.max_chunk_tokens == 33 and checkpoint.fingerprint == fingerprint(hypernetwork)
 
 
+@pytest.mark.parametrize("hypernetwork", SIZES, indirect=True)
 def test_a_loaded_hypernetwork_computes_the_same_and_can_be_trained_on(folder, hypernetwork):
     features, mask = torch.randn(3, 2, 6, 5), torch.ones(3, 6, dtype=torch.bool)
     loaded = load_checkpoint(folder).hypernetwork
@@ -298,7 +309,8 @@ def test_whatever_entry_of_the_config_is_damaged_the_refusal_is_one_line(folder)
             except ValueError as error:
                 assert "\n" not in str(error) and str(folder) in str(error), (place, value)
             else:
-                assert place[-1] in harmless or place[0] == "context_encoder", (place, value)
+                default = value is None and place[-1] in ("num_pre_head_blocks", "pre_head_multiple")
+                assert default or place[-1] in harmless or place[0] == "context_encoder", (place, value)
 
 
 # What is in a checkpoint is never executed

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from hypernet.hypernetwork import AGGREGATORS, HyperNetwork
+from hypernet.outer_product import OuterProduct
 from hypernet.targets import LoRATarget
 
 LAYERS, RANK, D, CHUNKS, T = 3, 2, 6, 5, 11
@@ -14,7 +15,8 @@ DOWN = LoRATarget("down_proj", ("a", "b", "c"), 13, 7)
 UP = LoRATarget("up_proj", ("d", "e", "f"), 7, 13)
 PERCEIVER = dict(name="perceiver", latent_dim=8, num_latents=3, num_blocks=2, num_heads=4, num_kv_heads=2, head_dim=3)
 MEAN_POOL = dict(name="mean_pool", latent_dim=8)
-by_aggregator = pytest.mark.parametrize("aggregator", [PERCEIVER, MEAN_POOL], ids=lambda a: a["name"])
+OUTER_PRODUCT = dict(name="outer_product", inner_dim=4)
+by_aggregator = pytest.mark.parametrize("aggregator", [PERCEIVER, MEAN_POOL, OUTER_PRODUCT], ids=lambda a: a["name"])
 
 
 def make(*, trained=True, **changes) -> HyperNetwork:
@@ -105,11 +107,11 @@ def test_an_integer_mask_means_the_same():
 
 @by_aggregator
 @pytest.mark.parametrize("num_maps", [1, LAYERS])
-def test_b_is_exactly_zero_at_the_start_and_a_differs_between_chunks(aggregator, num_maps):
+def test_b_is_exactly_zero_at_the_start_and_a_differs_between_chunks_if_it_comes_from_latents(aggregator, num_maps):
     hypernetwork = make(trained=False, aggregator=aggregator, num_maps=num_maps)
     A, B = hypernetwork(*batch(num_maps))
     assert not any(x.any() for x in (*B.values(), *hypernetwork.bias_B.values()))
-    assert all(x.std(0).mean() > 0.01 for x in A.values())
+    assert aggregator is OUTER_PRODUCT or all(x.std(0).mean() > 0.01 for x in A.values())
 
 
 @by_aggregator
@@ -123,9 +125,17 @@ def test_every_parameter_gets_a_gradient_once_b_is_not_zero(aggregator):
     assert without == []
 
 
-@pytest.mark.parametrize("aggregator", [{"name": "perceiver"}, {"name": "mean_pool"}], ids=lambda a: a["name"])
-def test_the_config_survives_yaml_and_json_and_rebuilds_the_same_network(aggregator):
-    hypernetwork = make(aggregator={**aggregator, "latent_dim": 8}, scaling=3, num_pre_head_blocks=2)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"aggregator": {"name": "perceiver", "latent_dim": 8}, "num_pre_head_blocks": 2},
+        {"aggregator": {"name": "mean_pool", "latent_dim": 8}, "num_pre_head_blocks": 2},
+        {"aggregator": {"name": "outer_product"}},
+    ],
+    ids=lambda s: s["aggregator"]["name"],
+)
+def test_the_config_survives_yaml_and_json_and_rebuilds_the_same_network(settings):
+    hypernetwork = make(**settings, scaling=3)
     for dump in (yaml.safe_load(yaml.safe_dump(hypernetwork.config)), json.loads(json.dumps(hypernetwork.config))):
         assert dump == hypernetwork.config
         rebuilt = HyperNetwork(**dump)
@@ -152,6 +162,13 @@ def test_the_config_spells_defaults_out():
     )
 
 
+def test_only_a_network_with_a_head_has_settings_of_one():
+    head = {"num_pre_head_blocks": 1, "pre_head_multiple": 4}
+    assert make().config.items() >= head.items()
+    config = make(aggregator={"name": "outer_product"}).config
+    assert config["aggregator"] == {"name": "outer_product", "inner_dim": 128} and not config.keys() & head.keys()
+
+
 def test_scaling_defaults_to_the_published_one():
     assert make(rank=8).scaling == pytest.approx(45.254834)
 
@@ -159,10 +176,18 @@ def test_scaling_defaults_to_the_published_one():
 @pytest.mark.parametrize(
     ("changes", "hint"),
     [
-        ({"aggregator": {"name": "perciever"}}, r"Unknown aggregator 'perciever'.*'mean_pool', 'perceiver'"),
-        ({"aggregator": {"latent_dim": 8}}, r"Unknown aggregator None.*'mean_pool', 'perceiver'"),
+        (
+            {"aggregator": {"name": "perciever"}},
+            r"'perciever': .* one of \['mean_pool', 'outer_product', 'perceiver'\]",
+        ),
+        ({"aggregator": {"latent_dim": 8}}, r"Unknown aggregator None: .*'outer_product', 'perceiver'\]"),
         ({"aggregator": {**MEAN_POOL, "num_latents": 4}}, "'mean_pool' has no num_latents; it has latent_dim"),
         ({"aggregator": {**PERCEIVER, "feature_dim": 4}}, "'perceiver' has no feature_dim"),
+        ({"aggregator": {**OUTER_PRODUCT, "rank": 4}}, "'outer_product' has no rank; it has inner_dim"),
+        (
+            {"aggregator": OUTER_PRODUCT, "num_pre_head_blocks": 1, "pre_head_multiple": 4},
+            "'outer_product' has no head behind it; leave num_pre_head_blocks and pre_head_multiple out",
+        ),
         ({"num_maps": 2}, "num_maps must be 1 or the number of adapted layers, 3, got 2"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"targets": []}, "at least one target module"),
@@ -199,14 +224,16 @@ def test_a_chunk_without_a_token_is_refused():
         make()(features, mask)
 
 
-def test_parameter_counts_add_up():
-    hypernetwork = make()
+@by_aggregator
+def test_parameter_counts_add_up(aggregator):
+    hypernetwork = make(aggregator=aggregator)
     counts = hypernetwork.parameter_counts()
     assert (
         counts["total"]
-        == counts["aggregator"] + counts["lora_head"]
+        == counts.get("aggregator", 0) + counts["lora_head"]
         == sum(p.numel() for p in hypernetwork.parameters())
     )
+    assert ("aggregator" in counts) == (aggregator is not OUTER_PRODUCT)
 
 
 def test_the_published_configuration_has_the_papers_309_million_parameters():
@@ -236,7 +263,7 @@ def test_the_published_configuration_has_the_papers_309_million_parameters():
 
 
 def test_an_aggregator_is_a_class_with_latent_dim_and_the_two_sizes_it_is_given():
-    for aggregator_class in AGGREGATORS.values():
+    for aggregator_class in set(AGGREGATORS.values()) - {OuterProduct}:
         aggregator = aggregator_class(feature_dim=D, num_outputs=4, latent_dim=8)
         assert aggregator.latent_dim == 8
         assert aggregator(torch.randn(2, 5, D), torch.ones(2, 5, dtype=torch.bool)).shape == (2, 4, 8)
@@ -263,8 +290,9 @@ def test_calibrated_features_reach_the_aggregator_at_mean_zero_and_variance_one(
     assert_same(hypernetwork(features, mask), plain(standardized, mask), rtol=1e-3, atol=1e-4)
 
 
-def test_statistics_are_those_of_the_layers_asked_for_and_travel_with_the_weights():
-    hypernetwork, (features, mask) = make(standardize_features=True), batch()
+@by_aggregator
+def test_statistics_are_those_of_the_layers_asked_for_and_travel_with_the_weights(aggregator):
+    hypernetwork, (features, mask) = make(aggregator=aggregator, standardize_features=True), batch()
     hypernetwork.calibrate([(features * torch.arange(1.0, 4)[:, None, None] + 2, mask)])
     whole = hypernetwork(features, mask)
     part = hypernetwork(features[:, 1:], mask, layers=slice(1, 3))

@@ -43,6 +43,7 @@ LEVELS = [
         "hypernet.lora_head",
         "hypernet.merging",
         "hypernet.objectives",
+        "hypernet.outer_product",
         "hypernet.packed_attention",
         "hypernet.vllm_export",
         "hypernet.data.collate",

@@ -30,6 +30,21 @@ class DocToLoRAMethod(Method):
         return self.adapter.num_bytes
 
 
+class SecondHypernetwork(DocToLoRAMethod):
+    """The documents' adapter from another hypernetwork for the same base model, so that one sweep compares both.
+
+    Args:
+        checkpoint: its folder.
+
+    Raises:
+        ValueError: the checkpoint is missing or damaged, or was made for another base model.
+    """
+
+    def __init__(self, *, model: DocToLoRA, checkpoint: str, max_new_tokens: int = 32) -> None:
+        second = DocToLoRA.from_pretrained(checkpoint, base_model=model.base_model_source, device=model.device)
+        super().__init__(model=second.eval().requires_grad_(False), max_new_tokens=max_new_tokens)
+
+
 class WrongDocument(DocToLoRAMethod):
     """Control: the adapter of another case's documents.
 

@@ -7,7 +7,14 @@ import torch
 
 from benchmarks.decoding import greedy
 from benchmarks.measure import run_cell
-from benchmarks.methods.adapters import DocToLoRAInPrompt, DocToLoRAMethod, RandomAdapter, WrongDocument, delta_norms
+from benchmarks.methods.adapters import (
+    DocToLoRAInPrompt,
+    DocToLoRAMethod,
+    RandomAdapter,
+    SecondHypernetwork,
+    WrongDocument,
+    delta_norms,
+)
 from benchmarks.methods.gradients import ContextDistillation, TextLoRA
 from benchmarks.methods.prompts import FullContext, NoContext, PrefixCache, Retrieval
 from benchmarks.tasks.base import Asked, Case
@@ -98,6 +105,23 @@ def test_the_wrong_document_s_adapter_is_the_other_s(make_doc_to_lora) -> None:
     both = prepared(DocToLoRAInPrompt(model=model))
     assert both.adapter.content_id() == model.internalize(DOCUMENT).content_id()
     assert both.prompt(QUESTIONS[0]) == prepared(FullContext(model=model)).prompt(QUESTIONS[0])
+
+
+def test_a_second_hypernetwork_s_adapter_is_its_own_beside_the_same_base_model(make_doc_to_lora, tmp_path) -> None:
+    model = make_doc_to_lora()
+    settings = {"rank": 3, "aggregator": {"name": "outer_product", "inner_dim": 5}}
+    second = make_doc_to_lora(hypernetwork=settings)
+    second.save_pretrained(tmp_path / "second")
+    method = prepared(SecondHypernetwork(model=model, checkpoint=str(tmp_path / "second"), max_new_tokens=6))
+    assert method.adapter.content_id() == second.internalize(DOCUMENT).content_id()
+    expected = second.generate([q.text for q in QUESTIONS[:2]], method.adapter, max_new_tokens=6)
+    assert [answer.text for answer in method.answer(QUESTIONS[:2])] == expected
+    with pytest.raises(ValueError, match="No checkpoint at .*missing: there is no such folder. Give a folder"):
+        SecondHypernetwork(model=model, checkpoint=str(tmp_path / "missing"))
+    second.base_model_fingerprint = "f" * 64
+    second.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="Give the base model it was trained with"):
+        SecondHypernetwork(model=model, checkpoint=str(tmp_path / "other"))
 
 
 def test_a_replaced_document_leaves_nothing_in_the_adapter(make_doc_to_lora) -> None:

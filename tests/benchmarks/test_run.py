@@ -109,7 +109,7 @@ def test_progress_says_how_long_the_rest_takes() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_file_is_composed_and_built(path, make_doc_to_lora) -> None:
+def test_every_file_is_composed_and_built(path, make_doc_to_lora, tmp_path) -> None:
     group, _, option = str(path).partition("/")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(group if not option else "run", [f"{group}={option}"] if option else [], return_hydra_config=True)
@@ -117,10 +117,15 @@ def test_every_file_is_composed_and_built(path, make_doc_to_lora) -> None:
     if group != "sweep":  # some refer to a setting of the methods that they name
         assert resolved(cfg)
     if group == "task":
+        if "times_asked" in cfg.task:  # of the shipped base model
+            cfg.task.times_asked = None
         assert callable(build_task(cfg.task, make_doc_to_lora()).cases)
     elif group == "method" and option != "retrieval_dense":
         if option == "retrieval":
             pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")
+        if "checkpoint" in cfg.method:  # what a training has left is not here
+            cfg.method.checkpoint = str(tmp_path)
+            make_doc_to_lora(hypernetwork={"aggregator": {"name": "outer_product"}}).save_pretrained(tmp_path)
         assert instantiate(cfg.method, _convert_="all")(model=make_doc_to_lora(), max_new_tokens=4).steps
     elif group == "sweep":
         names = {key: values.split(",") for key, values in cfg.hydra.sweeper.params.items() if key != "seed"}
@@ -140,6 +145,17 @@ def test_a_sweep_s_header_says_how_to_run_it_and_how_long_it_takes(path) -> None
     assert text.startswith("# @package _global_\n")
     assert re.search(rf"^#\s+(command)?\s+python -m benchmarks.run sweep={path.stem}\b", text, re.MULTILINE)
     assert re.search(r"^#\s+hardware\s+\S", text, re.MULTILINE) and re.search(r"^#\s+time\s+\S", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_sweep_measures_the_controls_and_says_what_they_mean(path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert re.search(r"^# Controls: \S", text, re.MULTILINE)
+    # A header may give more methods in a command of their own.
+    named = re.findall(r"^\s*method: (\S+)|^#.* method=(\S+)", text, re.MULTILINE)
+    methods = {method for found in named for part in found for method in part.split(",")}
+    if not path.stem.startswith("tune"):  # which chooses among settings of a method and makes no figure
+        assert {"no_context", "full_context", "wrong_document", "doc_to_lora"} <= methods
 
 
 def test_a_sweep_prints_its_progress_and_nothing_else(tmp_path) -> None:
@@ -186,4 +202,16 @@ def test_every_row_of_a_case_has_its_attributes(make_doc_to_lora) -> None:
     assert [(row["kind"], row["attributes"]) for row in rows] == [
         ("question", {"num_chunks": 4}),
         ("case", {"num_chunks": 4}),
+    ]
+
+
+def test_a_question_s_row_has_attributes_of_its_own_too(make_doc_to_lora) -> None:
+    asked = tuple(Asked("How many?", ("3",), attributes={"times_asked": times}) for times in (300, 0))
+    case = Case("set", "0", ("Town A has 3 houses.",), asked, attributes={"num_chunks": 4})
+    method = NoContext(model=make_doc_to_lora(), max_new_tokens=3)
+    rows = measure.run_cell([case], method, seed=0, num_timed=0, num_profiled=0)
+    assert [row["attributes"] for row in rows] == [
+        {"num_chunks": 4, "times_asked": 300},
+        {"num_chunks": 4, "times_asked": 0},
+        {"num_chunks": 4},
     ]

@@ -27,6 +27,7 @@ from benchmarks.svg import LINES, Axis, Point, Series, Style, chart, dots, heatm
 
 QUESTIONS_PER_VERSION = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 CONTROLS = (FLOOR, CEILING, WRONG)
+SHOWN = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER)  # where every method takes a line of its own
 # Which methods share a panel: with more lines than these none could be followed.
 GROUPS = (
     (
@@ -38,6 +39,8 @@ GROUPS = (
 )
 # Tasks whose documents say nothing that is asked for; the sweep's own first.
 INTERFERENCE = ("interference", "locality")
+# Of a document that contradicts what was learned; the sweep's own first.
+CONFLICT = ("conflict_by_times_asked", "conflict")
 CAPACITY = {"capacity": "Four facts about each entity", "capacity_entities": "Each fact about another entity"}
 MATCH = Axis("exact match, with 95 % intervals", limits=(-0.04, 1.04), ticks=(0, 0.25, 0.5, 0.75, 1))
 
@@ -75,8 +78,7 @@ def all_figures(rows: Rows) -> tuple[list[Figure], list[tuple[str, str]]]:
 
 def by_set(rows: Rows) -> Figure | None:
     """Every set of every task, with the controls."""
-    shown = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER)
-    chosen = [row for row in rows if row["kind"] == "summary" and row["method"] in shown]
+    chosen = [row for row in rows if row["kind"] == "summary" and row["method"] in SHOWN]
     if not any(row["method"] == ADAPTER for row in chosen):
         return None
     panels, lines = [], []
@@ -84,8 +86,8 @@ def by_set(rows: Rows) -> Figure | None:
         own = []
         for name in dict.fromkeys(row["set"] for row in chosen if row["task"] == task):
             found = {r["method"]: r for r in chosen if (r["task"], r["set"]) == (task, name)}
-            own.append((name, [(m, found[m]["exact_match"], found[m]["interval"]) for m in shown if m in found]))
-            lines.append([task_name(task), name, *(_score(found.get(m)) for m in shown)])
+            own.append((name, [(m, found[m]["exact_match"], found[m]["interval"]) for m in SHOWN if m in found]))
+            lines.append([task_name(task), name, *(_score(found.get(m)) for m in SHOWN)])
         panels.append(dots(task_name(task), own, x=MATCH))
     return Figure(
         "sets",
@@ -95,7 +97,7 @@ def by_set(rows: Rows) -> Figure | None:
         "",
         panels,
         [(name_of(m), style_of(m)) for m in legend_order(row["method"] for row in chosen)],
-        [("Exact match (95 % interval)", ("task", "set", *map(name_of, shown)), lines)],
+        [("Exact match (95 % interval)", ("task", "set", *map(name_of, SHOWN)), lines)],
         list(dict.fromkeys(row["task"] for row in chosen)),
     )
 
@@ -130,10 +132,11 @@ def needles(rows: Rows) -> Figure | None:
         for row in _slices(rows, "num_chunks", "depth")
         if row["task"].startswith(("needles", "niah")) and row["method"] == ADAPTER
     ]
-    return _with_depths(figure, pairs) if figure and pairs else figure
+    return _with_depths(figure, pairs, chosen) if figure and pairs else figure
 
 
-def _with_depths(figure: Figure, pairs: Rows) -> Figure:
+def _with_depths(figure: Figure, pairs: Rows, chosen: Rows) -> Figure:
+    """One more panel for each task: the adapter at each depth, the controls at all depths together."""
     depths = sorted({row["attributes"]["depth"] for row in pairs})
     names = {depth: f"needle at {depth:.0%} of the text" for depth in depths}
     styles = {name: LINES[i % len(LINES)] for i, name in enumerate(names.values())}
@@ -150,6 +153,9 @@ def _with_depths(figure: Figure, pairs: Rows) -> Figure:
             )
             for depth in depths
         ]
+        controls = {m: [row for row in chosen if (row["task"], row["method"]) == (task, m)] for m in CONTROLS}
+        for method, own in controls.items():
+            series.append(Series(method, [Point(row["attributes"]["num_chunks"], row["exact_match"]) for row in own]))
         title = f"{task_name(task)}: Doc-to-LoRA by depth"
         panels.append(
             chart(
@@ -161,7 +167,9 @@ def _with_depths(figure: Figure, pairs: Rows) -> Figure:
             )
         )
     return figure._replace(
-        panels=[*figure.panels, *panels], legend=[*figure.legend, *((name, styles[name]) for name in styles)]
+        text=f"{figure.text} Where the adapter is shown by the needle's depth, its controls are over all depths.",
+        panels=[*figure.panels, *panels],
+        legend=[*figure.legend, *((name, styles[name]) for name in styles)],
     )
 
 
@@ -200,7 +208,9 @@ def interference(rows: Rows) -> Figure | None:
         "interference",
         "Interference: what an adapter does to other questions",
         "Exact match on questions that the adapter's document says nothing about: background knowledge, and another "
-        "document in the prompt. No context, which is no adapter at all, is the most that can be hoped for.",
+        "document in the prompt. No context, which is no adapter at all, is the most that can be hoped for. Full "
+        "context puts the unrelated document into the prompt instead; the wrong document's adapter is one more that is "
+        "unrelated, so it should do what the document's own does.",
         f"With Doc-to-LoRA: {'; '.join(scores)}." if scores else "",
         panels,
         [(name_of(m), style_of(m)) for m in methods],
@@ -217,25 +227,31 @@ def interference_rows(rows: Rows) -> list[Row]:
 
 
 def capacity(rows: Rows) -> Figure | None:
-    """A panel for each task, a line for each rank, which are checkpoints of their own."""
+    """A panel for each task, a line for each rank, which are checkpoints with a wrong document of their own."""
     chosen = [row for row in _slices(rows, "facts_per_chunk") if row["task"].startswith("capacity")]
     ranks = {row["method"]: row["attributes"].get("rank") for row in chosen if is_adapter(row["method"])}
     if not ranks:
         return None
-    names = {m: f"Doc-to-LoRA, rank {rank:g} per chunk" if rank else name_of(m) for m, rank in ranks.items()}
-    ordered = sorted(ranks, key=lambda m: (ranks[m] or 0, order(m)))
-    styles = {names[m]: LINES[i % len(LINES)] for i, m in enumerate(ordered)}
+    ranked = [row for row in chosen if row["method"].startswith(f"{WRONG}_rank")]
+    wrong = {row["method"]: row["attributes"].get("rank") for row in ranked}
+    names = {m: f"{name_of(ADAPTER)}, rank {rank:g} per chunk" if rank else name_of(m) for m, rank in ranks.items()}
+    names |= {m: f"{name_of(WRONG)}, rank {rank:g} per chunk" if rank else name_of(m) for m, rank in wrong.items()}
+    by_rank = lambda found: sorted(found, key=lambda m: (found[m] or 0, order(m)))  # noqa: E731
+    styles = {names[m]: LINES[i % len(LINES)] for i, m in enumerate(by_rank(ranks))}
+    legend = list(styles.items())
+    styles |= {names[m]: style_of(WRONG) for m in wrong}  # the same line for each rank: all of them lie at the bottom
     others = [m for m in CONTROLS if any(row["method"] == m for row in chosen)]
+    methods = (*others, *by_rank(wrong), *by_rank(ranks))
     panels, lines = [], []
     tasks = list(dict.fromkeys(row["task"] for row in chosen))
     for task in tasks:
         own = sorted((row for row in chosen if row["task"] == task), key=_facts)
-        shown = [m for m in (*others, *ordered) if any(row["method"] == m for row in own)]
+        shown = [m for m in methods if any(row["method"] == m for row in own)]
         series = [Series(names.get(m, m), [_match(r, _facts) for r in own if r["method"] == m]) for m in shown]
         title = CAPACITY.get(task, task_name(task))
         x = Axis("facts per chunk", log=True, ticks=sorted({_facts(row) for row in own}))
         panels.append(chart(title, series, x=x, y=MATCH, styles=styles))
-        for row in own:
+        for row in sorted(own, key=lambda r: (_facts(r), methods.index(r["method"]) if r["method"] in methods else -1)):
             if row["method"] in shown:
                 name = names.get(row["method"], name_of(row["method"]))
                 lines.append([title, short(_facts(row)), name, _score(row), _gap(row)])
@@ -247,10 +263,69 @@ def capacity(rows: Rows) -> Figure | None:
         "own in the adapter.",
         "",
         panels,
-        [*((name_of(m), style_of(m)) for m in others), *styles.items()],
+        [
+            *((name_of(m), style_of(m)) for m in others),
+            *([(f"{name_of(WRONG)}, each rank", style_of(WRONG))] if wrong else []),
+            *legend,
+        ],
         [("Capacity", head, lines)],
         tasks,
     )
+
+
+def conflict(rows: Rows) -> Figure | None:
+    """A panel for each kind of fact, and in it the adapter beside its controls for each band of times asked."""
+    chosen = [row for row in _slices(rows, "real_world", "times_asked_from") if row["task"] in CONFLICT]
+    task = min((row["task"] for row in chosen), key=CONFLICT.index, default="")
+    own = [row for row in chosen if row["task"] == task and row["method"] in SHOWN]
+    if not any(row["method"] == ADAPTER for row in own):
+        return None
+    methods = legend_order(row["method"] for row in own)
+    lowest = sorted({row["attributes"]["times_asked_from"] for row in own})
+    panels, lines, found = [], [], []
+    for real, title in ((0, "Invented entities"), (1, "The real world")):
+        drawn = []
+        for place, low in enumerate(lowest):
+            band = {
+                row["method"]: row
+                for row in own
+                if (row["attributes"]["real_world"], row["attributes"]["times_asked_from"]) == (real, low)
+            }
+            if not band:
+                continue
+            label = _band(low, lowest[place + 1] if place + 1 < len(lowest) else None)
+            drawn.append((label, [(m, band[m]["exact_match"], band[m]["interval"]) for m in methods if m in band]))
+            first = next(iter(band.values()))
+            counts = [f"{first['attributes']['times_asked']:.0f}", str(first["questions"])]
+            own_cells = [
+                f"{band[ADAPTER][key]:.{digits}f}" if key in band.get(ADAPTER, {}) else "–"
+                for key, digits in (("old_answer", 2), ("log_likelihood", 1))
+            ]
+            lines.append([title, label, *counts, *(_score(band.get(m)) for m in methods), *own_cells])
+            if ADAPTER in band:
+                found.append(f"{title.lower()} {label} {band[ADAPTER]['exact_match']:.2f}")
+        if drawn:
+            panels.append(dots(title, drawn, x=MATCH))
+    own_head = (f"{name_of(ADAPTER)}: what was learned", f"{name_of(ADAPTER)}: log-likelihood, nats")
+    head = ("facts", "times asked in training", "times, mean", "questions", *map(name_of, methods), *own_head)
+    return Figure(
+        "conflict",
+        "Conflict: the document against what was learned",
+        "Exact match where the document says something else than the base model learned, by how often its training "
+        "asked for the fact: exact counts, in bands of as many facts each. What was never asked about contradicts "
+        "nothing. Training draws all its questions alike, so how often it asked for two facts differs by chance alone.",
+        f"{name_of(ADAPTER)}: {'; '.join(found)}.",
+        panels,
+        [(name_of(m), style_of(m)) for m in methods],
+        [("Exact match (95 % interval)", head, lines)],
+        [task],
+    )
+
+
+def _band(low: float, following: float | None) -> str:
+    if not low:
+        return "never asked"
+    return f"asked {low:g} to {following - 1:g} times" if following else f"asked {low:g} times or more"
 
 
 def is_adapter(method: str) -> bool:
@@ -673,6 +748,11 @@ FIGURES: tuple[tuple[Callable[[Rows], Figure | None], str, str], ...] = (
         capacity,
         "Capacity: facts in one adapter",
         "sweep=capacity",
+    ),
+    (
+        conflict,
+        "Conflict: the document against what was learned",
+        "sweep=conflict",
     ),
     (cost_by_length, "Cost by document length", "sweep=tiny"),
     (memory_by_length, "Memory by document length", "sweep=tiny"),

@@ -201,11 +201,24 @@ def capacity(rows: Rows) -> str:
     if figure is None:
         raise ValueError("No rows by facts_per_chunk; run python -m benchmarks.run sweep=capacity.")
     _, _, lines = figure.tables[0]
-    methods = [name for name, _ in figure.legend]
+    methods = dict.fromkeys(line[2] for line in lines)
     found = {(task, facts, method): score for task, facts, method, score, _ in lines}
     places = dict.fromkeys((task, facts) for task, facts, *_ in lines)
     body = [[*place, *(found.get((*place, method), "–") for method in methods)] for place in places]
     return _table(("facts", "per chunk", *methods), body)
+
+
+def conflict(rows: Rows) -> str:
+    """Bands of times asked down, methods across.
+
+    Raises:
+        ValueError: no such rows.
+    """
+    figure = plots.conflict(rows)
+    if figure is None:
+        raise ValueError("No rows by times_asked_from; run python -m benchmarks.run sweep=conflict.")
+    _, head, lines = figure.tables[0]
+    return _table(head, lines)
 
 
 def markdown(rows: Rows) -> str:

@@ -54,6 +54,7 @@ TASKS = {
     "interference": "interference",
     "capacity": "capacity",
     "conflict": "conflict",
+    "conflict_by_times_asked": "conflict by times asked",
     "updates": "updates",
     "locality": "locality",
     "encyclopedia_shuffled_facts": "control: shuffled facts",
@@ -63,8 +64,8 @@ CONTROL_TASKS = tuple(task for task, name in TASKS.items() if name.startswith("c
 SCORES = ("exact_match", "token_f1", "rouge_l_precision", "rouge_l_recall", "rouge_l_f1", "log_likelihood")
 COSTS = ("prepare_s", "first_token_s", "question_s", "tokens_per_s", "stored_bytes")
 PROFILED = ("prepare_flops", "answer_flops", "prepare_peak_bytes", "answer_peak_bytes")
-# Attributes that are shown together, one on the axis and one as lines; others are shown alone.
-PAIRS = (("num_chunks", "depth"),)
+# Attributes that are shown together, one on the axis and one as lines or panels; others are shown alone.
+PAIRS = (("num_chunks", "depth"), ("real_world", "times_asked_from"))
 MAX_VALUES = 12  # an attribute with more of them is a measurement of each case, not a setting
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -119,9 +120,10 @@ def summarize(rows: Rows, *, cost_model: Callable[[str], CostModel | None]) -> l
             result += _group({"kind": "summary", "task": task, "set": name}, *mine)
         for keys in _slices(asked):
             for values in sorted({_at(row, keys) for row in asked if None not in _at(row, keys)}):
-                mine = [[row for row in part if _at(row, keys) == values] for part in (asked, cost)]
+                chosen = [row for row in asked if _at(row, keys) == values]
                 label = ", ".join(f"{key}={value:g}" for key, value in zip(keys, values, strict=True))
-                result += _group({"kind": "slice", "task": task, "set": label, "by": list(keys)}, *mine)
+                base = {"kind": "slice", "task": task, "set": label, "by": list(keys)}
+                result += _group(base, chosen, _cases_of(chosen, cost))
     for group in _groups(result):
         _add_answer_tokens(group)
     checkpoints: dict[str, set[str]] = {}
@@ -242,6 +244,12 @@ def _slices(questions: Rows) -> list[tuple[str, ...]]:
             values.setdefault(key, set()).add(value)
     useful = {key for key, found in values.items() if 2 <= len(found) <= MAX_VALUES}
     return [(key,) for key in values if key in useful] + [pair for pair in PAIRS if useful.issuperset(pair)]
+
+
+def _cases_of(questions: Rows, cases: Rows) -> list[Row]:
+    """The cases that the questions were asked about; a question may have attributes that its case does not have."""
+    asked = {(row["method"], row["seed"], row["set"], row["case"]) for row in questions}
+    return [row for row in cases if (row["method"], row["seed"], row["set"], row["case"]) in asked]
 
 
 def _at(row: Row, keys: Sequence[str]) -> tuple[float | None, ...]:

@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "composition": report.composition,
     "interference": report.interference,
     "capacity": report.capacity,
+    "conflict": report.conflict,
 }
 # Of the report's rows: from a file of that name, or else from the tiny sweep's.
 PLOTS: dict[str, Callable[[list[dict]], plots.Figure | None]] = {
@@ -42,6 +43,7 @@ PLOTS: dict[str, Callable[[list[dict]], plots.Figure | None]] = {
     "composition": plots.composition,
     "interference": plots.interference,
     "capacity": plots.capacity,
+    "conflict": plots.conflict,
 }
 MAX_PANELS = 3  # side by side, as wide as README shows
 _BLOCK = re.compile(

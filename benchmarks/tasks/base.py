@@ -20,7 +20,8 @@ class Asked(NamedTuple):
     """A question of a case.
 
     answers: right answers, any of which counts. group: what it asks for. context: another document, which stands in
-    every method's prompt. old_answer: what was right before the document said otherwise.
+    every method's prompt. old_answer: what was right before the document said otherwise. attributes: numbers of the
+    question that its case does not have, such as times_asked.
     """
 
     text: str
@@ -28,6 +29,7 @@ class Asked(NamedTuple):
     group: str = ""
     context: str | None = None
     old_answer: str | None = None
+    attributes: Mapping[str, float] = MappingProxyType({})
 
 
 class Case(NamedTuple):

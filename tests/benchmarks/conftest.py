@@ -37,6 +37,11 @@ SETS = {
         "2 facts, 1 entity": (40, {"facts_per_chunk": 2, "rank": 8}),
         "4 facts, 1 entity": (70, {"facts_per_chunk": 4, "rank": 8}),
     },
+    "conflict_by_times_asked": {
+        "known entities": (60, {"real_world": 0, "times_asked": 300, "times_asked_from": 260}),
+        "the real world": (60, {"real_world": 1, "times_asked": 340, "times_asked_from": 332}),
+        "entities never learned": (60, {"real_world": 0, "times_asked": 0, "times_asked_from": 0}),
+    },
     "locality": {"background": (60, {})},
     "encyclopedia_empty_document": {"one entity": (60, {})},
 }

@@ -60,7 +60,7 @@ def test_every_picture_has_a_name_and_every_figure_its_command(text) -> None:
     assert all('role="img" aria-label="' in tag or "aria-hidden" in tag for tag in re.findall(r"<svg [^>]*>", text))
     sections = re.findall(r"<section id=.*?</section>", text, re.DOTALL)
     drawn = [section for section in sections if "panels" in section]
-    assert len(drawn) == 11
+    assert len(drawn) == 12
     assert all("python -m benchmarks.run" in s and "<table>" in s for s in drawn)
 
 

@@ -69,8 +69,22 @@ def test_interference_has_a_line_for_each_method_with_an_adapter(report_rows) ->
     assert lines[2].startswith("| no context | 1.00") and not [line for line in lines if "retrieval" in line]
 
 
+def test_conflict_has_a_line_for_each_band_with_the_controls(report_rows) -> None:
+    lines = report.conflict(report_rows).splitlines()
+    methods = "no context | full context | retrieval | Doc-to-LoRA | wrong document"
+    assert lines[0].startswith(f"| facts | times asked in training | times, mean | questions | {methods} |")
+    assert len(lines) == 5 and {line.count("|") for line in lines} == {12}
+
+
 @pytest.mark.parametrize(
-    ("name", "task"), [("niah", "needles"), ("composition",) * 2, ("capacity",) * 2, ("interference", "locality")]
+    ("name", "task"),
+    [
+        ("niah", "needles"),
+        ("composition",) * 2,
+        ("capacity",) * 2,
+        ("interference", "locality"),
+        ("conflict", "conflict_by_times_asked"),
+    ],
 )
 def test_a_small_table_without_rows_says_which_command_measures_them(report_rows, name, task) -> None:
     rows = [row for row in report_rows if row.get("task") != task]

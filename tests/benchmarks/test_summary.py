@@ -99,6 +99,21 @@ def test_cases_of_two_sets_with_one_name_stay_apart_in_a_slice(cells) -> None:
     assert [(r["questions"], r["exact_match"]) for r in own] == [(2, 1.0), (2, 1.0), (2, 1.0), (2, 0.0)]
 
 
+def test_questions_of_one_case_are_told_apart_by_attributes_of_their_own(cells) -> None:
+    """And cost what their case costs."""
+    cells = [row for row in cells if row["task"] == "composition"]
+    for row in cells:
+        if row["kind"] == "question":
+            row["attributes"] = {"times_asked_from": 260 if row["case"] in ("0/0", "1/0") else 332}
+        elif row["kind"] == "case":
+            row["attributes"] = {}
+            row["stored_bytes"] = 10 if row["case"] in ("0/0", "1/0") else 30
+    rows = summarize(cells, cost_model=no_model)
+    own = [r for r in rows if r["kind"] == "slice" and r["method"] == "doc_to_lora"]
+    found = [(r["attributes"]["times_asked_from"], r["questions"], r["exact_match"], r["stored_bytes"]) for r in own]
+    assert found == [(260, 2, 1.0, 10), (332, 6, pytest.approx(1 / 3), 30)]
+
+
 def test_gradient_methods_have_a_curve_and_their_last_step_in_the_table(cells) -> None:
     own = by_method(summarize(encyclopedia(cells), cost_model=no_model))["text_lora"]
     assert [(p["step"], p["exact_match"], p["seconds"]) for p in own["curve"]] == [(0, 0.0, 0.0), (8, 0.25, 2.0)]

@@ -43,7 +43,7 @@ def test_plots_come_from_a_file_of_their_own_or_from_the_sweep_s(report_rows, tm
     write_report_rows(tmp_path / "benchmarks/results/bench.jsonl", report_rows)
     made = made_plots(tmp_path)
     assert set(made) == {
-        f"benchmarks/results/{name}.svg" for name in ("niah", "composition", "interference", "capacity")
+        f"benchmarks/results/{name}.svg" for name in ("niah", "composition", "interference", "capacity", "conflict")
     }
     assert made == made_plots(tmp_path) and all(svg.startswith("<svg xmlns=") for svg in made.values())
     without = [row for row in report_rows if row.get("task") != "needles"]

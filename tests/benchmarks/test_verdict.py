@@ -12,7 +12,7 @@ def test_the_paragraph_has_what_the_rows_say(report_rows) -> None:
     assert list(said) == ["An adapter wins", "It is level", "It does not win"]
     assert "by the clock against full context, after 5 questions per document" in said["An adapter wins"]
     assert "against prefix cache, after 50 questions" in said["An adapter wins"]
-    assert "in quality with full context on 8 of 8 sets" in said["It is level"]
+    assert "in quality with full context on 11 of 11 sets" in said["It is level"]
     assert "on questions that its document does not answer" in said["It is level"] + said["It does not win"]
 
 
@@ -23,9 +23,9 @@ def test_a_loss_is_named_with_its_worst_set(report_rows) -> None:
             row["against"] = row["against"] | {"full_context": {"difference": -0.25, "interval": [-0.5, -0.1]}}
     said = dict(verdict(rows))
     assert (
-        "against full context on 1 of 8 sets (worst: needles, 8 chunks, 0.50 against 0.75)" in said["It does not win"]
+        "against full context on 1 of 11 sets (worst: needles, 8 chunks, 0.50 against 0.75)" in said["It does not win"]
     )
-    assert "in quality with full context on 7 of 8 sets" in said["It is level"]
+    assert "in quality with full context on 10 of 11 sets" in said["It is level"]
 
 
 def test_an_alternative_that_is_never_beaten_is_a_loss(report_rows) -> None:

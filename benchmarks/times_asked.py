@@ -1,0 +1,163 @@
+"""How often its training asked the base model for each fact that it knows without a document.
+
+    python -m benchmarks.times_asked                                     # of the shipped base model
+    asked = read_times_asked("benchmarks/results/times_asked.jsonl")
+    asked.counts["capital", "France"]
+
+A curriculum draws its questions from the seed and the step alone, so these are counts and no estimates: the training's
+own batches are drawn again, step by step, but neither tokenized nor trained on.
+"""
+
+import json
+import sys
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerBase
+
+from hypernet.data.curriculum import BaseModelBatches, Curriculum
+from hypernet.data.encyclopedia import background_facts, background_questions, known_facts
+from hypernet.data.records import Question
+
+CONF = Path(__file__).parent.parent / "conf"
+Fact = tuple[str, str]  # group, and subject or known entity
+
+
+class TimesAsked(NamedTuple):
+    """counts: of each fact, all its question forms together. base_model_fingerprint: whose training asked."""
+
+    base_model_fingerprint: str
+    counts: dict[Fact, int]
+
+
+def count(curriculum: Curriculum, tokenizer: PreTrainedTokenizerBase, *, steps: Iterable[int] | None = None) -> dict:
+    """Fact → how often a base model was asked for it in these steps; None: in all of them.
+
+    Args:
+        tokenizer: the base model's; for its chat layout alone, nothing is tokenized.
+    """
+    batches = _Asked(curriculum, tokenizer)
+    fact_of = _fact_of_question()
+    asked = Counter(
+        fact_of[question.text]
+        for step in (range(len(batches)) if steps is None else steps)
+        for questions in batches[step]
+        for question, _ in questions
+        if question.kind == "background"
+    )
+    return {fact: asked[fact] for fact in dict.fromkeys(fact_of.values())}
+
+
+def bands(counts: Iterable[int], number: int) -> list[int]:
+    """The smallest count of each of so many bands of about as many facts each; what was never asked is in none."""
+    ordered = sorted(value for value in counts if value)
+    return sorted({ordered[len(ordered) * k // number] for k in range(number)}) if ordered else []
+
+
+def band_of(count: int, lowest: Sequence[int]) -> int:
+    """The smallest count of the band that a count is in; 0 for what was never asked.
+
+    Args:
+        lowest: as `bands` gives them.
+    """
+    place = bisect_right(lowest, count)
+    return lowest[place - 1] if place else 0
+
+
+def read_times_asked(path: str | Path) -> TimesAsked:
+    """What the command has written.
+
+    Raises:
+        ValueError: there is no such file, or it is no such file.
+    """
+    try:
+        first, *groups = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        counts = {(row["group"], subject): n for row in groups for subject, n in row["times_asked"].items()}
+        return TimesAsked(first["base_model_fingerprint"], counts)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"Cannot read how often facts were asked from {path} ({type(error).__name__}: {error}); make the file with "
+            "python -m benchmarks.times_asked."
+        ) from error
+
+
+class _Asked(BaseModelBatches):
+    """The training's own draws: a batch is what each article's row asks, (question, does it see the article)."""
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[] for _ in texts]
+
+    def _rows(
+        self, trunks: Sequence[list[int]], asked: Sequence[Sequence[tuple[Question, bool]]], extra: object = None
+    ) -> Sequence[Sequence[tuple[Question, bool]]]:
+        return asked
+
+
+def _fact_of_question() -> dict[str, Fact]:
+    """Text of each background question → the fact that it asks for."""
+    known = {
+        form.format(n=fact.entity.name): (fact.relation.name, fact.entity.name)
+        for fact in known_facts()
+        for form in fact.relation.questions
+    }
+    subjects = {(group, answer): subject for group, subject, answer in background_facts()}
+    assert len(subjects) == len(background_facts())  # within a group an answer says which fact it is
+    return {q.text: known.get(q.text) or (q.group, subjects[q.group, q.answer]) for q in background_questions()}
+
+
+@hydra.main(config_path="../conf/benchmark", config_name="times_asked", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.utils import instantiate
+    from transformers.utils.logging import disable_progress_bar
+
+    from hypernet.base_model import fingerprint, hush_torchao, load_base_model
+
+    hush_torchao()  # before what follows imports it
+    disable_progress_bar()
+    from benchmarks.rows import describe_run, write_rows
+    from hypernet.training import make_curriculum
+
+    try:
+        base_model, tokenizer = load_base_model(cfg.base_model)
+    except ValueError as error:
+        sys.exit(f"benchmarks.times_asked: {error}")
+    GlobalHydra.instance().clear()  # there can be one: this command's, whose settings are read by now
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        training = compose("train", [f"experiment={cfg.experiment}"])
+    sources = instantiate(training.task.get("sources"), _convert_="all")
+    stages = OmegaConf.to_container(training.task.stages)
+    curriculum = make_curriculum("train", stages, seed=training.seed, sources=sources, tokenizer=tokenizer)
+    counts = count(curriculum, tokenizer)
+    groups: dict[str, dict[str, int]] = {}
+    for (group, subject), times in counts.items():
+        groups.setdefault(group, {})[subject] = times
+    lowest = bands(counts.values(), 3)
+    summary = {
+        "kind": "times_asked",
+        "experiment": cfg.experiment,
+        "base_model_fingerprint": fingerprint(base_model),
+        "steps": curriculum.num_steps,
+        "facts": len(counts),
+        "questions": sum(counts.values()),
+        "fewest": min(counts.values()),
+        "most": max(counts.values()),
+    }
+    rows = [summary, *({"kind": "group", "group": g, "times_asked": found} for g, found in groups.items())]
+    if cfg.output:
+        write_rows(cfg.output, rows, run=describe_run(OmegaConf.to_container(cfg)))
+    print(
+        f"{summary['questions']:,} questions on {summary['facts']:,} facts in {summary['steps']:,} steps of "
+        f"{cfg.experiment}: {summary['fewest']} to {summary['most']} times each; three bands of as many facts begin at "
+        f"{', '.join(map(str, lowest))}."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""benchmarks/times_asked.py: counts are those of the questions that a training really tokenizes."""
+
+import json
+import runpy
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from benchmarks.times_asked import band_of, bands, count, read_times_asked
+from hypernet.data.curriculum import BaseModelBatches, Curriculum, Stage
+from hypernet.data.encyclopedia import Encyclopedia, background_facts, background_questions, known_facts
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "benchmarks/results/times_asked.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "assets/tiny/base_model")
+
+
+@pytest.fixture
+def curriculum() -> Curriculum:
+    first = Stage(steps=3, batch_size=5, num_background=4, restatement=0.5)
+    return Curriculum(
+        Encyclopedia("train", seed=3),
+        [first, Stage(steps=3, batch_size=7, num_entities=(1, 3), num_background=3, unanswerable=0.5)],
+    )
+
+
+def test_counts_are_of_the_questions_that_training_tokenizes(curriculum, tokenizer, monkeypatch) -> None:
+    tokenized = Counter()
+    encode = BaseModelBatches._encode
+
+    def spying(self, texts):
+        tokenized.update(texts)
+        return encode(self, texts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseModelBatches, "_encode", spying)
+        for step in range(len(batches := BaseModelBatches(curriculum, tokenizer))):
+            batches[step]
+    layout = BaseModelBatches(curriculum, tokenizer).layout
+    prompts = Counter()
+    for text, number in tokenized.items():  # with the article before it, or without
+        prompts[text.removeprefix(layout.before_user).removeprefix("\n\n").removesuffix(layout.after_user)] += number
+    counts = count(curriculum, tokenizer)
+    assert sum(counts.values()) == 3 * 5 * 4 + 3 * 7 * 3
+    questions = background_questions()
+    assert sum(prompts[question.text] for question in questions) == sum(counts.values())
+    for fact in known_facts():
+        forms = [form.format(n=fact.entity.name) for form in fact.relation.questions]
+        assert counts[fact.relation.name, fact.entity.name] == sum(prompts[form] for form in forms)
+    for group, subject, answer in background_facts():
+        forms = {q.text for q in questions if (q.group, q.answer) == (group, answer)}
+        assert counts[group, subject] == sum(prompts[form] for form in forms)
+
+
+def test_steps_add_up(curriculum, tokenizer) -> None:
+    whole, halves = Counter(count(curriculum, tokenizer)), Counter()
+    for steps in (range(2), range(2, 6)):
+        halves.update(count(curriculum, tokenizer, steps=steps))
+    assert whole == halves
+
+
+def test_the_committed_counts_are_the_command_s_and_the_shipped_base_model_s(monkeypatch, tmp_path) -> None:
+    output = tmp_path / "times_asked.jsonl"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.times_asked", f"output={output}"])
+    monkeypatch.delitem(sys.modules, "benchmarks.times_asked", raising=False)  # runpy warns of one that is there
+    runpy.run_module("benchmarks.times_asked", run_name="__main__")
+    made, committed = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (output, COMMITTED)
+    )
+    assert {"commit", "versions", "config"} <= set(made[0]["run"])
+    assert [row | {"run": None} for row in made] == [row | {"run": None} for row in committed]
+    config = yaml.safe_load((ROOT / "assets/tiny/config.yaml").read_text(encoding="utf-8"))
+    assert read_times_asked(output).base_model_fingerprint == config["base_model"]["fingerprint"]
+    assert len(read_times_asked(output).counts) == len(known_facts()) + len(background_facts())
+
+
+def test_bands_hold_about_as_many_facts_each() -> None:
+    counts = [*range(10, 100), *[50] * 10, 0]
+    lowest = bands(counts, 3)
+    assert lowest[0] == 10 and len(lowest) == 3
+    sizes = Counter(band_of(value, lowest) for value in counts if value)
+    assert set(sizes) == set(lowest) and max(sizes.values()) - min(sizes.values()) <= 10
+    assert band_of(0, lowest) == 0 and band_of(9, lowest) == 0 and band_of(10**6, lowest) == lowest[-1]
+    assert bands([0, 0], 3) == [] and bands([7, 7, 7], 3) == [7] and band_of(5, []) == 0
+
+
+def test_a_file_that_holds_no_counts_is_refused_with_the_command(tmp_path) -> None:
+    path = tmp_path / "counts.jsonl"
+    for text in (None, "", "nonsense", '{"kind": "sweep"}\n'):
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="python -m benchmarks.times_asked"):
+            read_times_asked(path)

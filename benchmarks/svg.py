@@ -46,6 +46,7 @@ STYLES: Styles = {
     "retrieval_dense": ("teal", "down", "", True),
     "doc_to_lora": ("orange", "circle", "", True),
     "doc_to_lora_in_prompt": ("olive", "diamond", "", True),
+    "outer_product": ("orange", "hexagon", "6 3", False),
     "wrong_document": ("purple", "cross", "2 3", True),
     "random_adapter": ("wine", "plus", "2 3", True),
     "text_lora": ("teal", "down", "", True),

@@ -100,9 +100,7 @@ def ours(model: "DocToLoRA", document: str, *, max_batch_tokens: int) -> Any:
 
 def at_once(model: "DocToLoRA", document: str, *, max_batch_tokens: int) -> Any:
     """All chunks and layers together, as one batch."""
-    from hypernet.chunking import chunk_document
-
-    chunks = chunk_document(document, model.tokenizer, max_chunk_tokens=model.max_chunk_tokens)
+    chunks = model.chunk(document)
     with torch.no_grad():
         return model.adapt(chunks.ids.to(model.device), chunks.mask.to(model.device))
 

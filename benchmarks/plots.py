@@ -227,7 +227,9 @@ def interference_rows(rows: Rows) -> list[Row]:
 
 
 def capacity(rows: Rows) -> Figure | None:
-    """A panel for each task, a line for each rank, which are checkpoints with a wrong document of their own."""
+    """A panel for each task, a line for each rank: checkpoints, with a wrong document of their own, and what gradient
+    steps write at that rank.
+    """
     chosen = [row for row in _slices(rows, "facts_per_chunk") if row["task"].startswith("capacity")]
     ranks = {row["method"]: row["attributes"].get("rank") for row in chosen if is_adapter(row["method"])}
     if not ranks:
@@ -238,10 +240,15 @@ def capacity(rows: Rows) -> Figure | None:
     names |= {m: f"{name_of(WRONG)}, rank {rank:g} per chunk" if rank else name_of(m) for m, rank in wrong.items()}
     by_rank = lambda found: sorted(found, key=lambda m: (found[m] or 0, order(m)))  # noqa: E731
     styles = {names[m]: LINES[i % len(LINES)] for i, m in enumerate(by_rank(ranks))}
+    prefix = "distillation_oracle_rank"
+    written = {row["method"] for row in chosen if row["method"].startswith(prefix)}
+    written = sorted(written, key=lambda m: int(m.removeprefix(prefix)))
+    names |= {m: name_of(m) for m in written}
+    styles |= {names[m]: (*LINES[(len(ranks) + i) % len(LINES)][:2], "6 3", False) for i, m in enumerate(written)}
     legend = list(styles.items())
     styles |= {names[m]: style_of(WRONG) for m in wrong}  # the same line for each rank: all of them lie at the bottom
     others = [m for m in CONTROLS if any(row["method"] == m for row in chosen)]
-    methods = (*others, *by_rank(wrong), *by_rank(ranks))
+    methods = (*others, *by_rank(wrong), *by_rank(ranks), *written)
     panels, lines = [], []
     tasks = list(dict.fromkeys(row["task"] for row in chosen))
     for task in tasks:

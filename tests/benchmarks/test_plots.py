@@ -102,6 +102,19 @@ def test_capacity_has_each_rank_s_wrong_document_in_one_style_and_in_the_table(r
     assert all(f"wrong document, rank {rank} per chunk" in figure.panels[0] for rank in (4, 32))
 
 
+def test_capacity_has_a_line_for_each_rank_that_gradient_steps_wrote_at(report_rows) -> None:
+    own = [row for row in report_rows if row.get("task") == "capacity"]
+    generated = [row for row in own if row["method"] == "doc_to_lora"]
+    written = [{**row, "method": f"distillation_oracle_rank{rank}"} for rank in (16, 4) for row in generated]
+    figure = capacity([*generated, *written])
+    names = [name for name, _ in figure.legend]
+    assert names[1:] == ["distillation, same questions, rank 4", "distillation, same questions, rank 16"]
+    assert len({style for _, style in figure.legend}) == 3
+    assert all(name in figure.panels[0] for name in names)
+    (_, _, lines) = figure.tables[0]
+    assert [line[2] for line in lines if line[1] == "2"] == names
+
+
 def test_conflict_has_a_panel_for_each_kind_of_fact_and_a_name_for_each_band(report_rows) -> None:
     figure = conflict(report_rows)
     invented, real = figure.panels

@@ -13,7 +13,6 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 METHODS = ("no_context", "wrong_adapter", "adapter", "document_in_prompt")
-BY_CHUNKS = {"1 chunk": range(1, 2), "2-4 chunks": range(2, 5), "5 and more chunks": range(5, 10**6)}
 
 
 def held_out_articles(
@@ -51,16 +50,6 @@ def held_out_articles(
                 "for. An article about one entity has about 100 of the tiny tokenizer's tokens."
             )
     return sets
-
-
-def by_chunks(rows: Sequence[dict]) -> list[dict]:
-    """The articles' rows once more, in sets by the number of chunks that the model reads an article in."""
-    return [
-        {**row, "set": name, "document": f"{row['set']} {row['document']}"}
-        for name, numbers in BY_CHUNKS.items()
-        for row in rows
-        if row.get("num_chunks") in numbers
-    ]
 
 
 def answer_all(model: Any, asked: Sequence[tuple], *, questions_per_batch: int, label: str) -> list[str]:
@@ -119,7 +108,6 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
                 }
                 for (d, question), answer in zip(asked, answers, strict=True)
             ]
-    rows += by_chunks(rows)
     for held_out, name in ((False, "background"), (True, "background, facts never protected in training")):
         questions = background_questions(held_out=held_out)
         questions = random.Random(cfg.seed).sample(questions, min(cfg.num_background, len(questions)))

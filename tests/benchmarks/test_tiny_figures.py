@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from benchmarks.tiny_figures import BY_CHUNKS, METHODS, evaluate, held_out_articles, markdown, summarize
+from benchmarks.tiny_figures import METHODS, evaluate, held_out_articles, markdown, summarize
 from hypernet.chunking import chunk_document
 
 
@@ -40,13 +40,8 @@ def test_every_method_answers_the_same_held_out_questions(make_doc_to_lora) -> N
         asked = {m: [r["question"] for r in rows if (r["set"], r["method"]) == (name, m)] for m in METHODS}
         assert asked["adapter"] and all(questions == asked["adapter"] for questions in asked.values())
     assert len([r for r in rows if r["set"] == "background"]) == 8
-    # Once more by the number of chunks: the same rows, none lost or counted twice.
-    articles = [r for r in rows if r["set"] in ("one entity", "2-4 entities")]
-    regrouped = [r for r in rows if r["set"] in BY_CHUNKS]
-    assert len(regrouped) == len(articles)
-    assert all(r["num_chunks"] in BY_CHUNKS[r["set"]] for r in regrouped)
-    assert len({r["set"] for r in regrouped}) > 1
-    assert len({r["document"] for r in regrouped}) == 5
+    chunks = {r["num_chunks"] for r in rows if r["set"] == "2-4 entities"}
+    assert chunks <= {2, 3, 4}
 
 
 def test_articles_are_the_same_for_the_same_seed_and_of_the_asked_sizes(tiny_tokenizer) -> None:

@@ -60,7 +60,7 @@ def question_rows(case: Case, method: Method, step: int | None) -> Iterator[dict
             "case": case.name,
             "number": number,
             "step": step,
-            "attributes": {**case.attributes, **question.attributes},
+            "attributes": {**case.attributes, **(question.attributes or {})},
             "group": question.group,
             "question": question.text,
             "answers": list(question.answers),

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import internalize_cost, kernel_speed, plots, real_text, report, tiny_figures
+from benchmarks import internalize_cost, kernel_speed, plots, real_text, report, tiny_figures, training_speed
 from benchmarks.svg import standalone
 from benchmarks.verdict import verdict
 
@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "real_text": lambda rows: real_text.markdown(rows[0]),
     "kernel_speed": kernel_speed.markdown,
     "internalize_cost": internalize_cost.markdown,
+    "training_speed": training_speed.markdown,
     "bench": lambda rows: f"{answer(rows)}\n\n{report.overview(rows)}",
     "niah": report.niah,
     "composition": report.composition,

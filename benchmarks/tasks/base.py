@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     group: str = ""
     context: str | None = None
     old_answer: str | None = None
-    attributes: Mapping[str, float] = MappingProxyType({})
+    attributes: Mapping[str, float] | None = None  # not an empty mapping: a question without any can be hashed
 
 
 class Case(NamedTuple):

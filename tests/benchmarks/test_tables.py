@@ -16,7 +16,7 @@ def test_every_table_is_what_its_committed_rows_give(name: str) -> None:
 
 def test_a_changed_figure_is_noticed() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    changed = text.replace("| one chunk | adapter |", "| one chunk | adapter, surely |")
+    changed = text.replace("| one entity | adapter |", "| one entity | adapter, surely |")
     assert changed != text
     assert with_tables(changed) == text
 

@@ -146,7 +146,7 @@ def load_checkpoint(source: str | Path, *, base_model: str | Path | None = None)
         base_fingerprint = None if base_fingerprint is None else str(base_fingerprint)
         expected, settings = str(config["fingerprint"]), dict(config["hypernetwork"])
         context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
-        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "context_tokens"}):
+        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "beside", "context_tokens"}):
             raise KeyError(f"context_encoder has no {unknown[0]}")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error

@@ -5,6 +5,7 @@ short (early_exit), several layers' states side by side (multi_layer), or the to
 model lends its weights; it is not part of this module's parameters or state dict.
 
     encoder = ContextEncoder(base_model, kind="per_layer_activations")
+    encoder = ContextEncoder(base_model, kind="per_layer_activations", layer_idx=[3, 4, 5], beside=4)
     features = encoder(ids, mask)            # [C, T], [C, T] -> [C, num_maps, T, D]
     features, mask = drop_context(features, mask)
 """
@@ -28,18 +29,23 @@ class ContextEncoder(nn.Module):
     Args:
         base_model: a transformers causal LM, kept by reference: moving or saving this module does not touch it.
         kind: "per_layer_activations": the base model without its last block, as L maps: the states entering its L - 1
-            blocks, embeddings first, and the state after them with the final norm applied. "early_exit": one map, the
-            state after `layer_idx` blocks with the final norm applied. "multi_layer": one map, the states after each of
-            the `layer_idx` numbers of blocks, 0 being the embeddings, at unit rms and side by side; the last one has
-            passed the final norm. "embed_only": one map, the output of the embedding layer.
-        layer_idx: blocks to run, 1 to L, for early_exit; an ascending list of them, from 0 on, for multi_layer.
+            blocks, embeddings first, and the state after them with the final norm applied; with a list as `layer_idx`
+            only the maps of these layers. "early_exit": one map, the state after `layer_idx` blocks with the final norm
+            applied. "multi_layer": one map, the states after each of the `layer_idx` numbers of blocks, 0 being the
+            embeddings, at unit rms and side by side; the last one has passed the final norm. "embed_only": one map, the
+            output of the embedding layer.
+        layer_idx: blocks to run, 1 to L, for early_exit; an ascending list of them, from 0 on, for multi_layer; the
+            layers, from 0 to L - 1, for per_layer_activations, None being all.
+        beside: for per_layer_activations: the state after so many blocks stands beside every layer's own. What early
+            layers know of a token does not yet say whom it is about.
         context_tokens: tokens of the document that the base model sees in front of each chunk (see `chunk_document`).
             A sentence that says "she" is then read by what was said before. 0: as in the published checkpoints.
 
     Attributes:
-        settings: the three above as a dict.
-        num_maps: feature maps per chunk, L or 1.
-        feature_dim: D, the base model's hidden size; with multi_layer as many times that as there are states.
+        settings: the four above as a dict.
+        num_maps: feature maps per chunk: the number of layers, or 1.
+        feature_dim: D, the base model's hidden size; with multi_layer as many times that as there are states, with
+            `beside` twice that.
 
     The base model runs as it is: an adapter that is injected changes the features, so set none while encoding.
 
@@ -54,6 +60,7 @@ class ContextEncoder(nn.Module):
         *,
         kind: str = "per_layer_activations",
         layer_idx: int | Sequence[int] | None = None,
+        beside: int | None = None,
         context_tokens: int = 0,
     ):
         super().__init__()
@@ -66,7 +73,6 @@ class ContextEncoder(nn.Module):
         self.kind = kind
         self.layer_idx = layer_idx
         self.hidden_size = config.hidden_size
-        self.num_maps = config.num_hidden_layers if kind == "per_layer_activations" else 1
         last = config.num_hidden_layers
         if kind == "early_exit":
             if type(layer_idx) is not int or not 1 <= layer_idx <= last:
@@ -78,16 +84,33 @@ class ContextEncoder(nn.Module):
             if any(type(i) is not int or not 0 <= i <= last for i in layer_idx) or sorted({*layer_idx}) != [*layer_idx]:
                 raise ValueError(wanted)
             self.layer_idx = list(layer_idx)
+        elif kind == "per_layer_activations" and layer_idx is not None:
+            wanted = f"per_layer_activations needs layer_idx as an ascending list of layers from 0 to {last - 1}"
+            if isinstance(layer_idx, (str, int)) or not layer_idx:
+                raise ValueError(f"{wanted}, or null for all, got {layer_idx}.")
+            if any(type(i) is not int or not 0 <= i < last for i in layer_idx) or sorted({*layer_idx}) != [*layer_idx]:
+                raise ValueError(f"{wanted}, or null for all, got {layer_idx}.")
+            self.layer_idx = list(layer_idx)
         elif layer_idx is not None:
-            raise ValueError(
-                f"layer_idx is for early_exit and multi_layer only, got layer_idx={layer_idx} with {kind}. "
-                "Leave it out."
-            )
+            raise ValueError(f"{kind} takes no layer_idx, got {layer_idx}. Leave it out.")
+        self._layers = [] if kind != "per_layer_activations" else self.layer_idx or list(range(last))
+        self.num_maps = len(self._layers) or 1
+        if beside is not None and not self._layers:
+            raise ValueError(f"beside is for per_layer_activations only, got {beside} with {kind}. Leave it out.")
+        if beside is not None and (type(beside) is not int or not 0 <= beside < last):
+            raise ValueError(f"beside should be a number of blocks from 0 to {last - 1}, got {beside!r}.")
+        self.beside = beside
         if type(context_tokens) is not int or context_tokens < 0:
             raise ValueError(f"context_tokens should be a whole number, at least 0, but is {context_tokens!r}.")
         self.context_tokens = context_tokens
-        self.settings = {"kind": kind, "layer_idx": self.layer_idx, "context_tokens": context_tokens}
-        self.feature_dim = self.hidden_size * (len(self.layer_idx) if kind == "multi_layer" else 1)
+        self.settings = {
+            "kind": kind,
+            "layer_idx": self.layer_idx,
+            "beside": beside,
+            "context_tokens": context_tokens,
+        }
+        side_by_side = len(self.layer_idx) if kind == "multi_layer" else 1 if beside is None else 2
+        self.feature_dim = self.hidden_size * side_by_side
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids [C, T], right-padded, and mask [C, T] (True or 1: a token) -> features [C, num_maps, T, D].
@@ -101,7 +124,8 @@ class ContextEncoder(nn.Module):
 
     @torch.no_grad()
     def stream(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], None]) -> None:
-        """Hands each map [C, T, D] to `read(index, features)` as soon as it is computed, and keeps none.
+        """Hands each map [C, T, D] to `read(index, features)` as soon as it is computed, and keeps none; with `beside`
+        the maps of the layers before that state wait for it.
 
         Args:
             ids, mask: as of `forward`.
@@ -122,7 +146,23 @@ class ContextEncoder(nn.Module):
             self._states(ids, mask, self.layer_idx, lambda _, state: states.append(F.rms_norm(state, state.shape[-1:])))
             read(0, torch.cat(states, dim=-1))
             return
-        self._states(ids, mask, range(self.num_maps), read)
+        if self.beside is None:
+            self._states(ids, mask, self._layers, read)
+            return
+        after = sorted({*self._layers, self.beside})
+        waiting: dict[int, Tensor] = {}
+        shared: list[Tensor] = []
+
+        def read_pair(index: int, state: Tensor) -> None:
+            if after[index] == self.beside:
+                shared.append(state)
+            if after[index] in self._layers:
+                waiting[self._layers.index(after[index])] = state
+            if shared:
+                for number in sorted(waiting):
+                    read(number, torch.cat([waiting.pop(number), shared[0]], dim=-1))
+
+        self._states(ids, mask, after, read_pair)
 
     def _states(self, ids: Tensor, mask: Tensor, after: Sequence[int], read: Callable[[int, Tensor], None]) -> None:
         """Calls read(position in `after`, state after that many blocks); the last state has passed the final norm."""

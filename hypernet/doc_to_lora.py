@@ -78,14 +78,21 @@ class DocToLoRA(nn.Module):
         context_encoder: dict[str, Any],
         max_chunk_tokens: int,
         base_model_source: str = "",
+        target_layers: Sequence[int] | None = None,
     ) -> Self:
-        """An untrained hypernetwork for this base model; `hypernetwork` holds rank, scaling, aggregator ... ."""
+        """An untrained hypernetwork for this base model; `hypernetwork` holds rank, scaling, aggregator ... .
+
+        Args:
+            target_layers: the blocks to adapt, and whose activations are read where each has a map; None: all.
+        """
+        if target_layers is not None and context_encoder["kind"] == "per_layer_activations":
+            context_encoder = {**context_encoder, "layer_idx": list(target_layers)}
         encoder = ContextEncoder(base_model, **context_encoder)
         return cls(
             base_model=base_model,
             tokenizer=tokenizer,
             hypernetwork=HyperNetwork(
-                targets=find_targets(base_model, target_modules),
+                targets=find_targets(base_model, target_modules, layers=target_layers),
                 feature_dim=encoder.feature_dim,
                 num_maps=encoder.num_maps,
                 **hypernetwork,

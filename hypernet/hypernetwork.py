@@ -50,6 +50,8 @@ class HyperNetwork(nn.Module):
         aggregator: {"name": key of AGGREGATORS, ...its sizes}.
         num_pre_head_blocks, pre_head_multiple: residual blocks before the head, and their hidden size in units of the
             latent size; None means 1 and 4. An outer product has no such head and takes neither.
+        bias_block: train the block that all documents share; False leaves it at zero, so that an adapter adds nothing
+            but what its chunks say.
         standardize_features: bring every feature of every map to mean 0 and variance 1, by the statistics that
             `calibrate` takes once before training; they are part of the state dict. A base model's states have a few
             large directions that all tokens share, and what tells one name from another is small beside them. False:
@@ -82,6 +84,7 @@ class HyperNetwork(nn.Module):
         aggregator: Mapping[str, Any],
         num_pre_head_blocks: int | None = None,
         pre_head_multiple: int | None = None,
+        bias_block: bool = True,
         standardize_features: bool = False,
     ):
         super().__init__()
@@ -96,8 +99,9 @@ class HyperNetwork(nn.Module):
             raise ValueError(f"rank must be at least 1, got {rank}.")
         self.feature_dim = feature_dim
         self.num_maps = num_maps
-        if not isinstance(standardize_features, bool):
-            raise ValueError(f"standardize_features must be true or false, got {standardize_features!r}.")
+        for name, value in {"standardize_features": standardize_features, "bias_block": bias_block}.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}.")
         self.rank = rank
         self.standardize_features = standardize_features
         if standardize_features:
@@ -120,6 +124,9 @@ class HyperNetwork(nn.Module):
             num_outputs = (self.num_layers // num_maps) * len(self.targets) * rank
             self.aggregator = aggregator_class(feature_dim=feature_dim, num_outputs=num_outputs, **sizes)
             self.lora_head = LoRAHead(self.targets, latent_dim=self.aggregator.latent_dim, rank=rank, **head)
+        if not bias_block:
+            for parameter in (*self.bias_A.parameters(), *self.bias_B.parameters()):
+                parameter.requires_grad_(False).zero_()
         self.config = {
             "targets": [target.plain() for target in self.targets],
             "feature_dim": feature_dim,
@@ -128,6 +135,7 @@ class HyperNetwork(nn.Module):
             "scaling": self.scaling,
             "aggregator": {"name": aggregator["name"], **sizes},
             **head,
+            "bias_block": bias_block,
             "standardize_features": standardize_features,
         }
 

@@ -8,7 +8,7 @@ step's.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +22,16 @@ from hypernet.data.collate import KINDS, PackedRows
 from hypernet.data.curriculum import DistillationBatch
 from hypernet.data.splitting import StepPart, document_targets
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.muon import MuonAdamW, parameter_groups
 from hypernet.objectives import (
     answer_nll,
     answers_right,
     context_distillation_kl,
     context_distillation_kl_topk,
+    energy_share,
     hidden_state_distance,
     key_contrast,
+    key_energies,
     mean_absolute_weight,
     mean_per_document,
     silence,
@@ -40,13 +43,12 @@ from hypernet.timing import PhaseTimes
 log = logging.getLogger(__name__)
 
 
-def _optimizer(module: L.LightningModule, parameters: list[nn.Parameter], settings: dict) -> dict[str, Any]:
-    """AdamW, weight decay on matrices only; linear warm-up, constant, then half a cosine to min_lr_ratio at the end."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings["weight_decay"]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=tuple(settings["betas"]))
+def _optimizer(
+    module: L.LightningModule, named: Iterable[tuple[str, nn.Parameter]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """AdamW, or Muon for the matrices; linear warm-up, constant, then half a cosine to min_lr_ratio at the end."""
+    groups = parameter_groups(named, weight_decay=settings["weight_decay"], muon_scale=settings.get("muon_scale"))
+    optimizer = MuonAdamW(groups, lr=settings["lr"], betas=tuple(settings["betas"]))
     last, warmup, floor = max(module.trainer.max_steps, 1), settings["warmup_steps"], settings["min_lr_ratio"]
     start = max(warmup, last * (1 - settings["decay_ratio"]))
 
@@ -154,7 +156,7 @@ class LitBaseModel(_Trained):
                 )
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return _optimizer(self, [p for p in self.base_model.parameters() if p.requires_grad], self.optimizer_settings)
+        return _optimizer(self, self.base_model.named_parameters(), self.optimizer_settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         _check_same_sizes(checkpoint["state_dict"], self.state_dict(), "base model")
@@ -193,9 +195,12 @@ class LitDocToLoRA(_Trained):
         hidden_weight: of deep context distillation, the distance between the hidden states of the two models of
             kl_weight after every block, where they predict an answer token; the mean over blocks.
         l1_weight: of the mean absolute entry of a document's generated A and B.
-        key_weight: of the contrast between the rows of A and what enters their modules in the plain base model (see
-            `key_contrast`), over all layers. It compares the documents that are computed together, so with accumulated
-            parts or several processes there are fewer to compare.
+        key_weight: of how well the rows of A tell their own document's questions from all others by what enters their
+            modules in the plain base model (`key_contrast` and both `key_energies`), over all layers and answer
+            tokens. It compares the documents that are computed together, so with accumulated parts or several processes
+            there are fewer to compare.
+        key_steps: optimizer steps at the beginning in which the keys alone are trained, without teacher and student.
+        share_weight: of the same for what is added to the model, with the adapters in force (see `energy_share`).
         silence_weight: of what each document's weights do to the inputs of questions about others, whose own adapters
             are in force (see `silence`), over all layers and the same documents as the contrast.
         output_dir: where the trained checkpoint is written when training ends.
@@ -213,6 +218,8 @@ class LitDocToLoRA(_Trained):
         hidden_weight: float = 0.0,
         l1_weight: float = 0.0,
         key_weight: float = 0.0,
+        key_steps: int = 0,
+        share_weight: float = 0.0,
         silence_weight: float = 0.0,
         output_dir: str | None = None,
         include_base_model: bool = False,
@@ -225,7 +232,11 @@ class LitDocToLoRA(_Trained):
         self.locality_weight = locality_weight
         self.hidden_weight = hidden_weight
         self.l1_weight = l1_weight
+        if key_steps and not key_weight:
+            raise ValueError(f"key_steps={key_steps} train the keys alone, but key_weight is 0. Set it, e.g. 0.5.")
         self.key_weight = key_weight
+        self.key_steps = key_steps
+        self.share_weight = share_weight
         self.silence_weight = silence_weight
         self.output_dir = output_dir
         self.include_base_model = include_base_model
@@ -239,6 +250,9 @@ class LitDocToLoRA(_Trained):
         student_rows, teacher_rows = batch.student, batch.teacher
         with self.phases("encode"):
             A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
+        if self.key_steps and self.global_step < self.key_steps:
+            loss = self._key_loss(A, batch, _Answers.of(batch)) * part.share["document"]
+            return self._finish(part, {"loss": self.key_weight * loss, "key": loss})
         with self.phases("teacher"), torch.no_grad(), self._hidden_states() as teacher_states:
             # Where every answer's probabilities were stored, there may be nothing to ask.
             teacher = self.model(teacher_rows) if (teacher_rows.target_kind >= 0).any() else None
@@ -246,7 +260,8 @@ class LitDocToLoRA(_Trained):
         key_loss = self._key_loss(A, batch, answers) * part.share["document"] if self.key_weight else None
         self.model.set_chunks(A, B, batch.num_chunks, members=batch.members)
         is_answer = student_rows.target_kind >= 0
-        hidden, calls = self._hidden_states(), self._module_calls(answers, wanted=bool(self.silence_weight))
+        hidden = self._hidden_states()
+        calls = self._module_calls(answers, wanted=bool(self.silence_weight or self.share_weight))
         with self.phases("student"), hidden as student_states, calls as student_calls:
             student = self.model(student_rows)
         kind = student_rows.target_kind[is_answer]
@@ -282,6 +297,9 @@ class LitDocToLoRA(_Trained):
         if key_loss is not None:
             losses["key"] = key_loss
             loss = loss + self.key_weight * key_loss
+        if self.share_weight:
+            losses["share"] = self._share_loss(A, B, batch, answers, student_calls) * about
+            loss = loss + self.share_weight * losses["share"]
         if self.silence_weight:
             losses["silence"] = self._silence_loss(A, B, batch, answers, student_calls) * part.share["rows"]
             loss = loss + self.silence_weight * losses["silence"]
@@ -301,17 +319,39 @@ class LitDocToLoRA(_Trained):
         return kl.masked_scatter(~where, context_distillation_kl(student[~where], teacher))
 
     def _key_loss(self, A: dict[str, Tensor], batch: DistillationBatch, answers: "_Answers") -> Tensor:
-        """Mean over layers, targets and both directions of `key_contrast`, and over documents that have questions."""
-        first = answers.first
+        """`key_contrast` plus both `key_energies`, means over layers, targets, both directions, and documents."""
         with self.phases("teacher"), torch.no_grad(), self._module_calls(answers) as calls:
             self.model(batch.student)
-        pairs = [
-            key_contrast(A[name][:, layer, :, : x.shape[-1]], x[first], answers.owner[first], batch.num_chunks)
-            for (name, layer), (x, _) in calls.items()
+        num_documents = len(batch.student.ids)
+        owned = answers.owner[answers.owner >= 0]
+        losses = []
+        for (name, layer), (x, _) in calls.items():
+            keys = A[name][:, layer, :, : x.shape[-1]]
+            by_document, by_question = key_contrast(keys, x, answers.owner, batch.num_chunks)
+            of_questions, of_rows = key_energies(keys, x, answers.owner, batch.num_chunks)
+            per_token = (by_document + by_question) / 2 + of_questions
+            losses.append(mean_per_document(per_token, owned, num_documents) + of_rows[owned.unique()].mean())
+        return torch.stack(losses).mean()
+
+    def _share_loss(
+        self,
+        A: dict[str, Tensor],
+        B: dict[str, Tensor],
+        batch: DistillationBatch,
+        answers: "_Answers",
+        calls: dict[tuple[str, int], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Mean over layers and targets of `energy_share`, and over documents that have questions."""
+        values = [
+            energy_share(
+                A[name][:, layer, :, : x.shape[-1]],
+                B[name][:, layer, :, : y.shape[-1]],
+                *(x, answers.owner, batch.num_chunks),
+            )
+            for (name, layer), (x, y) in calls.items()
         ]
-        values = torch.stack([value for pair in pairs for value in pair]).mean(0)
-        owned = answers.owner[first & (answers.owner >= 0)]
-        return mean_per_document(values, owned, len(batch.student.ids))
+        owned = answers.owner[answers.owner >= 0]
+        return mean_per_document(torch.stack(values).mean(0), owned, len(batch.student.ids))
 
     def _silence_loss(
         self,
@@ -420,7 +460,7 @@ class LitDocToLoRA(_Trained):
         return answers_right_by_kind(rows, self.model(rows).argmax(-1))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return _optimizer(self, list(self.model.hypernetwork.parameters()), self.optimizer_settings)
+        return _optimizer(self, self.model.hypernetwork.named_parameters(), self.optimizer_settings)
 
     def on_fit_start(self) -> None:
         self.model.hypernetwork.train()
@@ -460,15 +500,11 @@ class LitDocToLoRA(_Trained):
 
 
 class _Answers(NamedTuple):
-    """Where a batch's own rows predict answer tokens, P of them: row, column, and the document asked about or -1.
-
-    first: whether the token is its answer's first.
-    """
+    """Where a batch's own rows predict answer tokens, P of them: row, column, and the document asked about or -1."""
 
     row: Tensor
     column: Tensor
     owner: Tensor
-    first: Tensor
 
     @classmethod
     def of(cls, batch: DistillationBatch) -> "_Answers":
@@ -476,11 +512,9 @@ class _Answers(NamedTuple):
         is_answer = rows.target_kind >= 0
         is_answer[batch.num_own_rows :] = False  # with a document in the prompt
         row, column = is_answer.nonzero(as_tuple=True)
-        kinds, place = rows.target_kind[row, column], rows.segments[row, column]
+        kinds = rows.target_kind[row, column]
         about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
-        first = torch.ones_like(about)
-        first[1:] = (row[1:] != row[:-1]) | (place[1:] != place[:-1])
-        return cls(row, column, torch.where(about, row, -1), first)
+        return cls(row, column, torch.where(about, row, -1))
 
 
 _TRAINED = "model.hypernetwork."

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TINY_ENERGY = 1e-9  # an untrained B has none at all
 KEY_SHARPNESS = 20.0  # of key_contrast; cosines of unrelated directions are of the size of d**-0.5
 
 
@@ -93,7 +94,7 @@ def key_contrast(keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequen
 
     Args:
         keys: [C, R, d], A of one module for all chunks, document after document.
-        inputs: [Q, d], what enters the module where a question's answer begins; no gradient flows into it.
+        inputs: [Q, d], what enters the module at answer tokens; no gradient flows into it.
         owner: [Q], the document that the question is about; -1: none of them.
         num_chunks: chunks of each document, C altogether.
 
@@ -115,6 +116,62 @@ def key_contrast(keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequen
     return by_document, by_question
 
 
+def key_energies(keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """How much of what rows of A answer with is about their own document, by squared products with the inputs.
+
+    `key_contrast` asks for one good row among a document's and takes the mean input off; here every row counts, with
+    all that it responds to.
+
+    Args:
+        As of `key_contrast`; inputs are taken at unit length.
+
+    Returns:
+        -log of the own document's share of all documents' energy, for each question that has an owner, [number of owned
+        questions]; and -log of the share of each row's energy that goes to its own document's questions, the mean over
+        a document's rows, [documents]. Both float32.
+    """
+    inputs = F.normalize(inputs.detach().float(), dim=-1)
+    energy = torch.einsum("crd,qd->crq", keys.float(), inputs).square()
+    document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
+    by_question = _own_share(energy.sum(1).T, owner, num_chunks)
+    own = (energy * (document[:, None] == owner)[:, None]).sum(-1)
+    of_row = -((own + TINY_ENERGY) / (energy.sum(-1) + TINY_ENERGY)).log().mean(1)
+    count = torch.tensor(list(num_chunks), device=owner.device)
+    return by_question, of_row.new_zeros(len(num_chunks)).index_add(0, document, of_row) / count
+
+
+def energy_share(A: Tensor, B: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int]) -> Tensor:
+    """Whether the adapter of the document that is asked about is the loudest of all at its questions.
+
+    Args:
+        A, B: [C, R, d_in] and [C, R, d_out] of one module for all chunks, document after document.
+        inputs: [P, d_in], what enters the module; no gradient flows into it. owner, num_chunks: as of `key_contrast`.
+
+    Returns:
+        -log of the own document's share of the sum of all chunks' squared deltas, for each position that has an owner,
+        [number of owned positions], float32.
+    """
+    return _own_share(_squared_deltas(A, B, inputs), owner, num_chunks)
+
+
+def _own_share(energy: Tensor, owner: Tensor, num_chunks: Sequence[int]) -> Tensor:
+    """[P, C] energy of every chunk → -log of the owner's share, [number of owned positions]."""
+    owned = owner >= 0
+    document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
+    energy = energy[owned]
+    per_document = energy.new_zeros(len(energy), len(num_chunks)).index_add(1, document, energy) + TINY_ENERGY
+    own = per_document.gather(1, owner[owned][:, None])[:, 0]
+    return -(own / per_document.sum(1)).log()
+
+
+def _squared_deltas(A: Tensor, B: Tensor, inputs: Tensor) -> Tensor:
+    """[P, C]: the squared length of every chunk's delta at every position, without `scaling`."""
+    A, B = A.float(), B.float()
+    rows = torch.einsum("crd,pd->pcr", A, inputs.detach().float())
+    # Without the delta itself, which would be as wide as the model for each pair of position and chunk.
+    return torch.einsum("pcr,crs,pcs->pc", rows, B @ B.mT, rows).clamp(min=0)
+
+
 def silence(
     A: Tensor, B: Tensor, inputs: Tensor, outputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, scaling: float
 ) -> Tensor:
@@ -134,10 +191,7 @@ def silence(
         [P], float32: the squared length of a chunk's delta in units of the output's, mean over all chunks but the
         owner's; 0 where there are no others.
     """
-    inputs, outputs, A, B = inputs.detach().float(), outputs.detach().float(), A.float(), B.float()
-    rows = torch.einsum("crd,pd->pcr", A, inputs)
-    # Without the delta itself, which would be as wide as the model for each pair of position and chunk.
-    squared = torch.einsum("pcr,crs,pcs->pc", rows, B @ B.mT, rows).clamp(min=0)
+    squared, outputs = _squared_deltas(A, B, inputs), outputs.detach().float()
     document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
     others = document[None] != owner[:, None]
     mean = (squared * others).sum(1) / others.sum(1).clamp(min=1)

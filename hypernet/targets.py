@@ -20,7 +20,7 @@ _FUSED = {
 
 
 class LayerTarget(NamedTuple):
-    """One linear module: layer index, module path, d_in, d_out."""
+    """One linear module: layer (its place among the adapted blocks), module path, d_in, d_out."""
 
     layer: int
     path: str
@@ -32,7 +32,7 @@ class LoRATarget(NamedTuple):
     """One kind of linear layer that gets LoRA weights, in the blocks of the base model that have it."""
 
     name: str  # last part of the module path: "down_proj"
-    paths: tuple[str | None, ...]  # module path in each block, in order; None in a block that has no such module
+    paths: tuple[str | None, ...]  # module path in each adapted block, in order; None where a block has no such module
     d_in: int  # the widest block's
     d_out: int
     widths: tuple[tuple[int, int] | None, ...] | None = None  # (d_in, d_out) of each block; None: all are alike
@@ -89,14 +89,18 @@ def find_blocks(base_model: nn.Module) -> tuple[nn.Module, str]:
     )
 
 
-def find_targets(base_model: nn.Module, target_modules: Sequence[str]) -> list[LoRATarget]:
+def find_targets(
+    base_model: nn.Module, target_modules: Sequence[str], *, layers: Sequence[int] | None = None
+) -> list[LoRATarget]:
     """The nn.Linear modules with these names, at most one per block of the text decoder, sorted by name.
 
     Args:
         base_model: a transformers causal LM, also one below a multimodal wrapper, also quantised.
         target_modules: last parts of module paths, such as "down_proj".
+        layers: the blocks to adapt, ascending from 0; None: all of them.
 
     Raises:
+        ValueError: for layers that there are not.
         ValueError: for a name that no nn.Linear of a block has, that a block has more than once, or whose module
             several blocks share.
     """
@@ -104,22 +108,26 @@ def find_targets(base_model: nn.Module, target_modules: Sequence[str]) -> list[L
     stem = next(path for path, module in base_model.named_modules() if module is decoder)
     stem = ".".join(filter(None, (stem, blocks_name)))
     blocks = getattr(decoder, blocks_name)
+    if layers is None:
+        layers = range(len(blocks))
+    elif isinstance(layers, (str, int)) or not layers or sorted({*layers} & {*range(len(blocks))}) != list(layers):
+        raise ValueError(f"Wanted layers to adapt as an ascending list from 0 to {len(blocks) - 1}, got {layers}.")
     by_name: dict[str, list[tuple[int, str, nn.Linear]]] = {}
-    for layer, block in enumerate(blocks):
-        for path, module in block.named_modules():
+    for place, layer in enumerate(layers):
+        for path, module in blocks[layer].named_modules():
             if isinstance(module, nn.Linear):
-                entry = (layer, f"{stem}.{layer}.{path}", module)
+                entry = (place, f"{stem}.{layer}.{path}", module)
                 by_name.setdefault(path.rpartition(".")[2], []).append(entry)
 
     # A string is a sequence of letters, and each would be looked up as a name.
     names = [target_modules] if isinstance(target_modules, str) else sorted(set(target_modules))
     if not names:
         raise ValueError(f"No target modules given. Set target_modules to some of {sorted(by_name)}.")
-    return [_target(base_model, name, by_name, len(blocks)) for name in names]
+    return [_target(base_model, name, by_name, layers) for name in names]
 
 
 def _target(
-    base_model: nn.Module, name: str, by_name: Mapping[str, list[tuple[int, str, nn.Linear]]], num_layers: int
+    base_model: nn.Module, name: str, by_name: Mapping[str, list[tuple[int, str, nn.Linear]]], layers: Sequence[int]
 ) -> LoRATarget:
     if not by_name:
         kinds = sorted({type(module).__name__ for module in base_model.modules() if hasattr(module, "weight")})
@@ -134,13 +142,13 @@ def _target(
             f"No nn.Linear named {name!r} in the blocks of {type(base_model).__name__}; they have {sorted(by_name)}. "
             f"{hint}Set target_modules to some of these."
         )
-    paths: list[str | None] = [None] * num_layers
-    widths: list[tuple[int, int] | None] = [None] * num_layers
+    paths: list[str | None] = [None] * len(layers)
+    widths: list[tuple[int, int] | None] = [None] * len(layers)
     owner: dict[int, str] = {}
     for layer, path, module in by_name[name]:
         if paths[layer] is not None:
             raise ValueError(
-                f"Layer {layer} has several modules named {name!r}, such as {paths[layer]} and {path}. "
+                f"Layer {layers[layer]} has several modules named {name!r}, such as {paths[layer]} and {path}. "
                 "Set target_modules to names that occur at most once in each layer."
             )
         if id(module) in owner:

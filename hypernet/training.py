@@ -117,12 +117,14 @@ def doc_to_lora_training(
     init_from: str | None = None,
     include_base_model: bool = False,
     sources: Mapping[str, Callable[..., Source]] | None = None,
+    target_layers: list[int] | None = None,
     seed: int = 0,
 ) -> tuple[LitDocToLoRA, BatchDataModule]:
     """A hypernetwork for a frozen base model, distilled from documents in its prompt.
 
     Args:
         base_model: hub name or folder. dtype, quantization, attention: how it is loaded, see `load_base_model`.
+        target_layers: the blocks to adapt, see `DocToLoRA.build`.
         init_from: a checkpoint whose hypernetwork training starts from, e.g. an earlier stage's, also of another base
             model of this shape; None starts anew.
         sources: what stages draw from beside the encyclopedia, see `make_curriculum`.
@@ -139,6 +141,7 @@ def doc_to_lora_training(
                 context_encoder=context_encoder,
                 max_chunk_tokens=max_chunk_tokens,
                 base_model_source=base_model,
+                target_layers=target_layers,
             )
     else:
         checkpoint = load_checkpoint(init_from, base_model=base_model)
@@ -152,7 +155,7 @@ def doc_to_lora_training(
             max_chunk_tokens=max_chunk_tokens,
             base_model_source=base_model,
         )
-        _check_same_settings(model, init_from, target_modules, hypernetwork, context_encoder)
+        _check_same_settings(model, init_from, target_modules, target_layers, hypernetwork, context_encoder)
         if model.base_model_fingerprint != checkpoint.base_model_fingerprint:
             # A start, not a result: after some hundred steps it reads the other base model as well (EXPERIMENTS.md).
             log.warning(
@@ -175,10 +178,17 @@ def doc_to_lora_training(
 
 
 def _check_same_settings(
-    model: DocToLoRA, source: str, target_modules: list[str], hypernetwork: dict, context_encoder: dict
+    model: DocToLoRA,
+    source: str,
+    target_modules: list[str],
+    target_layers: list[int] | None,
+    hypernetwork: dict,
+    context_encoder: dict,
 ) -> None:
     own = model.hypernetwork
-    targets = find_targets(model.base_model, target_modules)
+    targets = find_targets(model.base_model, target_modules, layers=target_layers)
+    if target_layers is not None and context_encoder["kind"] == "per_layer_activations":
+        context_encoder = {**context_encoder, "layer_idx": target_layers}
     with torch.device("meta"):
         wanted = HyperNetwork(
             targets=targets, feature_dim=own.feature_dim, num_maps=own.num_maps, **hypernetwork

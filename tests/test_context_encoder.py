@@ -87,6 +87,39 @@ def test_per_layer_maps_equal_output_hidden_states_of_a_model_without_its_last_b
 
 
 @by_model
+def test_some_layers_maps_are_theirs_among_all(model_type):
+    base_model = make_base_model(model_type)
+    ids, mask = batch()
+    every = ContextEncoder(base_model)(ids, mask)
+    encoder = ContextEncoder(base_model, layer_idx=[0, 2])
+    features = encoder(ids, mask)
+    assert features.shape == (3, 2, 9, D) == (3, encoder.num_maps, 9, encoder.feature_dim)
+    for place, layer in enumerate([0, 2]):
+        torch.testing.assert_close(features[:, place][mask], every[:, layer][mask], rtol=0, atol=1e-6)
+    # The last of a list has passed the final norm, whichever it is.
+    (alone,) = ContextEncoder(base_model, layer_idx=[1])(ids, mask).unbind(1)
+    expected = final_norm(base_model, hidden_states(base_model, ids, mask)[1])
+    torch.testing.assert_close(alone[mask], expected[mask], rtol=0, atol=1e-6)
+
+
+@by_model
+@pytest.mark.parametrize(("layer_idx", "beside"), [(None, 1), ([0, 2], 1), ([0, 1, 2], 2), ([1, 2], 0)])
+def test_one_state_stands_beside_every_map_and_maps_come_in_order(model_type, layer_idx, beside):
+    base_model = make_base_model(model_type)
+    ids, mask = batch()
+    every = ContextEncoder(base_model)(ids, mask)
+    encoder = ContextEncoder(base_model, layer_idx=layer_idx, beside=beside)
+    read = []
+    encoder.stream(ids, mask, lambda index, features: read.append((index, features)))
+    layers = layer_idx or [0, 1, 2]
+    assert [index for index, _ in read] == list(range(len(layers))) and encoder.num_maps == len(layers)
+    for layer, (_, features) in zip(layers, read, strict=True):
+        expected = torch.cat([every[:, layer], every[:, beside]], -1)
+        assert expected.shape[-1] == encoder.feature_dim
+        torch.testing.assert_close(features[mask], expected[mask], rtol=0, atol=1e-6)
+
+
+@by_model
 @pytest.mark.parametrize("layer_idx", [1, 2, LAYERS])
 def test_early_exit_equals_the_normed_state_after_that_many_blocks(model_type, layer_idx):
     base_model = make_base_model(model_type)
@@ -183,7 +216,14 @@ def test_the_base_model_is_left_as_it_was_after_an_error():
         ({"kind": "early_exit"}, "layer_idx between 1 and 3, got None"),
         ({"kind": "early_exit", "layer_idx": 4}, "layer_idx between 1 and 3, got 4"),
         ({"kind": "early_exit", "layer_idx": 0}, "layer_idx between 1 and 3, got 0"),
-        ({"kind": "embed_only", "layer_idx": 2}, "multi_layer only, got layer_idx=2 with embed_only"),
+        ({"kind": "embed_only", "layer_idx": 2}, "embed_only takes no layer_idx, got 2"),
+        ({"layer_idx": 2}, "ascending list of layers from 0 to 2, or null for all, got 2"),
+        ({"layer_idx": []}, "ascending list of layers from 0 to 2"),
+        ({"layer_idx": [1, 3]}, "ascending list of layers from 0 to 2"),
+        ({"layer_idx": [2, 1]}, "ascending list of layers from 0 to 2"),
+        ({"beside": 3}, "beside should be a number of blocks from 0 to 2, got 3"),
+        ({"beside": True}, "beside should be a number of blocks from 0 to 2, got True"),
+        ({"kind": "embed_only", "beside": 1}, "beside is for per_layer_activations only, got 1 with embed_only"),
         ({"kind": "multi_layer"}, "ascending list of numbers from 0 to 3, got None"),
         ({"kind": "multi_layer", "layer_idx": 2}, "ascending list of numbers from 0 to 3, got 2"),
         ({"kind": "multi_layer", "layer_idx": []}, "ascending list of numbers from 0 to 3"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hypernet.adapter import LoRAAdapter
-from hypernet.base_model import fingerprint
+from hypernet.base_model import fingerprint, load_base_model
 from hypernet.chunking import chunk_document
 from hypernet.data.collate import ChatLayout, Segment, pack_row, pad_rows
 from hypernet.doc_to_lora import DocToLoRA
@@ -328,3 +328,36 @@ def test_a_hypernetwork_for_other_modules_is_refused(make_doc_to_lora, tiny_base
     hypernetwork.targets = (hypernetwork.targets[0]._replace(d_in=7),)
     with pytest.raises(ValueError, match="Expected 'model.layers.0.mlp.down_proj' to be an nn.Linear from 7"):
         DocToLoRA(base_model=tiny_base_model, tokenizer=tiny_tokenizer, hypernetwork=hypernetwork, max_chunk_tokens=9)
+
+
+# Some layers alone
+
+
+def test_an_adapter_of_some_layers_reads_them_and_changes_them_alone(make_doc_to_lora, tmp_path):
+    """And goes through a checkpoint, PEFT's folder and PEFT itself."""
+    from peft import PeftModel
+
+    encoder = {"kind": "per_layer_activations", "beside": 0}
+    model = make_doc_to_lora(target_layers=[1], context_encoder=encoder)
+    (target,) = model.hypernetwork.targets
+    assert target.paths == ("model.layers.1.mlp.down_proj",)
+    assert model.context_encoder.settings == {**encoder, "layer_idx": [1], "context_tokens": 0}
+    adapter = model.internalize(LONG)
+    assert adapter.A["down_proj"].shape[1] == 1 and adapter.num_chunks > 1
+    model.save_pretrained(tmp_path / "checkpoint", include_base_model=True)
+    again = DocToLoRA.from_pretrained(tmp_path / "checkpoint")
+    assert_same(again.internalize(LONG), adapter, rtol=0, atol=0)
+    adapter.save(tmp_path / "adapter")
+    assert_same(LoRAAdapter.load(tmp_path / "adapter"), adapter, rtol=1e-5, atol=1e-6)
+
+    ids = torch.tensor([model.tokenizer(ChatLayout.of(model.tokenizer).prompt(QUESTIONS[0]))["input_ids"]])
+    states = {}
+    for name, used in (("plain", None), ("adapted", adapter)):
+        with torch.no_grad(), model.injector.using(used):
+            states[name] = model.base_model(ids, output_hidden_states=True)
+    assert torch.equal(states["plain"].hidden_states[1], states["adapted"].hidden_states[1])
+    assert not torch.allclose(states["plain"].logits, states["adapted"].logits)
+    plain, _ = load_base_model(tmp_path / "checkpoint" / "base_model")
+    with torch.no_grad():
+        logits = PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits
+    torch.testing.assert_close(logits, states["adapted"].logits, rtol=0, atol=1e-4)

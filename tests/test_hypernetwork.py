@@ -162,6 +162,17 @@ def test_the_config_spells_defaults_out():
     )
 
 
+@pytest.mark.parametrize("aggregator", [PERCEIVER, OUTER_PRODUCT])
+def test_without_a_bias_block_it_is_zero_and_stays_so(aggregator):
+    hypernetwork = make(aggregator=aggregator, bias_block=False, trained=False)
+    shared = [*hypernetwork.bias_A.values(), *hypernetwork.bias_B.values()]
+    assert not any(p.requires_grad or p.abs().max() for p in shared)
+    assert hypernetwork.config["bias_block"] is False and make().config["bias_block"] is True
+    assert hypernetwork.state_dict().keys() == make(aggregator=aggregator).state_dict().keys()
+    others = [p for name, p in hypernetwork.named_parameters() if not name.startswith("lora_head.bias_")]
+    assert all(p.requires_grad for p in others)
+
+
 def test_only_a_network_with_a_head_has_settings_of_one():
     head = {"num_pre_head_blocks": 1, "pre_head_multiple": 4}
     assert make().config.items() >= head.items()
@@ -190,6 +201,7 @@ def test_scaling_defaults_to_the_published_one():
         ),
         ({"num_maps": 2}, "num_maps must be 1 or the number of adapted layers, 3, got 2"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"bias_block": 0}, "bias_block must be true or false, got 0"),
         ({"targets": []}, "at least one target module"),
         ({"targets": [DOWN, DOWN]}, "may be given once"),
         (

@@ -28,6 +28,7 @@ LEVELS = [
         "hypernet.documents",
         "hypernet.files",
         "hypernet.metrics",
+        "hypernet.muon",
         "hypernet.perceiver",
         "hypernet.pooling",
         "hypernet.targets",

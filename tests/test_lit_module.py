@@ -19,7 +19,7 @@ from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.data.records import Question, StoredAnswer
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
-from hypernet.objectives import key_contrast
+from hypernet.objectives import energy_share, key_contrast, key_energies
 
 OPTIMIZER = {
     "lr": 0.01,
@@ -329,38 +329,100 @@ def test_gradient_reaches_every_parameter_of_the_hypernetwork_after_two_steps_an
     assert all(parameter.grad is None for parameter in module.model.base_model.parameters())
 
 
-def test_the_key_contrast_compares_what_enters_the_modules_of_the_plain_model(make_module, make_data):
-    """Reference: the inputs of every question as a prompt of its own, without any adapter."""
+def answers_in_prompts_of_their_own(model, batch, adapters=None):
+    """Reference: what enters every adapted module at every answer token, one prompt at a time.
+
+    Returns:
+        inputs by layer, [tokens, d] each; the document that each token is about, or -1.
+    """
+    rows, owner = batch.student, []
+    inputs = [[] for _ in model.hypernetwork.targets[0].paths]
+    for i in range(len(rows.ids)):
+        for segment in range(1, int(rows.segments[i].max()) + 1):
+            inside = rows.segments[i] == segment
+            kinds, ids = rows.target_kind[i][inside], rows.ids[i][inside]
+            trunk = rows.ids[i][rows.segments[i] == 0]
+            seen, hooks = [], []
+            for path in model.hypernetwork.targets[0].paths:
+                module = model.base_model.get_submodule(path)
+                hooks.append(module.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0][0])))
+            with torch.no_grad(), model.injector.using(adapters and adapters[i]):
+                model.base_model(torch.cat([trunk, ids])[None])
+            for hook in hooks:
+                hook.remove()
+            for token in (kinds >= 0).nonzero()[:, 0].tolist():
+                owner.append(i if KINDS[kinds[token]] in ("document", "unanswerable") else -1)
+                for of_layer, x in zip(inputs, seen, strict=True):
+                    of_layer.append(x[len(trunk) + token])
+    return [torch.stack(of_layer) for of_layer in inputs], torch.tensor(owner)
+
+
+def mean_over_documents(values, owner):
+    owned = owner[owner >= 0]
+    return torch.stack([values[owned == i].mean() for i in owned.unique()]).mean()
+
+
+def test_the_key_loss_compares_what_enters_the_modules_of_the_plain_model(make_module, make_data):
+    """Reference: the inputs of every answer token in a prompt of its own, without any adapter."""
     module = quietly(make_module("doc_to_lora", kl_weight=0.0, nll_weight=0.0, locality_weight=0.0, key_weight=0.5))
     model, batch = module.model, make_data("doc_to_lora").train[1]
     loss = module.training_step(batch, 0)
     model.injector.clear()
     A, _ = model.adapt(batch.chunk_ids, batch.chunk_mask)
-    rows, owner, prompts = batch.student, [], []
-    for i in range(len(rows.ids)):
-        for segment in range(1, int(rows.segments[i].max()) + 1):
-            inside = rows.segments[i] == segment
-            kinds, ids = rows.target_kind[i][inside], rows.ids[i][inside]
-            end = int((kinds >= 0).nonzero()[0]) + 1
-            prompts.append(torch.cat([rows.ids[i][rows.segments[i] == 0], ids[:end]]))
-            owner.append(i if KINDS[kinds[end - 1]] in ("document", "unanswerable") else -1)
-    assert -1 in owner and len(set(owner)) > 2
+    inputs, owner = answers_in_prompts_of_their_own(model, batch)
+    assert -1 in owner and len(owner.unique()) > 2
     losses = []
-    for target in model.hypernetwork.targets:
-        for layer, path in enumerate(target.paths):
-            inputs = []
-            hook = model.base_model.get_submodule(path).register_forward_pre_hook(
-                lambda _, x, inputs=inputs: inputs.append(x[0][0, -1])
-            )
-            with torch.no_grad():
-                for prompt in prompts:
-                    model.base_model(prompt[None])
-            hook.remove()
-            losses += key_contrast(A[target.name][:, layer], torch.stack(inputs), torch.tensor(owner), batch.num_chunks)
-    per_question, owned = torch.stack(losses).mean(0), torch.tensor([i for i in owner if i >= 0])
-    expected = torch.stack([per_question[owned == i].mean() for i in owned.unique()]).mean()
-    assert loss.item() == pytest.approx(0.5 * expected.item(), rel=1e-3)
+    for layer, x in enumerate(inputs):
+        keys = A["down_proj"][:, layer]
+        contrast = sum(key_contrast(keys, x, owner, batch.num_chunks)) / 2
+        of_tokens, of_documents = key_energies(keys, x, owner, batch.num_chunks)
+        losses.append(mean_over_documents(contrast + of_tokens, owner) + of_documents.mean())
+    assert loss.item() == pytest.approx(0.5 * torch.stack(losses).mean().item(), rel=1e-3)
     assert not any(module._forward_pre_hooks for module in model.base_model.modules())
+
+
+def test_the_share_loss_weighs_every_document_at_what_enters_with_the_adapters_in_force(make_module, make_data):
+    """Reference: every question in a prompt of its own with its document's adapter."""
+    module = quietly(make_module("doc_to_lora", kl_weight=0.0, nll_weight=0.0, locality_weight=0.0, share_weight=0.5))
+    model, data = module.model, make_data("doc_to_lora").train
+    batch = data[1]
+    loss = module.training_step(batch, 0)
+    model.injector.clear()
+    A, B = model.adapt(batch.chunk_ids, batch.chunk_mask)
+    adapters = [model.internalize(record.document) for record in data.curriculum.records(1)]
+    inputs, owner = answers_in_prompts_of_their_own(model, batch, adapters)
+    values = [
+        energy_share(A["down_proj"][:, layer], B["down_proj"][:, layer], x, owner, batch.num_chunks)
+        for layer, x in enumerate(inputs)
+    ]
+    expected = mean_over_documents(torch.stack(values).mean(0), owner)
+    assert loss.item() == pytest.approx(0.5 * expected.item(), rel=1e-3)
+
+
+def test_the_keys_come_first_without_teacher_and_student(tmp_path, make_module, make_data, make_doc_to_lora):
+    """In the first two steps B stays at its start, zero, although A learns; in the third it moves."""
+    module = make_module("doc_to_lora", model=make_doc_to_lora(trained=False), key_weight=0.5, key_steps=2)
+    batch = make_data("doc_to_lora").train[0]
+
+    class Generated(L.Callback):
+        def __init__(self):
+            self.weights = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch_, batch_idx):
+            with torch.no_grad():
+                A, B = module.model.adapt(batch.chunk_ids, batch.chunk_mask)
+            self.weights.append((A["down_proj"].clone(), B["down_proj"].clone()))
+
+    generated = Generated()
+    make_trainer(tmp_path, generated, max_steps=3, limit_val_batches=0).fit(module, make_data("doc_to_lora"))
+    (A1, B1), (A2, B2), (_, B3) = generated.weights
+    assert not torch.equal(A1, A2)
+    assert B1.abs().max() == 0 and B2.abs().max() == 0 and B3.abs().max() > 0
+
+
+def test_key_steps_without_a_key_weight_are_refused(make_module):
+    with pytest.raises(ValueError, match=r"key_steps=5 train the keys alone, but key_weight is 0"):
+        make_module("doc_to_lora", key_steps=5)
 
 
 def test_silence_weighs_every_answer_token_s_inputs_against_the_other_documents(make_module, make_data):
@@ -422,7 +484,7 @@ def test_adapters_stay_until_after_backward_and_are_gone_then(make_module, make_
 
 @pytest.mark.parametrize(
     "weights",
-    [{}, {"hidden_weight": 0.5, "l1_weight": 0.5, "key_weight": 0.5, "silence_weight": 0.5}],
+    [{}, {"hidden_weight": 0.5, "l1_weight": 0.5, "key_weight": 0.5, "share_weight": 0.5, "silence_weight": 0.5}],
     ids=["", "all"],
 )
 def test_gradients_are_the_same_with_gradient_checkpointing(make_module, make_data, weights):

@@ -12,8 +12,10 @@ from hypernet.objectives import (
     answers_right,
     context_distillation_kl,
     context_distillation_kl_topk,
+    energy_share,
     hidden_state_distance,
     key_contrast,
+    key_energies,
     mean_absolute_weight,
     mean_per_document,
     silence,
@@ -130,6 +132,75 @@ def test_keys_that_are_their_questions_directions_cost_next_to_nothing_and_other
 def test_key_contrast_without_questions_about_the_documents_is_empty():
     nobody = torch.tensor([-1, -1])
     assert all(not len(value) for value in key_contrast(torch.ones(1, 2, 3), torch.ones(2, 3), nobody, [1]))
+
+
+def test_key_energies_are_shares_of_squared_products_by_question_and_by_row():
+    """Reference: one product after the other, in double precision; gradients of the keys, too."""
+    torch.manual_seed(0)
+    num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, 1, 2])
+    keys = torch.randn(6, 3, 5, dtype=torch.double, requires_grad=True)
+    inputs = torch.randn(7, 5, dtype=torch.double, requires_grad=True)
+    of_chunk = [0, 0, 1, 2, 2, 2]
+    unit = (inputs / inputs.norm(dim=1, keepdim=True)).detach()
+
+    def energy(chunk, row, question):
+        return (keys[chunk, row] @ unit[question]) ** 2
+
+    by_question, by_document = [], []
+    for q, d in enumerate(owner.tolist()):
+        if d >= 0:
+            of = [sum(energy(c, r, q) for c in range(6) if of_chunk[c] == e for r in range(3)) for e in range(3)]
+            by_question.append(-(of[d] / sum(of)).log())
+    for d in range(3):
+        shares = []
+        for c in [c for c in range(6) if of_chunk[c] == d]:
+            for r in range(3):
+                of = torch.stack([energy(c, r, q) for q in range(7)])
+                shares.append(-(of[owner == d].sum() / of.sum()).log())
+        by_document.append(sum(shares) / len(shares))
+    found, expected = key_energies(keys, inputs, owner, num_chunks), (by_question, by_document)
+    weights = [torch.arange(1.0, 7), torch.arange(1.0, 4)]
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), torch.stack(theirs), rtol=1e-5, atol=1e-6)
+    got, wanted = (
+        torch.autograd.grad(sum((v * w).sum() for v, w in zip(values, weights, strict=True)), keys)[0]
+        for values in (found, [torch.stack(values) for values in expected])
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert inputs.grad is None
+
+
+def test_rows_that_answer_to_their_own_questions_alone_have_all_the_energy():
+    keys = torch.eye(4)[:, None]
+    right = key_energies(keys, torch.eye(4), torch.arange(4), [1] * 4)
+    wrong = key_energies(keys.roll(1, 0), torch.eye(4), torch.arange(4), [1] * 4)
+    assert all(value.max() < 1e-6 for value in right) and all(value.min() > 5 for value in wrong)
+
+
+def test_the_energy_share_is_the_owner_s_of_all_chunks_squared_deltas():
+    """Reference: every delta as a matrix, one position and chunk after the other; gradients of A and B, too."""
+    torch.manual_seed(0)
+    num_chunks, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
+    A, B = (torch.randn(6, 3, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
+    x = torch.randn(5, 7, dtype=torch.float64)
+    found = energy_share(A, B, x, owner, num_chunks)
+    of_chunk, expected = [0, 0, 1, 2, 2, 2], []
+    for p, d in enumerate(owner.tolist()):
+        if d >= 0:
+            squared = torch.stack([(B[c].T @ A[c] @ x[p]).square().sum() for c in range(6)])
+            expected.append(-(squared[[o == d for o in of_chunk]].sum() / squared.sum()).log())
+    expected = torch.stack(expected)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    weights = torch.arange(1.0, 5)
+    mine = torch.autograd.grad((found * weights).sum(), (A, B))
+    theirs = torch.autograd.grad((expected * weights).sum(), (A, B))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_that_add_nothing_share_evenly():
+    A, x = torch.randn(4, 2, 3), torch.randn(5, 3)
+    values = energy_share(A, torch.zeros(4, 2, 6), x, torch.tensor([0, 1, 2, 3, -1]), [1] * 4)
+    torch.testing.assert_close(values, torch.full((4,), math.log(4)))
 
 
 def test_silence_is_the_mean_squared_delta_of_the_others_chunks_in_units_of_the_output():

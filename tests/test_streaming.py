@@ -19,6 +19,7 @@ ENCODERS = [
     {"kind": "multi_layer", "layer_idx": [0, 2]},
     {"kind": "embed_only"},
     {"kind": "per_layer_activations", "context_tokens": 5},
+    {"kind": "per_layer_activations", "beside": 1},
 ]
 
 

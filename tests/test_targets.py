@@ -57,6 +57,20 @@ def test_layers_of_different_widths_and_without_the_module():
     assert [(place.d_in, place.d_out) for place in b.modules()] == [(4, 3), (5, 3), (2, 9)]
 
 
+def test_some_layers_alone_have_the_places_in_that_order():
+    model = Decoder(linear(a=(3, 4)), linear(b=(5, 3)), linear(a=(9, 4)), linear(a=(3, 4)))
+    (a,) = find_targets(model, ["a"], layers=[1, 3])
+    assert a == LoRATarget("a", (None, "layers.3.a"), 3, 4)
+    assert [place.layer for place in a.modules()] == [1]
+    assert find_targets(model, ["a"], layers=range(4)) == find_targets(model, ["a"])
+
+
+@pytest.mark.parametrize("layers", [[], [0, 2], [1, 0], [0, 0], [-1], 1, "0"])
+def test_layers_that_there_are_not_are_refused(layers):
+    with pytest.raises(ValueError, match="layers to adapt as an ascending list from 0 to 1, got"):
+        find_targets(llama(), ["down_proj"], layers=layers)
+
+
 def test_a_target_goes_through_json_and_back():
     model = Decoder(linear(a=(3, 4), b=(4, 3)), linear(b=(5, 3)))
     for target in find_targets(model, ["a", "b"]):

@@ -1,7 +1,7 @@
 """Training checkpoints as one safetensors file: tensors as tensors, everything else as JSON in its header. No pickle.
 
     Trainer(plugins=[SafetensorsCheckpointIO()], callbacks=[RunCheckpoint(..., every_n_train_steps=100)])
-    trainer.fit(module, data, ckpt_path=find_checkpoint("last", "outputs/tiny/checkpoints"))
+    trainer.fit(module, data, ckpt_path=find_checkpoint("last", "outputs/encyclopedia_tiny/checkpoints"))
 
 A file appears under its name only when it is complete and on the disk: it is written to a temporary name and renamed.
 """

@@ -36,8 +36,8 @@ class ContextEncoder(nn.Module):
             output of the embedding layer.
         layer_idx: blocks to run, 1 to L, for early_exit; an ascending list of them, from 0 on, for multi_layer; the
             layers, from 0 to L - 1, for per_layer_activations, None being all.
-        beside: for per_layer_activations: the state after so many blocks stands beside every layer's own. What early
-            layers know of a token does not yet say whom it is about.
+        beside: for per_layer_activations: the state after so many blocks stands beside every layer's own; below 0 it
+            counts from L. What early layers know of a token does not yet say whom it is about.
         context_tokens: tokens of the document that the base model sees in front of each chunk (see `chunk_document`).
             A sentence that says "she" is then read by what was said before. 0: as in the published checkpoints.
 
@@ -97,9 +97,9 @@ class ContextEncoder(nn.Module):
         self.num_maps = len(self._layers) or 1
         if beside is not None and not self._layers:
             raise ValueError(f"beside is for per_layer_activations only, got {beside} with {kind}. Leave it out.")
-        if beside is not None and (type(beside) is not int or not 0 <= beside < last):
-            raise ValueError(f"beside should be a number of blocks from 0 to {last - 1}, got {beside!r}.")
-        self.beside = beside
+        if beside is not None and (type(beside) is not int or not -last <= beside < last):
+            raise ValueError(f"beside should be a number of blocks from {-last} to {last - 1}, got {beside!r}.")
+        self.beside = beside = None if beside is None else beside % last
         if type(context_tokens) is not int or context_tokens < 0:
             raise ValueError(f"context_tokens should be a whole number, at least 0, but is {context_tokens!r}.")
         self.context_tokens = context_tokens

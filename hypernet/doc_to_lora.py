@@ -28,7 +28,16 @@ from hypernet.injection import LoRAInjector
 from hypernet.lora_head import zero_beyond_width
 from hypernet.packed_attention import packed_logits
 from hypernet.streaming import DEFAULT_BATCH_TOKENS, read_chunks
-from hypernet.targets import find_targets
+from hypernet.targets import adapted_layers, find_targets
+
+
+def reading(
+    base_model: nn.Module, target_layers: Sequence[int] | float | None, context_encoder: dict[str, Any]
+) -> dict[str, Any]:
+    """The context encoder's settings with a map for each of these layers, if it has one per layer."""
+    if target_layers is None or context_encoder.get("kind", "per_layer_activations") != "per_layer_activations":
+        return context_encoder
+    return {**context_encoder, "layer_idx": adapted_layers(base_model, target_layers)}
 
 
 class DocToLoRA(nn.Module):
@@ -78,15 +87,15 @@ class DocToLoRA(nn.Module):
         context_encoder: dict[str, Any],
         max_chunk_tokens: int,
         base_model_source: str = "",
-        target_layers: Sequence[int] | None = None,
+        target_layers: Sequence[int] | float | None = None,
     ) -> Self:
         """An untrained hypernetwork for this base model; `hypernetwork` holds rank, scaling, aggregator ... .
 
         Args:
-            target_layers: the blocks to adapt, and whose activations are read where each has a map; None: all.
+            target_layers: the blocks to adapt (see `adapted_layers`), and whose activations are read where each has a
+                map; None: all.
         """
-        if target_layers is not None and context_encoder["kind"] == "per_layer_activations":
-            context_encoder = {**context_encoder, "layer_idx": list(target_layers)}
+        context_encoder = reading(base_model, target_layers, context_encoder)
         encoder = ContextEncoder(base_model, **context_encoder)
         return cls(
             base_model=base_model,

@@ -89,29 +89,50 @@ def find_blocks(base_model: nn.Module) -> tuple[nn.Module, str]:
     )
 
 
+def adapted_layers(base_model: nn.Module, wanted: Sequence[int] | float | None) -> list[int]:
+    """Numbers of the text decoder's blocks to adapt.
+
+    Args:
+        wanted: the blocks, ascending from 0; or the share of all that is adapted, the last ones, above 0 and at most 1;
+            None: all.
+
+    Raises:
+        ValueError: for blocks that there are not, or another share.
+    """
+    decoder, name = find_blocks(base_model)
+    every = list(range(len(getattr(decoder, name))))
+    if wanted is None:
+        return every
+    if type(wanted) is float and 0 < wanted <= 1:
+        return every[-max(1, round(wanted * len(every))) :]
+    if isinstance(wanted, Sequence) and not isinstance(wanted, str) and wanted and all(type(i) is int for i in wanted):
+        if sorted({*wanted} & {*every}) == list(wanted):
+            return list(wanted)
+    raise ValueError(
+        f"Wanted layers to adapt as an ascending list from 0 to {every[-1]}, or the share of the last ones such as "
+        f"0.5, got {wanted}."
+    )
+
+
 def find_targets(
-    base_model: nn.Module, target_modules: Sequence[str], *, layers: Sequence[int] | None = None
+    base_model: nn.Module, target_modules: Sequence[str], *, layers: Sequence[int] | float | None = None
 ) -> list[LoRATarget]:
     """The nn.Linear modules with these names, at most one per block of the text decoder, sorted by name.
 
     Args:
         base_model: a transformers causal LM, also one below a multimodal wrapper, also quantised.
         target_modules: last parts of module paths, such as "down_proj".
-        layers: the blocks to adapt, ascending from 0; None: all of them.
+        layers: the blocks to adapt, see `adapted_layers`.
 
     Raises:
-        ValueError: for layers that there are not.
-        ValueError: for a name that no nn.Linear of a block has, that a block has more than once, or whose module
-            several blocks share.
+        ValueError: for layers that there are not; for a name that no nn.Linear of a block has, that a block has more
+            than once, or whose module several blocks share.
     """
     decoder, blocks_name = find_blocks(base_model)
     stem = next(path for path, module in base_model.named_modules() if module is decoder)
     stem = ".".join(filter(None, (stem, blocks_name)))
     blocks = getattr(decoder, blocks_name)
-    if layers is None:
-        layers = range(len(blocks))
-    elif isinstance(layers, (str, int)) or not layers or sorted({*layers} & {*range(len(blocks))}) != list(layers):
-        raise ValueError(f"Wanted layers to adapt as an ascending list from 0 to {len(blocks) - 1}, got {layers}.")
+    layers = adapted_layers(base_model, layers)
     by_name: dict[str, list[tuple[int, str, nn.Linear]]] = {}
     for place, layer in enumerate(layers):
         for path, module in blocks[layer].named_modules():

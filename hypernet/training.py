@@ -18,7 +18,7 @@ from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.data.records import UNKNOWN
 from hypernet.data.sources import Source
-from hypernet.doc_to_lora import DocToLoRA
+from hypernet.doc_to_lora import DocToLoRA, reading
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.lit_module import LitBaseModel, LitDocToLoRA
 from hypernet.targets import find_targets
@@ -117,7 +117,7 @@ def doc_to_lora_training(
     init_from: str | None = None,
     include_base_model: bool = False,
     sources: Mapping[str, Callable[..., Source]] | None = None,
-    target_layers: list[int] | None = None,
+    target_layers: list[int] | float | None = None,
     seed: int = 0,
 ) -> tuple[LitDocToLoRA, BatchDataModule]:
     """A hypernetwork for a frozen base model, distilled from documents in its prompt.
@@ -181,14 +181,13 @@ def _check_same_settings(
     model: DocToLoRA,
     source: str,
     target_modules: list[str],
-    target_layers: list[int] | None,
+    target_layers: list[int] | float | None,
     hypernetwork: dict,
     context_encoder: dict,
 ) -> None:
     own = model.hypernetwork
     targets = find_targets(model.base_model, target_modules, layers=target_layers)
-    if target_layers is not None and context_encoder["kind"] == "per_layer_activations":
-        context_encoder = {**context_encoder, "layer_idx": target_layers}
+    context_encoder = reading(model.base_model, target_layers, context_encoder)
     with torch.device("meta"):
         wanted = HyperNetwork(
             targets=targets, feature_dim=own.feature_dim, num_maps=own.num_maps, **hypernetwork

@@ -103,7 +103,7 @@ def test_some_layers_maps_are_theirs_among_all(model_type):
 
 
 @by_model
-@pytest.mark.parametrize(("layer_idx", "beside"), [(None, 1), ([0, 2], 1), ([0, 1, 2], 2), ([1, 2], 0)])
+@pytest.mark.parametrize(("layer_idx", "beside"), [(None, 1), ([0, 2], -2), ([0, 1, 2], 2), ([1, 2], 0)])
 def test_one_state_stands_beside_every_map_and_maps_come_in_order(model_type, layer_idx, beside):
     base_model = make_base_model(model_type)
     ids, mask = batch()
@@ -112,6 +112,7 @@ def test_one_state_stands_beside_every_map_and_maps_come_in_order(model_type, la
     read = []
     encoder.stream(ids, mask, lambda index, features: read.append((index, features)))
     layers = layer_idx or [0, 1, 2]
+    assert encoder.settings["beside"] == beside % LAYERS
     assert [index for index, _ in read] == list(range(len(layers))) and encoder.num_maps == len(layers)
     for layer, (_, features) in zip(layers, read, strict=True):
         expected = torch.cat([every[:, layer], every[:, beside]], -1)
@@ -221,8 +222,8 @@ def test_the_base_model_is_left_as_it_was_after_an_error():
         ({"layer_idx": []}, "ascending list of layers from 0 to 2"),
         ({"layer_idx": [1, 3]}, "ascending list of layers from 0 to 2"),
         ({"layer_idx": [2, 1]}, "ascending list of layers from 0 to 2"),
-        ({"beside": 3}, "beside should be a number of blocks from 0 to 2, got 3"),
-        ({"beside": True}, "beside should be a number of blocks from 0 to 2, got True"),
+        ({"beside": 3}, "beside should be a number of blocks from -3 to 2, got 3"),
+        ({"beside": True}, "beside should be a number of blocks from -3 to 2, got True"),
         ({"kind": "embed_only", "beside": 1}, "beside is for per_layer_activations only, got 1 with embed_only"),
         ({"kind": "multi_layer"}, "ascending list of numbers from 0 to 3, got None"),
         ({"kind": "multi_layer", "layer_idx": 2}, "ascending list of numbers from 0 to 3, got 2"),

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hypernet.base_model import build_base_model
-from hypernet.targets import LayerTarget, LoRATarget, find_blocks, find_targets
+from hypernet.targets import LayerTarget, LoRATarget, adapted_layers, find_blocks, find_targets
 
 SIZES = {
     "vocab_size": 61,
@@ -65,9 +65,16 @@ def test_some_layers_alone_have_the_places_in_that_order():
     assert find_targets(model, ["a"], layers=range(4)) == find_targets(model, ["a"])
 
 
-@pytest.mark.parametrize("layers", [[], [0, 2], [1, 0], [0, 0], [-1], 1, "0"])
+@pytest.mark.parametrize(
+    ("share", "layers"), [(0.5, [3, 4, 5]), (1.0, [0, 1, 2, 3, 4, 5]), (0.01, [5]), (0.7, [2, 3, 4, 5])]
+)
+def test_a_share_of_the_layers_is_the_last_ones(share, layers):
+    assert adapted_layers(Decoder(*[linear(a=(3, 4))] * 6), share) == layers
+
+
+@pytest.mark.parametrize("layers", [[], [0, 2], [1, 0], [0, 0], [-1], 1, "0", 0.0, 1.5, ["0"]])
 def test_layers_that_there_are_not_are_refused(layers):
-    with pytest.raises(ValueError, match="layers to adapt as an ascending list from 0 to 1, got"):
+    with pytest.raises(ValueError, match="layers to adapt as an ascending list from 0 to 1, or the share .*, got"):
         find_targets(llama(), ["down_proj"], layers=layers)
 
 

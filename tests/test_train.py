@@ -115,8 +115,9 @@ def test_a_base_model_is_trained_and_a_hypernetwork_for_it(train, tmp_path, monk
     folder = Path("outputs/tiny_base_model/base_model")
     assert f"Base model written to {folder}" in printed
     assert load_base_model(folder)[0].config.hidden_size == 24
-    train(*SMALL, *HYPERNETWORK, f"task.base_model={folder}", "trainer.max_steps=1")
-    model = DocToLoRA.from_pretrained("outputs/tiny/checkpoint")
+    one_layer = "task.context_encoder.beside=-1"  # the base model has no other
+    train(*SMALL, *HYPERNETWORK, f"task.base_model={folder}", one_layer, "trainer.max_steps=1")
+    model = DocToLoRA.from_pretrained("outputs/encyclopedia_tiny/checkpoint")
     assert model.internalize("Norbach is a town.").num_chunks == 1
 
 
@@ -131,9 +132,9 @@ def logged(folder: Path, name: str) -> list[float]:
 
 
 def test_two_processes_train_as_one_does(train, small, tmp_path):
-    """As a user starts them, with gloo; and with accumulated parts on top."""
+    """As a user starts them, with gloo; and with accumulated parts on top. Without keys, whose loss compares documents."""
     stages = "task.stages=[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], company: [1, 3], num_foreign: 1}]"
-    arguments = [*small, stages, "trainer.max_steps=3", "trainer.val_check_interval=6", "threads=1"]
+    arguments = [*small, "experiment=tiny", stages, "trainer.max_steps=3", "trainer.val_check_interval=6", "threads=1"]
     train(*arguments, "name=one")
     same = "+callbacks.same={_target_: tests.two_processes.SameWeights}"
     two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accumulate_grad_batches=2", same, "name=two"]
@@ -228,4 +229,5 @@ def test_help_says_what_there_is(train, capsys):
         train("--help")
     assert not exit.value.code
     printed = capsys.readouterr().out
-    assert "python train.py ckpt_path=last" in printed and re.search(r"^experiment: .*\btiny\b", printed, re.M)
+    assert "python train.py ckpt_path=last" in printed
+    assert re.search(r"^experiment: .*\bencyclopedia_tiny\b", printed, re.M)

@@ -132,7 +132,7 @@ def logged(folder: Path, name: str) -> list[float]:
 
 
 def test_two_processes_train_as_one_does(train, small, tmp_path):
-    """As a user starts them, with gloo; and with accumulated parts on top. Without keys, whose loss compares documents."""
+    """As a user starts them, with gloo; and with accumulated parts on top. Keys would compare fewer documents."""
     stages = "task.stages=[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], company: [1, 3], num_foreign: 1}]"
     arguments = [*small, "experiment=tiny", stages, "trainer.max_steps=3", "trainer.val_check_interval=6", "threads=1"]
     train(*arguments, "name=one")

@@ -32,7 +32,8 @@ def train(tmp_path, tiny_base_model_folder):
     """train(*arguments, name=...): the command in processes of its own; returns the run's folder."""
 
     def command(*given, name, accelerator="cpu"):
-        arguments = [*SMALL, f"task.base_model={tiny_base_model_folder}", f"trainer.accelerator={accelerator}"]
+        arguments = [*SMALL, "experiment=tiny"]  # without Muon
+        arguments += [f"task.base_model={tiny_base_model_folder}", f"trainer.accelerator={accelerator}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         result = subprocess.run(
             [sys.executable, str(ROOT / "train.py"), *arguments, *given, f"name={name}"],

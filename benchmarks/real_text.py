@@ -67,9 +67,9 @@ def evaluate(model: Any, cfg: DictConfig) -> dict[str, Any]:
             adapters.append(model.internalize(text))
             seconds += time.perf_counter() - started
             if cfg.peft:
-                difference = max(
-                    difference, peft_difference(model, adapters[-1], Path(scratch) / "adapter", asked[0][0])
-                )
+                found = peft_difference(model, adapters[-1], Path(scratch) / "adapter", asked[0][0])
+                # Not max(difference, found): a difference that is not a number would count as none.
+                difference = difference if found <= difference else found
     window = model.base_model.config.get_text_config().max_position_embeddings
     flat = [(i, question, answers) for i, (_, asked) in enumerate(paragraphs) for question, answers in asked]
     length = {i: len(model.tokenizer(text)["input_ids"]) for i, (text, _) in enumerate(paragraphs)}

@@ -97,7 +97,7 @@ def values_and_gradients(function, inputs):
     return y.detach(), zero_if_unused
 
 
-def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, in_units_of_the_largest=False):
+def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, y_tolerance=None):
     lengths, slots, num_slots = CASES[case]
     inputs = make_inputs(sum(lengths), num_slots, *sizes, dtype=dtype)
     plan = plan_of(lengths, slots, num_slots=num_slots)
@@ -106,8 +106,8 @@ def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, in_uni
         lambda **kw: loop_float64(lengths=lengths, slots=slots, **kw), inputs
     )
     assert y.dtype == dtype
-    scale = max(1.0, expected.abs().max().item()) if in_units_of_the_largest else 1.0
-    torch.testing.assert_close(y.double() / scale, expected / scale, rtol=tolerance, atol=tolerance)
+    y_tolerance = y_tolerance or tolerance
+    torch.testing.assert_close(y.double(), expected, rtol=y_tolerance, atol=y_tolerance)
     for name in NAMES:
         assert grads[name].dtype == inputs[name].dtype
         scale = max(1.0, expected_grads[name].abs().max().item() if expected_grads[name].numel() else 1.0)
@@ -336,8 +336,8 @@ def test_wide_layers_match(sizes, monkeypatch):
 
 def test_wide_layers_match_with_many_tokens(monkeypatch):
     monkeypatch.setitem(CASES, "many tokens", ([100, 37], [[0, 2], [1]], 3))
-    # As gradients are compared: sums of 2,049 products in float32 are 1.7e-5 off on one CPU, 1e-5 on another.
-    assert_matches_loop("many tokens", (2049, 2100, 8), in_units_of_the_largest=True)
+    # Sums of 2,049 products in float32: the plain torch way is within 1e-5 on an AMD EPYC, 1.7e-5 off on an Intel Xeon.
+    assert_matches_loop("many tokens", (2049, 2100, 8), y_tolerance=2e-5)
 
 
 def test_five_hundred_chunks_beside_one_match(monkeypatch):

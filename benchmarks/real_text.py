@@ -5,6 +5,7 @@ and with the paragraph in the prompt where it fits into the base model's window.
 """
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -69,7 +70,7 @@ def evaluate(model: Any, cfg: DictConfig) -> dict[str, Any]:
             if cfg.peft:
                 found = peft_difference(model, adapters[-1], Path(scratch) / "adapter", asked[0][0])
                 # Not max(difference, found): a difference that is not a number would count as none.
-                difference = difference if found <= difference else found
+                difference = difference if math.isnan(difference) or found <= difference else found
     window = model.base_model.config.get_text_config().max_position_embeddings
     flat = [(i, question, answers) for i, (_, asked) in enumerate(paragraphs) for question, answers in asked]
     length = {i: len(model.tokenizer(text)["input_ids"]) for i, (text, _) in enumerate(paragraphs)}

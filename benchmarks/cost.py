@@ -121,6 +121,7 @@ class CostModel(NamedTuple):
     shape: ModelShape
     targets: tuple[LoRATarget, ...]
     rank_per_chunk: int
+    bias_rank: int
     max_chunk_tokens: int
     tokens_per_chunk: float
     internalize_flops: tuple[float, float]
@@ -147,6 +148,7 @@ class CostModel(NamedTuple):
             shape=ModelShape.of(model.base_model),
             targets=model.hypernetwork.targets,
             rank_per_chunk=model.hypernetwork.rank,
+            bias_rank=model.hypernetwork.bias_rank,
             max_chunk_tokens=model.max_chunk_tokens,
             tokens_per_chunk=long,
             internalize_flops=(few - per_token * short, per_token),
@@ -168,7 +170,7 @@ class CostModel(NamedTuple):
         if method == "doc_to_lora":
             chunks = self.num_chunks(num_tokens)
             per_chunk, per_token = self.internalize_flops
-            rank = (chunks + 1) * self.rank_per_chunk
+            rank = chunks * self.rank_per_chunk + self.bias_rank
             return Phases(
                 per_chunk * chunks + per_token * num_tokens,
                 shape.forward_flops(question) + adapter_flops(self.targets, rank, question),

@@ -66,15 +66,16 @@ def new_provenance(
 
 @dataclass(frozen=True, eq=False)
 class LoRAAdapter:
-    """LoRA weights of one or more documents: C chunks of rank R and one bias block of rank R that counts once.
+    """LoRA weights of one or more documents: C chunks of rank R and one bias block of rank R_b that counts once.
 
     On a target layer it adds scaling * (the sum of B_cᵀA_c over the chunks + bias_Bᵀ bias_A) x: the order of the chunks
-    is free, and the total rank is (C + 1) * R.
+    is free, and the total rank is C * R + R_b. R_b is R, or 0 where the generator has no block that documents share.
 
     Attributes:
         targets: the layers it is for.
         A, B: target name to [C, L, R, d_in] and [C, L, R, d_out]; zero beyond the width of a narrower layer.
-        bias_A, bias_B: target name to [L, R, d_in] and [L, R, d_out]; the generator's, the same for all its adapters.
+        bias_A, bias_B: target name to [L, R_b, d_in] and [L, R_b, d_out]; the generator's, the same for all its
+            adapters.
         scaling: factor on BA, not divided by the rank.
         provenance: what `new_provenance` returns.
 
@@ -106,13 +107,14 @@ class LoRAAdapter:
                 )
         num_chunks, _, rank, _ = self.A[names[0]].shape if self.A[names[0]].ndim == 4 else (0, 0, 0, 0)
         for target in self.targets:
-            expected = _shapes(target, num_chunks=num_chunks, rank=rank)
+            bias_rank = 0 if self.bias_A[names[0]].shape[1:2] == (0,) else rank
+            expected = _shapes(target, num_chunks=num_chunks, rank=rank, bias_rank=bias_rank)
             shapes = {field: tuple(tensors[target.name].shape) for field, tensors in self._tensors().items()}
             if shapes != expected:
                 raise ValueError(
                     f"The weights of {target.name} do not fit: expected A [C, L, R, d_in], B [C, L, R, d_out] and bias "
-                    f"blocks without C, with L {len(target.paths)}, d_in {target.d_in}, d_out {target.d_out}, and C "
-                    f"and R the same for all targets; got {shapes}."
+                    f"blocks without C, or with 0 for R, with L {len(target.paths)}, d_in {target.d_in}, d_out "
+                    f"{target.d_out}, and C and R the same for all targets; got {shapes}."
                 )
 
     @property
@@ -126,9 +128,14 @@ class LoRAAdapter:
         return next(iter(self.A.values())).shape[2]
 
     @property
+    def bias_rank(self) -> int:
+        """R_b: that of the bias block, 0 where there is none."""
+        return next(iter(self.bias_A.values())).shape[1]
+
+    @property
     def rank(self) -> int:
-        """Total rank (C + 1) * R of the concatenated chunks and bias block."""
-        return (self.num_chunks + 1) * self.rank_per_chunk
+        """Total rank C * R + R_b of the concatenated chunks and bias block."""
+        return self.num_chunks * self.rank_per_chunk + self.bias_rank
 
     @property
     def num_bytes(self) -> int:
@@ -238,7 +245,8 @@ class LoRAAdapter:
 
         Raises:
             FileExistsError: if the folder exists, is not empty, and overwrite is False.
-            ValueError: if overwrite is True and the folder holds other files than an adapter's.
+            ValueError: if overwrite is True and the folder holds other files than an adapter's, or if there are neither
+                chunks nor a bias block to be written.
             OSError: if it cannot be written, for example for lack of space.
         """
         directory = Path(directory).expanduser().resolve()
@@ -248,6 +256,11 @@ class LoRAAdapter:
 
     def write_files(self, folder: Path) -> None:
         """Writes the adapter's files into a folder that is there; `save` is the one that never leaves half of them."""
+        if not self.rank:
+            raise ValueError(
+                "This adapter is empty: it has no documents, and its generator no block that documents share. PEFT has "
+                "no LoRA of rank 0; use the base model as it is."
+            )
         state_dict = {}
         concatenated = self.concatenated()
         for target in self.targets:
@@ -291,8 +304,9 @@ class LoRAAdapter:
             num_chunks, rank = int(provenance.pop("num_chunks")), int(provenance.pop("rank_per_chunk"))
             total_rank, scaling = int(provenance.pop("rank")), float(provenance.pop("scaling"))
             name, fingerprint = provenance["base_model"]["name"], provenance["base_model"]["fingerprint"]
-            if rank < 1 or total_rank != (num_chunks + 1) * rank:
-                raise ValueError(f"rank {total_rank} is not ({num_chunks} chunks + 1) * {rank}")
+            bias_rank = total_rank - num_chunks * rank
+            if rank < 1 or bias_rank not in (0, rank):
+                raise ValueError(f"rank {total_rank} is not {num_chunks} chunks * {rank}, with or without {rank} more")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{directory / PROVENANCE_FILE} is damaged ({_one_line(error)}). Generate the adapter again."
@@ -329,9 +343,9 @@ class LoRAAdapter:
                     layers[module.layer] = weight if d == widest else F.pad(weight, (0, widest - d))
                 zeros = torch.zeros_like(next(layer for layer in layers if layer is not None))
                 stacked = torch.stack([zeros if layer is None else layer for layer in layers])
-                rows = rearrange(stacked, "l (c r) d -> c l r d", r=rank)
-                fields[letter][target.name] = rows[:-1]
-                fields[f"bias_{letter}"][target.name] = rows[-1]
+                chunks, bias = stacked.split([num_chunks * rank, bias_rank], dim=1)
+                fields[letter][target.name] = rearrange(chunks, "l (c r) d -> c l r d", r=rank)
+                fields[f"bias_{letter}"][target.name] = bias
         if state_dict:
             raise ValueError(
                 f"{directory / WEIGHTS_FILE} holds weights that {PROVENANCE_FILE} does not name, such as "
@@ -350,6 +364,7 @@ class LoRAAdapter:
                 "targets": adapter.targets,
                 "scaling": adapter.scaling,
                 "rank per chunk": adapter.rank_per_chunk,
+                "rank of the bias block": adapter.bias_rank,
             }
 
         theirs = identity(other)
@@ -415,13 +430,13 @@ def check_destination(directory: str | Path, *, overwrite: bool = False) -> None
         )
 
 
-def _shapes(target: LoRATarget, *, num_chunks: int, rank: int) -> dict[str, tuple[int, ...]]:
+def _shapes(target: LoRATarget, *, num_chunks: int, rank: int, bias_rank: int) -> dict[str, tuple[int, ...]]:
     num_layers = len(target.paths)
     return {
         "A": (num_chunks, num_layers, rank, target.d_in),
         "B": (num_chunks, num_layers, rank, target.d_out),
-        "bias_A": (num_layers, rank, target.d_in),
-        "bias_B": (num_layers, rank, target.d_out),
+        "bias_A": (num_layers, bias_rank, target.d_in),
+        "bias_B": (num_layers, bias_rank, target.d_out),
     }
 
 

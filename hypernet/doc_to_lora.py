@@ -325,13 +325,14 @@ class DocToLoRA(nn.Module):
         first = [sum(num_chunks[:i]) for i in range(len(num_chunks))]
         members = [[i] for i in range(len(num_chunks))] if members is None else members
         # Chunks are joined by address. The bias block is one more slot, shared by all, once in each row's list.
-        slots = [
-            [*(first[i] + chunk for i in documents for chunk in range(num_chunks[i])), num_slots]
-            for documents in members
-        ]
+        slots = [[first[i] + chunk for i in documents for chunk in range(num_chunks[i])] for documents in members]
+        if self.hypernetwork.bias_rank:
+            slots = [[*row, num_slots] for row in slots]
+            A = {name: torch.cat([A[name], bias[None]]) for name, bias in self.hypernetwork.bias_A.items()}
+            B = {name: torch.cat([B[name], bias[None]]) for name, bias in self.hypernetwork.bias_B.items()}
         self.injector.set(
-            {name: torch.cat([A[name], bias[None]]) for name, bias in self.hypernetwork.bias_A.items()},
-            {name: torch.cat([B[name], bias[None]]) for name, bias in self.hypernetwork.bias_B.items()},
+            A,
+            B,
             slots[shift:] + slots[:shift],
             scaling=self.hypernetwork.scaling,
         )
@@ -343,8 +344,12 @@ class DocToLoRA(nn.Module):
         state = tuple((p.data_ptr(), p._version) for p in self.hypernetwork.parameters())
         if self._generated_by[0] != state:
             # Copies: training on must not change adapters made before. Shared: many adapters in a batch hold them once.
+            rows = slice(self.hypernetwork.bias_rank)
             biases = (
-                {t.name: zero_beyond_width(t, width, block[t.name].detach().clone()) for t in self.hypernetwork.targets}
+                {
+                    t.name: zero_beyond_width(t, width, block[t.name][:, rows].detach().clone())
+                    for t in self.hypernetwork.targets
+                }
                 for width, block in (("d_in", self.hypernetwork.bias_A), ("d_out", self.hypernetwork.bias_B))
             )
             self._generated_by = state, fingerprint(self.hypernetwork), *biases

@@ -147,6 +147,11 @@ class HyperNetwork(nn.Module):
     def bias_B(self) -> nn.ParameterDict:
         return self.lora_head.bias_B
 
+    @property
+    def bias_rank(self) -> int:
+        """Rank of the block that documents share: R, or 0 without one."""
+        return self.rank if self.config["bias_block"] else 0
+
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters: {"aggregator": ..., "lora_head": ..., "total": ...}, what there is of them."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}

@@ -172,6 +172,8 @@ class LoRAInjector:
         """
         shared = adapters is None or isinstance(adapters, LoRAAdapter)
         adapters = [adapters] if shared else list(adapters)
+        # One of rank 0, without documents and without a bias block, is the plain base model.
+        adapters = [adapter if adapter is not None and adapter.rank else None for adapter in adapters]
         distinct = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
         if not distinct:
             return None
@@ -197,6 +199,9 @@ class LoRAInjector:
             per_block = adapter.rank_per_chunk // rank
             ids = list(range(num_slots, num_slots + adapter.num_chunks * per_block))
             num_slots += len(ids)
+            slots_of[id(adapter)] = ids
+            if not adapter.bias_rank:
+                continue
             biases = [bias for blocks in (adapter.bias_A, adapter.bias_B) for bias in blocks.values()]
             key = tuple((bias.data_ptr(), bias.stride(), bias.dtype, bias.device) for bias in biases)
             if key not in bias_slots:

@@ -20,7 +20,7 @@ from hypernet.targets import LayerTarget
 
 # float8 and integers are storage formats of quantised weights: adding to them as they are would lose the delta.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# On the base model, so that it follows copies of the weights: content id → generator of what is merged into them.
+# On the base model, so that it follows copies of the weights: content id → generator whose bias block is in them.
 _MERGED = "_merged_adapters"
 
 
@@ -38,7 +38,8 @@ def merge(base_model: nn.Module, adapter: LoRAAdapter) -> None:
             device; the adapter, or another one with the same bias block, is merged already; or a weight overflows.
     """
     weights = _target_weights(base_model, adapter)
-    already, identity, generator = _merged_into(base_model), adapter.content_id(), adapter.provenance["generator"]
+    already, identity = _merged_into(base_model), adapter.content_id()
+    generator = adapter.provenance["generator"] if adapter.bias_rank else None  # without a bias block, none counts twice
     if identity in already:
         raise ValueError("This adapter is merged into the base model already. Call unmerge() first to change it.")
     if generator is not None and generator in already.values():

@@ -93,11 +93,12 @@ def make_doc_to_lora(tiny_base_model_folder, tiny_tokenizer):
     """make_doc_to_lora(trained=True, seed=0, **changes): a DocToLoRA on a fresh copy of the tiny base model.
 
     trained: False leaves the hypernetwork as it starts, True gives it random weights: its adapters do something.
+    bias_block: of the hypernetwork.
     """
     from hypernet.base_model import load_base_model
     from hypernet.doc_to_lora import DocToLoRA
 
-    def make(*, trained: bool = True, seed: int = 0, **changes) -> DocToLoRA:
+    def make(*, trained: bool = True, seed: int = 0, bias_block: bool = True, **changes) -> DocToLoRA:
         torch.manual_seed(seed)
         settings = {
             "base_model": load_base_model(tiny_base_model_folder)[0],
@@ -105,6 +106,7 @@ def make_doc_to_lora(tiny_base_model_folder, tiny_tokenizer):
             "target_modules": ["down_proj"],
             "hypernetwork": {
                 "rank": 2,
+                "bias_block": bias_block,
                 "aggregator": {
                     **{"name": "perceiver", "latent_dim": 16, "num_latents": 3, "num_blocks": 2},
                     **{"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},

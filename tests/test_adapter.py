@@ -45,7 +45,16 @@ def document(name, num_chunks):
 
 
 def make_adapter(
-    targets, num_chunks=2, *, seed=1, bias_seed=0, scaling=SCALING, rank=RANK, dtype=torch.float32, **kwargs
+    targets,
+    num_chunks=2,
+    *,
+    seed=1,
+    bias_seed=0,
+    scaling=SCALING,
+    rank=RANK,
+    bias=True,
+    dtype=torch.float32,
+    **kwargs,
 ):
     generator = torch.Generator().manual_seed(seed)
     bias_generator = torch.Generator().manual_seed(bias_seed)
@@ -57,12 +66,15 @@ def make_adapter(
             for t in targets
         }
 
+    def shared(width):
+        return {name: rows[:, : None if bias else 0] for name, rows in blocks(width, generator=bias_generator).items()}
+
     return LoRAAdapter(
         targets=targets,
         A=blocks("d_in", num_chunks, generator=generator),
         B=blocks("d_out", num_chunks, generator=generator),
-        bias_A=blocks("d_in", generator=bias_generator),
-        bias_B=blocks("d_out", generator=bias_generator),
+        bias_A=shared("d_in"),
+        bias_B=shared("d_out"),
         scaling=scaling,
         provenance=new_provenance([document(f"d{seed}", num_chunks)], **origin),
     )
@@ -92,6 +104,45 @@ def test_counts_ranks_and_bytes(targets):
     assert adapter.num_bytes == 4 * 5 * 2 * RANK * (48 + 32 + 32 + 32)
     assert adapter.to(dtype=torch.bfloat16).num_bytes == adapter.num_bytes // 2
     assert adapter.to("meta").A["q_proj"].device.type == "meta"
+
+
+def test_without_a_bias_block_the_rank_is_that_of_the_chunks(targets, tmp_path):
+    """And the folder, PEFT's logits, sums and what is left of nothing."""
+    from peft import PeftModel
+
+    base_model = make_base_model()
+    a, b = (make_adapter(targets, n, seed=n, bias=False, scaling=8.0) for n in (1, 2))
+    assert (a.rank, a.bias_rank, (a + b).rank, make_adapter(targets).bias_rank) == (RANK, 0, 3 * RANK, RANK)
+    assert a.num_bytes == make_adapter(targets, 1).num_bytes // 2
+    (a + b).save(tmp_path / "both")
+    loaded = LoRAAdapter.load(tmp_path / "both")
+    assert_same(loaded, a + b)
+    ids = torch.arange(2, 16).view(2, 7)
+    with torch.no_grad():
+        with LoRAInjector(base_model, a.targets).using([b, a + b]):
+            injected = base_model(ids).logits
+        expected = PeftModel.from_pretrained(make_base_model(), tmp_path / "both")(ids).logits
+    torch.testing.assert_close(injected[1], expected[1], rtol=0, atol=1e-4)
+    assert (injected[0] - expected[0]).abs().max() > 0.01
+    with_bias = make_adapter(targets, 1, scaling=8.0)
+    assert_one_line_value_error(lambda: a + with_bias, "rank of the bias block 0 and 3")
+
+
+def test_an_adapter_of_nothing_is_the_plain_base_model_and_not_saved(targets, tmp_path):
+    base_model, empty = make_base_model(), make_adapter(targets, 0, bias=False)
+    assert (empty.rank, empty.num_bytes) == (0, 0)
+    ids = torch.arange(2, 16).view(2, 7)
+    with torch.no_grad():
+        plain = base_model(ids).logits
+        injector = LoRAInjector(base_model, targets)
+        with injector.using(empty):
+            assert torch.equal(base_model(ids).logits, plain)
+        with injector.using([empty, make_adapter(targets, 1, bias=False)]):
+            mixed = base_model(ids).logits
+    torch.testing.assert_close(mixed[0], plain[0], rtol=0, atol=1e-5)
+    assert (mixed[1] - plain[1]).abs().max() > 0.01
+    assert_one_line_value_error(lambda: empty.save(tmp_path / "empty"), "This adapter is empty: it has no documents")
+    assert not list(tmp_path.iterdir())
 
 
 def test_concatenated_has_the_bias_block_in_the_last_rows(targets):
@@ -367,7 +418,7 @@ def test_damaged_provenance_is_refused(saved, text):
     "change, message",
     [
         ({"format_version": 2}, "has adapter format 2, this version reads format 1"),
-        ({"rank": 10}, r"rank 10 is not \(2 chunks \+ 1\) \* 3"),
+        ({"rank": 10}, r"rank 10 is not 2 chunks \* 3, with or without 3 more"),
         ({"rank_per_chunk": 0, "rank": 0}, "rank 0 is not"),
         ({"num_chunks": "two"}, "provenance.json is damaged"),
         ({"base_model": None}, "provenance.json is damaged"),

@@ -305,10 +305,12 @@ def test_adapters_set_for_training_act_as_internalized_ones(model, shift):
     torch.testing.assert_close(model(rows)[0], logits_of(model, QUESTIONS[0], None)[-1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-def test_documents_joined_for_training_act_as_added_adapters(model, shift):
+@pytest.mark.parametrize("shift, bias_block", [(0, True), (1, True), (0, False), (1, False)])
+def test_documents_joined_for_training_act_as_added_adapters(make_doc_to_lora, shift, bias_block):
+    model = make_doc_to_lora(bias_block=bias_block)
     documents, members = [LONG, SHORT, OTHER], [[0, 2], [1], [2, 0, 1]]
     adapters = [model.internalize(document) for document in documents]
+    assert {adapter.bias_rank for adapter in adapters} == {2 if bias_block else 0}
     chunks = [chunk_document(document, model.tokenizer, max_chunk_tokens=20) for document in documents]
     width = max(chunk.ids.shape[1] for chunk in chunks)
     pad = lambda rows: torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])  # noqa: E731

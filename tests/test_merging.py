@@ -146,6 +146,16 @@ def test_twice_and_unmerging_what_is_not_merged_are_refused(base_model, adapter)
     unmerge(base_model, foreign)
 
 
+def test_adapters_without_a_bias_block_merge_one_after_the_other(base_model, adapter):
+    a, b = (make_adapter(adapter.targets, n, seed=n, bias=False, scaling=2.0) for n in (1, 2))
+    expected = copy.deepcopy(base_model)
+    merge(expected, a + b)
+    merge(base_model, a)
+    merge(base_model, b)
+    torch.testing.assert_close(logits(base_model), logits(expected), rtol=0, atol=1e-4)
+    assert_one_line_value_error(lambda: merge(base_model, b), "This adapter is merged")
+
+
 def broken(model, adapter, how):
     path = adapter.targets[0].paths[1]
     parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]

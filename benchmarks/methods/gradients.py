@@ -61,7 +61,7 @@ class GradientMethod(Method, ABC):
     Args:
         lr: Adam's.
         record_at: steps after which quality is reported; the last is the number of steps.
-        rank: total; None: (chunks + 1) times the hypernetwork's.
+        rank: total; None: what the generated adapter has.
         warm_start: begin with the generated adapter instead of none.
     """
 
@@ -166,7 +166,7 @@ class GradientMethod(Method, ABC):
         model = self.model
         size = model.max_chunk_tokens
         chunks = (chunk_document(text, model.tokenizer, max_chunk_tokens=size).ids for text in self.documents)
-        return (sum(map(len, chunks)) + 1) * model.hypernetwork.rank
+        return sum(map(len, chunks)) * model.hypernetwork.rank + model.hypernetwork.bias_rank
 
     def _train(self, start: LoRAAdapter, loss: Callable[[], Tensor], started: float) -> None:
         A, B = (

@@ -93,6 +93,7 @@ def made_model(checkpoint: str = "") -> CostModel:
         shape=shape,
         targets=(),
         rank_per_chunk=8,
+        bias_rank=8,
         max_chunk_tokens=100,
         tokens_per_chunk=90.0,
         internalize_flops=(100.0, 10.0),

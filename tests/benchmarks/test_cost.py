@@ -88,7 +88,7 @@ def test_a_model_s_costs_are_those_that_torch_counts_for_each_method(make_doc_to
         read = flops_of(lambda n=length: Prefix.of(base_model, range(5, 5 + n)))
         assert model.costs("prefix_cache", length) == (read, counted(9, past=length))
         assert model.costs("retrieval", length) == (0, counted(min(length, 30) + 9))
-        rank = (model.num_chunks(length) + 1) * doc_to_lora.hypernetwork.rank
+        rank = model.num_chunks(length) * doc_to_lora.hypernetwork.rank + doc_to_lora.hypernetwork.bias_rank
         extra = adapter_flops(model.targets, rank, 9 + 3)
         assert model.costs("doc_to_lora", length).question == counted(9) + extra
     with pytest.raises(ValueError, match="no_context.*doc_to_lora, full_context"):

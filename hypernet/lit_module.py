@@ -201,6 +201,8 @@ class LitDocToLoRA(_Trained):
             there are fewer to compare.
         key_steps: optimizer steps at the beginning in which the keys alone are trained, without teacher and student.
         share_weight: of the same for what is added to the model, with the adapters in force (see `energy_share`).
+        contrast_half_life: optimizer steps after key_steps in which key_weight and share_weight fall to half, again and
+            again: they shape the keys, and late in training would outweigh a KL that has become small. None: they stay.
         silence_weight: of what each document's weights do to the inputs of questions about others, whose own adapters
             are in force (see `silence`), over all layers and the same documents as the contrast.
         output_dir: where the trained checkpoint is written when training ends.
@@ -220,6 +222,7 @@ class LitDocToLoRA(_Trained):
         key_weight: float = 0.0,
         key_steps: int = 0,
         share_weight: float = 0.0,
+        contrast_half_life: int | None = None,
         silence_weight: float = 0.0,
         output_dir: str | None = None,
         include_base_model: bool = False,
@@ -237,6 +240,12 @@ class LitDocToLoRA(_Trained):
         self.key_weight = key_weight
         self.key_steps = key_steps
         self.share_weight = share_weight
+        if contrast_half_life is not None and contrast_half_life <= 0:
+            raise ValueError(
+                f"Expected contrast_half_life to be a number of steps, or null for weights that stay, got "
+                f"{contrast_half_life}."
+            )
+        self.contrast_half_life = contrast_half_life
         self.silence_weight = silence_weight
         self.output_dir = output_dir
         self.include_base_model = include_base_model
@@ -296,14 +305,19 @@ class LitDocToLoRA(_Trained):
             loss = loss + self.l1_weight * losses["l1"]
         if key_loss is not None:
             losses["key"] = key_loss
-            loss = loss + self.key_weight * key_loss
+            loss = loss + self._contrast_left() * self.key_weight * key_loss
         if self.share_weight:
             losses["share"] = self._share_loss(A, B, batch, answers, student_calls) * about
-            loss = loss + self.share_weight * losses["share"]
+            loss = loss + self._contrast_left() * self.share_weight * losses["share"]
         if self.silence_weight:
             losses["silence"] = self._silence_loss(A, B, batch, answers, student_calls) * part.share["rows"]
             loss = loss + self.silence_weight * losses["silence"]
         return self._finish(part, {"loss": loss, **losses})
+
+    def _contrast_left(self) -> float:
+        if self.contrast_half_life is None:
+            return 1.0
+        return 0.5 ** (max(self.global_step - self.key_steps, 0) / self.contrast_half_life)
 
     def _kl(self, student: Tensor, teacher: Tensor | None, batch: DistillationBatch, is_answer: Tensor) -> Tensor:
         """KL of each answer token, [P]: from stored probabilities where there are any, else from the logits."""

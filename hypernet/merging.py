@@ -39,7 +39,7 @@ def merge(base_model: nn.Module, adapter: LoRAAdapter) -> None:
     """
     weights = _target_weights(base_model, adapter)
     already, identity = _merged_into(base_model), adapter.content_id()
-    generator = adapter.provenance["generator"] if adapter.bias_rank else None  # without a bias block, none counts twice
+    generator = adapter.provenance["generator"] if adapter.bias_rank else None  # no bias block counts twice
     if identity in already:
         raise ValueError("This adapter is merged into the base model already. Call unmerge() first to change it.")
     if generator is not None and generator in already.values():

@@ -420,6 +420,32 @@ def test_the_keys_come_first_without_teacher_and_student(tmp_path, make_module, 
     assert B1.abs().max() == 0 and B2.abs().max() == 0 and B3.abs().max() > 0
 
 
+def test_the_contrasts_fade_by_half_lives_after_the_keys(tmp_path, make_module, make_data):
+    settings = {"nll_weight": 0.0, "key_weight": 0.5, "share_weight": 0.25, "key_steps": 2, "contrast_half_life": 3}
+    seen = []
+
+    class Seen(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+    data = make_data("doc_to_lora")
+    make_trainer(tmp_path, Seen(), limit_val_batches=0).fit(make_module("doc_to_lora", **settings), data)
+    assert len(seen) == 6
+    for step, logged in enumerate(seen):
+        loss = {name: logged.get(f"train/{name}", 0.0) for name in ("key", "share", "kl", "locality_kl")}
+        left = 1.0 if step < 2 else 0.5 ** ((step - 2) / 3)
+        expected = left * (0.5 * loss["key"] + 0.25 * loss["share"]) + loss["kl"] + 0.5 * loss["locality_kl"]
+        assert logged["train/loss"] == pytest.approx(expected, rel=1e-5), step
+        assert ("train/share" in logged) == (step >= 2) and loss["key"] > 0.1
+
+
+def test_contrasts_without_a_half_life_stay(make_module):
+    module = make_module("doc_to_lora", key_weight=0.5)
+    assert module.contrast_half_life is None and module._contrast_left() == 1.0
+    with pytest.raises(ValueError, match="Expected contrast_half_life to be a number of steps, or null .* got 0"):
+        make_module("doc_to_lora", key_weight=0.5, contrast_half_life=0)
+
+
 def test_key_steps_without_a_key_weight_are_refused(make_module):
     with pytest.raises(ValueError, match=r"key_steps=5 train the keys alone, but key_weight is 0"):
         make_module("doc_to_lora", key_steps=5)

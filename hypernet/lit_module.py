@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,8 +202,11 @@ class LitDocToLoRA(_Trained):
             there are fewer to compare.
         key_steps: optimizer steps at the beginning in which the keys alone are trained, without teacher and student.
         share_weight: of the same for what is added to the model, with the adapters in force (see `energy_share`).
-        contrast_half_life: optimizer steps after key_steps in which key_weight and share_weight fall to half, again and
-            again: they shape the keys, and late in training would outweigh a KL that has become small. None: they stay.
+        contrast_half_life: optimizer steps after key_steps in which key_weight and share_weight fall to half, again
+            and again: they shape the keys, and late in training would outweigh a KL that has become small. None: they
+            stay.
+        contrast_chunks: take as a question's own not its whole document but the one chunk that holds the answer word
+            for word, where there is one: then the chunks of a document are told apart too.
         silence_weight: of what each document's weights do to the inputs of questions about others, whose own adapters
             are in force (see `silence`), over all layers and the same documents as the contrast.
         output_dir: where the trained checkpoint is written when training ends.
@@ -223,6 +227,7 @@ class LitDocToLoRA(_Trained):
         key_steps: int = 0,
         share_weight: float = 0.0,
         contrast_half_life: int | None = None,
+        contrast_chunks: bool = False,
         silence_weight: float = 0.0,
         output_dir: str | None = None,
         include_base_model: bool = False,
@@ -246,6 +251,7 @@ class LitDocToLoRA(_Trained):
                 f"{contrast_half_life}."
             )
         self.contrast_half_life = contrast_half_life
+        self.contrast_chunks = contrast_chunks
         self.silence_weight = silence_weight
         self.output_dir = output_dir
         self.include_base_model = include_base_model
@@ -341,8 +347,9 @@ class LitDocToLoRA(_Trained):
         losses = []
         for (name, layer), (x, _) in calls.items():
             keys = A[name][:, layer, :, : x.shape[-1]]
-            by_document, by_question = key_contrast(keys, x, answers.owner, batch.num_chunks)
-            of_questions, of_rows = key_energies(keys, x, answers.owner, batch.num_chunks)
+            contrasted = {"keys": keys, "inputs": x, "owner": answers.owner, "num_chunks": batch.num_chunks}
+            by_document, by_question = key_contrast(**contrasted, chunk=self._own_chunk(answers))
+            of_questions, of_rows = key_energies(**contrasted, chunk=self._own_chunk(answers))
             per_token = (by_document + by_question) / 2 + of_questions
             losses.append(mean_per_document(per_token, owned, num_documents) + of_rows[owned.unique()].mean())
         return torch.stack(losses).mean()
@@ -361,11 +368,15 @@ class LitDocToLoRA(_Trained):
                 A[name][:, layer, :, : x.shape[-1]],
                 B[name][:, layer, :, : y.shape[-1]],
                 *(x, answers.owner, batch.num_chunks),
+                chunk=self._own_chunk(answers),
             )
             for (name, layer), (x, y) in calls.items()
         ]
         owned = answers.owner[answers.owner >= 0]
         return mean_per_document(torch.stack(values).mean(0), owned, len(batch.student.ids))
+
+    def _own_chunk(self, answers: "_Answers") -> Tensor | None:
+        return answers.chunk if self.contrast_chunks else None
 
     def _silence_loss(
         self,
@@ -514,11 +525,15 @@ class LitDocToLoRA(_Trained):
 
 
 class _Answers(NamedTuple):
-    """Where a batch's own rows predict answer tokens, P of them: row, column, and the document asked about or -1."""
+    """Where a batch's own rows predict answer tokens, P of them: row, column, and the document asked about or -1.
+
+    chunk: of all chunks the one that holds the answer, -1 where that is unknown.
+    """
 
     row: Tensor
     column: Tensor
     owner: Tensor
+    chunk: Tensor
 
     @classmethod
     def of(cls, batch: DistillationBatch) -> "_Answers":
@@ -528,7 +543,10 @@ class _Answers(NamedTuple):
         row, column = is_answer.nonzero(as_tuple=True)
         kinds = rows.target_kind[row, column]
         about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
-        return cls(row, column, torch.where(about, row, -1))
+        first = torch.tensor([0, *accumulate(batch.num_chunks)], device=row.device)
+        evidence = batch.evidence[row, column]
+        chunk = torch.where(about & (evidence >= 0), first[row] + evidence, -1)
+        return cls(row, column, torch.where(about, row, -1), chunk)
 
 
 _TRAINED = "model.hypernetwork."

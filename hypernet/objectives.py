@@ -84,7 +84,9 @@ def hidden_state_distance(student_states: Tensor, teacher_states: Tensor) -> Ten
     return (student_states.float() - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)
 
 
-def key_contrast(keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def key_contrast(
+    keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, chunk: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Whether documents' rows of A are told by their own questions, and questions by their own document's rows.
 
     A row of A is a key that a module's input is compared with, and distillation alone is slow to put into it which
@@ -97,26 +99,33 @@ def key_contrast(keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequen
         inputs: [Q, d], what enters the module at answer tokens; no gradient flows into it.
         owner: [Q], the document that the question is about; -1: none of them.
         num_chunks: chunks of each document, C altogether.
+        chunk: [Q], of the C chunks the one that holds the answer, which is then the question's own, and its document's
+            other chunks are contrasted with it; -1: unknown, and all of its document's are its own. None: all unknown.
 
     Returns:
-        Cross-entropy of each question that has an owner among the documents, and the same of each question among
-        the questions, others of its document left out, both [number of owned questions], float32.
+        Cross-entropy of each question that has an owner among the documents (or chunks), and the same of each question
+        among the questions, others of its document (or chunk) left out, both [number of owned questions], float32.
     """
+    chunk = torch.full_like(owner, -1) if chunk is None else chunk
     inputs = inputs.detach().float()
     inputs = F.normalize(inputs - inputs.mean(0), dim=-1)
     rows = torch.einsum("crd,qd->cqr", F.normalize(keys.float(), dim=-1), inputs) * KEY_SHARPNESS
-    scores = torch.stack([chunks.logsumexp((0, 2)) for chunks in rows.split(list(num_chunks))])  # [documents, Q]
+    of_chunks = rows.logsumexp(-1)  # [C, Q]
+    of_documents = torch.stack([chunks.logsumexp(0) for chunks in of_chunks.split(list(num_chunks))])
     owned = owner >= 0
-    by_document = F.cross_entropy(scores.T[owned], owner[owned], reduction="none")
-    own = scores[owner[owned]]  # [owned, Q]
     question = owned.nonzero()[:, 0]
-    sibling = owner[None] == owner[owned][:, None]
+    group = torch.where(chunk < 0, len(of_chunks) + owner, chunk)[owned]
+    own = torch.cat([of_chunks, of_documents])[group]  # [owned, Q]
+    by_document = of_chunks.logsumexp(0)[owned] - own[torch.arange(len(question), device=owner.device), question]
+    sibling = (owner == owner[owned][:, None]) & (_alike(chunk, chunk[owned][:, None]))
     sibling[torch.arange(len(question), device=owner.device), question] = False
     by_question = F.cross_entropy(own.masked_fill(sibling, -torch.inf), question, reduction="none")
     return by_document, by_question
 
 
-def key_energies(keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def key_energies(
+    keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, chunk: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """How much of what rows of A answer with is about their own document, by squared products with the inputs.
 
     `key_contrast` asks for one good row among a document's and takes the mean input off; here every row counts, with
@@ -126,41 +135,58 @@ def key_energies(keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequen
         As of `key_contrast`; inputs are taken at unit length.
 
     Returns:
-        -log of the own document's share of all documents' energy, for each question that has an owner, [number of owned
-        questions]; and -log of the share of each row's energy that goes to its own document's questions, the mean over
-        a document's rows, [documents]. Both float32.
+        -log of the own document's (or chunk's) share of all energy, for each question that has an owner, [number of
+        owned questions]; and -log of the share of each row's energy that goes to its own document's (or chunk's)
+        questions, the mean over a document's rows (or those of its chunks that have questions), [documents]. Both
+        float32.
     """
     inputs = F.normalize(inputs.detach().float(), dim=-1)
     energy = torch.einsum("crd,qd->crq", keys.float(), inputs).square()
     document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
-    by_question = _own_share(energy.sum(1).T, owner, num_chunks)
-    own = (energy * (document[:, None] == owner)[:, None]).sum(-1)
+    by_question = _own_share(energy.sum(1).T, owner, num_chunks, chunk)
+    is_own = document[:, None] == owner  # [C, Q]
+    if chunk is not None:
+        is_own = is_own & _alike(chunk, torch.arange(len(document), device=owner.device)[:, None])
+    own = (energy * is_own[:, None]).sum(-1)
     of_row = -((own + TINY_ENERGY) / (energy.sum(-1) + TINY_ENERGY)).log().mean(1)
-    count = torch.tensor(list(num_chunks), device=owner.device)
-    return by_question, of_row.new_zeros(len(num_chunks)).index_add(0, document, of_row) / count
+    counted = torch.ones_like(of_row) if chunk is None else is_own.any(1).to(of_row)
+    sums = of_row.new_zeros(2, len(num_chunks)).index_add(1, document, torch.stack([of_row * counted, counted]))
+    return by_question, sums[0] / sums[1].clamp(min=1)
 
 
-def energy_share(A: Tensor, B: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int]) -> Tensor:
+def energy_share(
+    A: Tensor, B: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, chunk: Tensor | None = None
+) -> Tensor:
     """Whether the adapter of the document that is asked about is the loudest of all at its questions.
 
     Args:
         A, B: [C, R, d_in] and [C, R, d_out] of one module for all chunks, document after document.
-        inputs: [P, d_in], what enters the module; no gradient flows into it. owner, num_chunks: as of `key_contrast`.
+        inputs: [P, d_in], what enters the module; no gradient flows into it. owner, num_chunks, chunk: as of
+            `key_contrast`.
 
     Returns:
-        -log of the own document's share of the sum of all chunks' squared deltas, for each position that has an owner,
-        [number of owned positions], float32.
+        -log of the own document's (or chunk's) share of the sum of all chunks' squared deltas, for each position that
+        has an owner, [number of owned positions], float32.
     """
-    return _own_share(_squared_deltas(A, B, inputs), owner, num_chunks)
+    return _own_share(_squared_deltas(A, B, inputs), owner, num_chunks, chunk)
 
 
-def _own_share(energy: Tensor, owner: Tensor, num_chunks: Sequence[int]) -> Tensor:
+def _alike(a: Tensor, b: Tensor) -> Tensor:
+    """Whether both are the same chunk, or might be."""
+    return (a == b) | (a < 0) | (b < 0)
+
+
+def _own_share(energy: Tensor, owner: Tensor, num_chunks: Sequence[int], chunk: Tensor | None) -> Tensor:
     """[P, C] energy of every chunk → -log of the owner's share, [number of owned positions]."""
     owned = owner >= 0
     document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
     energy = energy[owned]
     per_document = energy.new_zeros(len(energy), len(num_chunks)).index_add(1, document, energy) + TINY_ENERGY
     own = per_document.gather(1, owner[owned][:, None])[:, 0]
+    if chunk is not None:
+        chunk = chunk[owned]
+        of_chunk = energy.gather(1, chunk.clamp(min=0)[:, None])[:, 0] + TINY_ENERGY
+        own = torch.where(chunk < 0, own, of_chunk)
     return -(own / per_document.sum(1)).log()
 
 

@@ -1,6 +1,7 @@
 """The two trainings: losses against a reference of single prompts, what changes, resuming, checkpoints."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import lightning as L
@@ -357,33 +358,58 @@ def answers_in_prompts_of_their_own(model, batch, adapters=None):
     return [torch.stack(of_layer) for of_layer in inputs], torch.tensor(owner)
 
 
+def chunks_with_the_answers(model, batch, records):
+    """Reference: of every answer token, in that order, the only chunk of its document whose text holds the answer."""
+    texts = [model.tokenizer.decode(ids[mask][1:-2]) for ids, mask in zip(batch.chunk_ids, batch.chunk_mask, strict=True)]
+    result, first = [], 0
+    for row, record in enumerate(records):
+        of_document = range(first, first + batch.num_chunks[row])
+        first += batch.num_chunks[row]
+        for segment in range(1, int(batch.student.segments[row].max()) + 1):
+            question = record.questions[segment - 1] if segment <= len(record.questions) else None
+            found = []
+            if question and question.kind == "document":
+                found = [c for c in of_document if re.search(rf"\b{question.answer}\b", texts[c], re.IGNORECASE)]
+            inside = (batch.student.segments[row] == segment) & (batch.student.target_kind[row] >= 0)
+            result += [found[0] if len(found) == 1 else -1] * int(inside.sum())
+    return torch.tensor(result)
+
+
 def mean_over_documents(values, owner):
     owned = owner[owner >= 0]
     return torch.stack([values[owned == i].mean() for i in owned.unique()]).mean()
 
 
-def test_the_key_loss_compares_what_enters_the_modules_of_the_plain_model(make_module, make_data):
+ONE_TERM = {"kl_weight": 0.0, "nll_weight": 0.0, "locality_weight": 0.0}
+
+
+@pytest.mark.parametrize("contrast_chunks", [False, True])
+def test_the_key_loss_compares_what_enters_the_modules_of_the_plain_model(make_module, make_data, contrast_chunks):
     """Reference: the inputs of every answer token in a prompt of its own, without any adapter."""
-    module = quietly(make_module("doc_to_lora", kl_weight=0.0, nll_weight=0.0, locality_weight=0.0, key_weight=0.5))
-    model, batch = module.model, make_data("doc_to_lora").train[1]
+    module = quietly(make_module("doc_to_lora", **ONE_TERM, key_weight=0.5, contrast_chunks=contrast_chunks))
+    model, data = module.model, make_data("doc_to_lora").train
+    batch = data[1]
     loss = module.training_step(batch, 0)
     model.injector.clear()
     A, _ = model.adapt(batch.chunk_ids, batch.chunk_mask)
     inputs, owner = answers_in_prompts_of_their_own(model, batch)
     assert -1 in owner and len(owner.unique()) > 2
+    chunk = chunks_with_the_answers(model, batch, data.curriculum.records(1)) if contrast_chunks else None
+    assert chunk is None or (len(chunk.unique()) > 3 and -1 in chunk[owner >= 0])
     losses = []
     for layer, x in enumerate(inputs):
         keys = A["down_proj"][:, layer]
-        contrast = sum(key_contrast(keys, x, owner, batch.num_chunks)) / 2
-        of_tokens, of_documents = key_energies(keys, x, owner, batch.num_chunks)
+        contrast = sum(key_contrast(keys, x, owner, batch.num_chunks, chunk=chunk)) / 2
+        of_tokens, of_documents = key_energies(keys, x, owner, batch.num_chunks, chunk=chunk)
         losses.append(mean_over_documents(contrast + of_tokens, owner) + of_documents.mean())
     assert loss.item() == pytest.approx(0.5 * torch.stack(losses).mean().item(), rel=1e-3)
     assert not any(module._forward_pre_hooks for module in model.base_model.modules())
 
 
-def test_the_share_loss_weighs_every_document_at_what_enters_with_the_adapters_in_force(make_module, make_data):
+@pytest.mark.parametrize("contrast_chunks", [False, True])
+def test_the_share_loss_weighs_what_enters_with_the_adapters_in_force(make_module, make_data, contrast_chunks):
     """Reference: every question in a prompt of its own with its document's adapter."""
-    module = quietly(make_module("doc_to_lora", kl_weight=0.0, nll_weight=0.0, locality_weight=0.0, share_weight=0.5))
+    module = quietly(make_module("doc_to_lora", **ONE_TERM, share_weight=0.5, contrast_chunks=contrast_chunks))
     model, data = module.model, make_data("doc_to_lora").train
     batch = data[1]
     loss = module.training_step(batch, 0)
@@ -391,8 +417,9 @@ def test_the_share_loss_weighs_every_document_at_what_enters_with_the_adapters_i
     A, B = model.adapt(batch.chunk_ids, batch.chunk_mask)
     adapters = [model.internalize(record.document) for record in data.curriculum.records(1)]
     inputs, owner = answers_in_prompts_of_their_own(model, batch, adapters)
+    chunk = chunks_with_the_answers(model, batch, data.curriculum.records(1)) if contrast_chunks else None
     values = [
-        energy_share(A["down_proj"][:, layer], B["down_proj"][:, layer], x, owner, batch.num_chunks)
+        energy_share(A["down_proj"][:, layer], B["down_proj"][:, layer], x, owner, batch.num_chunks, chunk=chunk)
         for layer, x in enumerate(inputs)
     ]
     expected = mean_over_documents(torch.stack(values).mean(0), owner)

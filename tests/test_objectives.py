@@ -89,28 +89,33 @@ def test_the_l1_of_a_document_is_the_mean_of_all_its_chunks_entries():
     torch.testing.assert_close(mean_absolute_weight([A, B], [1, 2]), torch.tensor(expected))
 
 
-def test_key_contrast_is_the_cross_entropy_of_every_question_over_documents_and_over_questions():
+# Chunks that hold the answers to the questions below, two of them unknown.
+CHUNKS = torch.tensor([1, 3, -1, 5, -1, -1, 3])
+
+
+@pytest.mark.parametrize("chunk", [None, CHUNKS])
+def test_key_contrast_is_the_cross_entropy_of_every_question_over_documents_and_over_questions(chunk):
     torch.manual_seed(0)
     num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, -1, 2])  # document 1 has no question
     keys = torch.randn(6, 3, 5, dtype=torch.double, requires_grad=True)
     inputs = torch.randn(7, 5, dtype=torch.double, requires_grad=True)
-    by_document, by_question = key_contrast(keys, inputs, owner, num_chunks)
+    by_document, by_question = key_contrast(keys, inputs, owner, num_chunks, chunk=chunk)
 
     centred = (inputs - inputs.mean(0)).detach()
+    own = own_chunks(owner, chunk)
 
-    def score(document, question):
-        first = sum(num_chunks[:document])
-        rows = keys[first : first + num_chunks[document]].flatten(0, 1)
+    def score(chunks, question):
+        rows = keys[sorted(chunks)].flatten(0, 1)
         cosines = rows @ centred[question] / rows.norm(dim=-1) / centred[question].norm()
         return (20 * cosines).logsumexp(0)
 
     expected_d, expected_q = [], []
-    for question, document in enumerate(owner.tolist()):
-        if document >= 0:
-            own = score(document, question)
-            rivals = [q for q in range(7) if q == question or owner[q] != document]
-            expected_d.append(torch.stack([score(d, question) for d in range(3)]).logsumexp(0) - own)
-            expected_q.append(torch.stack([score(document, q) for q in rivals]).logsumexp(0) - own)
+    for question, chunks in enumerate(own):
+        if chunks:
+            mine = score(chunks, question)
+            rivals = [q for q in range(7) if q == question or not chunks & own[q]]
+            expected_d.append(score(range(6), question) - mine)
+            expected_q.append(torch.stack([score(chunks, q) for q in rivals]).logsumexp(0) - mine)
     for found, expected in ((by_document, expected_d), (by_question, expected_q)):
         torch.testing.assert_close(found, torch.stack(expected).float(), rtol=1e-4, atol=1e-5)
     got, wanted = (
@@ -119,6 +124,13 @@ def test_key_contrast_is_the_cross_entropy_of_every_question_over_documents_and_
     )
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
     assert inputs.grad is None
+
+
+def own_chunks(owner, chunk):
+    """Each question's own of six chunks of three documents: the one with the answer, or all of its document's."""
+    of_document = {-1: set(), 0: {0, 1}, 1: {2}, 2: {3, 4, 5}}
+    chunks = owner.new_full(owner.shape, -1) if chunk is None else chunk
+    return [{c} if c >= 0 else of_document[d] for d, c in zip(owner.tolist(), chunks.tolist(), strict=True)]
 
 
 def test_keys_that_are_their_questions_directions_cost_next_to_nothing_and_others_keys_much():
@@ -134,7 +146,8 @@ def test_key_contrast_without_questions_about_the_documents_is_empty():
     assert all(not len(value) for value in key_contrast(torch.ones(1, 2, 3), torch.ones(2, 3), nobody, [1]))
 
 
-def test_key_energies_are_shares_of_squared_products_by_question_and_by_row():
+@pytest.mark.parametrize("chunk", [None, CHUNKS])
+def test_key_energies_are_shares_of_squared_products_by_question_and_by_row(chunk):
     """Reference: one product after the other, in double precision; gradients of the keys, too."""
     torch.manual_seed(0)
     num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, 1, 2])
@@ -146,19 +159,21 @@ def test_key_energies_are_shares_of_squared_products_by_question_and_by_row():
     def energy(chunk, row, question):
         return (keys[chunk, row] @ unit[question]) ** 2
 
+    own = own_chunks(owner, chunk)
     by_question, by_document = [], []
-    for q, d in enumerate(owner.tolist()):
-        if d >= 0:
-            of = [sum(energy(c, r, q) for c in range(6) if of_chunk[c] == e for r in range(3)) for e in range(3)]
-            by_question.append(-(of[d] / sum(of)).log())
+    for q, chunks in enumerate(own):
+        if chunks:
+            of = [sum(energy(c, r, q) for r in range(3)) for c in range(6)]
+            by_question.append(-(sum(of[c] for c in chunks) / sum(of)).log())
     for d in range(3):
         shares = []
         for c in [c for c in range(6) if of_chunk[c] == d]:
-            for r in range(3):
+            asked = [q for q in range(7) if c in own[q]]
+            for r in range(3) if asked else ():
                 of = torch.stack([energy(c, r, q) for q in range(7)])
-                shares.append(-(of[owner == d].sum() / of.sum()).log())
+                shares.append(-(of[asked].sum() / of.sum()).log())
         by_document.append(sum(shares) / len(shares))
-    found, expected = key_energies(keys, inputs, owner, num_chunks), (by_question, by_document)
+    found, expected = key_energies(keys, inputs, owner, num_chunks, chunk=chunk), (by_question, by_document)
     weights = [torch.arange(1.0, 7), torch.arange(1.0, 4)]
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.double(), torch.stack(theirs), rtol=1e-5, atol=1e-6)
@@ -177,18 +192,19 @@ def test_rows_that_answer_to_their_own_questions_alone_have_all_the_energy():
     assert all(value.max() < 1e-6 for value in right) and all(value.min() > 5 for value in wrong)
 
 
-def test_the_energy_share_is_the_owner_s_of_all_chunks_squared_deltas():
+@pytest.mark.parametrize("chunk", [None, torch.tensor([-1, 1, -1, 5, 3])])
+def test_the_energy_share_is_the_owner_s_of_all_chunks_squared_deltas(chunk):
     """Reference: every delta as a matrix, one position and chunk after the other; gradients of A and B, too."""
     torch.manual_seed(0)
     num_chunks, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
     A, B = (torch.randn(6, 3, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
     x = torch.randn(5, 7, dtype=torch.float64)
-    found = energy_share(A, B, x, owner, num_chunks)
-    of_chunk, expected = [0, 0, 1, 2, 2, 2], []
-    for p, d in enumerate(owner.tolist()):
-        if d >= 0:
+    found = energy_share(A, B, x, owner, num_chunks, chunk=chunk)
+    expected = []
+    for p, chunks in enumerate(own_chunks(owner, chunk)):
+        if chunks:
             squared = torch.stack([(B[c].T @ A[c] @ x[p]).square().sum() for c in range(6)])
-            expected.append(-(squared[[o == d for o in of_chunk]].sum() / squared.sum()).log())
+            expected.append(-(squared[sorted(chunks)].sum() / squared.sum()).log())
     expected = torch.stack(expected)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     weights = torch.arange(1.0, 5)

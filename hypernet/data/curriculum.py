@@ -12,6 +12,7 @@ Curriculum(encyclopedia, [Stage(steps=9, source={"needles": 3, "encyclopedia": 1
 """
 
 import random
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -289,6 +290,8 @@ class DistillationBatch(NamedTuple):
     student: a row per document, the questions alone. teacher: the same questions, those about the document behind it.
         The answer tokens of both come in the same order. Behind these rows of their own may stand others, the same in
         both: a document in the prompt, questions about it (kind "in_prompt"), and the adapter of other documents.
+    evidence: [N, S], at answer tokens of the student's rows the one chunk of the row's document that holds the answer,
+        word for word; -1 elsewhere, and where no chunk does or several do.
     stored: the teacher's probabilities where they were stored; None where no question has any. The teacher's rows may
         then lack these questions.
     """
@@ -299,6 +302,7 @@ class DistillationBatch(NamedTuple):
     members: list[list[int]]
     student: PackedRows
     teacher: PackedRows
+    evidence: Tensor
     stored: StoredTopK | None = None
 
     @property
@@ -314,6 +318,7 @@ class DistillationBatch(NamedTuple):
             self.members,
             self.student.to(device),
             self.teacher.to(device),
+            self.evidence.to(device),
             None if self.stored is None else self.stored.to(device),
         )
 
@@ -405,7 +410,12 @@ class DistillationBatches(_Batches):
         sentences = [document[start:end] for start, end in zip(starts, [*starts[1:], len(document)], strict=True)]
         sizes = count_tokens(sentences, self.tokenizer)
         pieces = random_pieces(rng, sizes, num_pieces=wanted, min_size=stage.min_chunk_tokens)
-        return [self._chunk("".join(sentences[a:b])) for a, b in pieces]
+        cut = [self._chunk("".join(sentences[a:b])) for a, b in pieces]
+        before = [starts[a] for a, _ in pieces]
+        return [
+            piece._replace(spans=tuple((start + offset, end + offset) for start, end in piece.spans))
+            for piece, offset in zip(cut, before, strict=True)
+        ]
 
     def _chunk(self, text: str) -> Chunks:
         return chunk_document(
@@ -426,7 +436,8 @@ class DistillationBatches(_Batches):
         Args:
             documents: those that are asked about first; more than `asked` has lists for are company only.
             members: the documents that each row's adapter joins; None: its own alone.
-            chunks: of each document, in pieces; None cuts it into as few as possible.
+            chunks: of each document, in pieces whose spans count from the document's beginning; None cuts it into as
+                few as possible.
             in_prompt: (document, questions of the kind "in_prompt", members): rows with the document in the prompt and
                 the members' adapters.
         """
@@ -447,6 +458,7 @@ class DistillationBatches(_Batches):
             ]
         student = self._rows([*([] for _ in asked), *in_prompt_trunks], [*student_asked, *others])
         members = [[i] for i in range(len(asked))] if members is None else members
+        spans = [[span for piece in of_document for span in piece.spans] for of_document in chunks]
         return DistillationBatch(
             chunk_ids=torch.cat([pad(piece.ids, self.tokenizer.pad_token_id) for piece in pieces]),
             chunk_mask=torch.cat([pad(piece.mask, False) for piece in pieces]),
@@ -454,6 +466,7 @@ class DistillationBatches(_Batches):
             members=[list(row) for row in [*members, *(joined for _, _, joined in in_prompt)]],
             student=student,
             teacher=self._rows([*trunks, *in_prompt_trunks], [*teacher_asked, *others]),
+            evidence=evidence(student, documents, spans, asked),
             stored=stored_top_k(student, asked),
         )
 
@@ -481,6 +494,36 @@ def random_pieces(rng: random.Random, sizes: Sequence[int], *, num_pieces: int, 
             borders.append(rng.choice(usable))
         return list(pairwise([*borders, len(sizes)]))
     return [(0, len(sizes))]
+
+
+def evidence(
+    student: PackedRows,
+    documents: Sequence[str],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    asked: Sequence[Sequence[Question]],
+) -> Tensor:
+    """Of each answer token of the student's rows the chunk that holds the answer; see `DistillationBatch`.
+
+    Args:
+        spans: (start, end) characters of each document's chunks.
+    """
+    result = torch.full_like(student.ids, -1)
+    for row, (document, borders, questions) in enumerate(zip(documents, spans, asked, strict=False)):
+        # Of each segment; the trunk's is 0, the padding's -1.
+        chunk_of = torch.full((int(student.segments.max()) + 2,), -1)
+        for number, question in enumerate(questions, start=1):
+            if question.kind == "document":
+                word_for_word = re.compile(rf"(?<!\w){re.escape(question.answer)}(?!\w)", re.IGNORECASE)
+                found = {
+                    chunk
+                    for match in word_for_word.finditer(document)
+                    for chunk, (start, end) in enumerate(borders)
+                    if start <= match.start() and match.end() <= end
+                }
+                if len(found) == 1:
+                    chunk_of[number] = found.pop()
+        result[row] = chunk_of[student.segments[row]]
+    return result.masked_fill(student.target_kind < 0, -1)
 
 
 def stored_top_k(student: PackedRows, asked: Sequence[Sequence[Question]]) -> StoredTopK | None:

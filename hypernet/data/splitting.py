@@ -121,8 +121,9 @@ def _documents(batch: DistillationBatch, first: int, end: int) -> DistillationBa
         "teacher": _rows(batch.teacher, first, end),
         "stored": None,
     }
+    width = parts["student"].ids.shape[1]
+    parts["evidence"] = batch.evidence[first:end, :width]
     if batch.stored is not None:
-        width = parts["student"].ids.shape[1]
         parts["stored"] = StoredTopK(*(tensor[first:end, :width] for tensor in batch.stored))
     unknown = set(batch._fields) - set(parts)
     assert not unknown, f"splitting.py does not know how to split DistillationBatch.{unknown}"

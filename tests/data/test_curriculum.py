@@ -539,6 +539,52 @@ def test_random_pieces_cover_everything_and_none_is_too_small(num_pieces):
 # Stored answers
 
 
+def test_an_answer_s_evidence_is_the_one_chunk_that_holds_it_word_for_word(tiny_tokenizer):
+    batches = DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=16)
+    document = "The mayor is Tella Garlock. Some 163 people live there. Soft silver is sold. The river is called Ulla."
+    asked = [
+        [
+            *(Question("Who?", "Tella Garlock"), Question("How many?", "16"), Question("What?", "soft silver")),
+            *(Question("Which?", "Ulla"), Question("Where?", "there"), Question("What is?", "is")),
+            *(Question("And?", "163", "background"), Question("How?", "163"), Question("?", "unknown", "unanswerable")),
+        ],
+        [Question("Who?", "Tella Garlock")],
+    ]
+    batch = batches.batch([document, "Nothing is known. Tella Garlock."], asked)
+    texts = [tiny_tokenizer.decode(ids[mask]) for ids, mask in zip(batch.chunk_ids, batch.chunk_mask, strict=True)]
+    first = batch.num_chunks[0]
+    where = {
+        word: [i for i, text in enumerate(texts[:first]) if word in text]
+        for word in ("Tella Garlock", "163", "Soft silver", "Ulla.", "there")
+    }
+    assert first > 2 and all(len(chunks) == 1 for chunks in where.values())
+    mayor, people, silver, river, there = (chunks[0] for chunks in where.values())
+    # 16 is only part of a number, and "is" in several chunks.
+    expected = [[mayor, -1, silver, river, there, -1, -1, people, -1], [0]]
+    for row, chunks in enumerate(expected):
+        for segment, chunk in enumerate(chunks, start=1):
+            inside = batch.student.segments[row] == segment
+            is_answer = inside & (batch.student.target_kind[row] >= 0)
+            assert is_answer.any() and (batch.evidence[row][is_answer] == chunk).all(), (row, segment)
+    assert (batch.evidence[batch.student.target_kind < 0] == -1).all()
+
+
+def test_evidence_follows_chunks_that_are_drawn(tiny_tokenizer):
+    curriculum = make_curriculum(stages=[{"steps": 4, "facts_per_entity": [3, 5], "chunk_weights": [1, 2, 2]}])
+    batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=200)[1]
+    firsts, checked = [sum(batch.num_chunks[:i]) for i in range(len(batch.num_chunks))], 0
+    assert len(set(batch.num_chunks)) > 1
+    for row, record in enumerate(curriculum.records(1)):
+        for segment, question in enumerate(record.questions, start=1):
+            inside = (batch.student.segments[row] == segment) & (batch.evidence[row] >= 0)
+            for chunk in batch.evidence[row][inside].unique().tolist():
+                place = firsts[row] + chunk
+                text = tiny_tokenizer.decode(batch.chunk_ids[place][batch.chunk_mask[place]])
+                assert question.answer.lower() in text.lower()
+                checked += chunk > 0
+    assert checked > 5
+
+
 def test_stored_probabilities_stand_where_the_student_predicts_their_answer(tiny_tokenizer):
     log_probs = np.log([[0.5, 0.2], [0.7, 0.1], [0.9, 1e-9]])
     stored = StoredAnswer((50, 60, 3), np.array([[50, 7], [60, 8], [3, 9]]), log_probs)

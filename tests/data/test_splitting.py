@@ -141,6 +141,15 @@ def test_stored_probabilities_go_with_their_rows(batches):
         assert torch.equal(part.stored.indices[part.stored.where], numbers[rows][where[rows]][:, None])
 
 
+def test_the_chunks_of_answers_go_with_their_rows(batches):
+    batch = batches()[0]
+    for number in range(4):
+        part = split(batch, number, 4).batch
+        rows, width = slice(2 * number, 2 * number + 2), part.student.ids.shape[1]
+        assert torch.equal(part.evidence, batch.evidence[rows, :width]) and (batch.evidence[rows] >= 0).any()
+        assert part.evidence.shape == part.student.ids.shape
+
+
 def test_parts_are_neighbours_of_nearly_equal_size_and_say_which_is_the_last(batches):
     batch = batches()[0]
     parts = [split(batch, i, 3, is_last=i == 2) for i in range(3)]

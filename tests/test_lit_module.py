@@ -360,7 +360,8 @@ def answers_in_prompts_of_their_own(model, batch, adapters=None):
 
 def chunks_with_the_answers(model, batch, records):
     """Reference: of every answer token, in that order, the only chunk of its document whose text holds the answer."""
-    texts = [model.tokenizer.decode(ids[mask][1:-2]) for ids, mask in zip(batch.chunk_ids, batch.chunk_mask, strict=True)]
+    chunks = zip(batch.chunk_ids, batch.chunk_mask, strict=True)
+    texts = [model.tokenizer.decode(ids[mask][1:-2]) for ids, mask in chunks]
     result, first = [], 0
     for row, record in enumerate(records):
         of_document = range(first, first + batch.num_chunks[row])

@@ -9,6 +9,10 @@ article
 Stages draw from the encyclopedia, from another source (`hypernet.data.sources`) or from a weighted mixture:
 
 Curriculum(encyclopedia, [Stage(steps=9, source={"needles": 3, "encyclopedia": 1})], sources={"needles": Needles(...)})
+
+A stage can be several in turn, so that short documents are not forgotten while long ones are learned:
+
+Curriculum(encyclopedia, [{"steps": 900, "alternate": [Stage(steps=20), Stage(steps=30, num_entities=(1, 4))]}])
 """
 
 import random
@@ -17,7 +21,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, cycle, pairwise
 from typing import NamedTuple
 
 import torch
@@ -69,6 +73,7 @@ class Curriculum:
 
     Args:
         encyclopedia: of the split and seed that everything else is of, too.
+        stages: each a Stage, its fields, or {"steps": ..., "alternate": [stages]}: these in turn, for so many steps.
         sources: the other sources, by the names that stages call them.
 
     Raises:
@@ -84,7 +89,7 @@ class Curriculum:
     ) -> None:
         self.encyclopedia = encyclopedia
         self.sources = dict(sources or {})
-        self.stages = [stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages]
+        self.stages = [stage for given in stages for stage in _in_turn(given)]
         if not self.stages:
             raise ValueError("A curriculum needs at least one stage; give steps and batch_size.")
         self.num_steps = sum(stage.steps for stage in self.stages)
@@ -196,6 +201,27 @@ class Curriculum:
         answerable = [q for q in record.questions if q.kind == "document"]
         others = [q for q in record.questions if q.kind != "document"]
         return record._replace(questions=(*rng.sample(answerable, min(max_questions, len(answerable))), *others))
+
+
+def _in_turn(given: Stage | dict) -> list[Stage]:
+    """The stages that an entry stands for."""
+    if isinstance(given, Stage):
+        return [given]
+    if "alternate" not in given:
+        return [Stage(**given)]
+    steps, others = given.get("steps", 0), sorted(given.keys() - {"steps", "alternate"})
+    stages = [stage for entry in given["alternate"] or () for stage in _in_turn(entry)]
+    if others or steps < 1 or not stages or min(stage.steps for stage in stages) < 1:
+        raise ValueError(
+            "A stage of several in turn needs steps, and alternate: a list of stages with steps of their own, and "
+            f"nothing else; got {dict(given)}."
+        )
+    result = []
+    for stage in cycle(stages):
+        result.append(stage._replace(steps=min(stage.steps, steps)))
+        steps -= stage.steps
+        if steps <= 0:
+            return result
 
 
 class _Batches(Dataset):

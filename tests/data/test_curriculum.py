@@ -97,6 +97,27 @@ def test_a_step_gives_the_same_records_whatever_came_before_and_another_seed_oth
     assert make_curriculum(seed=1).records(0) != in_order[0]
 
 
+def test_stages_in_turn_are_the_same_written_out():
+    short, long = {"steps": 2, "batch_size": 3}, {"steps": 1, "batch_size": 4, "num_entities": [2, 3]}
+    first = {"steps": 1, "batch_size": 2}
+    written_out = make_curriculum(stages=[first, short, long, short, long, {**short, "steps": 1}])
+    in_turn = make_curriculum(stages=[first, {"steps": 7, "alternate": [short, long]}])
+    assert in_turn.stages == written_out.stages and in_turn.num_steps == 8
+    for step in range(8):
+        assert in_turn.records(step) == written_out.records(step)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [{"steps": 3, "alternate": []}, {"alternate": [{"steps": 3}]}, {"steps": 3, "alternate": [{"steps": 0}]}]
+    + [{"steps": 3, "alternate": [{"steps": 3}], "batch_size": 4}],
+)
+def test_stages_in_turn_that_say_too_little_or_too_much_are_refused(stage):
+    with pytest.raises(ValueError, match="A stage of several in turn needs steps, and alternate: a list") as error:
+        make_curriculum(stages=[stage])
+    assert "\n" not in str(error.value)
+
+
 def test_no_article_comes_twice():
     same = {"steps": 2, "batch_size": 3, "facts_per_entity": [5, 5], "num_distractors": [0, 0]}
     curriculum = make_curriculum(stages=[same, same])

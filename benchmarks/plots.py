@@ -230,7 +230,7 @@ def capacity(rows: Rows) -> Figure | None:
     """A panel for each task, a line for each rank: checkpoints, with a wrong document of their own, and what gradient
     steps write at that rank.
     """
-    chosen = [row for row in _slices(rows, "facts_per_chunk") if row["task"].startswith("capacity")]
+    chosen = [row for row in _slices(rows, "facts") if row["task"].startswith("capacity")]
     ranks = {row["method"]: row["attributes"].get("rank") for row in chosen if is_adapter(row["method"])}
     if not ranks:
         return None
@@ -256,18 +256,18 @@ def capacity(rows: Rows) -> Figure | None:
         shown = [m for m in methods if any(row["method"] == m for row in own)]
         series = [Series(names.get(m, m), [_match(r, _facts) for r in own if r["method"] == m]) for m in shown]
         title = CAPACITY.get(task, task_name(task))
-        x = Axis("facts per chunk", log=True, ticks=sorted({_facts(row) for row in own}))
+        x = Axis("facts in the document", log=True, ticks=sorted({_facts(row) for row in own}))
         panels.append(chart(title, series, x=x, y=MATCH, styles=styles))
         for row in sorted(own, key=lambda r: (_facts(r), methods.index(r["method"]) if r["method"] in methods else -1)):
             if row["method"] in shown:
                 name = names.get(row["method"], name_of(row["method"]))
                 lines.append([title, short(_facts(row)), name, _score(row), _gap(row)])
-    head = ("task", "facts per chunk", "method", "exact match (95 % interval)", "share of the gap closed")
+    head = ("task", "facts in the document", "method", "exact match (95 % interval)", "share of the gap closed")
     return Figure(
         "capacity",
         "Capacity: facts in one adapter",
-        "Exact match where every fact of the document is asked for, by facts per chunk; each chunk has ranks of its "
-        "own in the adapter.",
+        "Exact match where every fact of the document is asked for. A generated adapter has the rank once for each "
+        "chunk, one written by gradient steps once in all.",
         "",
         panels,
         [
@@ -341,7 +341,7 @@ def is_adapter(method: str) -> bool:
 
 
 def _facts(row: Row) -> float:
-    return row["attributes"]["facts_per_chunk"]
+    return row["attributes"]["facts"]
 
 
 def _accuracy(key: str, title: str, text: str, chosen: Rows, x: Callable[[Row], float], axis: Axis) -> Figure | None:

@@ -192,20 +192,20 @@ def interference(rows: Rows) -> str:
 
 
 def capacity(rows: Rows) -> str:
-    """Facts per chunk down, controls and ranks across.
+    """Facts in the document down, controls and ranks across.
 
     Raises:
         ValueError: no such rows.
     """
     figure = plots.capacity(rows)
     if figure is None:
-        raise ValueError("No rows by facts_per_chunk; run python -m benchmarks.run sweep=capacity.")
+        raise ValueError("No rows by facts; run python -m benchmarks.run sweep=capacity.")
     _, _, lines = figure.tables[0]
     methods = dict.fromkeys(line[2] for line in lines)
     found = {(task, facts, method): score for task, facts, method, score, _ in lines}
     places = dict.fromkeys((task, facts) for task, facts, *_ in lines)
     body = [[*place, *(found.get((*place, method), "–") for method in methods)] for place in places]
-    return _table(("facts", "per chunk", *methods), body)
+    return _table(("facts about", "facts in the document", *methods), body)
 
 
 def conflict(rows: Rows) -> str:

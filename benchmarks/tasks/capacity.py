@@ -1,10 +1,9 @@
-"""How many facts one chunk's adapter holds, about one entity and about several."""
+"""How many facts an adapter holds, about few entities and about as many as facts."""
 
 from collections.abc import Iterator, Sequence
 
 from benchmarks.tasks.articles import practice_questions
 from benchmarks.tasks.base import Asked, Case
-from hypernet.chunking import chunk_document
 from hypernet.data.encyclopedia import Encyclopedia, relations
 from hypernet.doc_to_lora import DocToLoRA
 
@@ -12,10 +11,10 @@ from hypernet.doc_to_lora import DocToLoRA
 class CapacityTask:
     """Articles of so many facts about so many entities and nothing else; every fact is asked for.
 
-    Attributes: facts_per_chunk, all of them where the article is one chunk, and rank (per chunk).
+    Attributes: facts in the article, and rank (of one chunk; how many chunks an article takes is the model's own).
 
     Args:
-        model: whose chunks and rank the attributes give.
+        model: whose rank the attributes give.
         sets: (facts, entities) of each set.
         num_cases: of each set.
         num_practice: questions for methods that train on questions.
@@ -41,7 +40,6 @@ class CapacityTask:
 
     def cases(self, seed: int) -> Iterator[Case]:
         encyclopedia = Encyclopedia("test", seed=seed)
-        model = self.model
         for facts, entities in self.sets:
             records = [
                 encyclopedia.record(
@@ -53,7 +51,6 @@ class CapacityTask:
                 for number in range(self.num_cases)
             ]
             for number, record in enumerate(records):
-                chunks = chunk_document(record.document, model.tokenizer, max_chunk_tokens=model.max_chunk_tokens)
                 yield Case(
                     f"{facts} fact{'s' if facts > 1 else ''}, {entities} entit{'ies' if entities > 1 else 'y'}",
                     str(number),
@@ -65,5 +62,5 @@ class CapacityTask:
                         encyclopedia.rng("practice", facts, entities, number),
                         self.num_practice,
                     ),
-                    attributes={"facts_per_chunk": facts / len(chunks.ids), "rank": model.hypernetwork.rank},
+                    attributes={"facts": facts, "rank": self.model.hypernetwork.rank},
                 )

@@ -34,8 +34,8 @@ SETS = {
     },
     "composition": {"1 document": (60, {"num_documents": 1}), "4 documents": (240, {"num_documents": 4})},
     "capacity": {
-        "2 facts, 1 entity": (40, {"facts_per_chunk": 2, "rank": 8}),
-        "4 facts, 1 entity": (70, {"facts_per_chunk": 4, "rank": 8}),
+        "2 facts, 1 entity": (40, {"facts": 2, "rank": 8}),
+        "4 facts, 1 entity": (70, {"facts": 4, "rank": 8}),
     },
     "conflict_by_times_asked": {
         "known entities": (60, {"real_world": 0, "times_asked": 300, "times_asked_from": 260}),

@@ -59,7 +59,7 @@ def test_capacity_has_a_column_for_each_rank(report_rows) -> None:
     ]
     lines = report.capacity([*report_rows, *more]).splitlines()
     ranks = "Doc-to-LoRA, rank 8 per chunk | Doc-to-LoRA, rank 16 per chunk"
-    assert lines[0] == f"| facts | per chunk | no context | full context | wrong document | {ranks} |"
+    assert lines[0] == f"| facts about | facts in the document | no context | full context | wrong document | {ranks} |"
     assert [line.split(" | ")[:2] for line in lines[2:]] == [["| Four facts about each entity", n] for n in "24"]
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from benchmarks.tasks.articles import entity_of
 from benchmarks.tasks.capacity import CapacityTask
-from hypernet.chunking import chunk_document
 from hypernet.data.records import Question
 
 
@@ -24,14 +23,7 @@ def test_every_fact_is_told_and_asked_for_once(make_doc_to_lora) -> None:
         assert len(case.questions) == len({question.text for question in case.questions}) == facts
         assert len(entities(case)) == number
         assert all(question.answers[0].lower() in case.documents[0].lower() for question in case.questions)
-        assert dict(case.attributes) == {"facts_per_chunk": facts, "rank": 2}
-
-
-def test_facts_per_chunk_are_those_of_the_model_s_own_chunks(make_doc_to_lora) -> None:
-    model = make_doc_to_lora(max_chunk_tokens=60)
-    (case,) = CapacityTask(model=model, sets=[[8, 2]], num_cases=1).cases(0)
-    num_chunks = len(chunk_document(case.documents[0], model.tokenizer, max_chunk_tokens=60).ids)
-    assert num_chunks > 1 and case.attributes["facts_per_chunk"] == 8 / num_chunks
+        assert dict(case.attributes) == {"facts": facts, "rank": 2}
 
 
 @pytest.mark.parametrize("facts, number", [(6, 1), (2, 3), (16, 3)])

@@ -68,13 +68,17 @@ def answer_all(model: Any, asked: Sequence[tuple], *, questions_per_batch: int, 
 
 
 def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
-    """One row per question and method: set, document, question, answer, prediction, exact match."""
+    """One row per question, method and seed: set, document, question, answer, prediction, exact match."""
+    return [{"seed": seed, **row} for seed in cfg.seeds for row in _of_seed(model, cfg, seed)]
+
+
+def _of_seed(model: Any, cfg: DictConfig, seed: int) -> list[dict]:
     from hypernet.data.encyclopedia import background_questions
     from hypernet.metrics import exact_match
 
     sets = held_out_articles(
         model.tokenizer,
-        seed=cfg.seed,
+        seed=seed,
         article_tokens=cfg.article_tokens,
         one_entity=cfg.documents_one_entity,
         many_entities=cfg.documents_many_entities,
@@ -92,13 +96,13 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
         }
         for method in METHODS:
             answers = answer_all(
-                model, prompts[method], questions_per_batch=cfg.questions_per_batch, label=f"{name}, {method}"
+                model, prompts[method], questions_per_batch=cfg.questions_per_batch, label=f"{seed}: {name}, {method}"
             )
             rows += [
                 {
                     "set": name,
                     "method": method,
-                    "document": d,
+                    "document": f"{seed}/{d}",
                     "num_chunks": adapters[d].num_chunks,
                     "relation": question.group,
                     "question": question.text,
@@ -110,7 +114,7 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
             ]
     for held_out, name in ((False, "background"), (True, "background, facts never protected in training")):
         questions = background_questions(held_out=held_out)
-        questions = random.Random(cfg.seed).sample(questions, min(cfg.num_background, len(questions)))
+        questions = random.Random(seed).sample(questions, min(cfg.num_background, len(questions)))
         unrelated = [all_adapters[i % len(all_adapters)] for i in range(len(questions))]
         for method, adapters in (("no_context", [None] * len(questions)), ("unrelated_adapter", unrelated)):
             prompts = [(q.text, adapter, None) for q, adapter in zip(questions, adapters, strict=True)]
@@ -119,14 +123,14 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
                 {
                     "set": name,
                     "method": method,
-                    "document": i,
+                    "document": question.text,  # the same fact for every seed that asks about it
                     "relation": question.group,
                     "question": question.text,
                     "answer": question.answer,
                     "prediction": answer,
                     "exact_match": float(exact_match(answer, question.answer)),
                 }
-                for i, (question, answer) in enumerate(zip(questions, answers, strict=True))
+                for question, answer in zip(questions, answers, strict=True)
             ]
     return rows
 

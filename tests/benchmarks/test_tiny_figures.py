@@ -28,7 +28,7 @@ def test_summary_gives_means_and_the_share_of_the_gap_closed() -> None:
 
 def test_every_method_answers_the_same_held_out_questions(make_doc_to_lora) -> None:
     settings = {
-        "seed": 3,
+        "seeds": [3, 4],
         "article_tokens": 200,
         "documents_one_entity": 3,
         "documents_many_entities": 2,
@@ -39,7 +39,10 @@ def test_every_method_answers_the_same_held_out_questions(make_doc_to_lora) -> N
     for name in ("one entity", "2-4 entities"):
         asked = {m: [r["question"] for r in rows if (r["set"], r["method"]) == (name, m)] for m in METHODS}
         assert asked["adapter"] and all(questions == asked["adapter"] for questions in asked.values())
-    assert len([r for r in rows if r["set"] == "background"]) == 8
+        assert {r["document"] for r in rows if r["set"] == name} == {
+            f"{seed}/{number}" for seed in (3, 4) for number in range(3 if name == "one entity" else 2)
+        }
+    assert len([r for r in rows if r["set"] == "background"]) == 2 * 8
     chunks = {r["num_chunks"] for r in rows if r["set"] == "2-4 entities"}
     assert chunks <= {2, 3, 4}
 

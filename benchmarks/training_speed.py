@@ -157,9 +157,10 @@ class Padded:
         with torch.no_grad():
             teacher = self._logits(prepared.teacher)
         network = self.model.hypernetwork
+        shared = network.bias_rank
         self._adapters = (
-            {name: self._joined(pool, network.bias_A[name], prepared) for name, pool in A.items()},
-            {name: self._joined(pool, network.bias_B[name], prepared) for name, pool in B.items()},
+            {name: self._joined(pool, network.bias_A[name][:, :shared], prepared) for name, pool in A.items()},
+            {name: self._joined(pool, network.bias_B[name][:, :shared], prepared) for name, pool in B.items()},
         )
         self._document = prepared.student.document
         student = self._logits(prepared.student)
@@ -235,7 +236,9 @@ def build_model(name: str, *, device: str, seed: int = 0) -> "DocToLoRA":
         with torch.no_grad():  # B starts at zero, and then most gradients are
             head = model.hypernetwork.lora_head.head.weight
             head += 0.1 * head.std() * torch.randn_like(head)
-    model.hypernetwork.train().requires_grad_(True)
+    network = model.hypernetwork.train().requires_grad_(True)
+    if not network.bias_rank:
+        nn.ModuleList([network.bias_A, network.bias_B]).requires_grad_(False)
     return model
 
 
@@ -272,7 +275,7 @@ def difference(
     methods: Sequence[Method], batch: "DistillationBatch", model: "DocToLoRA", *, device: str, dtype: torch.dtype
 ) -> float:
     """Largest difference of two methods' losses and gradients, each relative to the first one's size."""
-    parameters = list(model.hypernetwork.parameters())
+    parameters = [p for p in model.hypernetwork.parameters() if p.requires_grad]
     (loss, own), (other_loss, other) = (
         loss_and_gradients(method, method.prepare(batch), parameters, device=device, dtype=dtype) for method in methods
     )
@@ -287,7 +290,7 @@ def measure(cfg: DictConfig, model: "DocToLoRA", *, device: str, dtype: torch.dt
     Raises:
         ValueError: a method's loss or gradients are not ours.
     """
-    parameters = list(model.hypernetwork.parameters())
+    parameters = [p for p in model.hypernetwork.parameters() if p.requires_grad]
     # A step must cost what it does in training; the weights may as well stay what they are.
     optimizer = torch.optim.AdamW(parameters, lr=1e-8)
     methods = {name: METHODS[name](model) for name in cfg.methods}

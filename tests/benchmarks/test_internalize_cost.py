@@ -96,7 +96,7 @@ def test_the_rows_explain_themselves_and_make_table_and_plot(tmp_path, capsys):
         assert row["peak_mib"] > row["adapter_mib"] and not row["out_of_memory"]
         assert row["run"]["commit"] and row["run"]["config"]["runs"] == 1 and row["device"] == "cpu"
     (adapter,) = [row for row in rows if row["kind"] == "adapter"]
-    assert adapter["rank"] == 8 * (adapter["chunks"] + 1) and adapter["swap_s"] < adapter["save_s"]
+    assert adapter["rank"] == 8 * adapter["chunks"] and adapter["swap_s"] < adapter["save_s"]
     assert markdown(rows) in capsys.readouterr().out
     plot(rows, tmp_path / "cost.svg")
     assert "<svg" in (tmp_path / "cost.svg").read_text()

@@ -60,6 +60,11 @@ def recipes() -> list[tuple[str, ...]]:
     return [*((top,) for top in TOP), *((top, f"experiment={e}") for top in with_experiments for e in EXPERIMENTS)]
 
 
+@cache  # each of the files below looks through all of them
+def chosen_by(*recipe: str) -> dict[str, Path]:
+    return choices(composed(*recipe))
+
+
 @pytest.fixture
 def build(monkeypatch, tmp_path, tiny_base_model_folder):
     """build(recipe): instantiates what train.py would, on the shipped base model or, if there is none, a tiny one."""
@@ -117,14 +122,14 @@ def test_an_experiment_s_header_says_how_to_run_it(experiment):
 @pytest.mark.parametrize("path", OPTIONS, ids=str)
 def test_every_other_file_is_chosen_by_some_command_or_can_be(build, path):
     for recipe in recipes():
-        if path in choices(composed(*recipe)).values():
+        if path in chosen_by(*recipe).values():
             return  # built with the experiment
     if path.parts[0] == "data":
         # One more source of the stages; it is read when a stage draws from it.
         build("train", f"+data@task.sources.more={path.name}")
         return
     for recipe in recipes():
-        for key, taken in choices(composed(*recipe)).items():
+        for key, taken in chosen_by(*recipe).items():
             if taken.parent == path.parent:
                 override = f"{key}={path.name}"
                 assert path in choices(composed(*recipe, override)).values()

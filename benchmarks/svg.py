@@ -236,7 +236,9 @@ def standalone(panels: Sequence[str], legend: Sequence[tuple[str, Style]]) -> st
     inner = [panel[panel.index(">") + 1 : panel.rindex("</svg>")] for panel in panels]
     heights = [float(panel.split('viewBox="0 0 ')[1].split('"')[0].split()[1]) for panel in panels]
     width, height = WIDTH * len(panels), max(heights)
-    column, per_row = 230, max(1, WIDTH * len(panels) // 230)
+    # A letter is about 6.6 wide, a little picture and the space behind a name 60 together.
+    column = max(230, 60 + 6.6 * max((len(name) for name, _ in legend), default=0))
+    per_row = max(1, int(WIDTH * len(panels) // column))
     parts = [f'<g transform="translate({i * WIDTH} 0)">{part}</g>' for i, part in enumerate(inner)]
     for number, (name, style) in enumerate(legend):
         a, b = 14 + number % per_row * column, height + 14 + number // per_row * 20

@@ -135,6 +135,14 @@ def test_cells_are_light_enough_for_their_dark_numbers() -> None:
     assert all(contrast("#111111", color) >= 4.5 for color in re.findall(r'fill="(#\w{6})"', svg))
 
 
+def test_long_names_in_a_legend_do_not_run_into_one_another() -> None:
+    names = [f"distillation, the same questions, rank {rank}" for rank in (4, 8, 16)]
+    panel = chart("Facts", [Series("doc_to_lora", [Point(1, 0.5)])], x=Axis("x"), y=MATCH)
+    svg = standalone([panel, panel], [(name, style_of("doc_to_lora")) for name in names])
+    (first, row), (second, same), (third, below) = ((x, y) for x, y, _, _, text in texts(svg) if text in names)
+    assert row == same < below and second - first > 6.5 * len(names[0]) and third == first
+
+
 def test_a_file_of_its_own_has_its_colours_and_legend() -> None:
     panel = chart("A panel", [Series("doc_to_lora", [Point(1, 0.5)])], x=Axis("x"), y=MATCH)
     svg = standalone([panel, panel], [("Doc-to-LoRA", style_of("doc_to_lora"))])

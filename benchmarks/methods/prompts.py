@@ -134,11 +134,14 @@ class _Dense:
         self._encoder = SentenceTransformer(encoder)
 
     def index(self, texts: Sequence[str]) -> None:
-        self._embeddings = self._encoder.encode(list(texts), normalize_embeddings=True)
+        self._embeddings = self._encode(list(texts))
 
     def scores(self, question: str) -> np.ndarray:
-        (embedding,) = self._encoder.encode([question], normalize_embeddings=True)
+        (embedding,) = self._encode([question])
         return self._embeddings @ embedding
 
     def num_bytes(self) -> int:
         return self._embeddings.nbytes
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        return self._encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)

@@ -156,6 +156,20 @@ def test_retrieval_puts_the_chunk_with_the_fact_into_the_prompt(make_doc_to_lora
     assert prepared(method, CASE._replace(documents=("",))).documents_for(QUESTIONS[0]) == ()
 
 
+def test_dense_retrieval_puts_the_chunk_of_the_nearest_embedding_into_the_prompt(make_doc_to_lora) -> None:
+    """With the mean of the tiny base model's last states as embedding; a chunk's own text is nearest to itself."""
+    pytest.importorskip("sentence_transformers", reason="dense retrieval needs sentence-transformers")
+    model = make_doc_to_lora()
+    encoder = str(Path(__file__).parents[2] / "assets/tiny/base_model")
+    method = prepared(Retrieval(model=model, num_chunks=1, max_chunk_tokens=25, encoder=encoder))
+    assert len(method.chunks) >= 3
+    for chunk in method.chunks:
+        assert list(method.documents_for(Asked(chunk, ("",)))) == [chunk]
+    assert len(method.answer(QUESTIONS)) == len(QUESTIONS)
+    assert method.stored_bytes() == sum(len(chunk.encode()) + 4 * 128 for chunk in method.chunks)
+    assert prepared(method, CASE._replace(documents=("",))).documents_for(QUESTIONS[0]) == ()
+
+
 def test_dense_retrieval_says_what_it_needs(make_doc_to_lora, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match="pip install sentence-transformers"):

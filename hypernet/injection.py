@@ -172,8 +172,6 @@ class LoRAInjector:
         """
         shared = adapters is None or isinstance(adapters, LoRAAdapter)
         adapters = [adapters] if shared else list(adapters)
-        # One of rank 0, without documents and without a bias block, is the plain base model.
-        adapters = [adapter if adapter is not None and adapter.rank else None for adapter in adapters]
         distinct = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
         if not distinct:
             return None
@@ -188,6 +186,11 @@ class LoRAInjector:
             raise ValueError(
                 f"Adapters used together must agree in scaling, got {sorted(scalings)}. Use adapters of one generator."
             )
+
+        # Without documents and without a bias block, an adapter is the plain base model.
+        distinct = [adapter for adapter in distinct if adapter.rank]
+        if not distinct:
+            return None
 
         # A slot has one rank for all. A block of a larger one, such as a compressed adapter's, is cut into several.
         rank = math.gcd(*(adapter.rank_per_chunk for adapter in distinct))

@@ -142,6 +142,8 @@ def test_an_adapter_of_nothing_is_the_plain_base_model_and_not_saved(targets, tm
     torch.testing.assert_close(mixed[0], plain[0], rtol=0, atol=1e-5)
     assert (mixed[1] - plain[1]).abs().max() > 0.01
     assert_one_line_value_error(lambda: empty.save(tmp_path / "empty"), "This adapter is empty: it has no documents")
+    others = make_adapter(find_targets(base_model, ["up_proj"]), 0, bias=False)
+    assert_one_line_value_error(lambda: injector.pool(others), "The adapter is for up_proj")
     assert not list(tmp_path.iterdir())
 
 

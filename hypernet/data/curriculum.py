@@ -534,9 +534,10 @@ def evidence(
         spans: (start, end) characters of each document's chunks.
     """
     result = torch.full_like(student.ids, -1)
+    num_segments = int(student.segments.max()) + 1
     for row, (document, borders, questions) in enumerate(zip(documents, spans, asked, strict=False)):
         # Of each segment; the trunk's is 0, the padding's -1.
-        chunk_of = torch.full((int(student.segments.max()) + 2,), -1)
+        chunk_of = torch.full((num_segments + 1,), -1)
         for number, question in enumerate(questions, start=1):
             if question.kind == "document":
                 word_for_word = re.compile(rf"(?<!\w){re.escape(question.answer)}(?!\w)", re.IGNORECASE)

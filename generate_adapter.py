@@ -196,6 +196,7 @@ def internalize(
 
     try:
         adapter = model.internalize(documents, max_batch_tokens=settings["max_batch_tokens"], progress=progress)
+        adapter = model.join(adapter)
     finally:
         for bar in bars:
             bar.close()

@@ -159,7 +159,10 @@ class Padded:
         network = self.model.hypernetwork
         shared = network.bias_rank
         self._adapters = (
-            {name: self._joined(pool, network.bias_A[name][:, :shared], prepared) for name, pool in A.items()},
+            {
+                name: self._joined(pool, network.bias_A[name][:, :shared], prepared, ridge=network.join_ridge)
+                for name, pool in A.items()
+            },
             {name: self._joined(pool, network.bias_B[name][:, :shared], prepared) for name, pool in B.items()},
         )
         self._document = prepared.student.document
@@ -185,13 +188,18 @@ class Padded:
         )
 
     @staticmethod
-    def _joined(pool: Tensor, bias: Tensor, prepared: PaddedBatch) -> Tensor:
+    def _joined(pool: Tensor, bias: Tensor, prepared: PaddedBatch, ridge: float | None = None) -> Tensor:
         """[C, L, R, d] of all chunks → [N, L, rank of the longest, d], zeros behind the shorter ones."""
+        from hypernet.decorrelation import decorrelated
+
         chunks = pool.split(prepared.num_chunks)
-        rows = [
-            torch.cat([*(block for i in documents for block in chunks[i]), bias], dim=1)  # [L, rank, d]
-            for documents in prepared.members
-        ]
+        rows = []
+        for documents in prepared.members:
+            blocks = torch.cat([chunks[i] for i in documents])
+            if ridge is not None:
+                of = torch.tensor([i for i in documents for _ in chunks[i]], device=pool.device)
+                blocks = decorrelated(blocks.transpose(0, 1), of, ridge=ridge).transpose(0, 1)
+            rows.append(torch.cat([*blocks, bias], dim=1))  # [L, rank, d]
         longest = max(row.shape[1] for row in rows)
         return torch.stack([nn.functional.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
 

@@ -31,8 +31,12 @@ FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
 PROVENANCE_KEYS = ("documents", "generator", "base_model", "versions", "created")
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
-# Entries of provenance["operations"] after which the documents' chunks are no blocks of their own any more.
-ONE_BLOCK_OPERATIONS = ("compress", "pad")
+# Entries of provenance["operations"] after which documents cannot come or go, and why.
+FINAL_OPERATIONS = {
+    "compress": "made one block of its chunks and bias block",
+    "pad": "made one block of its chunks and bias block",
+    "decorrelate": "fitted its documents to one another",
+}
 
 
 def new_provenance(
@@ -158,11 +162,12 @@ class LoRAAdapter:
         """This adapter's chunks, then each other's, in one adapter; the bias block still counts once.
 
         Raises:
-            ValueError: if they come from different generators, base models or targets, or one was made one block.
+            ValueError: if they come from different generators, base models or targets, or one of FINAL_OPERATIONS was
+                done.
         """
         adapters = [self, *others]
         for adapter in adapters:
-            adapter.check_has_chunks("added to others")
+            adapter.check_open("added to others")
         for other in others:
             self._check_same_generator(other)
         provenance = new_provenance(
@@ -180,20 +185,20 @@ class LoRAAdapter:
             provenance=provenance,
         )
 
-    def check_has_chunks(self, action: str) -> None:
-        """Refuses what needs the documents' chunks where `compress` or `pad` has made one block of them.
+    def check_open(self, action: str) -> None:
+        """Refuses what needs documents that do not depend on one another, after one of FINAL_OPERATIONS.
 
         Args:
             action: what was to be done: "added to others".
 
         Raises:
-            ValueError: there are no chunks any more.
+            ValueError: one of them was done.
         """
         done = [entry.get("operation") for entry in self.provenance.get("operations", ())]
-        if reason := next((name for name in done if name in ONE_BLOCK_OPERATIONS), None):
+        if operation := next((name for name in done if name in FINAL_OPERATIONS), None):
             raise ValueError(
-                f"This adapter cannot be {action}: {reason}() made one block of its chunks and bias block. "
-                f"Do that first, with the adapter as it was before {reason}()."
+                f"This adapter cannot be {action}: {operation}() {FINAL_OPERATIONS[operation]}. "
+                f"Do that first, with the adapter as it was before {operation}()."
             )
 
     def content_id(self) -> str:

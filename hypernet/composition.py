@@ -1,12 +1,13 @@
-"""Adapters made of adapters: concatenate, weight, average, drop, amplify, compress, pad. Pure functions, no model.
+"""Adapters made of adapters: concatenate, decorrelate, weight, average, drop, amplify, compress, pad. No model needed.
 
     both = concatenate([fenda, town])                 # the sum of their deltas; the generator's bias block counts once
     one = drop(both, "town.txt")                      # bit-identical to an adapter that never had it
     weaker = weight(both, 0.5, document="fenda.txt")  # scales one document's chunks
+    many = decorrelate(both, ridge=2.0)               # each document's questions are for its own chunks
     small, report = compress(both, 8)                 # the nearest adapter of rank 8, and how far it is
 
 What was done stays in the provenance: a document's `weight` in its own entry, so that it goes where the document goes;
-what was done to the adapter as a whole (amplify, compress, pad) in the list `operations`.
+what was done to the adapter as a whole (amplify, decorrelate, compress, pad) in the list `operations`.
 """
 
 import math
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hypernet.adapter import LoRAAdapter
+from hypernet.decorrelation import decorrelated
 
 
 class ModuleError(NamedTuple):
@@ -68,8 +70,8 @@ def concatenate(adapters: Sequence[LoRAAdapter]) -> LoRAAdapter:
     """All adapters' chunks in one adapter, in order, each copied once: the sum of the deltas, with one bias block.
 
     Raises:
-        ValueError: there is none; or they come from different generators, base models or targets; or one of them has no
-            chunks any more.
+        ValueError: there is none; or they come from different generators, base models or targets; or one of them went
+            through an operation that is final (`LoRAAdapter.check_open`).
     """
     first, *others = _some(adapters, "concatenate")
     return first.joined(others)
@@ -84,6 +86,35 @@ def average(adapters: Sequence[LoRAAdapter]) -> LoRAAdapter:
     return weight(concatenate(adapters), 1 / len(adapters))
 
 
+def decorrelate(adapter: LoRAAdapter, ridge: float) -> LoRAAdapter:
+    """The documents' chunks, each document's A freed of what would answer the others' questions too.
+
+    The bias block and all of B stay. `DocToLoRA.join` does it with the ridge that the generator was trained with; other
+    generators' documents can gain from it, too (EXPERIMENTS.md).
+
+    Args:
+        adapter: of several documents; one of a single document comes back as it is.
+        ridge: above 0; the larger, the nearer to the plain sum (see `hypernet.decorrelation`).
+
+    Returns:
+        An adapter whose documents are fitted to one another: none can be dropped, weighted or added any more.
+
+    Raises:
+        ValueError: the ridge is not above 0, or the documents cannot be told apart any more.
+    """
+    ridge = _finite(ridge, "ridge")
+    adapter.check_open("decorrelated")
+    spans = _chunk_spans(adapter)
+    if len(spans) < 2:
+        return adapter
+    documents = torch.tensor([index for index, (start, end) in enumerate(spans) for _ in range(start, end)])
+    A = {
+        name: decorrelated(rows.transpose(0, 1), documents.to(rows.device), ridge=ridge).transpose(0, 1).contiguous()
+        for name, rows in adapter.A.items()
+    }
+    return replace(adapter, A=A, provenance=_derived(adapter, operation={"operation": "decorrelate", "ridge": ridge}))
+
+
 def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = None) -> LoRAAdapter:
     """Scales the chunks of one document, or of all of them; the new factor is kept as the documents' `weight`.
 
@@ -96,9 +127,9 @@ def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = 
         document: name, sha256 (or a unique beginning of it) or index; None: all documents.
 
     Raises:
-        ValueError: the factor is not finite; no or several documents are meant; or there are no chunks any more.
+        ValueError: the factor is not finite; no or several documents are meant; or an operation was done that is final.
     """
-    adapter.check_has_chunks("weighted")
+    adapter.check_open("weighted")
     factor = _finite(factor, "factor")
     documents = adapter.provenance["documents"]
     if document is None:
@@ -125,9 +156,9 @@ def drop(adapter: LoRAAdapter, document: str | int) -> LoRAAdapter:
         document: name, sha256 (or a unique beginning of it) or index.
 
     Raises:
-        ValueError: no or several documents are meant; or there are no chunks any more.
+        ValueError: no or several documents are meant; or an operation came before that is final.
     """
-    adapter.check_has_chunks("freed of a document")
+    adapter.check_open("freed of a document")
     spans = _chunk_spans(adapter)
     index = find_document(adapter, document)
     start, end = spans[index]

@@ -4,7 +4,7 @@ model = DocToLoRA.from_pretrained("assets/tiny")
 adapter = model.internalize("Norbach was founded by Ilda Renwick. ...")
 model.generate(["Who founded Norbach?"], adapter)
 model.generate(["...", "..."], [adapter, other])          # every question its own adapter, or None
-both = adapter + other
+both = model.join([adapter, other])                       # adapter + other is their plain sum
 """
 
 import hashlib
@@ -20,8 +20,10 @@ from hypernet.adapter import LoRAAdapter, new_provenance
 from hypernet.base_model import fingerprint, generate_text, load_base_model
 from hypernet.checkpoint import BASE_MODEL_FOLDER, load_checkpoint, save_checkpoint
 from hypernet.chunking import Chunks, chunk_document
+from hypernet.composition import concatenate, decorrelate
 from hypernet.context_encoder import ContextEncoder, drop_context
 from hypernet.data.collate import ChatLayout, PackedRows
+from hypernet.decorrelation import decorrelated
 from hypernet.documents import Document
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.injection import LoRAInjector
@@ -212,7 +214,7 @@ class DocToLoRA(nn.Module):
         max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
         progress: Callable[[int, int], None] | None = None,
     ) -> LoRAAdapter:
-        """One adapter from a document of any length, or from several documents together.
+        """One adapter from a document of any length, or the plain sum of several documents' (see `join`).
 
         Memory beyond the model's weights is that of one batch and the adapter (see `hypernet.streaming`).
 
@@ -259,6 +261,23 @@ class DocToLoRA(nn.Module):
                 base_model_fingerprint=self.base_model_fingerprint,
             ),
         )
+
+    def join(self, adapters: LoRAAdapter | Sequence[LoRAAdapter]) -> LoRAAdapter:
+        """The documents of these adapters in one, as the hypernetwork was trained to have them joined.
+
+        Args:
+            adapters: whose documents can still be told apart; one of several documents will do.
+
+        Returns:
+            Their plain sum, or where the hypernetwork has a `join_ridge` that sum decorrelated with it; then documents
+            cannot be dropped or added any more.
+
+        Raises:
+            ValueError: as `hypernet.composition.concatenate` and `decorrelate`.
+        """
+        joined = adapters if isinstance(adapters, LoRAAdapter) else concatenate(adapters)
+        ridge = self.hypernetwork.join_ridge
+        return joined if ridge is None else decorrelate(joined, ridge)
 
     def generate(
         self,
@@ -318,7 +337,7 @@ class DocToLoRA(nn.Module):
         Args:
             A, B: of all chunks together, document after document, as `adapt` gives them.
             num_chunks: chunks of each document.
-            members: the documents that each row's adapter joins; None: row i has document i alone.
+            members: the documents that each row's adapter joins, as by `join`; None: row i has document i alone.
             shift: row i gets the adapter of row (i + shift) mod N; 1 gives every row a wrong one.
         """
         num_slots = sum(num_chunks)
@@ -326,6 +345,9 @@ class DocToLoRA(nn.Module):
         members = [[i] for i in range(len(num_chunks))] if members is None else members
         # Chunks are joined by address. The bias block is one more slot, shared by all, once in each row's list.
         slots = [[first[i] + chunk for i in documents for chunk in range(num_chunks[i])] for documents in members]
+        if self.hypernetwork.join_ridge is not None:
+            A, B, slots = self._decorrelated(A, B, slots, num_chunks, members)
+            num_slots = len(next(iter(A.values())))
         if self.hypernetwork.bias_rank:
             slots = [[*row, num_slots] for row in slots]
             A = {name: torch.cat([A[name], bias[None]]) for name, bias in self.hypernetwork.bias_A.items()}
@@ -336,6 +358,40 @@ class DocToLoRA(nn.Module):
             slots[shift:] + slots[:shift],
             scaling=self.hypernetwork.scaling,
         )
+
+    def _decorrelated(
+        self,
+        A: dict[str, Tensor],
+        B: dict[str, Tensor],
+        slots: list[list[int]],
+        num_chunks: Sequence[int],
+        members: Sequence[Sequence[int]],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[int]]]:
+        """Slots of their own for rows that join several documents: what they read depends on who is beside them."""
+        joined = [row for row, documents in enumerate(members) if len(set(documents)) > 1]
+        if not joined:
+            return A, B, slots
+        device, first = next(iter(A.values())).device, len(next(iter(A.values())))
+        longest = max(len(slots[row]) for row in joined)
+        padded = torch.full((len(joined), longest), -1)
+        of = torch.full((len(joined), longest), -1)
+        for i, row in enumerate(joined):
+            padded[i, : len(slots[row])] = torch.tensor(slots[row])
+            of[i, : len(slots[row])] = torch.tensor([d for d in members[row] for _ in range(num_chunks[d])])
+        used, padded, of = (padded >= 0).to(device), padded.clamp(min=0).to(device), of.to(device)
+        copied_A, copied_B = {}, {}
+        for name, rows in A.items():
+            chosen = rows[padded] * used[..., None, None, None]  # [rows, longest, L, R, d]
+            chosen = decorrelated(chosen.transpose(1, 2), of[:, None, :], ridge=self.hypernetwork.join_ridge).transpose(
+                1, 2
+            )
+            copied_A[name] = torch.cat([rows, chosen[used].to(rows.dtype)])
+            copied_B[name] = torch.cat([B[name], B[name][padded[used]]])
+        slots, end = list(slots), first
+        for row in joined:
+            slots[row] = list(range(end, end + len(slots[row])))
+            end += len(slots[row])
+        return copied_A, copied_B, slots
 
     def _generator(self) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
         """Fingerprint of the hypernetwork and copies of its bias_A and bias_B, made once per state of its weights."""

@@ -6,10 +6,21 @@ import pytest
 import torch
 
 from hypernet.adapter import LoRAAdapter
-from hypernet.composition import amplify, average, compress, concatenate, drop, find_document, pad, weight
+from hypernet.composition import (
+    amplify,
+    average,
+    compress,
+    concatenate,
+    decorrelate,
+    drop,
+    find_document,
+    pad,
+    weight,
+)
 from hypernet.injection import LoRAInjector
 from hypernet.targets import LoRATarget
 from tests.test_adapter import assert_one_line_value_error, assert_same, make_adapter, make_base_model, targets  # noqa: F401
+from tests.test_decorrelation import by_inverse
 
 # Layers of different widths, one of them without the module, as hybrid models have them.
 UNEVEN = (
@@ -327,6 +338,49 @@ def test_weights_that_are_not_finite_are_not_compressed():
     adapter = uneven_adapter()
     adapter.A["down"][0, 1, 0, 0] = math.nan
     assert_one_line_value_error(lambda: compress(adapter, 2), "a.1.down are not all finite")
+
+
+# Decorrelate
+
+
+def test_decorrelated_documents_keep_all_but_what_answers_the_others_questions(tmp_path):
+    """Module by module as the rows themselves; bias block and B as they were; saved like any other adapter."""
+    joined = concatenate(three((2, 1, 3)))
+    result = decorrelate(joined, 0.8)
+    documents = torch.tensor([0, 0, 1, 2, 2, 2])
+    for target in UNEVEN:
+        name = target.name
+        for module in target.modules():
+            rows = joined.A[name][:, module.layer, :, : module.d_in]  # of this module alone, at its own width
+            expected = by_inverse(rows, documents, 0.8).float()
+            torch.testing.assert_close(result.A[name][:, module.layer, :, : module.d_in], expected, rtol=0, atol=1e-4)
+            assert not result.A[name][:, module.layer, :, module.d_in :].any()
+        assert torch.equal(result.B[name], joined.B[name])
+        assert torch.equal(result.bias_A[name], joined.bias_A[name])
+        assert torch.equal(result.bias_B[name], joined.bias_B[name])
+    (entry,) = result.provenance["operations"]
+    assert (entry["operation"], entry["ridge"], len(entry["documents"])) == ("decorrelate", 0.8, 3)
+    result.save(tmp_path / "joined")
+    assert_same(LoRAAdapter.load(tmp_path / "joined"), result)
+
+
+def test_one_document_is_not_decorrelated_and_what_was_cannot_change_its_documents():
+    (alone,) = three((3,))
+    assert decorrelate(alone, 2.0) is alone
+    result = decorrelate(concatenate(three((2, 1, 3))), 2.0)
+    for refused in (
+        lambda: drop(result, 0),
+        lambda: weight(result, 2.0),
+        lambda: result + alone,
+        lambda: alone + result,
+        lambda: decorrelate(result, 2.0),
+    ):
+        assert_one_line_value_error(refused, r"cannot be .*: decorrelate\(\) fitted its documents to one another")
+    assert [e["operation"] for e in amplify(result, 2.0).provenance["operations"]] == ["decorrelate", "amplify"]
+    small, _ = compress(result, 2)
+    assert_one_line_value_error(lambda: decorrelate(small, 2.0), r"cannot be decorrelated: decorrelate\(\) fitted")
+    for ridge in (0, -1.0, math.inf, "2", True):
+        assert_one_line_value_error(lambda: decorrelate(concatenate(three()), ridge), "ridge")  # noqa: B023
 
 
 # Pad

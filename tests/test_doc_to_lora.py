@@ -10,6 +10,7 @@ from hypernet.adapter import LoRAAdapter
 from hypernet.base_model import fingerprint, load_base_model
 from hypernet.chunking import chunk_document
 from hypernet.data.collate import ChatLayout, Segment, pack_row, pad_rows
+from hypernet.decorrelation import decorrelated
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.documents import Document
 
@@ -323,6 +324,70 @@ def test_documents_joined_for_training_act_as_added_adapters(make_doc_to_lora, s
         own, *others = (adapters[i] for i in members[(row + shift) % 3])
         expected = logits_of(model, question, sum(others, own))[-1]
         torch.testing.assert_close(logits[int((rows.target_kind[:row] >= 0).sum())], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias_block", [True, False])
+def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_lora, bias_block):
+    model = make_doc_to_lora(bias_block=bias_block)
+    documents, members = [LONG, SHORT, OTHER], [[0, 2], [1], [2, 0, 1]]
+    adapters = [model.internalize(document) for document in documents]
+    chunks = [model.chunk(document) for document in documents]
+    num_chunks = [len(chunk.ids) for chunk in chunks]
+    width = max(chunk.ids.shape[1] for chunk in chunks)
+    pad = lambda rows: torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])  # noqa: E731
+    ids, mask = pad([chunk.ids for chunk in chunks]), pad([chunk.mask for chunk in chunks])
+    rows = rows_of(model, QUESTIONS[:3])
+
+    def trained(ridge):
+        model.hypernetwork.join_ridge = ridge
+        A, B = model.adapt(ids, mask)
+        model.set_chunks(A, B, num_chunks, members=members)
+        logits = model(rows)
+        gradients = torch.autograd.grad(logits.sin().sum(), [*A.values(), *B.values()])
+        model.injector.clear()
+        return logits.detach(), gradients
+
+    summed, _ = trained(None)
+    logits, gradients = trained(1.0)
+    for row, question in enumerate(QUESTIONS[:3]):
+        joined = model.join([adapters[i] for i in members[row]])
+        assert joined.num_chunks == sum(num_chunks[i] for i in members[row])
+        expected = logits_of(model, question, joined)[-1]
+        first = int((rows.target_kind[:row] >= 0).sum())
+        # Rounding goes through the solving of two systems of equations.
+        torch.testing.assert_close(logits[first], expected, rtol=0, atol=3e-5)
+        # Not the plain sum, but for the document that is alone.
+        assert ((logits[first] - summed[first]).abs().max() > 1e-3) == (len(members[row]) > 1)
+    # Row by row, each with an adapter of its own.
+    A, B = model.adapt(ids, mask)
+    first = [sum(num_chunks[:i]) for i in range(3)]
+    alone = []
+    for row in range(3):
+        chosen = [first[i] + chunk for i in members[row] for chunk in range(num_chunks[i])]
+        of = torch.tensor([i for i in members[row] for _ in range(num_chunks[i])])
+        mine = {n: decorrelated(a[chosen].transpose(0, 1), of, ridge=1.0).transpose(0, 1) for n, a in A.items()}
+        model.set_chunks(mine, {n: b[chosen] for n, b in B.items()}, [len(chosen)])
+        alone.append(model(rows_of(model, [QUESTIONS[row]])))
+        model.injector.clear()
+    expected = torch.autograd.grad(torch.cat(alone).sin().sum(), [*A.values(), *B.values()])
+    for actual, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_join_is_the_plain_sum_without_a_ridge_and_goes_through_the_checkpoint_with_one(model, tmp_path):
+    adapters = [model.internalize(document) for document in (LONG, OTHER)]
+    assert_same(model.join(adapters), adapters[0] + adapters[1])
+    model.hypernetwork.join_ridge = model.hypernetwork.config["join_ridge"] = 0.5
+    joined = model.join(adapters)
+    assert joined.provenance["operations"][0]["ridge"] == 0.5
+    assert_same(model.join(adapters[0] + adapters[1]), joined)
+    assert model.join(adapters[0]) is adapters[0] and model.join(adapters[:1]).num_chunks == adapters[0].num_chunks
+    model.save_pretrained(tmp_path)
+    again = DocToLoRA.from_pretrained(tmp_path, base_model=model.base_model_source)
+    assert again.hypernetwork.join_ridge == 0.5
+    assert_same(again.join([again.internalize(document) for document in (LONG, OTHER)]), joined)
+    with pytest.raises(ValueError, match="at least one adapter to concatenate"):
+        model.join([])
 
 
 def test_a_hypernetwork_for_other_modules_is_refused(make_doc_to_lora, tiny_base_model, tiny_tokenizer):

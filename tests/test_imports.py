@@ -25,6 +25,7 @@ LEVELS = [
         "hypernet.attention",
         "hypernet.base_model",
         "hypernet.chunking",
+        "hypernet.decorrelation",
         "hypernet.documents",
         "hypernet.files",
         "hypernet.metrics",

@@ -25,6 +25,7 @@ class DocToLoRAMethod(Method):
         self.adapter = internalized(self.model, [*replaced, *self.documents])
         for _ in replaced:
             self.adapter = drop(self.adapter, 0)
+        self.adapter = self.model.join(self.adapter)
 
     def stored_bytes(self) -> int:
         return self.adapter.num_bytes

@@ -107,6 +107,22 @@ def test_the_wrong_document_s_adapter_is_the_other_s(make_doc_to_lora) -> None:
     assert both.prompt(QUESTIONS[0]) == prepared(FullContext(model=model)).prompt(QUESTIONS[0])
 
 
+def test_documents_are_joined_as_in_training_and_the_replaced_leave_before(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    model.hypernetwork.join_ridge = 0.5
+    case = CASE._replace(documents=(DOCUMENT, OTHER), replaced=(DOCUMENT * 2,))
+    adapter = prepared(DocToLoRAMethod(model=model), case).adapter
+    own = [model.internalize(document) for document in case.documents]
+    assert [entry["operation"] for entry in adapter.provenance["operations"]] == ["decorrelate"]
+    expected = model.join(own)
+    for name, rows in expected.A.items():
+        torch.testing.assert_close(adapter.A[name], rows, rtol=0, atol=1e-5)
+        assert (rows - (own[0] + own[1]).A[name]).abs().max() > 0.01
+    # One document and none at all: there is nothing to tell apart.
+    assert prepared(DocToLoRAMethod(model=model)).adapter.content_id() == own[0].content_id()
+    assert prepared(DocToLoRAMethod(model=model), CASE._replace(documents=())).adapter.num_chunks == 0
+
+
 def test_a_second_hypernetwork_s_adapter_is_its_own_beside_the_same_base_model(make_doc_to_lora, tmp_path) -> None:
     model = make_doc_to_lora()
     settings = {"rank": 3, "aggregator": {"name": "outer_product", "inner_dim": 5}}

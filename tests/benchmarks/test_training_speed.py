@@ -73,11 +73,12 @@ def test_a_question_s_row_is_its_prompt(make_doc_to_lora):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("company", [[1, 1], [1, 3]])
+@pytest.mark.parametrize("company, ridge", [([1, 1], None), ([1, 3], None), ([1, 3], 2.0)])
 @pytest.mark.parametrize("per_token", [True, False])
-def test_the_packed_step_is_the_padded_one_to_every_gradient(make_doc_to_lora, attention, company, per_token):
+def test_the_packed_step_is_the_padded_one_to_every_gradient(make_doc_to_lora, attention, company, ridge, per_token):
     """By blocks, and with a mask over whole rows; adapters of several chunks, also of several documents."""
     model = make_doc_to_lora()
+    model.hypernetwork.join_ridge = ridge
     model.base_model.set_attn_implementation(attention)
     (batch,) = make_batches(model, {**CHUNKED, "company": company}, number=1, seed=1)
     assert len(set(batch.num_chunks)) > 2 and (company == [1, 1]) == all(len(m) == 1 for m in batch.members)

@@ -195,7 +195,10 @@ class Padded:
         chunks = pool.split(prepared.num_chunks)
         rows = []
         for documents in prepared.members:
-            blocks = torch.cat([chunks[i] for i in documents])
+            blocks = [chunks[i] for i in documents]
+            if ridge is not None:
+                blocks = [decorrelated(own.transpose(0, 1), ridge=ridge).transpose(0, 1) for own in blocks]
+            blocks = torch.cat(blocks)
             if ridge is not None:
                 of = torch.tensor([i for i in documents for _ in chunks[i]], device=pool.device)
                 blocks = decorrelated(blocks.transpose(0, 1), of, ridge=ridge).transpose(0, 1)

@@ -1,11 +1,12 @@
-"""Joining documents so that one does not answer the other's questions: a ridge regression over the rows of A.
+"""Joining chunks and documents so that none answers another's questions: a ridge regression over the rows of A.
 
-    A = decorrelated(A, documents, ridge=2.0)     # [n, R, d_in], [n] → [n, R, d_in]; B stays as it is
+    A = decorrelated(A, ridge=8.0)             # [n, R, d_in] → [n, R, d_in], the chunks of a document; B stays as it is
+    A = decorrelated(A, documents, ridge=8.0)  # those of several documents, each as a whole; documents [n]
 
 The delta of joined adapters is a linear associative memory: the rows of A are its keys, those of B its values, and what
-is read for one document's question also reads, faintly, the rows of all others that look like its own. Their plain sum
-adds these up with every document more. Here each document's rows are replaced by what answers its own rows as before
-and those of the others as little as the ridge allows. Source of the idea: the optimal linear associative memory,
+is read for one chunk's question also reads, faintly, the rows of all others that look like its own. Their plain sum
+adds these up with every chunk more. Here each chunk's rows are replaced by what answers its own rows as before and
+those of the others as little as the ridge allows. Source of the idea: the optimal linear associative memory,
 Kohonen and Ruohonen 1973, https://doi.org/10.1109/TC.1973.5009138
 """
 
@@ -15,8 +16,8 @@ from torch import Tensor
 EPSILON = 1e-6  # length below which a row counts as zero, as in padding
 
 
-def decorrelated(A: Tensor, documents: Tensor, *, ridge: float) -> Tensor:
-    """The rows of A of several documents that are in force together.
+def decorrelated(A: Tensor, documents: Tensor | None = None, *, ridge: float) -> Tensor:
+    """The rows of A of several documents, or of several chunks of one, that are in force together.
 
     With K the rows at length 1, G = K Kᵀ and G_d the same without what stands between different documents, K becomes
     (G_d + ridge I) (G + ridge I)⁻¹ K, and the rows get their lengths back. So nothing changes for one document alone,
@@ -26,12 +27,13 @@ def decorrelated(A: Tensor, documents: Tensor, *, ridge: float) -> Tensor:
 
     Args:
         A: [..., n, R, d], the rows of n chunks.
-        documents: [..., n], the number of the document that each chunk is of. Chunks of padding are zero, whatever
-            their number.
+        documents: [n] or [..., n], the number of the document that each chunk is of; None: each chunk is told from all
+            others. Chunks of padding are zero, whatever their number.
         ridge: above 0, in units of a row's squared length after it was brought to 1.
 
     Returns:
-        As A, in its dtype, differentiable; computed in float32 at least.
+        As A, in its dtype, differentiable; computed in float32 at least. Its memory grows with n, but where documents
+        has more axes than one with n².
 
     Raises:
         ValueError: the ridge is not above 0.
@@ -44,17 +46,30 @@ def decorrelated(A: Tensor, documents: Tensor, *, ridge: float) -> Tensor:
         rows = rows if rows.dtype == torch.float64 else rows.float()
         length = (rows.square().sum(-1, keepdim=True) + EPSILON**2).sqrt()
         unit = rows / length
-        gram = unit @ unit.mT
-        of = documents.repeat_interleave(rank, dim=-1)
-        own = gram * (of[..., :, None] == of[..., None, :])
-        size = num_chunks * rank
-        if size <= width:
-            solved = torch.cholesky_solve(unit, torch.linalg.cholesky(_plus(gram, ridge)))
+        if num_chunks * rank <= width:
+            solved = torch.cholesky_solve(unit, torch.linalg.cholesky(_plus(unit @ unit.mT, ridge)))
         else:  # (K Kᵀ + r I)⁻¹ K = K (Kᵀ K + r I)⁻¹, and the smaller of the two is solved
-            factor = torch.linalg.cholesky(_plus(unit.mT @ unit, ridge))
-            solved = torch.cholesky_solve(unit.mT, factor).mT
-        mixed = own @ solved + ridge * solved
+            solved = torch.cholesky_solve(unit.mT, torch.linalg.cholesky(_plus(unit.mT @ unit, ridge))).mT
+        mixed = _own(unit, solved, documents, num_chunks) + ridge * solved
     return (length * mixed).to(A.dtype).unflatten(-2, (num_chunks, rank))
+
+
+def _own(unit: Tensor, solved: Tensor, documents: Tensor | None, num_chunks: int) -> Tensor:
+    """G_d times the solved rows, [..., n R, d]."""
+    rank = unit.shape[-2] // max(num_chunks, 1)
+    if documents is None:
+        chunks = unit.unflatten(-2, (num_chunks, rank))
+        return ((chunks @ chunks.mT) @ solved.unflatten(-2, (num_chunks, rank))).flatten(-3, -2)
+    of = documents.repeat_interleave(rank, dim=-1)
+    if of.ndim > 1:
+        return ((unit @ unit.mT) * (of[..., :, None] == of[..., None, :])) @ solved
+    result = torch.empty_like(solved)
+    for document in of.unique():
+        rows = unit[..., of == document, :]
+        small_first = rows.shape[-2] <= rows.shape[-1]
+        own = solved[..., of == document, :]
+        result[..., of == document, :] = (rows @ rows.mT) @ own if small_first else rows @ (rows.mT @ own)
+    return result
 
 
 def _plus(matrix: Tensor, ridge: float) -> Tensor:

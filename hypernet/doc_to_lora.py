@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hypernet.adapter import LoRAAdapter, new_provenance
@@ -237,6 +238,14 @@ class DocToLoRA(nn.Module):
         A, B = read_chunks(
             rows, self.context_encoder, self.hypernetwork, max_batch_tokens=max_batch_tokens, progress=progress
         )
+        if self.hypernetwork.join_ridge is not None:
+            start = 0
+            for number in map(len, (chunk.ids for chunk in chunks)):
+                for rows in A.values() if number > 1 else ():
+                    for layer in range(rows.shape[1]):  # one by one: little memory beside the adapter
+                        own = rows[start : start + number, layer]
+                        own.copy_(decorrelated(own, ridge=self.hypernetwork.join_ridge))
+                start += number
         described = [
             {
                 "name": d.name,
@@ -346,7 +355,8 @@ class DocToLoRA(nn.Module):
         # Chunks are joined by address. The bias block is one more slot, shared by all, once in each row's list.
         slots = [[first[i] + chunk for i in documents for chunk in range(num_chunks[i])] for documents in members]
         if self.hypernetwork.join_ridge is not None:
-            A, B, slots = self._decorrelated(A, B, slots, num_chunks, members)
+            A = self._chunks_decorrelated(A, num_chunks)
+            A, B, slots = self._documents_decorrelated(A, B, slots, num_chunks, members)
             num_slots = len(next(iter(A.values())))
         if self.hypernetwork.bias_rank:
             slots = [[*row, num_slots] for row in slots]
@@ -359,7 +369,24 @@ class DocToLoRA(nn.Module):
             scaling=self.hypernetwork.scaling,
         )
 
-    def _decorrelated(
+    def _chunks_decorrelated(self, A: dict[str, Tensor], num_chunks: Sequence[int]) -> dict[str, Tensor]:
+        """The chunks of every document told from one another, as `internalize` does it."""
+        several = [document for document, number in enumerate(num_chunks) if number > 1]
+        if not several:
+            return A
+        first = [sum(num_chunks[:i]) for i in range(len(num_chunks))]
+        slots, used = _padded([list(range(first[i], first[i] + num_chunks[i])) for i in several])
+        slots, used = slots.to(self.device), used.to(self.device)
+        return {
+            name: rows.index_copy(
+                0,
+                slots[used],
+                decorrelated(_taken(rows, slots, used), ridge=self.hypernetwork.join_ridge).transpose(1, 2)[used],
+            )
+            for name, rows in A.items()
+        }
+
+    def _documents_decorrelated(
         self,
         A: dict[str, Tensor],
         B: dict[str, Tensor],
@@ -371,27 +398,20 @@ class DocToLoRA(nn.Module):
         joined = [row for row, documents in enumerate(members) if len(set(documents)) > 1]
         if not joined:
             return A, B, slots
-        device, first = next(iter(A.values())).device, len(next(iter(A.values())))
-        longest = max(len(slots[row]) for row in joined)
-        padded = torch.full((len(joined), longest), -1)
-        of = torch.full((len(joined), longest), -1)
-        for i, row in enumerate(joined):
-            padded[i, : len(slots[row])] = torch.tensor(slots[row])
-            of[i, : len(slots[row])] = torch.tensor([d for d in members[row] for _ in range(num_chunks[d])])
-        used, padded, of = (padded >= 0).to(device), padded.clamp(min=0).to(device), of.to(device)
-        copied_A, copied_B = {}, {}
+        chosen, used = _padded([slots[row] for row in joined])
+        of, _ = _padded([[i for i in members[row] for _ in range(num_chunks[i])] for row in joined])
+        chosen, used, of = chosen.to(self.device), used.to(self.device), of[:, None].to(self.device)
+        end = len(next(iter(A.values())))
+        joined_A, joined_B = {}, {}
         for name, rows in A.items():
-            chosen = rows[padded] * used[..., None, None, None]  # [rows, longest, L, R, d]
-            chosen = decorrelated(chosen.transpose(1, 2), of[:, None, :], ridge=self.hypernetwork.join_ridge).transpose(
-                1, 2
-            )
-            copied_A[name] = torch.cat([rows, chosen[used].to(rows.dtype)])
-            copied_B[name] = torch.cat([B[name], B[name][padded[used]]])
-        slots, end = list(slots), first
+            mixed = decorrelated(_taken(rows, chosen, used), of, ridge=self.hypernetwork.join_ridge)
+            joined_A[name] = torch.cat([rows, mixed.transpose(1, 2)[used]])
+            joined_B[name] = torch.cat([B[name], B[name][chosen[used]]])
+        slots = list(slots)
         for row in joined:
             slots[row] = list(range(end, end + len(slots[row])))
             end += len(slots[row])
-        return copied_A, copied_B, slots
+        return joined_A, joined_B, slots
 
     def _generator(self) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
         """Fingerprint of the hypernetwork and copies of its bias_A and bias_B, made once per state of its weights."""
@@ -421,6 +441,18 @@ class DocToLoRA(nn.Module):
                 f"this is {self.base_model_source} ({self.base_model_fingerprint[:12]}). "
                 "Generate it again with this one."
             )
+
+
+def _padded(lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Lists of numbers → [len(lists), longest] with zeros behind the shorter ones, and where they hold numbers."""
+    rows = [torch.tensor(numbers) for numbers in lists]
+    used = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), used
+
+
+def _taken(rows: Tensor, slots: Tensor, used: Tensor) -> Tensor:
+    """[slots, L, R, d] → [len(slots), L, longest, R, d], zeros where there is no slot."""
+    return (rows[slots] * used[..., None, None, None]).transpose(1, 2)
 
 
 def _as_document(document: str | Document) -> Document:

@@ -56,8 +56,9 @@ class HyperNetwork(nn.Module):
             `calibrate` takes once before training; they are part of the state dict. A base model's states have a few
             large directions that all tokens share, and what tells one name from another is small beside them. False:
             as in the published checkpoints.
-        join_ridge: how its documents' adapters are joined, in training and by `DocToLoRA.join`: decorrelated with this
-            ridge (`hypernet.decorrelation`); None: their plain sum, as in the published checkpoints.
+        join_ridge: how a document's chunks, and documents by `DocToLoRA.join`, are joined, in training as well:
+            decorrelated with this ridge (`hypernet.decorrelation`); None: their plain sum, as in the published
+            checkpoints.
 
     Attributes:
         config: plain dict (numbers, strings, lists) with every size spelled out; HyperNetwork(**config) has the same

@@ -39,6 +39,11 @@ def test_it_is_the_formula(sizes, ridge):
     torch.testing.assert_close(decorrelated(A, documents, ridge=ridge), expected, rtol=0, atol=1e-9)
     single = decorrelated(A.float(), documents, ridge=ridge)
     assert single.dtype == torch.float32
+    # Each chunk by itself; and documents in a batch, which are told apart in another way.
+    apart = decorrelated(A, ridge=ridge)
+    torch.testing.assert_close(apart, by_inverse(A, torch.arange(len(A)), ridge), rtol=0, atol=1e-9)
+    batch = decorrelated(A.expand(2, *A.shape), documents.expand(2, len(A)), ridge=ridge)
+    torch.testing.assert_close(batch, expected.expand(2, *A.shape), rtol=0, atol=1e-9)
     torch.testing.assert_close(single.double(), expected, rtol=0, atol=2e-5)
 
 

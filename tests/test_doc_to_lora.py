@@ -330,7 +330,6 @@ def test_documents_joined_for_training_act_as_added_adapters(make_doc_to_lora, s
 def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_lora, bias_block):
     model = make_doc_to_lora(bias_block=bias_block)
     documents, members = [LONG, SHORT, OTHER], [[0, 2], [1], [2, 0, 1]]
-    adapters = [model.internalize(document) for document in documents]
     chunks = [model.chunk(document) for document in documents]
     num_chunks = [len(chunk.ids) for chunk in chunks]
     width = max(chunk.ids.shape[1] for chunk in chunks)
@@ -349,6 +348,8 @@ def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_l
 
     summed, _ = trained(None)
     logits, gradients = trained(1.0)
+    adapters = [model.internalize(document) for document in documents]
+    assert num_chunks[0] > 1 and [adapter.num_chunks for adapter in adapters] == num_chunks
     for row, question in enumerate(QUESTIONS[:3]):
         joined = model.join([adapters[i] for i in members[row]])
         assert joined.num_chunks == sum(num_chunks[i] for i in members[row])
@@ -356,16 +357,24 @@ def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_l
         first = int((rows.target_kind[:row] >= 0).sum())
         # Rounding goes through the solving of two systems of equations.
         torch.testing.assert_close(logits[first], expected, rtol=0, atol=3e-5)
-        # Not the plain sum, but for the document that is alone.
-        assert ((logits[first] - summed[first]).abs().max() > 1e-3) == (len(members[row]) > 1)
+        # Not the plain sum, but for the document that is alone and has one chunk.
+        assert ((logits[first] - summed[first]).abs().max() > 1e-3) == (sum(num_chunks[i] for i in members[row]) > 1)
     # Row by row, each with an adapter of its own.
     A, B = model.adapt(ids, mask)
     first = [sum(num_chunks[:i]) for i in range(3)]
     alone = []
+    told_apart = {
+        name: torch.cat(
+            [decorrelated(own.transpose(0, 1), ridge=1.0).transpose(0, 1) for own in rows.split(num_chunks)]
+        )
+        for name, rows in A.items()
+    }
+    model.hypernetwork.join_ridge = None  # done by hand
     for row in range(3):
         chosen = [first[i] + chunk for i in members[row] for chunk in range(num_chunks[i])]
         of = torch.tensor([i for i in members[row] for _ in range(num_chunks[i])])
-        mine = {n: decorrelated(a[chosen].transpose(0, 1), of, ridge=1.0).transpose(0, 1) for n, a in A.items()}
+        mine = {n: decorrelated(a[chosen].transpose(0, 1), of, ridge=1.0) for n, a in told_apart.items()}
+        mine = {n: a.transpose(0, 1) for n, a in mine.items()}
         model.set_chunks(mine, {n: b[chosen] for n, b in B.items()}, [len(chosen)])
         alone.append(model(rows_of(model, [QUESTIONS[row]])))
         model.injector.clear()
@@ -378,6 +387,13 @@ def test_a_join_is_the_plain_sum_without_a_ridge_and_goes_through_the_checkpoint
     adapters = [model.internalize(document) for document in (LONG, OTHER)]
     assert_same(model.join(adapters), adapters[0] + adapters[1])
     model.hypernetwork.join_ridge = model.hypernetwork.config["join_ridge"] = 0.5
+    for number, document in enumerate((LONG, OTHER)):  # the chunks of one document, too
+        summed, adapters[number] = adapters[number], model.internalize(document)
+        expected = {n: decorrelated(rows.transpose(0, 1), ridge=0.5).transpose(0, 1) for n, rows in summed.A.items()}
+        for name, rows in expected.items():
+            torch.testing.assert_close(adapters[number].A[name], rows, rtol=0, atol=1e-6)
+            assert torch.equal(adapters[number].B[name], summed.B[name])
+    assert_same(model.internalize([LONG, OTHER]), adapters[0] + adapters[1], rtol=0, atol=1e-6)
     joined = model.join(adapters)
     assert joined.provenance["operations"][0]["ridge"] == 0.5
     assert_same(model.join(adapters[0] + adapters[1]), joined)

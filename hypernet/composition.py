@@ -3,7 +3,7 @@
     both = concatenate([fenda, town])                 # the sum of their deltas; the generator's bias block counts once
     one = drop(both, "town.txt")                      # bit-identical to an adapter that never had it
     weaker = weight(both, 0.5, document="fenda.txt")  # scales one document's chunks
-    many = decorrelate(both, ridge=2.0)               # each document's questions are for its own chunks
+    many = decorrelate(both, ridge=8.0)               # each document's questions are for its own chunks
     small, report = compress(both, 8)                 # the nearest adapter of rank 8, and how far it is
 
 What was done stays in the provenance: a document's `weight` in its own entry, so that it goes where the document goes;

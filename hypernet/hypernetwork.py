@@ -106,8 +106,9 @@ class HyperNetwork(nn.Module):
         for name, value in {"standardize_features": standardize_features, "bias_block": bias_block}.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}.")
-        if join_ridge is not None and not join_ridge > 0:
-            raise ValueError(f"join_ridge must be above 0, or null for the plain sum, got {join_ridge}.")
+        is_number = isinstance(join_ridge, (int, float)) and not isinstance(join_ridge, bool)
+        if join_ridge is not None and not (is_number and join_ridge > 0):
+            raise ValueError(f"join_ridge must be above 0, or null for the plain sum, got {join_ridge!r}.")
         self.rank = rank
         self.join_ridge = join_ridge
         self.standardize_features = standardize_features

@@ -42,16 +42,53 @@ def decorrelated(A: Tensor, documents: Tensor | None = None, *, ridge: float) ->
         raise ValueError(f"Expected a ridge above 0, got {ridge}. Leave decorrelation out for the plain sum.")
     num_chunks, rank, width = A.shape[-3:]
     with torch.autocast(A.device.type, enabled=False):
-        rows = A.flatten(-3, -2)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        length = (rows.square().sum(-1, keepdim=True) + EPSILON**2).sqrt()
-        unit = rows / length
+        length, unit = _normalized(A)
         if num_chunks * rank <= width:
             solved = torch.cholesky_solve(unit, torch.linalg.cholesky(_plus(unit @ unit.mT, ridge)))
         else:  # (K Kᵀ + r I)⁻¹ K = K (Kᵀ K + r I)⁻¹, and the smaller of the two is solved
             solved = torch.cholesky_solve(unit.mT, torch.linalg.cholesky(_plus(unit.mT @ unit, ridge))).mT
         mixed = _own(unit, solved, documents, num_chunks) + ridge * solved
     return (length * mixed).to(A.dtype).unflatten(-2, (num_chunks, rank))
+
+
+@torch.no_grad()
+def decorrelate_(A: Tensor, *, ridge: float) -> Tensor:
+    """`decorrelated` of the chunks of one document, in place: [n, R, d], in memory for a few times d² whatever n is."""
+    num_chunks, rank, width = A.shape
+    if num_chunks * rank <= width:
+        return A.copy_(decorrelated(A, ridge=ridge))
+    blocks = A.split(max(1, width // rank))
+    with torch.autocast(A.device.type, enabled=False):
+        gram = ridge * torch.eye(width, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
+        for block in blocks:
+            _add_gram(gram, block)
+        factor = torch.linalg.cholesky(gram)
+        for block in blocks:
+            _solve(block, factor, ridge)
+    return A
+
+
+# Functions of their own, so that nothing of one block is held while the next is computed.
+
+
+def _add_gram(gram: Tensor, block: Tensor) -> None:
+    _, unit = _normalized(block)
+    gram.addmm_(unit.mT, unit)
+
+
+def _solve(block: Tensor, factor: Tensor, ridge: float) -> None:
+    length, unit = _normalized(block)
+    solved = torch.cholesky_solve(unit.mT, factor).mT
+    mixed = _own(unit, solved, None, len(block)) + ridge * solved
+    block.copy_((length * mixed).unflatten(-2, block.shape[:2]))
+
+
+def _normalized(A: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., n, R, d] → the rows' lengths [..., n R, 1], and the rows at length 1 [..., n R, d]."""
+    rows = A.flatten(-3, -2)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    length = (rows.square().sum(-1, keepdim=True) + EPSILON**2).sqrt()
+    return length, rows / length
 
 
 def _own(unit: Tensor, solved: Tensor, documents: Tensor | None, num_chunks: int) -> Tensor:

@@ -24,7 +24,7 @@ from hypernet.chunking import Chunks, chunk_document
 from hypernet.composition import concatenate, decorrelate
 from hypernet.context_encoder import ContextEncoder, drop_context
 from hypernet.data.collate import ChatLayout, PackedRows
-from hypernet.decorrelation import decorrelated
+from hypernet.decorrelation import decorrelate_, decorrelated
 from hypernet.documents import Document
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.injection import LoRAInjector
@@ -243,8 +243,7 @@ class DocToLoRA(nn.Module):
             for number in map(len, (chunk.ids for chunk in chunks)):
                 for rows in A.values() if number > 1 else ():
                     for layer in range(rows.shape[1]):  # one by one: little memory beside the adapter
-                        own = rows[start : start + number, layer]
-                        own.copy_(decorrelated(own, ridge=self.hypernetwork.join_ridge))
+                        decorrelate_(rows[start : start + number, layer], ridge=self.hypernetwork.join_ridge)
                 start += number
         described = [
             {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hypernet.decorrelation import decorrelated
+from hypernet.decorrelation import decorrelate_, decorrelated
 from tests.test_adapter import assert_one_line_value_error
 
 # Chunks, rank and width: rows fewer than the width, as many, and more (where the smaller system is solved).
@@ -45,6 +45,17 @@ def test_it_is_the_formula(sizes, ridge):
     batch = decorrelated(A.expand(2, *A.shape), documents.expand(2, len(A)), ridge=ridge)
     torch.testing.assert_close(batch, expected.expand(2, *A.shape), rtol=0, atol=1e-9)
     torch.testing.assert_close(single.double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (29, 3, 7), (5, 8, 3), (12, 2, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_in_place_and_in_pieces_it_is_the_same(sizes, dtype):
+    A, _ = draw(*sizes, dtype=dtype)
+    pool = torch.stack([A, torch.zeros_like(A)], dim=1)  # as an adapter's layers lie
+    expected = decorrelated(A, ridge=0.7)
+    assert decorrelate_(pool[:, 0], ridge=0.7).data_ptr() == pool.data_ptr()
+    torch.testing.assert_close(pool[:, 0], expected, rtol=0 if dtype == torch.float64 else 1e-2, atol=1e-9)
+    assert not pool[:, 1].any()
 
 
 @pytest.mark.parametrize("sizes", SIZES)

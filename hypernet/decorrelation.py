@@ -43,11 +43,13 @@ def decorrelated(A: Tensor, documents: Tensor | None = None, *, ridge: float) ->
     num_chunks, rank, width = A.shape[-3:]
     with torch.autocast(A.device.type, enabled=False):
         length, unit = _normalized(A)
+        gram = None
         if num_chunks * rank <= width:
-            solved = torch.cholesky_solve(unit, torch.linalg.cholesky(_plus(unit @ unit.mT, ridge)))
+            gram = unit @ unit.mT
+            solved = torch.cholesky_solve(unit, torch.linalg.cholesky(_plus(gram, ridge)))
         else:  # (K Kᵀ + r I)⁻¹ K = K (Kᵀ K + r I)⁻¹, and the smaller of the two is solved
             solved = torch.cholesky_solve(unit.mT, torch.linalg.cholesky(_plus(unit.mT @ unit, ridge))).mT
-        mixed = _own(unit, solved, documents, num_chunks) + ridge * solved
+        mixed = _own(unit, solved, documents, num_chunks, gram=gram) + ridge * solved
     return (length * mixed).to(A.dtype).unflatten(-2, (num_chunks, rank))
 
 
@@ -91,15 +93,18 @@ def _normalized(A: Tensor) -> tuple[Tensor, Tensor]:
     return length, rows / length
 
 
-def _own(unit: Tensor, solved: Tensor, documents: Tensor | None, num_chunks: int) -> Tensor:
-    """G_d times the solved rows, [..., n R, d]."""
+def _own(
+    unit: Tensor, solved: Tensor, documents: Tensor | None, num_chunks: int, *, gram: Tensor | None = None
+) -> Tensor:
+    """G_d times the solved rows, [..., n R, d]; gram is G where it is there already."""
     rank = unit.shape[-2] // max(num_chunks, 1)
     if documents is None:
         chunks = unit.unflatten(-2, (num_chunks, rank))
         return ((chunks @ chunks.mT) @ solved.unflatten(-2, (num_chunks, rank))).flatten(-3, -2)
     of = documents.repeat_interleave(rank, dim=-1)
     if of.ndim > 1:
-        return ((unit @ unit.mT) * (of[..., :, None] == of[..., None, :])) @ solved
+        gram = unit @ unit.mT if gram is None else gram
+        return (gram * (of[..., :, None] == of[..., None, :])) @ solved
     result = torch.empty_like(solved)
     for document in of.unique():
         rows = unit[..., of == document, :]

@@ -332,7 +332,8 @@ def measure(cfg: DictConfig, model: "DocToLoRA", *, device: str, dtype: torch.dt
         for name, method in list(methods.items()):
             largest = method.prepare(max(batches, key=lambda batch: batch.chunk_ids.numel()))
             try:
-                step(name, largest)  # warms up
+                for batch in batches:  # warms up: on a GPU kernels are compiled and chosen for new shapes
+                    step(name, method.prepare(batch))
                 optimizer.zero_grad(set_to_none=True)
                 peaks[name] = peak_bytes(partial(step, name, largest), device=device) / 2**20
             except torch.OutOfMemoryError:

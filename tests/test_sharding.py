@@ -34,7 +34,8 @@ def train(tmp_path, tiny_base_model_folder):
     def command(*given, name, accelerator="cpu"):
         arguments = [*SMALL, "experiment=tiny"]  # without Muon
         arguments += [f"task.base_model={tiny_base_model_folder}", f"trainer.accelerator={accelerator}"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path}
         result = subprocess.run(
             [sys.executable, str(ROOT / "train.py"), *arguments, *given, f"name={name}"],
             **{"cwd": tmp_path, "capture_output": True, "text": True, "env": environment},

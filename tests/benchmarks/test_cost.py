@@ -25,6 +25,17 @@ from benchmarks.internalize_cost import flops_of as torch_flops_of
 from benchmarks.internalize_cost import make_document
 
 
+@pytest.fixture(autouse=True)
+def positions_without_a_matrix_product(monkeypatch):
+    """transformers 5.17 multiplies positions with frequencies by one, which torch counts; 5.23 does not."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = (position_ids[..., None].float() * self.inv_freq).repeat(1, 1, 2)
+        return tuple((f(angles) * self.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRotaryEmbedding.forward", forward)
+
+
 @pytest.mark.parametrize("new", [1, 7, 37])
 def test_forward_flops_are_those_that_torch_counts(tiny_base_model, new) -> None:
     ids = torch.arange(new)[None] + 5

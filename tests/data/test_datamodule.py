@@ -108,7 +108,7 @@ def test_batches_can_be_prepared_in_another_process(tmp_path):
     data = BatchDataModule(train=Squares(4), num_workers=1)
     data.trainer = fake_trainer(global_step=1, max_steps=4)
     assert data.train_dataloader().num_workers == 1
-    assert data.train_dataloader().multiprocessing_context.get_start_method() == "spawn"
+    assert data.train_dataloader().multiprocessing_context.get_start_method() == "forkserver"
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, [0, 1, 0, 1]), (1, [2, 3, 2, 3])])

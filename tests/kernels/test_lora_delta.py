@@ -91,33 +91,52 @@ def loop_float64(base, x, A, B, lengths, slots, slot_scale):
 def values_and_gradients(function, inputs):
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
     y = function(**leaves)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape)
+    # Of few bits: what arrives at a 16-bit y is then what arrives at a float64 one.
+    weights = ((7 * torch.arange(y.numel(), device=y.device) % 17 - 8) / 8).double().view(y.shape)
     (y.double() * weights).sum().backward()
     zero_if_unused = {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves.items()}
     return y.detach(), zero_if_unused
 
 
-def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, y_tolerance=None):
+def beside_the_loop(case, sizes, dtype):
+    """What the op gives for a case, and the loop in float64, whose sums must not be rounded either: (y, gradients)."""
     lengths, slots, num_slots = CASES[case]
     inputs = make_inputs(sum(lengths), num_slots, *sizes, dtype=dtype)
     plan = plan_of(lengths, slots, num_slots=num_slots)
     y, grads = values_and_gradients(lambda **kw: lora_delta(plan=plan, scaling=SCALING, **kw), inputs)
-    expected, expected_grads = values_and_gradients(
-        lambda **kw: loop_float64(lengths=lengths, slots=slots, **kw), inputs
-    )
     assert y.dtype == dtype
+    assert all(grads[name].dtype == inputs[name].dtype for name in NAMES)
+    wide = {name: tensor.double() for name, tensor in inputs.items()}
+    return (y, grads), values_and_gradients(lambda **kw: loop_float64(lengths=lengths, slots=slots, **kw), wide)
+
+
+def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, y_tolerance=None):
+    (y, grads), (expected, expected_grads) = beside_the_loop(case, sizes, dtype)
     y_tolerance = y_tolerance or tolerance
     torch.testing.assert_close(y.double(), expected, rtol=y_tolerance, atol=y_tolerance)
     for name in NAMES:
-        assert grads[name].dtype == inputs[name].dtype
         scale = max(1.0, expected_grads[name].abs().max().item() if expected_grads[name].numel() else 1.0)
         torch.testing.assert_close(
             grads[name].double() / scale,
-            expected_grads[name].double() / scale,
+            expected_grads[name] / scale,
             rtol=tolerance,
             atol=tolerance,
             msg=lambda text, name=name: f"gradient of {name}: {text}",
         )
+
+
+def assert_matches_loop_but_for_rounding(case, sizes, dtype):
+    """For compiled kernels, which round A, B and S to 16 bits as the frozen layer's weights are.
+
+    However small a sum of many products comes out, each of them brings the rounding of its own size. So the errors are
+    taken together, as a share of all values, and the largest as a share of the largest value.
+    """
+    rounding = torch.finfo(dtype).eps
+    (y, grads), (expected, expected_grads) = beside_the_loop(case, sizes, dtype)
+    for name, got, wanted in [("y", y, expected), *((name, grads[name], expected_grads[name]) for name in NAMES)]:
+        error = got.double() - wanted
+        assert error.norm() <= rounding * wanted.norm(), (name, float(error.norm() / wanted.norm()) / rounding)
+        assert error.abs().max() <= 2 * rounding * wanted.abs().max(), (name, float(error.abs().max()))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -128,8 +147,11 @@ def test_values_and_every_gradient_match_a_float64_loop(case, sizes):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("case", ["uniform", "ragged", "segments_without_slots"])
-def test_half_precision_activations_match_and_A_B_gradients_stay_float32(case, dtype, tolerance):
-    assert_matches_loop(case, (37, 100, 8), dtype, tolerance)
+def test_half_precision_activations_match_and_A_B_gradients_stay_float32(case, dtype, tolerance, implementation):
+    if implementation == "triton" and DEVICE == "cuda":
+        assert_matches_loop_but_for_rounding(case, (37, 100, 8), dtype)
+    else:
+        assert_matches_loop(case, (37, 100, 8), dtype, tolerance)
 
 
 @pytest.mark.parametrize("case", ["uniform", "ragged"])
@@ -149,7 +171,7 @@ def test_half_precision_result_is_the_float32_result_rounded_once(case, implemen
 def test_autocast_does_not_round_A_and_B():
     inputs = make_inputs(6, 2, 37, 3, 8)
     plan = plan_of([3, 3], [[0], [1]], num_slots=2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = lora_delta(plan=plan, scaling=SCALING, **inputs)
     assert torch.equal(inside, lora_delta(plan=plan, scaling=SCALING, **inputs))
 
@@ -212,12 +234,12 @@ def test_one_rank_64_slot_equals_eight_rank_8_slots(uniform):
 
 def test_strided_pools_of_one_layer_give_the_same_result_and_gradients():
     torch.manual_seed(0)
-    pool_A, pool_B = torch.randn(3, 2, 8, 37) / 37**0.5, torch.randn(3, 2, 8, 100)
+    pool_A, pool_B = (torch.randn(3, 2, 8, 37) / 37**0.5).to(DEVICE), torch.randn(3, 2, 8, 100).to(DEVICE)
     pool_A.requires_grad_(), pool_B.requires_grad_()
-    base, x = torch.randn(5, 100), torch.randn(37, 5).T
+    base, x = torch.randn(5, 100).to(DEVICE), torch.randn(37, 5).to(DEVICE).T
     plan = plan_of([2, 3], [[0, 2], [1]], num_slots=3)
     y = lora_delta(base, x, pool_A[:, 1], pool_B[:, 1], plan, scaling=SCALING)
-    expected = loop_float64(base, x, pool_A[:, 1], pool_B[:, 1], [2, 3], [[0, 2], [1]], torch.ones(3))
+    expected = loop_float64(base, x, pool_A[:, 1], pool_B[:, 1], [2, 3], [[0, 2], [1]], torch.ones(3, device=DEVICE))
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert not pool_A.grad[:, 0].any() and pool_A.grad[:, 1].abs().sum() > 0
@@ -249,12 +271,12 @@ def test_malformed_plans_are_refused(lengths, slots, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": torch.zeros(4, 5)}, r"Expected base \[T, d_out\].* x \[4, 5\]"),
-        ({"x": torch.zeros(5, 3)}, r"x \[5, 3\]"),
-        ({"B": torch.zeros(2, 7, 6)}, r"B \[2, 7, 6\]"),
-        ({"B": torch.zeros(2, 8, 5)}, r"B \[2, 8, 5\]"),
-        ({"A": torch.zeros(2, 3)}, r"A \[2, 3\]"),
-        ({"slot_scale": torch.zeros(3)}, r"slot_scale \[3\]"),
+        ({"x": torch.zeros(4, 5, device=DEVICE)}, r"Expected base \[T, d_out\].* x \[4, 5\]"),
+        ({"x": torch.zeros(5, 3, device=DEVICE)}, r"x \[5, 3\]"),
+        ({"B": torch.zeros(2, 7, 6, device=DEVICE)}, r"B \[2, 7, 6\]"),
+        ({"B": torch.zeros(2, 8, 5, device=DEVICE)}, r"B \[2, 8, 5\]"),
+        ({"A": torch.zeros(2, 3, device=DEVICE)}, r"A \[2, 3\]"),
+        ({"slot_scale": torch.zeros(3, device=DEVICE)}, r"slot_scale \[3\]"),
         ({"plan": plan_of([3], [[0]], num_slots=2)}, "plan is for 3 tokens and 2 slots, but x has 4 tokens"),
         ({"plan": plan_of([4], [[0]], num_slots=3)}, "plan is for 4 tokens and 3 slots.*2 slots"),
         ({"A": torch.zeros(2, 8, 3, device="meta")}, "A on meta"),
@@ -456,10 +478,17 @@ def test_compiles_without_graph_breaks_and_gives_the_same():
 @pytest.mark.parametrize("sizes", [(9216, 2304, 8), (100, 37, 3), (2560, 9728, 16)])
 @pytest.mark.parametrize("case", ["uniform", "ragged", "segments_without_slots", "many_chunks"])
 def test_bf16_on_a_gpu_matches(case, sizes):
-    assert_matches_loop(case, sizes, torch.bfloat16, 3e-2)
+    assert_matches_loop_but_for_rounding(case, sizes, torch.bfloat16)
+
+
+@pytest.fixture
+def compiled(implementation):
+    if implementation == "reference":
+        pytest.skip("plain torch reads the plan on the host, and waits for the device")
 
 
 @pytest.mark.requires_gpu
+@pytest.mark.usefixtures("compiled")
 def test_a_captured_graph_replays_other_plans():
     capacity = Capacity(max_runs=4, max_slots=3)
     for tokens in (64, 300):
@@ -483,6 +512,7 @@ def test_a_captured_graph_replays_other_plans():
 
 
 @pytest.mark.requires_gpu
+@pytest.mark.usefixtures("compiled")
 def test_nothing_waits_for_the_device():
     inputs = {n: t.bfloat16() for n, t in make_inputs(300, 4, 512, 256, 8).items() if n != "slot_scale"}
     lora_delta(plan=plan_of([300], [[0]], num_slots=4), scaling=SCALING, **inputs)  # compiles

@@ -32,6 +32,10 @@ METHODS = {
     "retrieval_dense": ("dense retrieval", "The chunks whose embeddings are nearest, in the prompt."),
     ADAPTER: ("Doc-to-LoRA", "The documents' adapter from one forward pass; the question alone in the prompt."),
     "doc_to_lora_in_prompt": ("Doc-to-LoRA and full context", "The adapter, and the documents in the prompt as well."),
+    "doc_to_lora_routed": (
+        "Doc-to-LoRA, routed",
+        "The documents' adapter, of which each question has the two chunks in force whose rows of A answer it loudest.",
+    ),
     "outer_product": ("outer products", "The same from sums of outer products over the tokens, no Perceiver."),
     WRONG: ("wrong document", "Control: the adapter of another case's documents."),
     "random_adapter": ("random adapter", "Control: a random adapter of the same norm in every layer."),

@@ -1,4 +1,5 @@
-"""Adapters made of adapters: concatenate, decorrelate, weight, average, drop, amplify, compress, pad. No model needed.
+"""Adapters made of adapters: concatenate, decorrelate, weight, average, drop, take, amplify, compress, pad. No model
+needed.
 
     both = concatenate([fenda, town])                 # the sum of their deltas; the generator's bias block counts once
     one = drop(both, "town.txt")                      # bit-identical to an adapter that never had it
@@ -167,6 +168,33 @@ def drop(adapter: LoRAAdapter, document: str | int) -> LoRAAdapter:
         adapter,
         A={name: torch.cat([A[:start], A[end:]]) for name, A in adapter.A.items()},
         B={name: torch.cat([B[:start], B[end:]]) for name, B in adapter.B.items()},
+        provenance=_derived(adapter, documents=documents),
+    )
+
+
+def take(adapter: LoRAAdapter, chunks: Sequence[int]) -> LoRAAdapter:
+    """The adapter of some chunks alone; documents of which none is left go out of the provenance.
+
+    Args:
+        chunks: which, ascending, numbered over all documents.
+
+    Raises:
+        ValueError: a number is out of range, twice or out of order; or an operation came before that is final.
+    """
+    adapter.check_open("cut down to some chunks")
+    chunks = list(chunks)
+    if chunks != sorted({*chunks}) or (chunks and not 0 <= chunks[0] <= chunks[-1] < adapter.num_chunks):
+        raise ValueError(
+            f"Expected chunks as ascending numbers from 0 to {adapter.num_chunks - 1}, each once, got {chunks}."
+        )
+    documents = []
+    for entry, (start, end) in zip(adapter.provenance["documents"], _chunk_spans(adapter), strict=True):
+        if left := [entry["chunks"][chunk - start] for chunk in chunks if start <= chunk < end]:
+            documents.append({**entry, "chunks": left})
+    return replace(
+        adapter,
+        A={name: A[chunks] for name, A in adapter.A.items()},
+        B={name: B[chunks] for name, B in adapter.B.items()},
         provenance=_derived(adapter, documents=documents),
     )
 

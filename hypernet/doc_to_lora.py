@@ -5,6 +5,8 @@ adapter = model.internalize("Norbach was founded by Ilda Renwick. ...")
 model.generate(["Who founded Norbach?"], adapter)
 model.generate(["...", "..."], [adapter, other])          # every question its own adapter, or None
 both = model.join([adapter, other])                       # adapter + other is their plain sum
+many = model.internalize(documents, decorrelate=False)
+model.generate(questions, model.route(questions, many))   # every question the two chunks that it is about
 """
 
 import hashlib
@@ -30,6 +32,7 @@ from hypernet.hypernetwork import HyperNetwork
 from hypernet.injection import LoRAInjector
 from hypernet.lora_head import zero_beyond_width
 from hypernet.packed_attention import packed_logits
+from hypernet.routing import chunk_energies, routed
 from hypernet.streaming import DEFAULT_BATCH_TOKENS, read_chunks
 from hypernet.targets import adapted_layers, find_targets
 
@@ -213,6 +216,7 @@ class DocToLoRA(nn.Module):
         document: str | Document | Sequence[str | Document],
         *,
         max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        decorrelate: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> LoRAAdapter:
         """One adapter from a document of any length, or the plain sum of several documents' (see `join`).
@@ -222,6 +226,8 @@ class DocToLoRA(nn.Module):
         Args:
             document: a text, a `Document` (which also gives its name and hash), or a sequence of them.
             max_batch_tokens: tokens read at once; fewer need less memory. Halved where memory runs out.
+            decorrelate: tell a document's chunks apart with the hypernetwork's `join_ridge`, if it has one, for all of
+                them to be in force together; False leaves them as they were generated, for `route`.
             progress: called with (chunks done, chunks altogether).
 
         Raises:
@@ -238,12 +244,13 @@ class DocToLoRA(nn.Module):
         A, B = read_chunks(
             rows, self.context_encoder, self.hypernetwork, max_batch_tokens=max_batch_tokens, progress=progress
         )
-        if self.hypernetwork.join_ridge is not None:
+        ridge = self.hypernetwork.join_ridge if decorrelate else None
+        if ridge is not None:
             start = 0
             for number in map(len, (chunk.ids for chunk in chunks)):
                 for rows in A.values() if number > 1 else ():
                     for layer in range(rows.shape[1]):  # one by one: little memory beside the adapter
-                        decorrelate_(rows[start : start + number, layer], ridge=self.hypernetwork.join_ridge)
+                        decorrelate_(rows[start : start + number, layer], ridge=ridge)
                 start += number
         described = [
             {
@@ -251,6 +258,7 @@ class DocToLoRA(nn.Module):
                 "sha256": d.sha256,
                 "characters": len(d.text),
                 "chunks": [list(span) for span in chunk.spans],
+                **({} if ridge is None else {"ridge": ridge}),
             }
             for d, chunk in zip(documents, chunks, strict=True)
         ]
@@ -286,6 +294,37 @@ class DocToLoRA(nn.Module):
         joined = adapters if isinstance(adapters, LoRAAdapter) else concatenate(adapters)
         ridge = self.hypernetwork.join_ridge
         return joined if ridge is None else decorrelate(joined, ridge)
+
+    def route(
+        self,
+        questions: Sequence[str],
+        adapter: LoRAAdapter,
+        *,
+        num_chunks: int = 2,
+        documents: Sequence[str | None] | None = None,
+    ) -> list[LoRAAdapter]:
+        """For each question an adapter of the few chunks that it is about, for `generate` (see `hypernet.routing`).
+
+        Costs one reading of the questions by the plain base model.
+
+        Args:
+            questions: one text each.
+            adapter: of any number of documents, made with `internalize(..., decorrelate=False)`.
+            num_chunks: chunks for each question.
+            documents: a text per question that will stand in the prompt, or None.
+
+        Raises:
+            ValueError: num_chunks is below 1; or the adapter is another base model's, or its chunks cannot be told from
+                each other any more.
+        """
+        self._check_ours(adapter)
+        prompts = [
+            self.tokenizer(self.layout.prompt(q, d), add_special_tokens=False)["input_ids"]
+            for q, d in zip(questions, documents or [None] * len(questions), strict=True)
+        ]
+        with self.injector.using(None):
+            energies = chunk_energies(self.base_model, adapter, prompts)
+        return routed(adapter, energies, num_chunks=num_chunks)
 
     def generate(
         self,

@@ -58,7 +58,7 @@ LEVELS = [
         "hypernet.data.sources",
         "hypernet.data.splitting",
     },
-    {"hypernet.hypernetwork"},
+    {"hypernet.hypernetwork", "hypernet.routing"},
     {"hypernet.published", "hypernet.streaming"},
     {"hypernet.checkpoint", "hypernet.doc_to_lora"},
     {"hypernet.callbacks", "hypernet.checkpoint_io", "hypernet.lit_module", "hypernet.sharding"},

@@ -1,6 +1,7 @@
 """Methods that answer with an adapter from one forward pass, and their controls."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from benchmarks.tasks.base import Asked, Case
 from hypernet.adapter import LoRAAdapter
 from hypernet.composition import drop
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.routing import chunk_energies, routed
 
 
 class DocToLoRAMethod(Method):
@@ -29,6 +31,36 @@ class DocToLoRAMethod(Method):
 
     def stored_bytes(self) -> int:
         return self.adapter.num_bytes
+
+
+class RoutedDocToLoRA(DocToLoRAMethod):
+    """The documents' adapter, of which each question has the few chunks in force that it is about.
+
+    Args:
+        num_chunks: for each question.
+    """
+
+    def __init__(self, *, model: DocToLoRA, num_chunks: int = 2, max_new_tokens: int = 32) -> None:
+        super().__init__(model=model, max_new_tokens=max_new_tokens)
+        self.num_chunks = num_chunks
+
+    def build(self, case: Case) -> None:
+        replaced = () if self.of_another_document else case.replaced
+        self.adapter = internalized(self.model, [*replaced, *self.documents], decorrelate=False)
+        for _ in replaced:
+            self.adapter = drop(self.adapter, 0)
+
+    def in_force(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
+        if not self.adapter.num_chunks:
+            return super().in_force(prompts)
+        with self.model.injector.using(None):
+            energies = chunk_energies(self.model.base_model, self.adapter, prompts)
+        return self.model.injector.using(routed(self.adapter, energies, num_chunks=self.num_chunks))
+
+    @property
+    def rank_in_force(self) -> int:
+        chunks = min(self.num_chunks, self.adapter.num_chunks)
+        return chunks * self.adapter.rank_per_chunk + self.adapter.bias_rank
 
 
 class SecondHypernetwork(DocToLoRAMethod):
@@ -81,9 +113,11 @@ class DocToLoRAInPrompt(DocToLoRAMethod):
         return super().stored_bytes() + sum(len(document.encode()) for document in self.documents)
 
 
-def internalized(model: DocToLoRA, documents: Sequence[str]) -> LoRAAdapter:
+def internalized(model: DocToLoRA, documents: Sequence[str], *, decorrelate: bool = True) -> LoRAAdapter:
     """The documents' adapter; without any, the generator's bias block alone."""
-    return model.internalize(documents) if documents else drop(model.internalize("."), 0)
+    if not documents:
+        return drop(model.internalize("."), 0)
+    return model.internalize(documents, decorrelate=decorrelate)
 
 
 def delta_norms(adapter: LoRAAdapter) -> dict[str, Tensor]:

@@ -107,7 +107,9 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"amplitude should be a number, or one for each layer: [1,1,1.5], got {settings['amplitude']!r}."
         )
-    for key in ("max_batch_tokens", "max_new_tokens"):
+    for key in ("max_batch_tokens", "max_new_tokens", "route"):
+        if key == "route" and settings[key] is None:
+            continue
         if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
             raise ValueError(f"{key} should be a whole number, at least 1, got {settings[key]!r}.")
     for key in ("output_dir", "checkpoint", "base_model", "attention"):
@@ -195,8 +197,11 @@ def internalize(
         bars[-1].update(done - bars[-1].n)
 
     try:
-        adapter = model.internalize(documents, max_batch_tokens=settings["max_batch_tokens"], progress=progress)
-        adapter = model.join(adapter)
+        together = settings["route"] is None  # all chunks will be in force at once
+        adapter = model.internalize(
+            documents, max_batch_tokens=settings["max_batch_tokens"], decorrelate=together, progress=progress
+        )
+        adapter = model.join(adapter) if together else adapter
     finally:
         for bar in bars:
             bar.close()
@@ -214,7 +219,9 @@ def answer_all(
     if not settings["compare"]:
         ways = {WITH_ADAPTER: ways[WITH_ADAPTER]}
     return {
-        column: answer(model, settings["ask"], *way, max_new_tokens=settings["max_new_tokens"])
+        column: answer(
+            model, settings["ask"], *way, max_new_tokens=settings["max_new_tokens"], route=settings["route"]
+        )
         for column, way in ways.items()
     }
 
@@ -226,12 +233,17 @@ def answer(
     document: str | None,
     *,
     max_new_tokens: int,
+    route: int | None,
 ) -> list[str]:
-    """Greedy answers; where prompt and answer exceed the base model's window, that instead of an answer."""
+    """Greedy answers, each by `route` chunks of the adapter, None for all of them.
+
+    Where prompt and answer exceed the base model's window, that instead of an answer.
+    """
     window = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     lengths = [num_tokens(model, model.layout.prompt(question, document)) for question in questions]
     fitting = [q for q, length in zip(questions, lengths, strict=True) if length + max_new_tokens <= window]
-    texts = iter(model.generate(fitting, adapter, documents=[document] * len(fitting), max_new_tokens=max_new_tokens))
+    given = adapter if adapter is None or route is None else model.route(fitting, adapter, num_chunks=route)
+    texts = iter(model.generate(fitting, given, documents=[document] * len(fitting), max_new_tokens=max_new_tokens))
     return [
         next(texts)
         if length + max_new_tokens <= window

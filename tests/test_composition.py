@@ -15,6 +15,7 @@ from hypernet.composition import (
     drop,
     find_document,
     pad,
+    take,
     weight,
 )
 from hypernet.injection import LoRAInjector
@@ -192,6 +193,29 @@ def test_chunks_that_nobody_accounts_for_are_not_dropped():
     adapter = uneven_adapter(2)
     adapter.provenance["documents"][0]["chunks"].pop()
     assert_one_line_value_error(lambda: drop(adapter, 0), "counts 1 chunks in 1 documents, the weights hold 2")
+
+
+# Take
+
+
+def test_taken_chunks_keep_their_bits_and_their_documents():
+    joined = concatenate(three((2, 1, 3)))
+    taken = take(joined, [1, 2, 5])
+    for field in ("A", "B"):
+        for name, rows in getattr(taken, field).items():
+            assert torch.equal(rows, getattr(joined, field)[name][[1, 2, 5]])
+    before, after = joined.provenance["documents"], taken.provenance["documents"]
+    assert [d["name"] for d in after] == ["d1.txt", "d2.txt", "d3.txt"]
+    assert [d["chunks"] for d in after] == [before[0]["chunks"][1:], before[1]["chunks"], before[2]["chunks"][2:]]
+    assert_same_weights(drop(taken, "d1.txt"), take(joined, [2, 5]))
+    assert take(joined, [3]).provenance["documents"] == [{**before[2], "chunks": before[2]["chunks"][:1]}]
+    assert_deltas(take(joined, []), bias_deltas(joined), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("chunks", [[2], [-1], [1, 0], [1, 1]])
+def test_chunks_that_are_not_there_cannot_be_taken(chunks):
+    message = r"ascending numbers from 0 to 1, each once, got \["
+    assert_one_line_value_error(lambda: take(uneven_adapter(2), chunks), message)
 
 
 # Amplify

@@ -286,6 +286,19 @@ def test_the_amplitude_scales_what_the_adapter_does_layer_by_layer(run):
     assert "one for each of 2 layers, got 3" in error_line(run("document=doc.txt", "amplitude=[1,2,3]"))
 
 
+def test_routed_answers_are_by_the_chunk_that_a_question_is_about(run, checkpoint):
+    question = "Who taught Branmir Ralquist?"
+    settings = ["document=doc.txt", f"ask={question}", "max_new_tokens=4", "compare=false", "route=1"]
+    _, (_, answered) = columns(run(*settings).out)
+    adapter = LoRAAdapter.load("outputs/adapter")
+    assert adapter.num_chunks > 1
+    model = DocToLoRA.from_pretrained(checkpoint)
+    (chosen,) = model.route([question], adapter, num_chunks=1)
+    assert chosen.num_chunks == 1
+    (expected,) = model.generate([question], chosen, max_new_tokens=4)
+    assert " ".join(answered.split()) == " ".join(expected.split())
+
+
 def test_a_document_longer_than_the_window_says_so_in_its_column(run, work):
     (work / "long.txt").write_text(" ".join([TEXT] * 6))
     _, (_, without, with_adapter, in_prompt) = columns(run("document=long.txt", "ask=Who?", "max_new_tokens=3").out)
@@ -404,6 +417,7 @@ def test_a_document_that_cannot_be_read(run, work, name, content, says):
         (["document=doc.txt", "quantization=int3"], "quantization should be one of int8, 4bit or null, got 'int3'"),
         (["document=doc.txt", "max_batch_tokens=0"], "max_batch_tokens should be a whole number, at least 1, got 0"),
         (["document=doc.txt", "max_new_tokens=few"], "max_new_tokens should be a whole number"),
+        (["document=doc.txt", "route=0"], "route should be a whole number, at least 1, got 0"),
         (["document=doc.txt", "output_dir=null"], "output_dir should be a text, got None"),
         (["document=doc.txt", "dtype=float8"], "dtype should be one of float32, .* or null, got 'float8'"),
         (["document=doc.txt", "device=tpu"], "device should be cpu, cuda or auto, got 'tpu'"),

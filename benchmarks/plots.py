@@ -14,6 +14,7 @@ from benchmarks.summary import (
     CEILING,
     FLOOR,
     GRADIENT,
+    ROUTED,
     WRONG,
     Row,
     Rows,
@@ -27,13 +28,12 @@ from benchmarks.svg import LINES, Axis, Point, Series, Style, chart, dots, heatm
 
 QUESTIONS_PER_VERSION = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 CONTROLS = (FLOOR, CEILING, WRONG)
-# Where every method takes a line of its own.
-SHOWN = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER, "doc_to_lora_routed")
+SHOWN = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER, ROUTED)  # where every method takes a line of its own
 # Which methods share a panel: with more lines than these none could be followed.
 GROUPS = (
     (
         "One forward pass, and prompts",
-        (ADAPTER, "doc_to_lora_routed", "doc_to_lora_in_prompt", "retrieval", "retrieval_dense", "random_adapter"),
+        (ADAPTER, ROUTED, "doc_to_lora_in_prompt", "retrieval", "retrieval_dense", "random_adapter"),
     ),
     ("Gradient steps from nothing", ("text_lora", "distillation_oracle", "distillation_generated", ADAPTER)),
     ("Gradient steps from Doc-to-LoRA", ("warm_start_oracle", "warm_start_generated", ADAPTER)),

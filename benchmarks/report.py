@@ -24,7 +24,6 @@ from benchmarks.summary import (
     ADAPTER,
     CEILING,
     FLOOR,
-    WRONG,
     Row,
     Rows,
     at_equal_length,
@@ -158,7 +157,7 @@ def by_attribute(rows: Rows, *, task: str, key: str, label: str, sweep: str) -> 
     if not chosen:
         raise ValueError(f"No rows of a task {task} by {key}; run python -m benchmarks.run sweep={sweep}.")
     tasks = list(dict.fromkeys(row["task"] for row in chosen))
-    shown = [m for m in (FLOOR, WRONG, CEILING, "retrieval", ADAPTER) if any(row["method"] == m for row in chosen)]
+    shown = [m for m in plots.SHOWN if any(row["method"] == m for row in chosen)]
     found = {(row["task"], row["attributes"][key], row["method"]): row for row in chosen}
     lines = []
     for name, value in sorted({place[:2] for place in found}, key=lambda place: (tasks.index(place[0]), place[1])):

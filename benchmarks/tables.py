@@ -34,6 +34,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "bench": lambda rows: f"{answer(rows)}\n\n{report.overview(rows)}",
     "niah": report.niah,
     "composition": report.composition,
+    "crowd": report.composition,
     "interference": report.interference,
     "capacity": report.capacity,
     "conflict": report.conflict,
@@ -42,6 +43,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
 PLOTS: dict[str, Callable[[list[dict]], plots.Figure | None]] = {
     "niah": plots.needles,
     "composition": plots.composition,
+    "crowd": plots.composition,
     "interference": plots.interference,
     "capacity": plots.capacity,
     "conflict": plots.conflict,

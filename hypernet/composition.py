@@ -172,14 +172,16 @@ def drop(adapter: LoRAAdapter, document: str | int) -> LoRAAdapter:
     )
 
 
-def take(adapter: LoRAAdapter, chunks: Sequence[int]) -> LoRAAdapter:
+def take(adapter: LoRAAdapter, chunks: Sequence[int], weights: Sequence[float] | None = None) -> LoRAAdapter:
     """The adapter of some chunks alone; documents of which none is left go out of the provenance.
 
     Args:
         chunks: which, ascending, numbered over all documents.
+        weights: a factor on the B of each, kept among the operations; None leaves them.
 
     Raises:
-        ValueError: a number is out of range, twice or out of order; or an operation came before that is final.
+        ValueError: a number is out of range, twice or out of order; there are more or fewer weights, or one is not
+            finite; or an operation came before that is final.
     """
     adapter.check_open("cut down to some chunks")
     chunks = list(chunks)
@@ -187,15 +189,24 @@ def take(adapter: LoRAAdapter, chunks: Sequence[int]) -> LoRAAdapter:
         raise ValueError(
             f"Expected chunks as ascending numbers from 0 to {adapter.num_chunks - 1}, each once, got {chunks}."
         )
+    operation = None
+    if weights is not None:
+        weights = [_finite(weight, "weight") for weight in weights]
+        if len(weights) != len(chunks):
+            raise ValueError(f"Expected a weight for each of {len(chunks)} chunks, got {len(weights)}.")
+        operation = {"operation": "take", "weights": weights}
     documents = []
     for entry, (start, end) in zip(adapter.provenance["documents"], _chunk_spans(adapter), strict=True):
         if left := [entry["chunks"][chunk - start] for chunk in chunks if start <= chunk < end]:
             documents.append({**entry, "chunks": left})
+    B = {name: rows[chunks] for name, rows in adapter.B.items()}  # copies
+    for rows in B.values() if weights else ():
+        rows *= torch.tensor(weights, dtype=rows.dtype, device=rows.device)[:, None, None, None]
     return replace(
         adapter,
-        A={name: A[chunks] for name, A in adapter.A.items()},
-        B={name: B[chunks] for name, B in adapter.B.items()},
-        provenance=_derived(adapter, documents=documents),
+        A={name: rows[chunks] for name, rows in adapter.A.items()},
+        B=B,
+        provenance=_derived(adapter, documents=documents, operation=operation),
     )
 
 

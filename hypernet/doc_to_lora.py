@@ -301,6 +301,7 @@ class DocToLoRA(nn.Module):
         adapter: LoRAAdapter,
         *,
         num_chunks: int = 2,
+        sharpness: float = 2.0,
         documents: Sequence[str | None] | None = None,
     ) -> list[LoRAAdapter]:
         """For each question an adapter of the few chunks that it is about, for `generate` (see `hypernet.routing`).
@@ -310,12 +311,13 @@ class DocToLoRA(nn.Module):
         Args:
             questions: one text each.
             adapter: of any number of documents, made with `internalize(..., decorrelate=False)`.
-            num_chunks: chunks for each question.
+            num_chunks, sharpness: how many chunks each question has, and how much the loudest counts before the others
+                (see `hypernet.routing.routed`).
             documents: a text per question that will stand in the prompt, or None.
 
         Raises:
-            ValueError: num_chunks is below 1; or the adapter is another base model's, or its chunks cannot be told from
-                each other any more.
+            ValueError: num_chunks is below 1 or sharpness below 0; or the adapter is another base model's, or its
+                chunks cannot be told from each other any more.
         """
         self._check_ours(adapter)
         prompts = [
@@ -324,7 +326,7 @@ class DocToLoRA(nn.Module):
         ]
         with self.injector.using(None):
             energies = chunk_energies(self.base_model, adapter, prompts)
-        return routed(adapter, energies, num_chunks=num_chunks)
+        return routed(adapter, energies, num_chunks=num_chunks, sharpness=sharpness)
 
     def generate(
         self,

@@ -210,12 +210,21 @@ def test_taken_chunks_keep_their_bits_and_their_documents():
     assert_same_weights(drop(taken, "d1.txt"), take(joined, [2, 5]))
     assert take(joined, [3]).provenance["documents"] == [{**before[2], "chunks": before[2]["chunks"][:1]}]
     assert_deltas(take(joined, []), bias_deltas(joined), rtol=0, atol=0)
+    halved = take(joined, [1, 5], [0.5, 2.0])
+    for name, rows in halved.B.items():
+        assert torch.equal(rows[0], joined.B[name][1] * 0.5) and torch.equal(rows[1], joined.B[name][5] * 2)
+    assert halved.provenance["operations"][-1]["weights"] == [0.5, 2.0]
 
 
 @pytest.mark.parametrize("chunks", [[2], [-1], [1, 0], [1, 1]])
 def test_chunks_that_are_not_there_cannot_be_taken(chunks):
     message = r"ascending numbers from 0 to 1, each once, got \["
     assert_one_line_value_error(lambda: take(uneven_adapter(2), chunks), message)
+
+
+def test_every_taken_chunk_has_one_finite_weight():
+    assert_one_line_value_error(lambda: take(uneven_adapter(2), [0, 1], [1.0]), "a weight for each of 2 chunks, got 1")
+    assert_one_line_value_error(lambda: take(uneven_adapter(2), [0], [math.nan]), "Expected a finite number as weight")
 
 
 # Amplify

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hypernet.composition import take
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.metrics import exact_match
@@ -37,11 +38,11 @@ def energies_by_hand(model, adapter, ids):
         hook.remove()
     result = []
     for chunk in range(adapter.num_chunks):
-        total = 0.0
+        product = 1.0
         for path, (name, layer) in modules.items():
-            for row in adapter.A[name][chunk, layer].double():
-                total += float(row[: len(entering[path])] @ entering[path]) ** 2
-        result.append(total)
+            rows = adapter.A[name][chunk, layer].double()
+            product *= sum(float(row[: len(entering[path])] @ entering[path]) ** 2 for row in rows)
+        result.append(product ** (1 / len(modules)))
     return result
 
 
@@ -57,24 +58,38 @@ def test_energies_are_those_of_a_loop_and_padding_changes_nothing(make_doc_to_lo
     torch.testing.assert_close(energies, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_every_question_gets_its_loudest_chunks_in_the_document_s_order(make_doc_to_lora) -> None:
+def test_every_question_gets_its_loudest_chunks_weighted_and_in_the_document_s_order(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     adapter = model.internalize(DOCUMENTS, decorrelate=False)
-    energies = torch.zeros(3, adapter.num_chunks)
-    energies[0, [3, 1]] = torch.tensor([2.0, 1.0])
-    energies[1, [0, 4]] = 1.0
-    energies[2, [1, 3]] = torch.tensor([9.0, 8.0])
-    first, second, third = routed(adapter, energies, num_chunks=2)
-    assert first is third  # so the injector lays its weights out once
-    for chosen, chunks in ((first, [1, 3]), (second, [0, 4])):
-        for name in adapter.A:
-            assert torch.equal(chosen.A[name], adapter.A[name][chunks])
-            assert torch.equal(chosen.B[name], adapter.B[name][chunks])
-        assert chosen.rank == 2 * adapter.rank_per_chunk + adapter.bias_rank
+    energies = torch.full((2, adapter.num_chunks), 0.5)
+    energies[0, [3, 1]] = torch.tensor([4.0, 1.0])
+    energies[1, [0, 4]] = torch.tensor([3.0, 3.0])
+    for sharpness, quieter in ((2.0, 1 / 16), (0.5, 1 / 2), (0.0, 1.0)):
+        first, second = routed(adapter, energies, num_chunks=2, sharpness=sharpness)
+        for chosen, chunks, weights in ((first, [1, 3], [quieter, 1.0]), (second, [0, 4], [1.0, 1.0])):
+            for name in adapter.A:
+                assert torch.equal(chosen.A[name], adapter.A[name][chunks])
+                expected = adapter.B[name][chunks] * torch.tensor(weights).view(2, 1, 1, 1)
+                torch.testing.assert_close(chosen.B[name], expected)
+            assert chosen.rank == 2 * adapter.rank_per_chunk + adapter.bias_rank
     (everything,) = routed(adapter, energies[:1], num_chunks=99)
     assert everything.num_chunks == adapter.num_chunks
     with pytest.raises(ValueError, match="num_chunks of at least 1, got 0. Leave routing out"):
         routed(adapter, energies, num_chunks=0)
+    with pytest.raises(ValueError, match="sharpness of at least 0, got -1"):
+        routed(adapter, energies, sharpness=-1)
+
+
+def test_chunks_that_answer_nothing_are_no_harm(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    adapter = model.internalize(DOCUMENTS, decorrelate=False)
+    for rows in adapter.A.values():
+        rows[:] = 0
+    energies = chunk_energies(model.base_model, adapter, prompts_of(model))
+    assert energies.isfinite().all() and (energies > 0).all()
+    assert all(a.num_chunks == 2 for a in routed(adapter, energies))
+    empty = take(adapter, [])
+    assert model.route(QUESTIONS, empty) == [empty] * 3
 
 
 def test_a_chunk_whose_rows_are_the_question_s_own_inputs_is_found(make_doc_to_lora) -> None:

@@ -37,12 +37,14 @@ class RoutedDocToLoRA(DocToLoRAMethod):
     """The documents' adapter, of which each question has the few chunks in force that it is about.
 
     Args:
-        num_chunks: for each question.
+        num_chunks, sharpness: see `hypernet.routing.routed`.
     """
 
-    def __init__(self, *, model: DocToLoRA, num_chunks: int = 2, max_new_tokens: int = 32) -> None:
+    def __init__(
+        self, *, model: DocToLoRA, num_chunks: int = 2, sharpness: float = 2.0, max_new_tokens: int = 32
+    ) -> None:
         super().__init__(model=model, max_new_tokens=max_new_tokens)
-        self.num_chunks = num_chunks
+        self.num_chunks, self.sharpness = num_chunks, sharpness
 
     def build(self, case: Case) -> None:
         replaced = () if self.of_another_document else case.replaced
@@ -51,11 +53,10 @@ class RoutedDocToLoRA(DocToLoRAMethod):
             self.adapter = drop(self.adapter, 0)
 
     def in_force(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
-        if not self.adapter.num_chunks:
-            return super().in_force(prompts)
         with self.model.injector.using(None):
             energies = chunk_energies(self.model.base_model, self.adapter, prompts)
-        return self.model.injector.using(routed(self.adapter, energies, num_chunks=self.num_chunks))
+        chosen = routed(self.adapter, energies, num_chunks=self.num_chunks, sharpness=self.sharpness)
+        return self.model.injector.using(chosen)
 
     @property
     def rank_in_force(self) -> int:

@@ -301,7 +301,7 @@ class DocToLoRA(nn.Module):
         adapter: LoRAAdapter,
         *,
         num_chunks: int = 2,
-        sharpness: float = 2.0,
+        sharpness: float = 1.0,
         documents: Sequence[str | None] | None = None,
     ) -> list[LoRAAdapter]:
         """For each question an adapter of the few chunks that it is about, for `generate` (see `hypernet.routing`).

@@ -82,7 +82,7 @@ def chunk_energies(base_model: nn.Module, adapter: LoRAAdapter, prompts: Sequenc
 
 
 def routed(
-    adapter: LoRAAdapter, energies: Tensor, *, num_chunks: int = 2, sharpness: float = 2.0
+    adapter: LoRAAdapter, energies: Tensor, *, num_chunks: int = 2, sharpness: float = 1.0
 ) -> list[LoRAAdapter]:
     """For each question an adapter of the chunks that answer it loudest, in the document's order.
 

@@ -41,7 +41,7 @@ class RoutedDocToLoRA(DocToLoRAMethod):
     """
 
     def __init__(
-        self, *, model: DocToLoRA, num_chunks: int = 2, sharpness: float = 2.0, max_new_tokens: int = 32
+        self, *, model: DocToLoRA, num_chunks: int = 2, sharpness: float = 1.0, max_new_tokens: int = 32
     ) -> None:
         super().__init__(model=model, max_new_tokens=max_new_tokens)
         self.num_chunks, self.sharpness = num_chunks, sharpness

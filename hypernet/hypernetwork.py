@@ -166,6 +166,38 @@ class HyperNetwork(nn.Module):
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {**counts, "total": sum(counts.values())}
 
+    @torch.no_grad()
+    def at_rank(self, rank: int) -> "HyperNetwork":
+        """This network with another number of rows per chunk, to be trained on from: a start, not a result.
+
+        Fewer rows: the first ones. More: all of them in turn; the copies' queries are moved by a fifth of the queries'
+        spread, drawn from torch's generator, so that they can part, and B is divided by the number of copies. Then the
+        delta is about what it was.
+
+        Raises:
+            ValueError: the aggregator has no query for each row.
+        """
+        if self.aggregator is None:
+            raise ValueError("An outer product's rows have no queries of their own; train it at that rank anew.")
+        other = HyperNetwork(**{**self.config, "rank": rank, "scaling": None})
+        rows = torch.arange(rank) % self.rank
+        copies = rows.bincount(minlength=self.rank)[rows]
+        state = other.state_dict()
+        for name, value in self.state_dict().items():
+            axes = [axis for axis in range(value.ndim) if value.shape[axis] != state[name].shape[axis]]
+            for axis in axes:  # at most one: rows, or rows of every layer and target, rows last
+                value = value.unflatten(axis, (-1, self.rank)).index_select(axis + 1, rows.to(value.device))
+                if name.endswith("latents_q"):
+                    moved = 0.2 * value.std() * torch.randn_like(value)
+                    value = value + moved * (torch.arange(rank, device=value.device) >= self.rank)[:, None]
+                if ".scaler_B." in name or ".bias_B." in name:
+                    shape = [1] * (axis + 1) + [rank] + [1] * (value.ndim - axis - 2)
+                    value = value * (self.scaling / other.scaling / copies).to(value).view(shape)
+                value = value.flatten(axis, axis + 1)
+            state[name] = value
+        other.load_state_dict(state)
+        return other.to(next(self.parameters()).device)
+
     @property
     def is_calibrated(self) -> bool:
         """Whether nothing is left to `calibrate`."""

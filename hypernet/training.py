@@ -126,7 +126,7 @@ def doc_to_lora_training(
         base_model: hub name or folder. dtype, quantization, attention: how it is loaded, see `load_base_model`.
         target_layers: the blocks to adapt, see `DocToLoRA.build`.
         init_from: a checkpoint whose hypernetwork training starts from, e.g. an earlier stage's, also of another base
-            model of this shape; None starts anew.
+            model of this shape, or of another rank (see `HyperNetwork.at_rank`); None starts anew.
         sources: what stages draw from beside the encyclopedia, see `make_curriculum`.
     """
     if init_from is None:
@@ -146,10 +146,14 @@ def doc_to_lora_training(
     else:
         checkpoint = load_checkpoint(init_from, base_model=base_model)
         lm, tokenizer = load_base_model(base_model, dtype=dtype, quantization=quantization, attention=attention)
+        trained, rank = checkpoint.hypernetwork, hypernetwork.get("rank", 8)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            trained = trained if trained.rank == rank else trained.at_rank(rank)
         model = DocToLoRA(
             base_model=lm,
             tokenizer=tokenizer,
-            hypernetwork=checkpoint.hypernetwork,
+            hypernetwork=trained,
             # How much of the document is seen and made into one block may change from one training to the next.
             context_encoder={**checkpoint.context_encoder, "context_tokens": context_encoder.get("context_tokens", 0)},
             max_chunk_tokens=max_chunk_tokens,

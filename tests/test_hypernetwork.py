@@ -326,3 +326,39 @@ def test_only_a_network_that_standardizes_can_be_calibrated_and_only_with_tokens
         make(standardize_features=True).calibrate([])
     assert make().is_calibrated
     assert make(standardize_features=True).parameter_counts() == make().parameter_counts()
+
+
+# Another rank
+
+
+@pytest.mark.parametrize("aggregator", [PERCEIVER, MEAN_POOL], ids=lambda a: a["name"])
+@pytest.mark.parametrize("num_maps", [1, LAYERS])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_at_another_rank_the_rows_are_the_first_ones_or_copies_that_add_up(aggregator, num_maps, rank):
+    hypernetwork = make(aggregator=aggregator, num_maps=num_maps)
+    other = hypernetwork.at_rank(rank)
+    assert other.rank == rank and HyperNetwork(**other.config).state_dict().keys() == other.state_dict().keys()
+    (A, B), (other_A, other_B) = hypernetwork(*batch(num_maps)), other(*batch(num_maps))
+    kept = min(rank, RANK)
+    copies = [1 + (rank - 1 - row) // RANK for row in range(kept)]  # of each row that was there
+    for name in A:
+        torch.testing.assert_close(other_A[name][:, :, :kept], A[name][:, :, :kept])
+        for row in range(kept):
+            expected = hypernetwork.scaling * B[name][:, :, row] / copies[row]
+            torch.testing.assert_close(other.scaling * other_B[name][:, :, row], expected)
+        for further in range(kept, rank):  # like the row it is a copy of, and not the same
+            difference = other_A[name][:, :, further] - A[name][:, :, further % RANK]
+            assert 0 < difference.norm() < A[name][:, :, further % RANK].norm()
+        expected = [hypernetwork.bias_A[name][:, row % RANK] for row in range(rank)]
+        torch.testing.assert_close(other.bias_A[name], torch.stack(expected, dim=1))
+        scaled = hypernetwork.scaling * hypernetwork.bias_B[name]
+        expected = [scaled[:, row % RANK] / copies[row % RANK] for row in range(rank)]
+        torch.testing.assert_close(other.scaling * other.bias_B[name], torch.stack(expected, dim=1))
+
+
+def test_at_its_own_rank_nothing_changes_and_outer_products_have_no_other():
+    hypernetwork = make()
+    state = hypernetwork.at_rank(RANK).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in hypernetwork.state_dict().items())
+    with pytest.raises(ValueError, match="outer product's rows have no queries"):
+        make(aggregator=OUTER_PRODUCT).at_rank(3)

@@ -110,17 +110,34 @@ def test_training_can_start_from_a_checkpoint(make, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"hypernetwork": {**HYPERNETWORK, "rank": 3}}, "rank, scaling differ"),
+        ({"hypernetwork": {**HYPERNETWORK, "scaling": 3.0}}, "scaling differ"),
         ({"hypernetwork": {**HYPERNETWORK, "aggregator": {"name": "mean_pool", "latent_dim": 4}}}, "aggregator differ"),
         ({"target_modules": ["up_proj"]}, "targets differ"),
         ({"context_encoder": {"kind": "early_exit", "layer_idx": 1}}, "context_encoder differ"),
     ],
-    ids=["rank", "aggregator", "targets", "encoder"],
+    ids=["scaling", "aggregator", "targets", "encoder"],
 )
 def test_settings_that_a_checkpoint_cannot_honour_are_refused_with_their_names(make, tmp_path, changes, named):
     make()[0].model.save_pretrained(tmp_path / "first")
     with pytest.raises(ValueError, match=f"{named}. Set them as in its config.yaml"):
         make(init_from=str(tmp_path / "first"), **changes)
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_training_can_start_from_a_checkpoint_of_another_rank(make, tmp_path, rank):
+    first, _ = make(seed=1)
+    first.model.save_pretrained(tmp_path / "first")
+    torch.manual_seed(4)
+    expected = torch.rand(2)
+    torch.manual_seed(4)
+    settings = {"init_from": str(tmp_path / "first"), "hypernetwork": {**HYPERNETWORK, "rank": rank}}
+    (second, _), (again, _), (other, _) = (make(seed=seed, **settings) for seed in (2, 2, 3))
+    assert torch.equal(torch.rand(2), expected)
+    network = second.model.hypernetwork
+    assert network.rank == rank and network.scaling == 2 * rank**1.5
+    assert all(parameter.requires_grad for parameter in network.parameters() if parameter.ndim)
+    same = fingerprint(network) == fingerprint(other.model.hypernetwork)
+    assert fingerprint(network) == fingerprint(again.model.hypernetwork) and same == (rank < 2)
 
 
 # The base model

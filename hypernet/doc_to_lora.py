@@ -320,12 +320,12 @@ class DocToLoRA(nn.Module):
                 chunks cannot be told from each other any more.
         """
         self._check_ours(adapter)
-        prompts = [
-            self.tokenizer(self.layout.prompt(q, d), add_special_tokens=False)["input_ids"]
-            for q, d in zip(questions, documents or [None] * len(questions), strict=True)
-        ]
+        prompts = self._prompts(questions, documents)
+        if not prompts:
+            return []
+        ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
         with self.injector.using(None):
-            energies = chunk_energies(self.base_model, adapter, prompts)
+            energies = chunk_energies(self.base_model, adapter, ids)
         return routed(adapter, energies, num_chunks=num_chunks, sharpness=sharpness)
 
     def generate(
@@ -346,21 +346,14 @@ class DocToLoRA(nn.Module):
         Raises:
             ValueError: the numbers of questions, adapters and documents differ, or an adapter is another base model's.
         """
-        if isinstance(questions, str):
-            raise ValueError("questions must be a list of texts, got one text; write generate([question], adapter).")
-        if isinstance(documents, str):
-            raise ValueError("documents must be a list with a text (or None) for each question, got one text.")
+        prompts = self._prompts(questions, documents)
         given = [adapters] if isinstance(adapters, LoRAAdapter) else list(adapters or [])
         for adapter in given:
             self._check_ours(adapter)
-        for name, items in (("adapters", adapters), ("documents", documents)):
-            if isinstance(items, Sequence) and len(items) != len(questions):
-                raise ValueError(f"Got {len(items)} {name} for {len(questions)} questions; give one (or None) each.")
-        if not questions:
+        if isinstance(adapters, Sequence):
+            _check_one_each("adapters", adapters, questions)
+        if not prompts:
             return []
-        prompts = [
-            self.layout.prompt(q, d) for q, d in zip(questions, documents or [None] * len(questions), strict=True)
-        ]
         with self.injector.using(adapters):
             return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
 
@@ -453,6 +446,16 @@ class DocToLoRA(nn.Module):
             end += len(slots[row])
         return joined_A, joined_B, slots
 
+    def _prompts(self, questions: Sequence[str], documents: Sequence[str | None] | None) -> list[str]:
+        """Rendered, each with its document before it if it has one."""
+        if isinstance(questions, str):
+            raise ValueError("questions must be a list of texts, got one text; write [question].")
+        if isinstance(documents, str):
+            raise ValueError("documents must be a list with a text (or None) for each question, got one text.")
+        documents = [None] * len(questions) if documents is None else documents
+        _check_one_each("documents", documents, questions)
+        return [self.layout.prompt(q, d) for q, d in zip(questions, documents, strict=True)]
+
     def _generator(self) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
         """Fingerprint of the hypernetwork and copies of its bias_A and bias_B, made once per state of its weights."""
         # Hashing 309M parameters takes longer than reading a short document. torch counts in-place changes in _version;
@@ -481,6 +484,11 @@ class DocToLoRA(nn.Module):
                 f"this is {self.base_model_source} ({self.base_model_fingerprint[:12]}). "
                 "Generate it again with this one."
             )
+
+
+def _check_one_each(name: str, items: Sequence[Any], questions: Sequence[str]) -> None:
+    if len(items) != len(questions):
+        raise ValueError(f"Got {len(items)} {name} for {len(questions)} questions; give one (or None) each.")
 
 
 def _padded(lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -120,6 +120,16 @@ def test_routing_is_the_plain_model_s_whatever_is_in_force(make_doc_to_lora) -> 
     assert answers == [model.generate([q], a, max_new_tokens=5)[0] for q, a in zip(QUESTIONS, before, strict=True)]
 
 
+def test_questions_and_documents_come_in_lists(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    adapter = model.internalize(DOCUMENTS, decorrelate=False)
+    assert model.route([], adapter) == []
+    with pytest.raises(ValueError, match="questions must be a list of texts, got one text"):
+        model.route(QUESTIONS[0], adapter)
+    with pytest.raises(ValueError, match="Got 1 documents for 3 questions"):
+        model.route(QUESTIONS, adapter, documents=[None])
+
+
 def test_chunks_that_are_no_keys_any_more_are_refused(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     model.hypernetwork.join_ridge = 2.0

@@ -39,7 +39,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "capacity": report.capacity,
     "conflict": report.conflict,
 }
-# Of the report's rows: from a file of that name, or else from the tiny sweep's.
+# Of the report's rows: from a file of that name, or else from the tiny sweep's; a crowd is no part of that one.
 PLOTS: dict[str, Callable[[list[dict]], plots.Figure | None]] = {
     "niah": plots.needles,
     "composition": plots.composition,
@@ -74,7 +74,8 @@ def made_plots(root: Path = ROOT) -> dict[str, str]:
     """File → SVG of every plot whose rows are committed."""
     made = {}
     for name, figure_of in PLOTS.items():
-        path = next((p for stem in (name, "bench") if (p := root / RESULTS / f"{stem}.jsonl").is_file()), None)
+        stems = (name,) if name == "crowd" else (name, "bench")
+        path = next((p for stem in stems if (p := root / RESULTS / f"{stem}.jsonl").is_file()), None)
         figure = figure_of(_rows(path)) if path else None
         if figure:
             panels = figure.panels[:MAX_PANELS]

@@ -6,7 +6,10 @@ left. With several processes or accumulated gradients each process takes its par
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -87,9 +90,17 @@ def _start_method() -> str:
     return "forkserver"
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     # Ctrl-C reaches every process of the terminal; the trainer still finishes its step and saves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # torch watches the process that forked it: the server, which waits for its workers. Neither would ever end after a
+    # trainer that was killed.
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 class _FromGlobalStep(Sampler[int]):
@@ -195,7 +206,7 @@ class BatchDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             timeout=self.worker_timeout_s if self.num_workers else 0,
             multiprocessing_context=_start_method() if self.num_workers else None,
-            worker_init_fn=_leave_interrupts_to_the_trainer,
+            worker_init_fn=_begin_worker,
             # Its own: drawing the workers' seed would move the trainer's random numbers, by validation too.
             generator=torch.Generator(),
         )

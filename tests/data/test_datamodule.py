@@ -175,6 +175,39 @@ def test_a_lost_worker_is_an_error_and_not_a_wait_for_ever(kind, settings):
     assert done.stdout.startswith("ChildProcessError('A data worker was lost: "), done.stderr
 
 
+def test_no_process_outlives_a_trainer_that_was_killed():
+    script = """
+import os, signal
+from tests.data.test_datamodule import Squares
+from hypernet.data.datamodule import BatchDataModule
+batches = iter(BatchDataModule(train=Squares(1), validation=Squares(9), num_workers=2).val_dataloader())
+next(batches)
+found = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+own = []
+for pid in found:
+    try:
+        parents = [pid]
+        while parents[-1] > 1:
+            parents.append(int(open(f"/proc/{parents[-1]}/stat").read().rpartition(")")[2].split()[1]))
+        own += [pid] if os.getpid() in parents[1:] else []
+    except OSError:
+        pass
+print(*own, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # They hold its standard output open, so this waits for them as well.
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
+    left = [int(pid) for pid in done.stdout.split()]
+    assert len(left) >= 4, done.stdout  # a resource tracker, the server and two workers
+    deadline = time.monotonic() + 30
+    while left and time.monotonic() < deadline:
+        left = [pid for pid in left if Path(f"/proc/{pid}").exists()]
+        time.sleep(0.1)
+    assert not left
+
+
 def test_a_validation_batch_that_cannot_be_made_is_named_too():
     data = BatchDataModule(train=Squares(5), validation=Corrupt(5, "corrupt"))
     with pytest.raises(ValueError, match="The batch of validation step 2 cannot be made"):

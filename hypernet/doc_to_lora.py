@@ -324,8 +324,14 @@ class DocToLoRA(nn.Module):
         if not prompts:
             return []
         ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        return self.route_prompts(ids, adapter, num_chunks=num_chunks, sharpness=sharpness)
+
+    def route_prompts(
+        self, prompts: Sequence[Sequence[int]], adapter: LoRAAdapter, *, num_chunks: int, sharpness: float
+    ) -> list[LoRAAdapter]:
+        """`route` for whole prompts, token ids each."""
         with self.injector.using(None):
-            energies = chunk_energies(self.base_model, adapter, ids)
+            energies = chunk_energies(self.base_model, adapter, prompts)
         return routed(adapter, energies, num_chunks=num_chunks, sharpness=sharpness)
 
     def generate(

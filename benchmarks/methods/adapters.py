@@ -12,7 +12,6 @@ from benchmarks.tasks.base import Asked, Case
 from hypernet.adapter import LoRAAdapter
 from hypernet.composition import drop
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.routing import chunk_energies, routed
 
 
 class DocToLoRAMethod(Method):
@@ -53,10 +52,8 @@ class RoutedDocToLoRA(DocToLoRAMethod):
             self.adapter = drop(self.adapter, 0)
 
     def in_force(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
-        with self.model.injector.using(None):
-            energies = chunk_energies(self.model.base_model, self.adapter, prompts)
-        chosen = routed(self.adapter, energies, num_chunks=self.num_chunks, sharpness=self.sharpness)
-        return self.model.injector.using(chosen)
+        settings = {"num_chunks": self.num_chunks, "sharpness": self.sharpness}
+        return self.model.injector.using(self.model.route_prompts(prompts, self.adapter, **settings))
 
     @property
     def rank_in_force(self) -> int:

@@ -112,6 +112,11 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
             continue
         if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
             raise ValueError(f"{key} should be a whole number, at least 1, got {settings[key]!r}.")
+    gate = settings["gate"]
+    if gate is not None and (isinstance(gate, bool) or not isinstance(gate, (int, float)) or not 0 < gate < 1000):
+        raise ValueError(f"gate should be a number above 0, such as 1.25, or null, got {gate!r}.")
+    if gate is not None and settings["route"] is not None:
+        raise ValueError("gate and route are two ways to keep chunks out of questions they are not about. Set one.")
     for key in ("output_dir", "checkpoint", "base_model", "attention"):
         optional = key in ("base_model", "attention")
         if not (settings[key] is None and optional) and not (isinstance(settings[key], str) and settings[key]):
@@ -197,7 +202,7 @@ def internalize(
         bars[-1].update(done - bars[-1].n)
 
     try:
-        together = settings["route"] is None  # all chunks will be in force at once
+        together = settings["route"] is settings["gate"] is None  # all chunks will be in force alike
         adapter = model.internalize(
             documents, max_batch_tokens=settings["max_batch_tokens"], decorrelate=together, progress=progress
         )
@@ -218,12 +223,8 @@ def answer_all(
     ways[IN_PROMPT] = (None, "\n\n".join(document.text.strip() for document in documents))
     if not settings["compare"]:
         ways = {WITH_ADAPTER: ways[WITH_ADAPTER]}
-    return {
-        column: answer(
-            model, settings["ask"], *way, max_new_tokens=settings["max_new_tokens"], route=settings["route"]
-        )
-        for column, way in ways.items()
-    }
+    how = {key: settings[key] for key in ("max_new_tokens", "route", "gate")}
+    return {column: answer(model, settings["ask"], *way, **how) for column, way in ways.items()}
 
 
 def answer(
@@ -234,8 +235,9 @@ def answer(
     *,
     max_new_tokens: int,
     route: int | None,
+    gate: float | None,
 ) -> list[str]:
-    """Greedy answers, each by `route` chunks of the adapter, None for all of them.
+    """Greedy answers, each by `route` chunks of the adapter, None for all of them, or by all of them through a gate.
 
     Where prompt and answer exceed the base model's window, that instead of an answer.
     """
@@ -243,7 +245,8 @@ def answer(
     lengths = [num_tokens(model, model.layout.prompt(question, document)) for question in questions]
     fitting = [q for q, length in zip(questions, lengths, strict=True) if length + max_new_tokens <= window]
     given = adapter if adapter is None or route is None else model.route(fitting, adapter, num_chunks=route)
-    texts = iter(model.generate(fitting, given, documents=[document] * len(fitting), max_new_tokens=max_new_tokens))
+    how = {"documents": [document] * len(fitting), "gate": gate or 0.0, "max_new_tokens": max_new_tokens}
+    texts = iter(model.generate(fitting, given, **how))
     return [
         next(texts)
         if length + max_new_tokens <= window

@@ -13,6 +13,7 @@ from benchmarks.summary import (
     ALTERNATIVES,
     CEILING,
     FLOOR,
+    GATED,
     GRADIENT,
     ROUTED,
     WRONG,
@@ -28,12 +29,12 @@ from benchmarks.svg import LINES, Axis, Point, Series, Style, chart, dots, heatm
 
 QUESTIONS_PER_VERSION = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 CONTROLS = (FLOOR, CEILING, WRONG)
-SHOWN = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER, ROUTED)  # where every method takes a line of its own
+SHOWN = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER, GATED, ROUTED)  # where every method takes a line of its own
 # Which methods share a panel: with more lines than these none could be followed.
 GROUPS = (
     (
         "One forward pass, and prompts",
-        (ADAPTER, ROUTED, "doc_to_lora_in_prompt", "retrieval", "retrieval_dense", "random_adapter"),
+        (ADAPTER, GATED, ROUTED, "doc_to_lora_in_prompt", "retrieval", "retrieval_dense", "random_adapter"),
     ),
     ("Gradient steps from nothing", ("text_lora", "distillation_oracle", "distillation_generated", ADAPTER)),
     ("Gradient steps from Doc-to-LoRA", ("warm_start_oracle", "warm_start_generated", ADAPTER)),

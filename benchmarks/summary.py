@@ -20,7 +20,7 @@ from benchmarks.cost import MODELLED, CostModel, Costs, Measured, SecondsModel, 
 
 FLOOR, CEILING = "no_context", "full_context"
 ADAPTER = "doc_to_lora"
-ROUTED = "doc_to_lora_routed"
+GATED, ROUTED = "doc_to_lora_gated", "doc_to_lora_routed"
 WRONG = "wrong_document"
 ALTERNATIVES = ("full_context", "prefix_cache", "retrieval")  # what an adapter's break-even is counted against
 GRADIENT = ("text_lora", "distillation_oracle", "distillation_generated", "warm_start_oracle", "warm_start_generated")
@@ -33,6 +33,10 @@ METHODS = {
     "retrieval_dense": ("dense retrieval", "The chunks whose embeddings are nearest, in the prompt."),
     ADAPTER: ("Doc-to-LoRA", "The documents' adapter from one forward pass; the question alone in the prompt."),
     "doc_to_lora_in_prompt": ("Doc-to-LoRA and full context", "The adapter, and the documents in the prompt as well."),
+    GATED: (
+        "Doc-to-LoRA, gated",
+        "The documents' adapter, each chunk as loud as its rows of A answer, token by token and module by module.",
+    ),
     ROUTED: (
         "Doc-to-LoRA, routed",
         "The documents' adapter, of which each question has the two chunks in force whose rows of A answer it loudest.",

@@ -45,6 +45,7 @@ STYLES: Styles = {
     "retrieval": ("green", "up", "", True),
     "retrieval_dense": ("teal", "down", "", True),
     "doc_to_lora": ("orange", "circle", "", True),
+    "doc_to_lora_gated": ("orange", "square", "", False),
     "doc_to_lora_routed": ("orange", "up", "6 3", True),
     "doc_to_lora_in_prompt": ("olive", "diamond", "", True),
     "outer_product": ("orange", "hexagon", "6 3", False),

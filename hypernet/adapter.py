@@ -201,6 +201,23 @@ class LoRAAdapter:
                 f"Do that first, with the adapter as it was before {operation}()."
             )
 
+    def check_generated(self, action: str) -> None:
+        """Refuses what takes the rows of A for the keys of their chunks, where they are not as they were generated.
+
+        Args:
+            action: what was to be done: "routed".
+
+        Raises:
+            ValueError: as `check_open`; or a document's chunks were told apart.
+        """
+        self.check_open(action)
+        entries = self.provenance["documents"]
+        if any(entry.get("ridge") is not None and len(entry["chunks"]) > 1 for entry in entries):
+            raise ValueError(
+                f"This adapter cannot be {action}: its chunks were told apart, to be in force together. Make it with "
+                "internalize(document, decorrelate=False)."
+            )
+
     def content_id(self) -> str:
         """SHA-256 of what the adapter is: its weights, targets, ranks, scaling, documents, base model and generator.
 

@@ -6,6 +6,7 @@ model.generate(["Who founded Norbach?"], adapter)
 model.generate(["...", "..."], [adapter, other])          # every question its own adapter, or None
 both = model.join([adapter, other])                       # adapter + other is their plain sum
 many = model.internalize(documents, decorrelate=False)
+model.generate(questions, many, gate=1.25)                # every token the chunks that it is about, module by module
 model.generate(questions, model.route(questions, many))   # every question the two chunks that it is about
 """
 
@@ -227,7 +228,7 @@ class DocToLoRA(nn.Module):
             document: a text, a `Document` (which also gives its name and hash), or a sequence of them.
             max_batch_tokens: tokens read at once; fewer need less memory. Halved where memory runs out.
             decorrelate: tell a document's chunks apart with the hypernetwork's `join_ridge`, if it has one, for all of
-                them to be in force together; False leaves them as they were generated, for `route`.
+                them to be in force together; False leaves them as they were generated, for a gate or `route`.
             progress: called with (chunks done, chunks altogether).
 
         Raises:
@@ -340,6 +341,7 @@ class DocToLoRA(nn.Module):
         adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None] = None,
         *,
         documents: Sequence[str | None] | None = None,
+        gate: float = 0.0,
         max_new_tokens: int = 32,
     ) -> list[str]:
         """Greedy answers, one batch.
@@ -348,9 +350,12 @@ class DocToLoRA(nn.Module):
             questions: one text each.
             adapters: one for all questions, one (or None) per question, or None for the plain base model.
             documents: a text per question to put into the prompt, or None.
+            gate: how much an adapter's chunks are held back where they are not what a token is about (see
+                `LoRAInjector.pool`), for adapters made with `internalize(..., decorrelate=False)`. 0: not at all.
 
         Raises:
-            ValueError: the numbers of questions, adapters and documents differ, or an adapter is another base model's.
+            ValueError: the numbers of questions, adapters and documents differ, or an adapter is another base model's;
+                gated, its chunks are not as they were generated.
         """
         prompts = self._prompts(questions, documents)
         given = [adapters] if isinstance(adapters, LoRAAdapter) else list(adapters or [])
@@ -360,7 +365,7 @@ class DocToLoRA(nn.Module):
             _check_one_each("adapters", adapters, questions)
         if not prompts:
             return []
-        with self.injector.using(adapters):
+        with self.injector.using(adapters, gate=gate):
             return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
 
     def forward(self, rows: PackedRows) -> Tensor:

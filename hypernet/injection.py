@@ -11,7 +11,7 @@ Forward hooks stay on the target layers for good and read the injector's state: 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -27,7 +27,7 @@ from hypernet.targets import LayerTarget, LoRATarget
 class AdapterPool:
     """Adapters laid out for the layers they go to, made by `LoRAInjector.pool` or `set`.
 
-    One slot list for all sequences if `shared`, else one per sequence.
+    One slot list for all sequences if `shared`, else one per sequence. `ungated`: what a gate leaves alone.
     """
 
     A: dict[str, dict[int, Tensor]]  # target name, layer to the layer's pool, [slots, R, d_in]
@@ -36,6 +36,8 @@ class AdapterPool:
     num_slots: int
     shared: bool
     scaling: float
+    gate: float = 0.0
+    ungated: "AdapterPool | None" = None
     plans: dict[tuple[int, torch.device], Plan] = field(default_factory=dict)  # by tokens per sequence
 
     def plan(self, x: Tensor) -> Plan:
@@ -132,18 +134,21 @@ class LoRAInjector:
         self._active = None
 
     @contextmanager
-    def using(self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None] | AdapterPool) -> Iterator[None]:
+    def using(
+        self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None] | AdapterPool, *, gate: float = 0.0
+    ) -> Iterator[None]:
         """The base model with these adapters inside the `with` block; afterwards what was in force before.
 
         For inference: with gradient checkpointing, a backward pass after the block does not find the adapters any more.
 
         Args:
-            adapters: what `pool` takes, or what it gave: then nothing is copied.
+            adapters: what `pool` takes, or what it gave: then nothing is copied, and it has its own gate.
+            gate: what `pool` takes.
 
         Raises:
             ValueError: as `pool`; on forward, if there is one adapter per sequence and the batch has another size.
         """
-        active = adapters if isinstance(adapters, AdapterPool) else self.pool(adapters)
+        active = adapters if isinstance(adapters, AdapterPool) else self.pool(adapters, gate=gate)
         previous, self._active = self._active, active
         try:
             yield
@@ -157,18 +162,23 @@ class LoRAInjector:
             hook.remove()
         self._hooks.clear()
 
-    def pool(self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None]) -> AdapterPool | None:
+    def pool(
+        self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None], *, gate: float = 0.0
+    ) -> AdapterPool | None:
         """Copies adapters to the layers they go to. Kept, the result is put in force and taken out again at no cost.
 
         Args:
             adapters: one adapter for all sequences of any batch, None for the plain base model, or one adapter or
                 None for each sequence. The adapters may be on any device; a layer's weights are moved to the layer.
+            gate: how much an adapter's chunks that a token is not about are held back, module by module (see
+                `lora_delta`). The shared block is none of them. 0: all chunks alike, as plain LoRA has them.
 
         Returns:
             The pool, for `using`; None if there is no adapter.
 
         Raises:
-            ValueError: if an adapter is for other targets, or adapters differ in scaling.
+            ValueError: if an adapter is for other targets, or adapters differ in scaling; gated, if they differ in rank
+                per chunk, or chunks are none any more or not as they were generated.
         """
         shared = adapters is None or isinstance(adapters, LoRAAdapter)
         adapters = [adapters] if shared else list(adapters)
@@ -186,6 +196,9 @@ class LoRAInjector:
             raise ValueError(
                 f"Adapters used together must agree in scaling, got {sorted(scalings)}. Use adapters of one generator."
             )
+
+        if gate:
+            return self._gated(adapters, shared, gate)
 
         # Without documents and without a bias block, an adapter is the plain base model.
         distinct = [adapter for adapter in distinct if adapter.rank]
@@ -239,6 +252,28 @@ class LoRAInjector:
             scaling=distinct[0].scaling,
         )
 
+    def _gated(self, adapters: Sequence[LoRAAdapter | None], shared: bool, gate: float) -> AdapterPool | None:
+        """A pool of the chunks, gated, and with it one of the shared blocks."""
+        parts: dict[int, tuple[LoRAAdapter, LoRAAdapter]] = {}
+        for adapter in adapters:
+            if adapter is not None and id(adapter) not in parts:
+                adapter.check_generated("gated")
+                parts[id(adapter)] = (
+                    replace(adapter, **{f: _no_rows(getattr(adapter, f), 1) for f in ("bias_A", "bias_B")}),
+                    replace(adapter, **{f: _no_rows(getattr(adapter, f), 0) for f in ("A", "B")}),
+                )
+        ranks = {chunks.rank_per_chunk for chunks, _ in parts.values() if chunks.num_chunks}
+        if len(ranks) > 1:
+            raise ValueError(
+                f"Adapters gated together must agree in rank per chunk, got {sorted(ranks)}. Use adapters of one "
+                "generator."
+            )
+        chunks, blocks = (
+            self.pool(given[0] if shared else given)
+            for given in zip(*(parts.get(id(adapter), (None, None)) for adapter in adapters), strict=True)
+        )
+        return blocks if chunks is None else replace(chunks, gate=gate, ungated=blocks)
+
     def _add_delta(
         self, name: str, layer: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor
     ) -> Tensor | None:
@@ -246,19 +281,26 @@ class LoRAInjector:
         if active is None:
             return None  # torch keeps the output as it is
         (x,) = inputs
-        y = lora_delta(
-            output.flatten(0, -2),
-            x.flatten(0, -2),
-            active.A[name][layer],
-            active.B[name][layer],
-            active.plan(x),
-            scaling=active.scaling,
-        )
+        y = output.flatten(0, -2)
+        for pool in filter(None, (active, active.ungated)):
+            y = lora_delta(
+                y,
+                x.flatten(0, -2),
+                pool.A[name][layer],
+                pool.B[name][layer],
+                pool.plan(x),
+                scaling=pool.scaling,
+                gate=pool.gate,
+            )
         return y.view(output.shape)
 
 
 def _summary(targets: Sequence[LoRATarget]) -> str:
     return ", ".join(f"{t.name} ({t.d_in} to {t.d_out}, {len(t.paths)} layers)" for t in targets)
+
+
+def _no_rows(tensors: dict[str, Tensor], axis: int) -> dict[str, Tensor]:
+    return {name: tensor.narrow(axis, 0, 0) for name, tensor in tensors.items()}
 
 
 def _unbound(pool: Tensor, target: LoRATarget, width: str) -> dict[int, Tensor]:

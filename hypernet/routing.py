@@ -67,12 +67,7 @@ def chunk_energies(base_model: nn.Module, adapter: LoRAAdapter, prompts: Sequenc
     Raises:
         ValueError: the adapter's chunks were told apart or made one block: their rows are no keys of theirs any more.
     """
-    adapter.check_open("routed")
-    if any(entry.get("ridge") is not None and len(entry["chunks"]) > 1 for entry in adapter.provenance["documents"]):
-        raise ValueError(
-            "Expected an adapter with its chunks as they were generated, got one whose chunks were told apart to be in "
-            "force together. Make it with internalize(document, decorrelate=False)."
-        )
+    adapter.check_generated("routed")
     logs = []
     for (name, layer), x in last_inputs(base_model, adapter.targets, prompts).items():
         A = adapter.A[name][:, layer, :, : x.shape[1]].to(x.device)  # [C, R, d_in]

@@ -299,6 +299,17 @@ def test_routed_answers_are_by_the_chunk_that_a_question_is_about(run, checkpoin
     assert " ".join(answered.split()) == " ".join(expected.split())
 
 
+def test_gated_answers_are_by_chunks_as_they_were_generated(run, checkpoint):
+    question = "Who taught Branmir Ralquist?"
+    settings = ["document=doc.txt", f"ask={question}", "max_new_tokens=4", "compare=false", "gate=1.5"]
+    _, (_, answered) = columns(run(*settings).out)
+    adapter = LoRAAdapter.load("outputs/adapter")
+    assert adapter.num_chunks > 1
+    adapter.check_generated("gated")
+    (expected,) = DocToLoRA.from_pretrained(checkpoint).generate([question], adapter, gate=1.5, max_new_tokens=4)
+    assert " ".join(answered.split()) == " ".join(expected.split())
+
+
 def test_a_document_longer_than_the_window_says_so_in_its_column(run, work):
     (work / "long.txt").write_text(" ".join([TEXT] * 6))
     _, (_, without, with_adapter, in_prompt) = columns(run("document=long.txt", "ask=Who?", "max_new_tokens=3").out)
@@ -418,6 +429,9 @@ def test_a_document_that_cannot_be_read(run, work, name, content, says):
         (["document=doc.txt", "max_batch_tokens=0"], "max_batch_tokens should be a whole number, at least 1, got 0"),
         (["document=doc.txt", "max_new_tokens=few"], "max_new_tokens should be a whole number"),
         (["document=doc.txt", "route=0"], "route should be a whole number, at least 1, got 0"),
+        (["document=doc.txt", "gate=0"], "gate should be a number above 0, such as 1.25, or null, got 0"),
+        (["document=doc.txt", "gate=soft"], "gate should be a number above 0, such as 1.25, or null, got 'soft'"),
+        (["document=doc.txt", "gate=1", "route=2"], "gate and route are two ways"),
         (["document=doc.txt", "output_dir=null"], "output_dir should be a text, got None"),
         (["document=doc.txt", "dtype=float8"], "dtype should be one of float32, .* or null, got 'float8'"),
         (["document=doc.txt", "device=tpu"], "device should be cpu, cuda or auto, got 'tpu'"),

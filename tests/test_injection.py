@@ -145,6 +145,86 @@ def test_adapters_of_several_ranks_share_a_batch(base_model, targets, rank):
             torch.testing.assert_close(base_model(ids[i : i + 1]).logits[0], together[i], rtol=1e-4, atol=1e-4)
 
 
+def gated_logits(base_model, adapter, ids, gate):
+    """Independent reference: hooks that weight every chunk's delta by its energy beside the largest, in float64."""
+    hooks = []
+    for target in adapter.targets:
+        for layer, path in enumerate(target.paths):
+            blocks = [tensors[target.name][:, layer].double() for tensors in (adapter.A, adapter.B)]
+            shared = [tensors[target.name][layer].double() for tensors in (adapter.bias_A, adapter.bias_B)]
+
+            def add(_, inputs, output, blocks=blocks, shared=shared):
+                x = inputs[0].double()
+                delta = x @ shared[0].T @ shared[1]
+                S = torch.stack([x @ A.T for A in blocks[0]])
+                e = (S**2).sum(-1, keepdim=True)
+                for weight, values, B in zip((e / e.amax(0)) ** gate, S, blocks[1], strict=True):
+                    delta = delta + weight * values @ B
+                return (output.double() + adapter.scaling * delta).to(output.dtype)
+
+            hooks.append(base_model.get_submodule(path).register_forward_hook(add))
+    logits = base_model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+@pytest.mark.parametrize("gate", [0.5, 2.0])
+def test_gated_each_chunk_is_weighted_by_its_energy_and_the_shared_block_is_not(base_model, targets, gate):
+    adapters = [make_adapter(targets, 3, seed=1), make_adapter(targets, 1, seed=2), make_adapter(targets, 2, seed=3)]
+    ids = token_ids(4, 7)
+    expected = [gated_logits(base_model, adapter, ids, gate) for adapter in adapters]
+    plain = base_model(ids).logits
+    injector = LoRAInjector(base_model, targets)
+    with injector.using(adapters[0], gate=gate):
+        torch.testing.assert_close(base_model(ids).logits, expected[0], rtol=1e-4, atol=1e-4)
+    with injector.using(adapters[0]):
+        assert not torch.allclose(base_model(ids).logits, expected[0], atol=1e-2)
+    given = [adapters[2], None, adapters[0], adapters[1]]
+    with injector.using(injector.pool(given, gate=gate)):
+        logits = base_model(ids).logits
+    for row, own in enumerate((expected[2], plain, expected[0], expected[1])):
+        torch.testing.assert_close(logits[row], own[row], rtol=1e-4, atol=1e-4)
+
+
+def test_gated_adapters_without_chunks_or_without_a_shared_block(base_model, targets):
+    none = [{t.name: torch.zeros(len(t.paths), 0, getattr(t, w)) for t in targets} for w in ("d_in", "d_out")]
+    alone, empty = make_adapter(targets, 2, seed=1, bias=none), make_adapter(targets, 0, seed=2)
+    ids = token_ids(2, 5)
+    expected = gated_logits(base_model, alone, ids, 1.5)
+    plain = base_model(ids).logits
+    injector = LoRAInjector(base_model, targets)
+    with injector.using([alone, empty]):
+        ungated = base_model(ids).logits
+    with injector.using([alone, empty], gate=1.5):
+        logits = base_model(ids).logits
+    torch.testing.assert_close(logits[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1], ungated[1])
+    assert injector.pool(make_adapter(targets, 0, seed=2, bias=none), gate=1.5) is None
+    with injector.using([None, None], gate=1.5):
+        assert torch.equal(base_model(ids).logits, plain)
+
+
+def test_chunks_that_are_none_any_more_are_not_gated(base_model, targets):
+    from hypernet.composition import compress
+
+    injector, adapter = LoRAInjector(base_model, targets), make_adapter(targets, 3, seed=1)
+    with pytest.raises(ValueError, match="cannot be gated: compress"):
+        injector.pool(compress(adapter, 2)[0], gate=1.0)
+    told_apart = make_adapter(targets, 2, seed=1)
+    told_apart.provenance["documents"].append({"sha256": "", "characters": 9, "chunks": [[0, 4], [4, 9]], "ridge": 2.0})
+    with pytest.raises(ValueError, match=r"cannot be gated: its chunks were told apart.*decorrelate=False"):
+        injector.pool([told_apart, None], gate=1.0)
+    narrow = make_adapter(targets, 2, seed=2)
+    for blocks, axis in ((narrow.A, 2), (narrow.B, 2), (narrow.bias_A, 1), (narrow.bias_B, 1)):
+        blocks.update({name: rows.narrow(axis, 0, RANK - 1) for name, rows in blocks.items()})
+    with pytest.raises(ValueError, match=r"must agree in rank per chunk, got \[2, 3\]"):
+        injector.pool([adapter, narrow], gate=1.0)
+    for gate in (-1.0, float("nan")):
+        with injector.using(adapter, gate=gate), pytest.raises(ValueError, match="gate should be a number of at"):
+            base_model(token_ids(1, 3))
+
+
 def test_a_pool_is_put_in_force_again_and_again_without_a_copy(base_model, targets):
     adapters = [make_adapter(targets, 2, seed=1), make_adapter(targets, 1, seed=2)]
     ids = token_ids(2, 5)

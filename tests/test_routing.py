@@ -138,7 +138,7 @@ def test_chunks_that_are_no_keys_any_more_are_refused(make_doc_to_lora) -> None:
     model.route(QUESTIONS, adapter)
     told_apart = model.internalize(DOCUMENTS)
     assert [entry["ridge"] for entry in told_apart.provenance["documents"]] == [2.0, 2.0]
-    with pytest.raises(ValueError, match=r"chunks were told apart.*internalize\(document, decorrelate=False\)"):
+    with pytest.raises(ValueError, match=r"cannot be routed: its chunks were told apart.*decorrelate=False"):
         model.route(QUESTIONS, told_apart)
     with pytest.raises(ValueError, match="cannot be routed: decorrelate"):
         model.route(QUESTIONS, model.join(adapter))

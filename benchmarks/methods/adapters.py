@@ -21,15 +21,35 @@ class DocToLoRAMethod(Method):
     the adapter is the generator's bias block alone.
     """
 
+    decorrelate = True  # chunks and documents told apart, for all of them to be in force alike
+
     def build(self, case: Case) -> None:
         replaced = () if self.of_another_document else case.replaced
-        self.adapter = internalized(self.model, [*replaced, *self.documents])
+        self.adapter = internalized(self.model, [*replaced, *self.documents], decorrelate=self.decorrelate)
         for _ in replaced:
             self.adapter = drop(self.adapter, 0)
-        self.adapter = self.model.join(self.adapter)
+        if self.decorrelate:
+            self.adapter = self.model.join(self.adapter)
 
     def stored_bytes(self) -> int:
         return self.adapter.num_bytes
+
+
+class GatedDocToLoRA(DocToLoRAMethod):
+    """The documents' adapter, of which every token hears above all the chunks that it is about, module by module.
+
+    Args:
+        gate: see `LoRAInjector.pool`.
+    """
+
+    decorrelate = False
+
+    def __init__(self, *, model: DocToLoRA, gate: float = 1.25, max_new_tokens: int = 32) -> None:
+        super().__init__(model=model, max_new_tokens=max_new_tokens)
+        self.gate = gate
+
+    def in_force(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
+        return self.model.injector.using(self.adapter, gate=self.gate)
 
 
 class RoutedDocToLoRA(DocToLoRAMethod):
@@ -39,17 +59,13 @@ class RoutedDocToLoRA(DocToLoRAMethod):
         num_chunks, sharpness: see `hypernet.routing.routed`.
     """
 
+    decorrelate = False
+
     def __init__(
         self, *, model: DocToLoRA, num_chunks: int = 2, sharpness: float = 1.0, max_new_tokens: int = 32
     ) -> None:
         super().__init__(model=model, max_new_tokens=max_new_tokens)
         self.num_chunks, self.sharpness = num_chunks, sharpness
-
-    def build(self, case: Case) -> None:
-        replaced = () if self.of_another_document else case.replaced
-        self.adapter = internalized(self.model, [*replaced, *self.documents], decorrelate=False)
-        for _ in replaced:
-            self.adapter = drop(self.adapter, 0)
 
     def in_force(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
         settings = {"num_chunks": self.num_chunks, "sharpness": self.sharpness}

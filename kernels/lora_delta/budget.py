@@ -30,6 +30,7 @@ BUDGET = Path(__file__).with_name("budget.json")
 CAPABILITIES = (80, 90)
 # name: tokens per segment, segments, slots per segment and rank of a slot; gemma-2-2b's down_proj, a bias slot shared.
 CASES = {"decode": (1, 16, 8, 8), "rank 8": (512, 8, 1, 8), "rank 64": (512, 8, 8, 8), "rank 256": (512, 8, 32, 8)}
+GATED_CASES = ("decode", "rank 64")  # with more slots the tiles are the same
 D_IN, D_OUT = 9216, 2304
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
@@ -86,7 +87,7 @@ def _recording() -> Iterator[list[_Launch]]:
 
 
 def launches(case: str, dtype: torch.dtype) -> list[_Launch]:
-    """All launches of forward and backward, with a scale per slot."""
+    """All launches of forward and backward, with a scale per slot and without one but gated."""
     tokens, segments, chunks, rank = CASES[case]
     slots = [[*range(i * chunks, (i + 1) * chunks), segments * chunks] for i in range(segments)]
     num_slots = segments * chunks + 1
@@ -97,8 +98,10 @@ def launches(case: str, dtype: torch.dtype) -> list[_Launch]:
     scale, table = new(num_slots, dtype=torch.float32), new(len(plan.table), dtype=torch.int64)
     S = new(kernels.num_parts(T, D_IN), len(plan.pairs) * rank, dtype=torch.float32)
     with _recording() as found:
-        kernels.forward(base, x, A, B, scale, 1.5, table, S, plan.sizes)
-        kernels.backward(base, x, S, A, B, scale, 1.5, table, plan.sizes, (True,) * 4)
+        for given, gate in ((scale, 0.0), (None, 1.5))[: 2 if case in GATED_CASES else 1]:
+            needs = (True, True, True, given is not None)
+            kernels.forward(base, x, A, B, given, 1.5, gate, table, S, plan.sizes)
+            kernels.backward(base, x, S, A, B, given, 1.5, gate, table, plan.sizes, needs)
     return found
 
 

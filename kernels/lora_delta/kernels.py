@@ -1,9 +1,12 @@
-"""The LoRA delta as Triton kernels: shrink, expand, outer, and the ordered sums that finish the gradients.
+"""The LoRA delta as Triton kernels: shrink, gate, expand, outer, and the ordered sums that finish the gradients.
 
 A and B have one layout, [slots, R, d] with d contiguous, so forward and backward are the same kernels:
 
     forward    S = shrink(x, A)     y = expand(base, S, B)
     backward   U = shrink(dy, B)   dx = expand(None, U, A)   dA = outer(U, x)   dB = outer(S, dy)
+
+Gated, G = gate(S) takes S's place in expand and outer, and gate_backward(S, U) that of U: two short kernels between the
+others, over the pairs alone.
 
 Rank row k of a run is row k % R of the pool slot that the k // R-th entry of its list names: ranks are concatenated by
 address arithmetic, nothing is padded or copied. S holds the (token, rank row) pairs of all runs, one after the other.
@@ -18,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan import DECODE_TILE_TOKENS, DECODE_TOKENS, TILE_TOKENS, Sizes
+from .plan import DECODE_TILE_TOKENS, DECODE_TOKENS, TILE_TOKENS, TINY, Sizes
 
 TILE_FIELDS = tl.constexpr(5)
 PIECE_FIELDS = tl.constexpr(6)
+LEAST = tl.constexpr(TINY)
 
 
 @triton.jit
@@ -74,6 +78,129 @@ def _load_S(S, offsets, mask, plane_size, PLANES: tl.constexpr):
     for part in range(1, PLANES):
         tile += tl.load(S + part * plane_size + offsets, mask=mask, other=0.0)
     return tile
+
+
+@triton.jit
+def _energies(S, entry, entries, rows, row_starts, plane_size, R: tl.constexpr, PLANES: tl.constexpr):
+    """e[t, entry] = Σ S² over the entry's R rows; -1 where there is none."""
+    mask = rows & (entry < entries)
+    e = tl.zeros(mask.shape, tl.float32)
+    for r in range(R):
+        S_tile = _load_S(S, row_starts + entry * R + r, mask, plane_size, PLANES)
+        e += S_tile * S_tile
+    return tl.where(mask, tl.maximum(e, LEAST), -1.0)
+
+
+@triton.jit
+def _loudest(
+    S, entries, rows, row_starts, plane_size,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """Each token's largest energy, and the first entry that has it."""
+    most, at = tl.full((BLOCK_M,), LEAST, tl.float32), tl.zeros((BLOCK_M,), tl.int32)
+    for offset in range(0, entries, BLOCK_E):
+        entry = offset + tl.arange(0, BLOCK_E)[None, :]
+        e = _energies(S, entry, entries, rows, row_starts, plane_size, R, PLANES)
+        here, index = tl.max(e, axis=1, return_indices=True)
+        at = tl.where(here > most, offset + index, at)
+        most = tl.maximum(here, most)
+    return most, at
+
+
+@triton.jit
+def _weights(e, most, mask, gate):
+    """(e / most)^gate, 1 where there is no entry."""
+    return tl.exp(gate * tl.log(tl.where(mask, e / most[:, None], 1.0)))
+
+
+@triton.jit(do_not_specialize=["tiles_at", "plane_size", "gate"])
+def gate_kernel(
+    S, G, table, tiles_at, plane_size, gate,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """G[t, k] = (e / max e)^gate S[t, k] for one tile of tokens, with e the entry's Σ S²."""
+    tile = table + tiles_at + tl.program_id(0) * TILE_FIELDS
+    first, end, entries, pairs = tl.load(tile), tl.load(tile + 1), tl.load(tile + 3), tl.load(tile + 4)
+    if first >= end:
+        return
+    entries = entries.to(tl.int32)
+    S += pairs * R
+    G += pairs * R
+    m = tl.arange(0, BLOCK_M)
+    rows, row_starts = (first + m < end)[:, None], (m * entries * R)[:, None]
+    most, _ = _loudest(S, entries, rows, row_starts, plane_size, R, BLOCK_M, BLOCK_E, PLANES)
+    for offset in range(0, entries, BLOCK_E):
+        entry = offset + tl.arange(0, BLOCK_E)[None, :]
+        mask = rows & (entry < entries)
+        e = _energies(S, entry, entries, rows, row_starts, plane_size, R, PLANES)
+        w = _weights(e, most, mask, gate)
+        for r in range(R):
+            at = row_starts + entry * R + r
+            tl.store(G + at, w * _load_S(S, at, mask, plane_size, PLANES), mask=mask)
+
+
+@triton.jit
+def _times_gradient(
+    S, U, scale, table, slots_at, list_at, entry, mask, row_starts, plane_size, scaling,
+    R: tl.constexpr, PLANES_S: tl.constexpr, PLANES_U: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """f[entry] and Σ S ∘ f U over the entry's rows, f = scaling times the slot's scale."""
+    f = tl.zeros(mask.shape, tl.float32) + scaling
+    if HAS_SCALE:
+        slot = tl.load(table + slots_at + list_at + entry, mask=mask, other=0)
+        f *= tl.load(scale + slot, mask=mask, other=0.0)
+    total = tl.zeros(mask.shape, tl.float32)
+    for r in range(R):
+        at = row_starts + entry * R + r
+        total += _load_S(S, at, mask, plane_size, PLANES_S) * _load_S(U, at, mask, plane_size, PLANES_U)
+    return f, f * total
+
+
+@triton.jit(do_not_specialize=["slots_at", "tiles_at", "plane_size", "gate", "scaling"])
+def gate_backward_kernel(
+    S, U, scale, dS, table, slots_at, tiles_at, plane_size, gate, scaling,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, PLANES_S: tl.constexpr, PLANES_U: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of S from that of G, which is scaling scale[slot] U, for one tile of tokens."""
+    tile = table + tiles_at + tl.program_id(0) * TILE_FIELDS
+    first, end = tl.load(tile), tl.load(tile + 1)
+    list_at, entries, pairs = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    if first >= end:
+        return
+    entries = entries.to(tl.int32)
+    S += pairs * R
+    U += pairs * R
+    dS += pairs * R
+    m = tl.arange(0, BLOCK_M)
+    rows, row_starts = (first + m < end)[:, None], (m * entries * R)[:, None]
+    most, loudest = _loudest(S, entries, rows, row_starts, plane_size, R, BLOCK_M, BLOCK_E, PLANES_S)
+    total = tl.zeros((BLOCK_M,), tl.float32)  # Σ of the gradients of log w
+    for offset in range(0, entries, BLOCK_E):
+        entry = offset + tl.arange(0, BLOCK_E)[None, :]
+        mask = rows & (entry < entries)
+        e = _energies(S, entry, entries, rows, row_starts, plane_size, R, PLANES_S)
+        w = _weights(e, most, mask, gate)
+        _, q = _times_gradient(
+            S, U, scale, table, slots_at, list_at, entry, mask, row_starts, plane_size, scaling,
+            R, PLANES_S, PLANES_U, HAS_SCALE,
+        )  # fmt: skip
+        total += tl.sum(tl.where(mask, w * q, 0.0), axis=1)
+    for offset in range(0, entries, BLOCK_E):
+        entry = offset + tl.arange(0, BLOCK_E)[None, :]
+        mask = rows & (entry < entries)
+        e = _energies(S, entry, entries, rows, row_starts, plane_size, R, PLANES_S)
+        w = _weights(e, most, mask, gate)
+        f, q = _times_gradient(
+            S, U, scale, table, slots_at, list_at, entry, mask, row_starts, plane_size, scaling,
+            R, PLANES_S, PLANES_U, HAS_SCALE,
+        )  # fmt: skip
+        of_log_e = w * q - tl.where(entry == loudest[:, None], total[:, None], 0.0)
+        for r in range(R):
+            at = row_starts + entry * R + r
+            S_tile = _load_S(S, at, mask, plane_size, PLANES_S)
+            U_tile = _load_S(U, at, mask, plane_size, PLANES_U)
+            tl.store(dS + at, w * f * U_tile + 2.0 * gate * of_log_e / e * S_tile, mask=mask)
 
 
 @triton.jit(do_not_specialize=["slots_at", "tiles_at", "plane_size", "scaling"])
@@ -207,9 +334,12 @@ def sum_parts_kernel(S, parts, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 # --- Launches -----------------------------------------------------------------------------------------------------
 
 
+_INTERPRETED = not isinstance(shrink_kernel, triton.runtime.JITFunction)
+
+
 def interpreted() -> bool:
     """Whether Triton runs these kernels in Python, on tensors of any device."""
-    return not isinstance(shrink_kernel, triton.runtime.JITFunction)
+    return _INTERPRETED
 
 
 def num_splits(num_tokens: int, d: int) -> int:
@@ -243,9 +373,10 @@ class _Blocks:
         self.shrink_ranks = _power_of_two(longest, 16, 64 if wide else 128)
         self.shrink_depth = (64 if wide else 128) if decode else (32 if wide else 64)
         self.expand_width = 128
+        self.gate_entries = _power_of_two(sizes.max_slots, 1, 512 // self.tokens)  # more spill registers
         self.outer_tokens = 32 if wide else 64
         self.outer_ranks = _power_of_two(longest, 16, 64)
-        self.outer_width = 64 if wide else 128
+        self.outer_width = 64 if wide or decode else 128
         self.warps = 4 if longest <= 32 or decode else 8
 
 
@@ -291,6 +422,33 @@ def num_parts(num_tokens: int, d: int) -> int:
     return num_splits(num_tokens, d) if num_tokens <= DECODE_TOKENS else 1
 
 
+def gated(S: Tensor, gate: float, rank: int, table: Tensor, sizes: Sizes) -> Tensor:
+    """G [1, pairs * R]: each (token, slot) of S times its energy's power `gate`, in units of the token's largest."""
+    G = torch.empty(1, S.shape[1], dtype=torch.float32, device=S.device)
+    blocks = _Blocks(sizes, rank, torch.float32)
+    if sizes.num_tiles and sizes.max_slots:
+        gate_kernel[sizes.num_tiles,](
+            S, G, table, sizes.tiles, S.shape[1], gate,
+            R=rank, BLOCK_M=blocks.tokens, BLOCK_E=blocks.gate_entries, PLANES=len(S), num_warps=4,
+        )  # fmt: skip
+    return G
+
+
+def gated_backward(
+    S: Tensor, U: Tensor, scale: Tensor | None, scaling: float, gate: float, rank: int, table: Tensor, sizes: Sizes
+) -> Tensor:
+    """[1, pairs * R]: the gradient of S from U = dy Bᵀ, scale and scaling in it."""
+    dS = torch.empty(1, S.shape[1], dtype=torch.float32, device=S.device)
+    blocks = _Blocks(sizes, rank, torch.float32)
+    if sizes.num_tiles and sizes.max_slots:
+        gate_backward_kernel[sizes.num_tiles,](
+            S, U, S if scale is None else scale, dS, table, sizes.slots, sizes.tiles, S.shape[1], gate, scaling,
+            R=rank, BLOCK_M=blocks.tokens, BLOCK_E=blocks.gate_entries, PLANES_S=len(S), PLANES_U=len(U),
+            HAS_SCALE=scale is not None, num_warps=4,
+        )  # fmt: skip
+    return dS
+
+
 def expand(
     base: Tensor | None, S: Tensor, W: Tensor, scale: Tensor | None, scaling: float, y: Tensor, table: Tensor,
     sizes: Sizes, *, compute_like: torch.dtype,
@@ -305,7 +463,8 @@ def expand(
         y if base is None else base, S, W, S if scale is None else scale, y, table, sizes.slots, sizes.tiles,
         0 if base is None else base.stride(0), W.stride(0), W.stride(1), d, S.shape[1], scaling,
         R=rank, BLOCK_M=blocks.tokens, BLOCK_R=blocks.expand_ranks, BLOCK_N=blocks.expand_width, PLANES=len(S),
-        HAS_BASE=base is not None, HAS_SCALE=scale is not None, **how, num_warps=blocks.warps, num_stages=2,
+        HAS_BASE=base is not None, HAS_SCALE=scale is not None, **how, num_warps=blocks.warps,
+        num_stages=1 if sizes.decode and len(S) == 1 else 2,  # two would spill float32 registers
     )  # fmt: skip
 
 
@@ -354,37 +513,42 @@ def scale_gradient(
 
 
 def forward(
-    base: Tensor, x: Tensor, A: Tensor, B: Tensor, slot_scale: Tensor | None, scaling: float, table: Tensor,
-    S: Tensor, sizes: Sizes,
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, slot_scale: Tensor | None, scaling: float, gate: float,
+    table: Tensor, S: Tensor, sizes: Sizes,
 ) -> Tensor:  # fmt: skip
     """y, and S [parts, pairs * R] filled in."""
     base, x, A, B = _rows(base), _rows(x), _rows(A), _rows(B)
     shrink(x, A, S, table, sizes, compute_like=base.dtype)
     y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    expand(base, S, B, slot_scale, scaling, y, table, sizes, compute_like=base.dtype)
+    G = gated(S, gate, A.shape[1], table, sizes) if gate else S
+    expand(base, G, B, slot_scale, scaling, y, table, sizes, compute_like=base.dtype)
     return y
 
 
 def backward(
-    dy: Tensor, x: Tensor, S: Tensor, A: Tensor, B: Tensor, slot_scale: Tensor | None, scaling: float, table: Tensor,
-    sizes: Sizes, needs: tuple[bool, bool, bool, bool],
+    dy: Tensor, x: Tensor, S: Tensor, A: Tensor, B: Tensor, slot_scale: Tensor | None, scaling: float, gate: float,
+    table: Tensor, sizes: Sizes, needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of x, A, B and slot_scale where needed, else None."""
     dy, x, A, B = _rows(dy), _rows(x), _rows(A), _rows(B)
-    like, dx, dA, dB, dscale = dy.dtype, None, None, None, None
+    like, dx, dA, dB, dscale, rank = dy.dtype, None, None, None, None, A.shape[1]
+    G = gated(S, gate, rank, table, sizes) if gate and (needs[2] or needs[3]) else S
     if needs[2]:
         dB = torch.empty(B.shape, dtype=B.dtype, device=B.device)
-        outer(S, dy, slot_scale, scaling, dB, table, sizes, compute_like=like)
+        outer(G, dy, slot_scale, scaling, dB, table, sizes, compute_like=like)
     if needs[0] or needs[1] or needs[3]:
         U = torch.empty(num_parts(len(x), dy.shape[1]), S.shape[1], dtype=torch.float32, device=S.device)
         shrink(dy, B, U, table, sizes, compute_like=like)
-        if needs[0]:
-            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            expand(None, U, A, slot_scale, scaling, dx, table, sizes, compute_like=like)
-        if needs[1]:
-            dA = torch.empty(A.shape, dtype=A.dtype, device=A.device)
-            outer(U, x, slot_scale, scaling, dA, table, sizes, compute_like=like)
         if needs[3]:
             dscale = torch.empty(slot_scale.shape, dtype=slot_scale.dtype, device=slot_scale.device)
-            scale_gradient(S, U, scaling, dscale, A.shape[1], table, sizes)
+            scale_gradient(G, U, scaling, dscale, rank, table, sizes)
+        factors = slot_scale, scaling
+        if gate and (needs[0] or needs[1]):
+            U, factors = gated_backward(S, U, *factors, gate, rank, table, sizes), (None, 1.0)
+        if needs[0]:
+            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            expand(None, U, A, *factors, dx, table, sizes, compute_like=like)
+        if needs[1]:
+            dA = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+            outer(U, x, *factors, dA, table, sizes, compute_like=like)
     return dx, dA, dB, dscale

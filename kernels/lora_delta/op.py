@@ -4,6 +4,7 @@ Triton's kernels run on CUDA tensors, plain torch elsewhere. The environment var
 choice for a process ("reference" or "triton"); what cannot be honoured raises. Callers never name an implementation.
 """
 
+import math
 import os
 
 import torch
@@ -25,6 +26,7 @@ def lora_delta(
     *,
     scaling: float,
     slot_scale: Tensor | None = None,
+    gate: float = 0.0,
 ) -> Tensor:
     """Adds to a frozen linear layer's output the LoRA delta of each token's adapter slots.
 
@@ -37,6 +39,8 @@ def lora_delta(
         plan: which tokens use which slots; made for T tokens and this number of slots, on x's device.
         scaling: factor on BA. PEFT's `lora_alpha / r`.
         slot_scale: one more factor per slot, [slots], differentiable.
+        gate: how much the slots of a token's list that x is not about are held back: each slot's delta is weighted by
+            (e / max e)^gate, with e = ‖A x‖² of the slot, before slot_scale, and the largest of the list. 0: all alike.
 
     Returns:
         base + scaling * (x Aᵀ) B, [T, d_out], in base's dtype: products accumulated and base added once in float32.
@@ -46,7 +50,8 @@ def lora_delta(
     Gradients of base, x, A, B and slot_scale are deterministic; there is no second derivative.
 
     Raises:
-        ValueError: if shapes, pool size or devices do not fit, or D2L_LORA_DELTA asks for what is not there.
+        ValueError: if shapes, pool size or devices do not fit, gate is negative or no number, or D2L_LORA_DELTA asks
+            for what is not there.
 
     Source: Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685; several adapters per segment by rank
         concatenation as in Doc-to-LoRA.
@@ -56,10 +61,12 @@ def lora_delta(
             f"Expected everything on one device, got base on {base.device}, x on {x.device}, A on {A.device}, "
             f"B on {B.device}, plan on {plan.table.device}. Move A and B, and build the Plan with device=x.device."
         )
+    if not 0 <= gate < math.inf:
+        raise ValueError(f"gate should be a number of at least 0, got {gate}. 0 weights all slots alike.")
     if not plan.has_slots:
         _check(base, x, A, B, slot_scale, plan.sizes)
         return base
-    return _forward(base, x, A, B, slot_scale, scaling, plan.table, plan.pairs, plan.host)[0]
+    return _forward(base, x, A, B, slot_scale, scaling, gate, plan.table, plan.pairs, plan.host)[0]
 
 
 def chosen_implementation(x: Tensor) -> str:
@@ -98,6 +105,7 @@ def _forward(
     B: Tensor,
     slot_scale: Tensor | None,
     scaling: float,
+    gate: float,
     table: Tensor,
     pairs: Tensor,
     host: Tensor,
@@ -106,13 +114,13 @@ def _forward(
     sizes = _sizes(host)
     _check(base, x, A, B, slot_scale, sizes)
     if chosen_implementation(x) == "reference":
-        y, S = reference.forward(base, x, A, B, slot_scale, scaling, host)
+        y, S = reference.forward(base, x, A, B, slot_scale, scaling, gate, host)
         # A plan with a capacity has room for larger ones.
         return y, torch.nn.functional.pad(S, (0, pairs.shape[0] * A.shape[1] - len(S)))[None]
     from . import kernels
 
     S = torch.empty(_S_shape(x, A, pairs), dtype=torch.float32, device=x.device)
-    return kernels.forward(base, x, A, B, slot_scale, scaling, table, S, sizes), S
+    return kernels.forward(base, x, A, B, slot_scale, scaling, gate, table, S, sizes), S
 
 
 def _S_shape(x: Tensor, A: Tensor, pairs: Tensor) -> tuple[int, int]:
@@ -125,7 +133,7 @@ def _S_shape(x: Tensor, A: Tensor, pairs: Tensor) -> tuple[int, int]:
 
 
 @_forward.register_fake
-def _(base, x, A, B, slot_scale, scaling, table, pairs, host):
+def _(base, x, A, B, slot_scale, scaling, gate, table, pairs, host):
     S = x.new_empty(_S_shape(x, A, pairs), dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.empty_like(base, memory_format=torch.contiguous_format), S
 
@@ -139,6 +147,7 @@ def _backward(
     B: Tensor,
     slot_scale: Tensor | None,
     scaling: float,
+    gate: float,
     table: Tensor,
     host: Tensor,
     needs: list[bool],
@@ -146,17 +155,17 @@ def _backward(
     """Gradients of x, A, B and slot_scale; an empty tensor for each that is not needed."""
     needed = tuple(needs)
     if chosen_implementation(x) == "reference":
-        grads = reference.backward(dy, x, S[0], A, B, slot_scale, scaling, host, needed)
+        grads = reference.backward(dy, x, S[0], A, B, slot_scale, scaling, gate, host, needed)
     else:
         from . import kernels
 
         sizes = _sizes(host)
-        grads = kernels.backward(dy, x, S, A, B, slot_scale, scaling, table, sizes, needed)
+        grads = kernels.backward(dy, x, S, A, B, slot_scale, scaling, gate, table, sizes, needed)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_backward.register_fake
-def _(dy, x, S, A, B, slot_scale, scaling, table, host, needs):
+def _(dy, x, S, A, B, slot_scale, scaling, gate, table, host, needs):
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else dy.new_empty(0)
         for tensor, needed in zip((x, A, B, slot_scale), needs, strict=True)
@@ -164,19 +173,20 @@ def _(dy, x, S, A, B, slot_scale, scaling, table, host, needs):
 
 
 def _keep(ctx, inputs, output) -> None:
-    _, x, A, B, slot_scale, scaling, table, _, host = inputs
+    _, x, A, B, slot_scale, scaling, gate, table, _, host = inputs
     S = output[1]
     ctx.mark_non_differentiable(S)
     ctx.save_for_backward(x, S, A, B, slot_scale, table, host)
-    ctx.scaling = scaling
+    ctx.scaling, ctx.gate = scaling, gate
 
 
 def _differentiate(ctx, dy: Tensor, _) -> tuple[Tensor | None, ...]:
     x, S, A, B, slot_scale, table, host = ctx.saved_tensors
     needs = [needed for i, needed in enumerate(ctx.needs_input_grad[:5]) if i]
-    grads = _backward(dy, x, S, A, B, slot_scale, ctx.scaling, table, host, needs) if any(needs) else (None,) * 4
+    settings = ctx.scaling, ctx.gate
+    grads = _backward(dy, x, S, A, B, slot_scale, *settings, table, host, needs) if any(needs) else (None,) * 4
     dx, dA, dB, dscale = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dy if ctx.needs_input_grad[0] else None, dx, dA, dB, dscale, None, None, None, None
+    return dy if ctx.needs_input_grad[0] else None, dx, dA, dB, dscale, *[None] * 5
 
 
 torch.library.register_autograd("doc_to_lora::lora_delta", _differentiate, setup_context=_keep)

@@ -25,6 +25,8 @@ DECODE_TOKENS = 128
 TILE_TOKENS, DECODE_TILE_TOKENS = 64, 16
 # Tokens that one program of the weight gradients sums up; longer runs are cut into pieces, added in order afterwards.
 PIECE_TOKENS = 1024
+# Least energy of a gated slot, so that one that answers nothing has a weight and a gradient.
+TINY = 1e-30
 
 
 class Capacity(NamedTuple):

@@ -5,6 +5,9 @@ same shape). Nothing is repeated per token.
 
 For run g: S = x Aᵀ, y = base + scaling (f ∘ S) B, with f the slots' scale, repeated over their rows. Backward:
 U = dy Bᵀ, dx = scaling (f ∘ U) A, dA = scaling f ∘ Uᵀx, dB = scaling f ∘ Sᵀdy, df = scaling Σ S ∘ U.
+
+Gated, G = w ∘ S stands for S in y, dB and df, and the gradient of S that came from G for scaling f ∘ U in dx and dA;
+w = (e / max e)^gate for each token and slot, with e = Σ S² over the slot's rows.
 """
 
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .plan import read_lists
+from .plan import TINY, read_lists
 
 
 class _Runs:
@@ -70,6 +73,32 @@ def _times(rows: Tensor, scale: Tensor | None) -> Tensor:
     return rows if scale is None else rows * scale
 
 
+def _weights(S: Tensor, gate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of S [G, T, n, R]: w and e, [G, T, n, 1], and where e is largest, [G, T, 1, 1]."""
+    e = S.square().sum(-1, keepdim=True).clamp(min=TINY)
+    largest, loudest = e.max(2, keepdim=True)
+    return (e / largest).pow(gate), e, loudest
+
+
+def _gated(S: Tensor, rank: int, gate: float) -> Tensor:
+    """G [G, T, n R] of S [G, T, n R]."""
+    if not gate or not S.numel():
+        return S
+    slots = S.unflatten(2, (-1, rank))
+    return (_weights(slots, gate)[0] * slots).flatten(2)
+
+
+def _gated_backward(S: Tensor, dG: Tensor, rank: int, gate: float) -> Tensor:
+    """The gradient of S from that of G."""
+    if not gate or not S.numel():
+        return dG
+    S, dG = (rows.unflatten(2, (-1, rank)) for rows in (S, dG))
+    w, e, loudest = _weights(S, gate)
+    q = w * (dG * S).sum(-1, keepdim=True)  # w dL/dw
+    of_log_e = q.scatter_add(2, loudest, -q.sum(2, keepdim=True))
+    return (w * dG + 2 * gate * of_log_e / e * S).flatten(2)
+
+
 def _in_full_precision(function):
     """Autocast would round A and B to 16 bit before the products."""
 
@@ -83,7 +112,14 @@ def _in_full_precision(function):
 
 @_in_full_precision
 def forward(
-    base: Tensor, x: Tensor, A: Tensor, B: Tensor, slot_scale: Tensor | None, scaling: float, host: Tensor
+    base: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    slot_scale: Tensor | None,
+    scaling: float,
+    gate: float,
+    host: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """y [T, d_out] in base's dtype, and S = x Aᵀ of all (token, slot) pairs, flat, in float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -100,7 +136,8 @@ def forward(
     ):
         S = x_g @ A_g.mT
         # A run without slots has rank 0: its rows come out as base's, whatever x holds there.
-        all_y.append(torch.baddbmm(base_g, _times(S, f_g), B_g, alpha=scaling).flatten(0, 1).to(base.dtype))
+        G = _times(_gated(S, A.shape[1], gate), f_g)
+        all_y.append(torch.baddbmm(base_g, G, B_g, alpha=scaling).flatten(0, 1).to(base.dtype))
         all_S.append(S.flatten())
     if not all_y:
         return base.clone(), wide_x.new_empty(0)
@@ -116,6 +153,7 @@ def backward(
     B: Tensor,
     slot_scale: Tensor | None,
     scaling: float,
+    gate: float,
     host: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -140,11 +178,12 @@ def backward(
     ):
         split = lambda rows: rows.unflatten(1, (rows.shape[1] // A.shape[1], A.shape[1]))  # noqa: E731
         U = dy_g @ B_g.mT
+        G_g = _gated(S_g, A.shape[1], gate)
         if needs[3]:
-            df.index_add_(0, slots_g, split((S_g * U).sum(1)).sum(-1).flatten(), alpha=scaling)
+            df.index_add_(0, slots_g, split((G_g * U).sum(1)).sum(-1).flatten(), alpha=scaling)
         if needs[2]:
-            dB.index_add_(0, slots_g, split(torch.bmm(_times(S_g, f_g).mT, dy_g)).flatten(0, 1), alpha=scaling)
-        U = _times(U, f_g) * scaling
+            dB.index_add_(0, slots_g, split(torch.bmm(_times(G_g, f_g).mT, dy_g)).flatten(0, 1), alpha=scaling)
+        U = _gated_backward(S_g, _times(U, f_g) * scaling, A.shape[1], gate)
         if needs[1]:
             dA.index_add_(0, slots_g, split(torch.bmm(U.mT, x_g)).flatten(0, 1))
         if needs[0]:

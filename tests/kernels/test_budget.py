@@ -9,21 +9,38 @@ from pathlib import Path
 import pytest
 import triton
 
-from hypernet.kernels.lora_delta.budget import BUDGET, CAPABILITIES, CASES, DTYPES, exceeded
+from hypernet.kernels.lora_delta.budget import BUDGET, CAPABILITIES, CASES, DTYPES, GATED_CASES, exceeded
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = json.loads(BUDGET.read_text(encoding="utf-8"))
 
 
 def test_no_kernel_spills_registers_and_every_one_has_a_budget():
+    gates = {"gate", "gate_backward"}
     kernels = {"shrink", "expand", "outer", "ordered_sum", "scale", "scale_sum"}
-    names = {f"sm_{c} {d} {case} {k}_kernel" for c in CAPABILITIES for d in DTYPES for case in CASES for k in kernels}
-    summed = {f"sm_{c} {d} {case} sum_parts_kernel" for c in CAPABILITIES for d in DTYPES for case in CASES}
-    summed = {name for name in summed if "decode" not in name}  # while decoding expand adds up the parts
-    assert set(COMMITTED["kernels"]) == names | summed
+    summing = [case for case in CASES if case != "decode"]  # while decoding expand adds up the parts
+    wanted = {(k, case) for k in kernels for case in CASES} | {(k, case) for k in gates for case in GATED_CASES}
+    wanted |= {("sum_parts", case) for case in summing}
+    names = {f"sm_{c} {d} {case} {k}_kernel" for c in CAPABILITIES for d in DTYPES for k, case in wanted}
+    assert set(COMMITTED["kernels"]) == names
     for name, needs in COMMITTED["kernels"].items():
         # 99 KiB of shared memory is what every GPU from sm_86 on gives a program.
         assert needs["stack"] == 0 and needs["registers"] < 255 and needs["shared"] <= 99 * 1024, name
+
+
+def test_16_bit_launches_multiply_in_16_bits():
+    """The interpreter widens them; what the budget compiles must be what a GPU runs."""
+    command = (
+        "from hypernet.kernels.lora_delta import budget\n"
+        "found = {(name, str(launch.constants['COMPUTE'])) for name, dtype in budget.DTYPES.items()"
+        " for launch in budget.launches('rank 8', dtype) if 'COMPUTE' in launch.constants}\n"
+        "print(sorted(found))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[('bf16', 'bf16'), ('fp32', 'fp32')]"
 
 
 def test_more_than_the_budget_is_found():

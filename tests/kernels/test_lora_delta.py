@@ -74,15 +74,17 @@ def make_inputs(num_tokens, num_slots, d_in, d_out, rank, dtype=torch.float32, s
     return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
 
 
-def loop_float64(base, x, A, B, lengths, slots, slot_scale):
+def loop_float64(base, x, A, B, lengths, slots, slot_scale, gate=0.0):
     """One token and one slot at a time."""
     rows, token = [], 0
     for length, ids in zip(lengths, slots, strict=True):
         for _ in range(length):
             row = base[token].double()
-            for slot in ids:
-                S = A[slot].double() @ x[token].double()
-                row = row + SCALING * slot_scale[slot].double() * S @ B[slot].double()
+            S = [A[slot].double() @ x[token].double() for slot in ids]
+            energies = [(values * values).sum() for values in S]
+            for slot, values, energy in zip(ids, S, energies, strict=True):
+                weight = (energy / max(energies)) ** gate if gate else 1.0
+                row = row + SCALING * weight * slot_scale[slot].double() * values @ B[slot].double()
             rows.append(row)
             token += 1
     return torch.stack(rows) if rows else base.double()
@@ -98,20 +100,21 @@ def values_and_gradients(function, inputs):
     return y.detach(), zero_if_unused
 
 
-def beside_the_loop(case, sizes, dtype):
+def beside_the_loop(case, sizes, dtype, gate):
     """What the op gives for a case, and the loop in float64, whose sums must not be rounded either: (y, gradients)."""
     lengths, slots, num_slots = CASES[case]
     inputs = make_inputs(sum(lengths), num_slots, *sizes, dtype=dtype)
     plan = plan_of(lengths, slots, num_slots=num_slots)
-    y, grads = values_and_gradients(lambda **kw: lora_delta(plan=plan, scaling=SCALING, **kw), inputs)
+    y, grads = values_and_gradients(lambda **kw: lora_delta(plan=plan, scaling=SCALING, gate=gate, **kw), inputs)
     assert y.dtype == dtype
     assert all(grads[name].dtype == inputs[name].dtype for name in NAMES)
     wide = {name: tensor.double() for name, tensor in inputs.items()}
-    return (y, grads), values_and_gradients(lambda **kw: loop_float64(lengths=lengths, slots=slots, **kw), wide)
+    loop = lambda **kw: loop_float64(lengths=lengths, slots=slots, gate=gate, **kw)  # noqa: E731
+    return (y, grads), values_and_gradients(loop, wide)
 
 
-def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, y_tolerance=None):
-    (y, grads), (expected, expected_grads) = beside_the_loop(case, sizes, dtype)
+def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, y_tolerance=None, gate=0.0):
+    (y, grads), (expected, expected_grads) = beside_the_loop(case, sizes, dtype, gate)
     y_tolerance = y_tolerance or tolerance
     torch.testing.assert_close(y.double(), expected, rtol=y_tolerance, atol=y_tolerance)
     for name in NAMES:
@@ -125,14 +128,14 @@ def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, y_tole
         )
 
 
-def assert_matches_loop_but_for_rounding(case, sizes, dtype):
+def assert_matches_loop_but_for_rounding(case, sizes, dtype, gate=0.0):
     """For compiled kernels, which round A, B and S to 16 bits as the frozen layer's weights are.
 
     However small a sum of many products comes out, each of them brings the rounding of its own size. So the errors are
     taken together, as a share of all values, and the largest as a share of the largest value.
     """
     rounding = torch.finfo(dtype).eps
-    (y, grads), (expected, expected_grads) = beside_the_loop(case, sizes, dtype)
+    (y, grads), (expected, expected_grads) = beside_the_loop(case, sizes, dtype, gate)
     for name, got, wanted in [("y", y, expected), *((name, grads[name], expected_grads[name]) for name in NAMES)]:
         error = got.double() - wanted
         assert error.norm() <= rounding * wanted.norm(), (name, float(error.norm() / wanted.norm()) / rounding)
@@ -145,13 +148,22 @@ def test_values_and_every_gradient_match_a_float64_loop(case, sizes):
     assert_matches_loop(case, sizes)
 
 
+@pytest.mark.parametrize("gate", [0.5, 2.0])
+@pytest.mark.parametrize("sizes", SIZES[:1] + SIZES[2:])
+@pytest.mark.parametrize("case", CASES)
+def test_gated_values_and_every_gradient_match_a_float64_loop(case, sizes, gate):
+    """More is rounded than in a plain sum: a quotient, its power and the product with it."""
+    assert_matches_loop(case, sizes, gate=gate, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.5])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("case", ["uniform", "ragged", "segments_without_slots"])
-def test_half_precision_activations_match_and_A_B_gradients_stay_float32(case, dtype, tolerance, implementation):
+def test_half_precision_activations_match_and_A_B_gradients_stay_float32(case, dtype, tolerance, gate, implementation):
     if implementation == "triton" and DEVICE == "cuda":
-        assert_matches_loop_but_for_rounding(case, (37, 100, 8), dtype)
+        assert_matches_loop_but_for_rounding(case, (37, 100, 8), dtype, gate)
     else:
-        assert_matches_loop(case, (37, 100, 8), dtype, tolerance)
+        assert_matches_loop(case, (37, 100, 8), dtype, tolerance, gate=gate)
 
 
 @pytest.mark.parametrize("case", ["uniform", "ragged"])
@@ -176,12 +188,14 @@ def test_autocast_does_not_round_A_and_B():
     assert torch.equal(inside, lora_delta(plan=plan, scaling=SCALING, **inputs))
 
 
-def test_gradcheck_in_float64(implementation):
+@pytest.mark.parametrize("gate", [0.0, 1.5])
+def test_gradcheck_in_float64(gate, implementation):
     if implementation == "triton":
         pytest.skip("the kernels sum up in float32; float64 is the reference's")
     inputs = {n: t.double().requires_grad_() for n, t in make_inputs(6, 3, 3, 2, 2).items()}
     plan = plan_of([2, 1, 3], [[0, 2], [], [2, 1, 1]], num_slots=3)
-    function = lambda base, x, A, B, s: lora_delta(base, x, A, B, plan, scaling=SCALING, slot_scale=s)  # noqa: E731
+    settings = {"scaling": SCALING, "gate": gate}
+    function = lambda base, x, A, B, s: lora_delta(base, x, A, B, plan, slot_scale=s, **settings)  # noqa: E731
     assert torch.autograd.gradcheck(function, tuple(inputs[name] for name in NAMES))
 
 
@@ -204,20 +218,52 @@ def test_rows_without_slots_are_exactly_the_base_and_poison_there_does_not_leak(
     assert not grads["x"][without].any() and not grads["A"][3].any() and not grads["B"][3].any()
 
 
+def test_a_slot_by_itself_is_not_gated_and_a_sharp_gate_leaves_the_loudest_alone():
+    inputs = make_inputs(40, 4, 37, 100, 8)
+    alone = plan_of([40], [[2]], num_slots=4)
+    ungated = lora_delta(plan=alone, scaling=SCALING, **inputs)
+    assert torch.equal(lora_delta(plan=alone, scaling=SCALING, gate=1.5, **inputs), ungated)
+    energies = torch.einsum("srd,td->tsr", inputs["A"], inputs["x"]).square().sum(-1)
+    runs, ids = [1] * 40, [[slot] for slot in energies.argmax(1).tolist()]
+    loudest = lora_delta(plan=plan_of(runs, ids, num_slots=4), scaling=SCALING, **inputs)
+    sharp = lora_delta(plan=plan_of([40], [[0, 1, 2, 3]], num_slots=4), scaling=SCALING, gate=1e4, **inputs)
+    close = energies.topk(2, dim=1).values
+    apart = close[:, 1] < 0.99 * close[:, 0]
+    assert apart.sum() > 30
+    torch.testing.assert_close(sharp[apart], loudest[apart], rtol=1e-5, atol=1e-5)
+
+
+def test_slots_that_answer_nothing_have_a_weight_and_a_gradient():
+    inputs = make_inputs(5, 3, 37, 3, 8)
+    inputs["A"][:2] = 0
+    plan = plan_of([3, 2], [[0, 1, 2], [0, 1]], num_slots=3)
+    y, grads = values_and_gradients(lambda **kw: lora_delta(plan=plan, scaling=SCALING, gate=0.5, **kw), inputs)
+    assert torch.equal(y[3:], inputs["base"][3:])
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("gate", [-0.1, float("nan"), float("inf")])
+def test_a_gate_that_is_no_power_is_refused(gate):
+    with pytest.raises(ValueError, match=f"gate should be a number of at least 0, got {gate}"):
+        lora_delta(plan=plan_of([4], [[0]], num_slots=2), scaling=1.0, gate=gate, **make_inputs(4, 2, 3, 3, 1))
+
+
 def test_plan_without_any_slot_returns_the_base_tensor_itself():
     inputs = make_inputs(4, 2, 3, 3, 1)
     assert lora_delta(plan=plan_of([3, 1], [[], []], num_slots=2), scaling=1.0, **inputs) is inputs["base"]
 
 
+@pytest.mark.parametrize("gate", [0.0, 1.5])
 @pytest.mark.parametrize(
     "lengths, slots", [([100], [[0, 1, 2]]), ([3, 3], [[0, 1, 2], [3, 4, 1]]), ([1, 37], [[0, 1], [2]])]
 )
-def test_order_of_chunks_does_not_matter(lengths, slots):
+def test_order_of_chunks_does_not_matter(lengths, slots, gate):
     inputs = make_inputs(sum(lengths), 5, 37, 3, 8)
     forward = plan_of(lengths, slots, num_slots=5)
     backward = plan_of(lengths, [ids[::-1] for ids in slots], num_slots=5)
+    settings = {"scaling": SCALING, "gate": gate}
     torch.testing.assert_close(
-        lora_delta(plan=forward, scaling=SCALING, **inputs), lora_delta(plan=backward, scaling=SCALING, **inputs)
+        lora_delta(plan=forward, **settings, **inputs), lora_delta(plan=backward, **settings, **inputs)
     )
 
 
@@ -313,11 +359,12 @@ def test_override_chooses_the_implementation_and_refuses_what_is_not_there(monke
 SHARED = ([5, 70, 3, 40], [[0, 3], [1, 3, 0], [], [3, 2, 1]], 4)
 
 
-def test_two_runs_are_bit_equal_in_values_and_every_gradient():
+@pytest.mark.parametrize("gate", [0.0, 1.5])
+def test_two_runs_are_bit_equal_in_values_and_every_gradient(gate):
     lengths, slots, num_slots = SHARED
     inputs = make_inputs(sum(lengths), num_slots, 37, 100, 8)
     plan = plan_of(lengths, slots, num_slots=num_slots)
-    function = lambda **kw: lora_delta(plan=plan, scaling=SCALING, **kw)  # noqa: E731
+    function = lambda **kw: lora_delta(plan=plan, scaling=SCALING, gate=gate, **kw)  # noqa: E731
     (y, grads), (again, grads_again) = values_and_gradients(function, inputs), values_and_gradients(function, inputs)
     assert torch.equal(y, again)
     for name in NAMES:
@@ -338,22 +385,25 @@ def test_order_of_segments_does_not_change_a_bit(implementation):
     assert torch.equal(torch.cat([y.split(lengths)[i] for i in order]), again)
 
 
-def test_while_decoding_a_row_does_not_depend_on_the_rest_of_the_batch(implementation):
+@pytest.mark.parametrize("gate", [0.0, 1.5])
+def test_while_decoding_a_row_does_not_depend_on_the_rest_of_the_batch(gate, implementation):
     if implementation == "reference":
         pytest.skip("a library's products may depend on the number of rows")
     inputs = make_inputs(40, 20, 1500, 37, 8)
     alone = {**inputs, "base": inputs["base"][:1], "x": inputs["x"][:1]}
-    y = lora_delta(plan=plan_of([1], [[3, 19]], num_slots=20), scaling=SCALING, **alone)
+    settings = {"scaling": SCALING, "gate": gate}
+    y = lora_delta(plan=plan_of([1], [[3, 19]], num_slots=20), **settings, **alone)
     for lengths, slots in [([1, 39], [[3, 19], [*range(20)]]), ([1, 1, 38], [[3, 19], [], [0]]), ([40], [[3, 19]])]:
-        batch = lora_delta(plan=plan_of(lengths, slots, num_slots=20), scaling=SCALING, **inputs)
+        batch = lora_delta(plan=plan_of(lengths, slots, num_slots=20), **settings, **inputs)
         assert torch.equal(batch[:1], y)
 
 
+@pytest.mark.parametrize("gate", [0.0, 1.5])
 @pytest.mark.parametrize("sizes", [(2049, 3, 8), (3, 2049, 8), (1100, 1100, 5)])
-def test_wide_layers_match(sizes, monkeypatch):
+def test_wide_layers_match(sizes, gate, monkeypatch):
     """Over 1,024 wide, the reduction is split between programs while decoding; over 2,048 always."""
     monkeypatch.setitem(CASES, "decoding", ([1, 1, 3], [[0, 2], [1], [2, 1]], 3))
-    assert_matches_loop("decoding", sizes)
+    assert_matches_loop("decoding", sizes, gate=gate)
 
 
 def test_wide_layers_match_with_many_tokens(monkeypatch):
@@ -364,7 +414,8 @@ def test_wide_layers_match_with_many_tokens(monkeypatch):
 
 def test_five_hundred_chunks_beside_one_match(monkeypatch):
     monkeypatch.setitem(CASES, "long document", ([5, 2], [[*range(499, -1, -1), 500], [500]], 501))
-    assert_matches_loop("long document", (37, 3, 2), tolerance=1e-4)
+    for gate in (0.0, 1.5):
+        assert_matches_loop("long document", (37, 3, 2), tolerance=1e-4, gate=gate)
 
 
 def test_runs_longer_than_a_piece_match(monkeypatch, implementation):
@@ -406,7 +457,8 @@ def test_offsets_past_two_to_the_31_elements():
 # Plans that replace each other
 
 
-def test_a_plan_takes_over_the_work_of_another_of_its_capacity():
+@pytest.mark.parametrize("gate", [0.0, 1.5])
+def test_a_plan_takes_over_the_work_of_another_of_its_capacity(gate):
     capacity = Capacity(max_runs=4, max_slots=3)
     cases = [([20, 30, 100], [[0, 3], [1], [2, 1, 0]]), ([150], [[]]), ([3, 147], [[3], [0, 1]])]
     inputs = make_inputs(150, 4, 37, 100, 8)
@@ -416,9 +468,10 @@ def test_a_plan_takes_over_the_work_of_another_of_its_capacity():
         captured.copy_(plan_of(lengths, slots, num_slots=4, capacity=capacity))
         tables.add((captured.table.data_ptr(), captured.table.shape, captured.sizes[3:]))
         exact = plan_of(lengths, slots, num_slots=4)
-        y, grads = values_and_gradients(lambda **kw: lora_delta(plan=captured, scaling=SCALING, **kw), inputs)
+        settings = {"scaling": SCALING, "gate": gate}
+        y, grads = values_and_gradients(lambda s=settings, **kw: lora_delta(plan=captured, **s, **kw), inputs)
         expected, expected_grads = values_and_gradients(
-            lambda exact=exact, **kw: lora_delta(plan=exact, scaling=SCALING, **kw), inputs
+            lambda exact=exact, s=settings, **kw: lora_delta(plan=exact, **s, **kw), inputs
         )
         # The tiles differ, so the sums are in another order.
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
@@ -442,17 +495,18 @@ def test_a_plan_beyond_its_capacity_and_one_of_another_are_refused():
 # The custom op
 
 
+@pytest.mark.parametrize("gate", [0.0, 1.5])
 @pytest.mark.parametrize("tokens", [6, DECODE_TOKENS + 40])
-def test_opcheck(tokens):
+def test_opcheck(tokens, gate):
     lengths, slots = [2, 1, tokens - 3], [[0, 2], [], [2, 1, 1]]
     inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(tokens, 3, 3, 2, 2).items()}
     plan = plan_of(lengths, slots, num_slots=3)
-    arguments = [inputs[name] for name in NAMES] + [SCALING, plan.table, plan.pairs, plan.host]
+    arguments = [inputs[name] for name in NAMES] + [SCALING, gate, plan.table, plan.pairs, plan.host]
     torch.library.opcheck(_forward, arguments)
     with torch.no_grad():
         y, S = _forward(*arguments)
     without = [inputs[name].detach() for name in NAMES[1:]]
-    arguments = [y, without[0], S, *without[1:], SCALING, plan.table, plan.host, [True, True, False, True]]
+    arguments = [y, without[0], S, *without[1:], SCALING, gate, plan.table, plan.host, [True, True, False, True]]
     torch.library.opcheck(_backward, arguments)
 
 
@@ -475,10 +529,11 @@ def test_compiles_without_graph_breaks_and_gives_the_same():
 
 
 @pytest.mark.requires_gpu
+@pytest.mark.parametrize("gate", [0.0, 1.5])
 @pytest.mark.parametrize("sizes", [(9216, 2304, 8), (100, 37, 3), (2560, 9728, 16)])
 @pytest.mark.parametrize("case", ["uniform", "ragged", "segments_without_slots", "many_chunks"])
-def test_bf16_on_a_gpu_matches(case, sizes):
-    assert_matches_loop_but_for_rounding(case, sizes, torch.bfloat16)
+def test_bf16_on_a_gpu_matches(case, sizes, gate):
+    assert_matches_loop_but_for_rounding(case, sizes, torch.bfloat16, gate)
 
 
 @pytest.fixture

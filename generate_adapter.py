@@ -67,7 +67,7 @@ def generate(cfg: DictConfig) -> None:
 
     adapter.save(settings["output_dir"], overwrite=settings["overwrite"])
     watch.lap("save")
-    report(model, adapter, documents, settings["output_dir"], settings["ask"], columns, watch.seconds)
+    report(model, adapter, documents, settings, columns, watch.seconds)
 
 
 def setting_names() -> list[str]:
@@ -202,7 +202,7 @@ def internalize(
         bars[-1].update(done - bars[-1].n)
 
     try:
-        together = settings["route"] is settings["gate"] is None  # all chunks will be in force alike
+        together = in_force_alike(settings)
         adapter = model.internalize(
             documents, max_batch_tokens=settings["max_batch_tokens"], decorrelate=together, progress=progress
         )
@@ -213,6 +213,11 @@ def internalize(
     if model.device.type == "cuda":
         torch.cuda.synchronize()  # so that the time is this stage's
     return adapter
+
+
+def in_force_alike(settings: dict[str, Any]) -> bool:
+    """Whether all chunks answer every question, so that they are told apart beforehand."""
+    return settings["route"] is None and settings["gate"] is None
 
 
 def answer_all(
@@ -263,8 +268,7 @@ def report(
     model: "DocToLoRA",
     adapter: "LoRAAdapter",
     documents: "Sequence[Document]",
-    output_dir: str,
-    questions: Sequence[str],
+    settings: dict[str, Any],
     columns: dict[str, list[str]],
     seconds: dict[str, float],
 ) -> None:
@@ -273,6 +277,7 @@ def report(
     from rich.table import Table
     from rich.text import Text
 
+    output_dir, questions = settings["output_dir"], settings["ask"]
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
     if questions:
         table = Table(show_lines=True)
@@ -294,6 +299,8 @@ def report(
         f"PEFT     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({source}), {folder})",
     ):
         console.print(line, soft_wrap=True)
+    if adapter.num_chunks > 1 and not in_force_alike(settings):
+        console.print("         without gate and route, where chunks add up; leave both out to have them told apart.")
 
 
 def human_bytes(count: float) -> str:

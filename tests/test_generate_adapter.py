@@ -302,7 +302,10 @@ def test_routed_answers_are_by_the_chunk_that_a_question_is_about(run, checkpoin
 def test_gated_answers_are_by_chunks_as_they_were_generated(run, checkpoint):
     question = "Who taught Branmir Ralquist?"
     settings = ["document=doc.txt", f"ask={question}", "max_new_tokens=4", "compare=false", "gate=1.5"]
-    _, (_, answered) = columns(run(*settings).out)
+    out = run(*settings).out
+    assert "leave both out to have them told apart" in out
+    assert "told apart" not in run("document=doc.txt", "output_dir=plain").out
+    _, (_, answered) = columns(out)
     adapter = LoRAAdapter.load("outputs/adapter")
     assert adapter.num_chunks > 1
     adapter.check_generated("gated")

@@ -10,6 +10,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hypernet.data.splitting import split
+
+CHECK_EVERY_S = 5.0  # how often a worker that owes a batch is looked after
 
 
 class _Failed(NamedTuple):
@@ -118,18 +121,28 @@ class _FromGlobalStep(Sampler[int]):
 
 
 class _Loader(DataLoader):
-    """Says in one line what went wrong with a batch or with the process that prepares it."""
+    """Says in one line what went wrong with a batch or with the process that prepares it.
+
+    Workers are the server's children, so no signal tells the trainer of a dead one: torch finds it when it has waited
+    `timeout` for a batch. So that is short, and waiting begins again until `patience` seconds are over.
+    """
+
+    patience: float = 300
 
     def __iter__(self) -> Iterator[Any]:
         return self._raising(super().__iter__())
 
     def _raising(self, batches: Iterator[Any]) -> Iterator[Any]:
+        waiting_since = time.monotonic()
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
+                late = str(error).startswith("DataLoader timed out")
+                if late and time.monotonic() - waiting_since < self.patience:
+                    continue
                 # RuntimeError for a worker that was killed or takes too long; the others where it dies while it hands
                 # a batch over.
                 if not self.num_workers:
@@ -137,7 +150,7 @@ class _Loader(DataLoader):
                 reason = " ".join(str(error).split()).rstrip(".")
                 raise ChildProcessError(
                     f"A data worker was lost: {reason}. A killed one was mostly out of memory; one that takes "
-                    f"{self.timeout:.0f} s for a batch is given up (worker_timeout_s). Lower num_workers or raise the "
+                    f"{self.patience:.0f} s for a batch is given up (worker_timeout_s). Lower num_workers or raise the "
                     "limit, and go on with ckpt_path=last."
                 ) from error
             if isinstance(batch, _Failed):
@@ -146,6 +159,7 @@ class _Loader(DataLoader):
                     "with ckpt_path=last."
                 )
             yield batch
+            waiting_since = time.monotonic()
 
 
 class _StepLoader(_Loader):
@@ -198,15 +212,17 @@ class BatchDataModule(L.LightningDataModule):
         return self._loader(_Loader, _Checked(self.validation, "validation step"), sampler=None)
 
     def _loader(self, loader: type[DataLoader], dataset: Dataset, *, sampler: Sampler | None) -> DataLoader:
-        return loader(
+        made = loader(
             dataset,
             batch_size=None,
             sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.num_workers,
-            timeout=self.worker_timeout_s if self.num_workers else 0,
+            timeout=min(CHECK_EVERY_S, self.worker_timeout_s) if self.num_workers else 0,
             multiprocessing_context=_start_method() if self.num_workers else None,
             worker_init_fn=_begin_worker,
             # Its own: drawing the workers' seed would move the trainer's random numbers, by validation too.
             generator=torch.Generator(),
         )
+        made.patience = self.worker_timeout_s
+        return made

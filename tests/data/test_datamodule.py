@@ -137,6 +137,7 @@ class Corrupt(Squares):
         if step == 2 and self.kind == "corrupt":
             raise KeyError("question\nanswer")
         if step == 2 and self.kind == "killed":
+            time.sleep(2)  # until the batches before are handed over: nothing but a look at the worker tells then
             os.kill(os.getpid(), signal.SIGKILL)
         if step == 2 and self.kind == "stuck":
             time.sleep(600)
@@ -170,9 +171,25 @@ def test_a_lost_worker_is_an_error_and_not_a_wait_for_ever(kind, settings):
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.stdout.startswith("ChildProcessError('A data worker was lost: "), done.stderr
+
+
+class Slow(Squares):
+    def __getitem__(self, step):
+        time.sleep(0.8)
+        return super().__getitem__(step)
+
+
+def test_a_slow_worker_is_looked_after_and_waited_for(monkeypatch):
+    monkeypatch.setattr("hypernet.data.datamodule.CHECK_EVERY_S", 0.2)
+    data = BatchDataModule(train=Slow(5), num_workers=1)
+    data.trainer = fake_trainer()
+    seen = list(data.train_dataloader())
+    data = BatchDataModule(train=Squares(5), num_workers=0)
+    data.trainer = fake_trainer()
+    assert seen == list(data.train_dataloader()) and len(seen) == 5
 
 
 def test_no_process_outlives_a_trainer_that_was_killed():

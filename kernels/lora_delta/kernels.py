@@ -140,11 +140,14 @@ def gate_kernel(
 
 
 @triton.jit
-def _times_gradient(
-    S, U, scale, table, slots_at, list_at, entry, mask, row_starts, plane_size, scaling,
+def _log_weights_gradient(
+    S, U, scale, table, slots_at, list_at, entry, entries, rows, row_starts, most, plane_size, gate, scaling,
     R: tl.constexpr, PLANES_S: tl.constexpr, PLANES_U: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """f[entry] and Σ S ∘ f U over the entry's rows, f = scaling times the slot's scale."""
+    """e and w of the entries, f = scaling times the slot's scale, and w Σ S ∘ f U over the entry's rows."""
+    mask = rows & (entry < entries)
+    e = _energies(S, entry, entries, rows, row_starts, plane_size, R, PLANES_S)
+    w = _weights(e, most, mask, gate)
     f = tl.zeros(mask.shape, tl.float32) + scaling
     if HAS_SCALE:
         slot = tl.load(table + slots_at + list_at + entry, mask=mask, other=0)
@@ -153,7 +156,7 @@ def _times_gradient(
     for r in range(R):
         at = row_starts + entry * R + r
         total += _load_S(S, at, mask, plane_size, PLANES_S) * _load_S(U, at, mask, plane_size, PLANES_U)
-    return f, f * total
+    return e, w, f, w * f * total
 
 
 @triton.jit(do_not_specialize=["slots_at", "tiles_at", "plane_size", "gate", "scaling"])
@@ -178,24 +181,19 @@ def gate_backward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)  # Σ of the gradients of log w
     for offset in range(0, entries, BLOCK_E):
         entry = offset + tl.arange(0, BLOCK_E)[None, :]
-        mask = rows & (entry < entries)
-        e = _energies(S, entry, entries, rows, row_starts, plane_size, R, PLANES_S)
-        w = _weights(e, most, mask, gate)
-        _, q = _times_gradient(
-            S, U, scale, table, slots_at, list_at, entry, mask, row_starts, plane_size, scaling,
+        _, _, _, q = _log_weights_gradient(
+            S, U, scale, table, slots_at, list_at, entry, entries, rows, row_starts, most, plane_size, gate, scaling,
             R, PLANES_S, PLANES_U, HAS_SCALE,
         )  # fmt: skip
-        total += tl.sum(tl.where(mask, w * q, 0.0), axis=1)
+        total += tl.sum(q, axis=1)
     for offset in range(0, entries, BLOCK_E):
         entry = offset + tl.arange(0, BLOCK_E)[None, :]
         mask = rows & (entry < entries)
-        e = _energies(S, entry, entries, rows, row_starts, plane_size, R, PLANES_S)
-        w = _weights(e, most, mask, gate)
-        f, q = _times_gradient(
-            S, U, scale, table, slots_at, list_at, entry, mask, row_starts, plane_size, scaling,
+        e, w, f, q = _log_weights_gradient(
+            S, U, scale, table, slots_at, list_at, entry, entries, rows, row_starts, most, plane_size, gate, scaling,
             R, PLANES_S, PLANES_U, HAS_SCALE,
         )  # fmt: skip
-        of_log_e = w * q - tl.where(entry == loudest[:, None], total[:, None], 0.0)
+        of_log_e = q - tl.where(entry == loudest[:, None], total[:, None], 0.0)
         for r in range(R):
             at = row_starts + entry * R + r
             S_tile = _load_S(S, at, mask, plane_size, PLANES_S)

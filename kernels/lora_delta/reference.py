@@ -178,7 +178,7 @@ def backward(
     ):
         split = lambda rows: rows.unflatten(1, (rows.shape[1] // A.shape[1], A.shape[1]))  # noqa: E731
         U = dy_g @ B_g.mT
-        G_g = _gated(S_g, A.shape[1], gate)
+        G_g = _gated(S_g, A.shape[1], gate) if needs[2] or needs[3] else S_g
         if needs[3]:
             df.index_add_(0, slots_g, split((G_g * U).sum(1)).sum(-1).flatten(), alpha=scaling)
         if needs[2]:

@@ -64,9 +64,10 @@ class RunCheckpoint(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
-            # What a killed process was writing; nobody will finish it.
-            for path in self.dirpath.glob(f".{PREFIX}*{SUFFIX}.*"):
-                path.unlink(missing_ok=True)
+            # What a killed process was writing; nobody will finish it. safetensors writes to .tmp… first, then renames.
+            for pattern in (f".{PREFIX}*{SUFFIX}.*", ".tmp*"):
+                for path in self.dirpath.glob(pattern):
+                    path.unlink(missing_ok=True)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self._random_states is not None:

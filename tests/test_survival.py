@@ -75,6 +75,8 @@ def test_a_run_killed_ten_times_at_random_moments_is_the_undisturbed_one_bit_for
     kills = [{"while_writing": True}, {"steps": 0, "seconds": rng.uniform(0, 0.3)}]
     kills += [{"steps": rng.randint(1, 3), "seconds": rng.uniform(0, 0.05)} for _ in range(8)]
     rng.shuffle(kills)
+    checkpoints.mkdir(parents=True)
+    (checkpoints / ".tmpKilled").touch()  # as safetensors leaves it when it is killed while it writes
     for kill in kills:
         result = runs.run(command, checkpoints=checkpoints, kill=kill)
         assert result["code"] == -signal.SIGKILL, (seed, result["output"])

@@ -37,6 +37,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs compiled kernels, but TRITON_INTERPRET=1 is set")
 
 
+# Two processes take the files in this order (--no-loadscope-reorder): a long one at the end would keep one waiting.
+LONGEST_FILES = ("test_sharding.py", "test_survival.py", "test_datamodule.py", "test_lora_delta.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+
+
 # --- A tiny world: tokenizer, base model and DocToLoRA. Imports are late, so that tests without them stay quick. ---
 
 

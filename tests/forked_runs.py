@@ -30,7 +30,11 @@ class Runs:
     def __enter__(self) -> "Runs":
         command = [sys.executable, __file__]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, cwd=self.folder, text=True, stderr=subprocess.DEVNULL, **pipes)
+        # A run's second process starts anew, and is to find the callbacks of the tests as well.
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, env=env, text=True, stderr=subprocess.DEVNULL, **pipes
+        )
         return self
 
     def __exit__(self, *_) -> None:

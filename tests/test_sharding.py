@@ -1,11 +1,7 @@
 """Divided weights: two processes take the steps that one takes, and their checkpoints are everybody's."""
 
 import csv
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +9,9 @@ import torch
 from hypernet.checkpoint_io import SafetensorsCheckpointIO
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.sharding import whole
+from tests.forked_runs import Runs
 from tests.two_processes import compare_gradients
 
-ROOT = Path(__file__).parents[1]
 STAGE = "[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], company: [1, 3], num_foreign: 1}]"
 SMALL = [
     *(f"task.stages={STAGE}", f"task.validation_stages={STAGE}", "checkpoint_every=1", "keep_checkpoints=9"),
@@ -29,21 +25,17 @@ LOSSES = ("train/loss", "train/kl", "train/locality_kl")
 
 @pytest.fixture
 def train(tmp_path, tiny_base_model_folder):
-    """train(*arguments, name=...): the command in processes of its own; returns the run's folder."""
+    """train(*arguments, name=...): the command; returns the run's folder. A second process is started anew."""
+    with Runs(tmp_path) as runs:
 
-    def command(*given, name, accelerator="cpu"):
-        arguments = [*SMALL, "experiment=tiny"]  # without Muon
-        arguments += [f"task.base_model={tiny_base_model_folder}", f"trainer.accelerator={accelerator}"]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path}
-        result = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *arguments, *given, f"name={name}"],
-            **{"cwd": tmp_path, "capture_output": True, "text": True, "env": environment},
-        )
-        assert result.returncode == 0, result.stderr
-        return tmp_path / "outputs" / name
+        def command(*given, name, accelerator="cpu"):
+            arguments = [*SMALL, "experiment=tiny"]  # without Muon
+            arguments += [f"task.base_model={tiny_base_model_folder}", f"trainer.accelerator={accelerator}"]
+            result = runs.run([*arguments, *given, f"name={name}"])
+            assert result["code"] == 0, result["output"]
+            return tmp_path / "outputs" / name
 
-    return command
+        yield command
 
 
 def logged(folder, *names):

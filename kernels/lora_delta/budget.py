@@ -1,7 +1,8 @@
 """What the kernels need of a GPU, found out without one: registers, stack, shared memory, by cross-compiling them.
 
-    python -m hypernet.kernels.lora_delta.budget          # compiles, prints a table, fails where the budget is exceeded
-    python -m hypernet.kernels.lora_delta.budget --write  # makes what it finds the new budget, in budget.json
+    python -m hypernet.kernels.lora_delta.budget               # compiles, prints a table, fails beyond the budget
+    python -m hypernet.kernels.lora_delta.budget "sm_90 bf16"  # only kernels whose names begin so; more can be given
+    python -m hypernet.kernels.lora_delta.budget --write       # makes what it finds the new budget, in budget.json
 
 The launches are those of the op itself: it runs on tensors without memory, and each launch is recorded instead of done.
 A register more than 255 is impossible and a stack means spilled registers: both cost more than they look.
@@ -105,20 +106,25 @@ def launches(case: str, dtype: torch.dtype) -> list[_Launch]:
     return found
 
 
-def measure() -> dict[str, dict[str, int]]:
-    """{"sm_90 bf16 decode shrink_kernel": {"registers": ..., "stack": ..., "shared": ...}}; the most of equal names."""
+def measure(beginnings: tuple[str, ...] = ("",)) -> dict[str, dict[str, int]]:
+    """{"sm_90 bf16 decode shrink_kernel": {"registers": ..., "stack": ..., "shared": ...}}; the most of equal names.
+
+    beginnings: only kernels whose names begin with one of these are compiled.
+    """
     result: dict[str, dict[str, int]] = {}
     seen: dict[str, dict[str, int]] = {}
     for type_name, dtype in DTYPES.items():
         for case in CASES:
             for launch in launches(case, dtype):
                 for capability in CAPABILITIES:
+                    name = f"sm_{capability} {type_name} {case} {launch.kernel.__name__}"
+                    if not name.startswith(beginnings):
+                        continue
                     key = repr(
                         (launch.kernel.__name__, launch.signature, launch.constants, launch.attributes, capability)
                     )
                     if key not in seen:
                         seen[key] = launch.compile(capability)
-                    name = f"sm_{capability} {type_name} {case} {launch.kernel.__name__}"
                     most = result.setdefault(name, dict(seen[key]))
                     result[name] = {what: max(most[what], number) for what, number in seen[key].items()}
     return result
@@ -145,12 +151,18 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
+    write, beginnings = "--write" in sys.argv[1:], tuple(given for given in sys.argv[1:] if given != "--write")
+    budget = json.loads(BUDGET.read_text(encoding="utf-8"))
+    if write and beginnings:
+        sys.exit(f"budget: --write makes the whole budget; leave out {', '.join(map(repr, beginnings))}.")
+    if unknown := [one for one in beginnings if not any(name.startswith(one) for name in budget["kernels"])]:
+        sys.exit(f"budget: no kernel's name begins with {', '.join(map(repr, unknown))}; try 'sm_90 bf16'.")
     if kernels.interpreted():
         sys.exit("budget: the kernels are interpreted; unset TRITON_INTERPRET and run again.")
-    found, budget = measure(), json.loads(BUDGET.read_text(encoding="utf-8"))
+    found = measure(beginnings or ("",))
     for name, needs in found.items():
         print(f"{name:45}", *(f"{what} {number:6}" for what, number in needs.items()))
-    if "--write" in sys.argv[1:]:
+    if write:
         temporary = BUDGET.with_name(f".{BUDGET.name}.{os.getpid()}")
         text = json.dumps({"triton": triton.__version__, "kernels": found}, indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")

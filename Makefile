@@ -46,14 +46,13 @@ ifneq ($(shell $(VENV_PYTHON) -c 'import pip; print("ok")' 2>/dev/null),ok)
 endif
 
 # The stamp goes before pip starts and comes back when pip is done, so an interrupted set-up never looks finished.
-# Only `python -m ...` is called: the scripts in .venv/bin cannot start from a path with a space. Without --no-compile pip
-# compiles 16,000 files, 45 s of one core; the few that are imported are compiled then.
+# Only `python -m ...` is called: the scripts in .venv/bin cannot start from a path with a space.
 $(STAMP): pyproject.toml constraints.txt
 	@if [ ! -f $@ ] || ! $(VENV_PYTHON) -c 'import pip' 2>/dev/null; then $(choose_python); \
 	  echo "Creating .venv with $$python."; "$$python" -m venv --clear .venv; fi
 	@rm -f $@
 	@echo "Installing the pinned dependencies into .venv (some minutes the first time)."
-	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test,documents,bench,sweep]' || \
+	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,documents,bench,sweep]' || \
 	  { echo "make: pip could not install the dependencies, see above. Is the package index reachable? Then run make again." >&2; exit 1; }
 	@touch $@
 

@@ -270,12 +270,15 @@ def test_activation_checkpointing_turns_no_dropout_on(make_doc_to_lora):
 
 
 def test_a_compiled_hypernetwork_trains_alike_and_keeps_its_names(tmp_path, distillation, make_doc_to_lora):
-    module, batches = distillation
-    other = LitDocToLoRA(model=make_doc_to_lora(), optimizer=module.optimizer_settings)
+    settings, batches = distillation[0].optimizer_settings, distillation[1]
+    aggregator = {"name": "perceiver", "latent_dim": 16, "num_latents": 3, "num_blocks": 1}
+    aggregator |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    models = [make_doc_to_lora(hypernetwork={"rank": 2, "aggregator": aggregator}) for _ in range(2)]
+    module, other = (LitDocToLoRA(model=model, optimizer=settings) for model in models)
     plain, _ = train_losses(tmp_path / "a", (other, batches), Compile(backend=None))
     names = list(module.model.hypernetwork.state_dict())
     # Traced and differentiated ahead of time; the default backend also generates code, which takes minutes here.
-    compiled, _ = train_losses(tmp_path / "b", distillation, Compile(backend="aot_eager"))
+    compiled, _ = train_losses(tmp_path / "b", (module, batches), Compile(backend="aot_eager"))
     assert compiled == pytest.approx(plain, rel=1e-4)
     assert list(module.model.hypernetwork.state_dict()) == names
 

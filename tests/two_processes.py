@@ -41,7 +41,13 @@ class DividedWeights(L.Callback):
             Path("divided_weights.txt").write_text(f"{trainer.global_step} steps, {trainer.world_size} processes")
 
 
-def compare_gradients(rank, base_model_folder, task, port):
+def compare_gradients(rank, base_model_folder, ports):
+    """`compare_gradients_of` for each task, by its port."""
+    for task, port in ports.items():
+        compare_gradients_of(task, rank, base_model_folder, port)
+
+
+def compare_gradients_of(task, rank, base_model_folder, port):
     """Fails unless this process's part of a step gives, with divided weights, the gradients of the whole step."""
     from torch.distributed.device_mesh import init_device_mesh
 

@@ -183,12 +183,12 @@ def test_a_lost_worker_is_an_error_and_not_a_wait_for_ever():
 
 class Slow(Squares):
     def __getitem__(self, step):
-        time.sleep(0.8)
+        time.sleep(0.4)
         return super().__getitem__(step)
 
 
 def test_a_slow_worker_is_looked_after_and_waited_for(monkeypatch):
-    monkeypatch.setattr("hypernet.data.datamodule.CHECK_EVERY_S", 0.2)
+    monkeypatch.setattr("hypernet.data.datamodule.CHECK_EVERY_S", 0.1)
     data = BatchDataModule(train=Slow(5), num_workers=1)
     data.trainer = fake_trainer()
     seen = list(data.train_dataloader())

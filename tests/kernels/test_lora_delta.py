@@ -148,8 +148,7 @@ def test_values_and_every_gradient_match_a_float64_loop(case, sizes):
     assert_matches_loop(case, sizes)
 
 
-@pytest.mark.parametrize("gate", [0.5, 2.0])
-@pytest.mark.parametrize("sizes", SIZES[:1] + SIZES[2:])
+@pytest.mark.parametrize(("sizes", "gate"), [(SIZES[0], 2.0), (SIZES[2], 0.5), (SIZES[3], 2.0)])
 @pytest.mark.parametrize("case", CASES)
 def test_gated_values_and_every_gradient_match_a_float64_loop(case, sizes, gate):
     """More is rounded than in a plain sum: a quotient, its power and the product with it."""
@@ -412,8 +411,8 @@ def test_wide_layers_match_with_many_tokens(monkeypatch):
     assert_matches_loop("many tokens", (2049, 2100, 8), y_tolerance=2e-5)
 
 
-def test_five_hundred_chunks_beside_one_match(monkeypatch):
-    monkeypatch.setitem(CASES, "long document", ([5, 2], [[*range(499, -1, -1), 500], [500]], 501))
+def test_three_hundred_chunks_beside_one_match(monkeypatch):
+    monkeypatch.setitem(CASES, "long document", ([5, 2], [[*range(299, -1, -1), 300], [300]], 301))
     for gate in (0.0, 1.5):
         assert_matches_loop("long document", (37, 3, 2), tolerance=1e-4, gate=gate)
 

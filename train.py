@@ -30,6 +30,7 @@ def train(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of tensors of a few numbers
 
     from hypernet.base_model import hush_torchao
+    from hypernet.callbacks import StepProgressBar
     from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 
     hush_torchao()
@@ -49,6 +50,8 @@ def train(cfg: DictConfig) -> None:
         config=OmegaConf.to_container(cfg, resolve=True),
     )
     watching = [callback for callback in instantiate(cfg.callbacks, _convert_="all").values() if callback]
+    if cfg.trainer.enable_progress_bar:
+        watching.append(StepProgressBar())
     trainer = instantiate(cfg.trainer, _convert_="all")(
         logger=instantiate(cfg.logger),
         callbacks=[*watching, saving],

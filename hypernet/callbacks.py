@@ -18,6 +18,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 
 from hypernet.checkpoint_io import RunCheckpoint, at_step_end
@@ -180,6 +181,29 @@ class NonFiniteGuard(L.Callback):
 
 
 _SHOWN = 4  # documents in a message
+
+
+class StepProgressBar(TQDMProgressBar):
+    """Lightning's bar over all steps of a run, with the time left also where the run goes on from a checkpoint.
+
+    Lightning's own total is the steps that are left, or unknown, while its count goes on from the run's beginning.
+    """
+
+    # A run that goes on in the middle of an epoch has no start of it, and the start of an epoch sets the bar to zero.
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        self._show_steps(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self._show_steps(trainer)
+
+    def _show_steps(self, trainer: L.Trainer) -> None:
+        bar, batches_per_step = self.train_progress_bar, trainer.accumulate_grad_batches
+        bar.initial = bar.n = trainer.global_step * batches_per_step
+        if trainer.max_steps > 0:  # otherwise as many as the data have
+            bar.total = trainer.max_steps * batches_per_step
 
 
 class Throughput(L.Callback):

@@ -15,6 +15,7 @@ from hypernet.callbacks import (
     ActivationCheckpointing,
     Compile,
     NonFiniteGuard,
+    StepProgressBar,
     StopOnSignal,
     Throughput,
     checkpoint_activations,
@@ -130,6 +131,28 @@ def test_one_bad_part_spoils_the_whole_accumulated_step(tmp_path):
 def test_another_word_for_on_nan_is_refused():
     with pytest.raises(ValueError, match="on_nan must be stop or skip, got 'ignore'"):
         NonFiniteGuard("ignore")
+
+
+# The bar
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_bar_of_a_resumed_run_shows_all_steps_and_the_time_of_those_that_are_left(tmp_path, parts, capsys):
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            shown.append(dict(trainer.progress_bar_callback.train_progress_bar.format_dict))
+
+    rows = pad_rows([pack_row([], [Segment([1, 2, 3], 1, False, 0)])] * parts, pad_id=0)
+    settings = {"batches": [rows] * 8, "enable_progress_bar": True, "accumulate_grad_batches": parts}
+    shown = []
+    fit(tmp_path, Simple(), StepProgressBar(), Look(), steps=5, **settings)
+    assert [(bar["initial"], bar["n"], bar["total"]) for bar in shown] == [(0, n, 5 * parts) for n in range(5 * parts)]
+    shown.clear()
+    last = find_checkpoint("last", tmp_path)
+    fit(tmp_path, Simple(), StepProgressBar(), Look(), steps=8, ckpt_path=last, **settings)
+    counts = range(5 * parts, 8 * parts)
+    assert [(bar["initial"], bar["n"], bar["total"]) for bar in shown] == [(5 * parts, n, 8 * parts) for n in counts]
+    assert f"| {8 * parts}/{8 * parts} [" in capsys.readouterr().out
 
 
 # Signals

@@ -18,7 +18,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor, nn
 
 from hypernet.checkpoint_io import RunCheckpoint, at_step_end
@@ -183,27 +183,20 @@ class NonFiniteGuard(L.Callback):
 _SHOWN = 4  # documents in a message
 
 
-class StepProgressBar(TQDMProgressBar):
+class StepProgressBar(RichProgressBar):
     """Lightning's bar over all steps of a run, with the time left also where the run goes on from a checkpoint.
 
-    Lightning's own total is the steps that are left, or unknown, while its count goes on from the run's beginning.
+    Lightning's own total is the steps that are left, while its count goes on from the run's beginning: 6500/1026.
     """
 
-    # A run that goes on in the middle of an epoch has no start of it, and the start of an epoch sets the bar to zero.
+    @property
+    def total_train_batches(self) -> int | float:
+        if self.trainer.max_steps < 0:  # as many as the data have
+            return super().total_train_batches
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
-    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_start(trainer, *args)
-        self._show_steps(trainer)
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self._show_steps(trainer)
-
-    def _show_steps(self, trainer: L.Trainer) -> None:
-        bar, batches_per_step = self.train_progress_bar, trainer.accumulate_grad_batches
-        bar.initial = bar.n = trainer.global_step * batches_per_step
-        if trainer.max_steps > 0:  # otherwise as many as the data have
-            bar.total = trainer.max_steps * batches_per_step
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"  # by steps: there is one epoch
 
 
 class Throughput(L.Callback):

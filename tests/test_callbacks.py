@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import lightning as L
@@ -139,20 +140,21 @@ def test_another_word_for_on_nan_is_refused():
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_bar_of_a_resumed_run_shows_all_steps_and_the_time_of_those_that_are_left(tmp_path, parts, capsys):
     class Look(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            shown.append(dict(trainer.progress_bar_callback.train_progress_bar.format_dict))
+        def on_train_batch_end(self, trainer, *_):
+            (task,) = trainer.progress_bar_callback.progress.tasks
+            shown.append((task.completed, task.total))
+            speeds.append(task.speed)
+            time.sleep(0.02)
 
     rows = pad_rows([pack_row([], [Segment([1, 2, 3], 1, False, 0)])] * parts, pad_id=0)
     settings = {"batches": [rows] * 8, "enable_progress_bar": True, "accumulate_grad_batches": parts}
-    shown = []
-    fit(tmp_path, Simple(), StepProgressBar(), Look(), steps=5, **settings)
-    assert [(bar["initial"], bar["n"], bar["total"]) for bar in shown] == [(0, n, 5 * parts) for n in range(5 * parts)]
-    shown.clear()
-    last = find_checkpoint("last", tmp_path)
-    fit(tmp_path, Simple(), StepProgressBar(), Look(), steps=8, ckpt_path=last, **settings)
-    counts = range(5 * parts, 8 * parts)
-    assert [(bar["initial"], bar["n"], bar["total"]) for bar in shown] == [(5 * parts, n, 8 * parts) for n in counts]
-    assert f"| {8 * parts}/{8 * parts} [" in capsys.readouterr().out
+    for start, steps, ckpt_path in ((0, 5, None), (5, 8, tmp_path / "step-000005.safetensors")):
+        shown, speeds = [], []
+        fit(tmp_path, Simple(), StepProgressBar(), Look(), steps=steps, ckpt_path=ckpt_path, **settings)
+        assert shown == [(n + 1, steps * parts) for n in range(start * parts, steps * parts)]
+        assert 0 < speeds[-1] < 50  # batches per second of this run, not counting those before it
+        printed = capsys.readouterr().out
+        assert "Training" in printed and f"{steps * parts}/{steps * parts}" in printed
 
 
 # Signals

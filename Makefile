@@ -6,7 +6,8 @@
 DEMO_ARGS ?= document=examples/fenda_elfax.txt output_dir=outputs/demo overwrite=true \
   'ask=["Who was the teacher of Fenda Elfax?","In which place was Fenda Elfax born?","What does Fenda Elfax work as?","When is the birthday of Fenda Elfax?","What is the capital of France?"]'
 TRAIN_ARGS ?=
-TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes: what waits (workers, signals, files) leaves a tenth of two cores idle otherwise.
+TEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed

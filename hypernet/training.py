@@ -67,25 +67,39 @@ def base_model_training(
     document_weight: float,
     optimizer: dict,
     output_dir: str,
+    init_from: str | None = None,
     sources: Mapping[str, Callable[..., Source]] | None = None,
     seed: int = 0,
 ) -> tuple[LitBaseModel, BatchDataModule]:
-    """The tiny base model from random weights, with a tokenizer trained on the encyclopedia.
+    """The tiny base model from random weights, with a tokenizer trained on the encyclopedia; or one that learns more.
 
     Args:
+        base_model: a transformers configuration.
+        init_from: a base model, folder or hub name, whose weights and tokenizer training starts from; None starts anew.
         sources: what stages draw from beside the encyclopedia, see `make_curriculum`.
+
+    Raises:
+        ValueError: there is no model at `init_from`, or it is of another shape than `base_model` and `vocab_size` say.
     """
-    tokenizer = train_tokenizer(
-        encyclopedia_texts(seed=seed), vocab_size=vocab_size, model_max_length=base_model["max_position_embeddings"]
-    )
-    token_ids = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
+    if init_from is None:
+        tokenizer = train_tokenizer(
+            encyclopedia_texts(seed=seed), vocab_size=vocab_size, model_max_length=base_model["max_position_embeddings"]
+        )
+        token_ids = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        }
+        lm = build_base_model({**base_model, **token_ids}, seed=seed)
+    else:
+        lm, tokenizer = load_base_model(init_from, dtype=torch.float32)
+        for key, wanted in {**base_model, "vocab_size": vocab_size}.items():
+            if (found := getattr(lm.config, key, None)) != wanted:
+                raise ValueError(f"init_from={init_from} has {key} {found}, the settings {wanted}. Set them alike.")
+        lm.requires_grad_(True)
     module = LitBaseModel(
-        base_model=build_base_model({**base_model, **token_ids}, seed=seed),
+        base_model=lm,
         tokenizer=tokenizer,
         optimizer=optimizer,
         document_weight=document_weight,

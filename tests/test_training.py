@@ -9,6 +9,7 @@ import hypernet.training
 from hypernet.base_model import fingerprint
 from hypernet.data.encyclopedia import background_questions
 from hypernet.data.needles import Needles
+from hypernet.lit_module import save_base_model
 from hypernet.training import base_model_training, doc_to_lora_training, encyclopedia_texts
 
 STAGES = [{"steps": 3, "batch_size": 2, "facts_per_entity": [1, 2]}]
@@ -173,6 +174,18 @@ def test_the_seed_decides_the_base_model(few_texts, tmp_path):
     one, again, other = (make_base_model(tmp_path, seed=seed)[0] for seed in (1, 1, 2))
     assert fingerprint(one) == fingerprint(again) != fingerprint(other)
     assert one.tokenizer.get_vocab() == again.tokenizer.get_vocab() != other.tokenizer.get_vocab()
+
+
+def test_training_can_start_from_a_base_model_and_its_tokenizer(few_texts, tmp_path):
+    first, _ = make_base_model(tmp_path, seed=1)
+    save_base_model(first.base_model, first.tokenizer, tmp_path / "first")
+    second, _ = make_base_model(tmp_path, seed=2, init_from=str(tmp_path / "first"))
+    assert fingerprint(second) == fingerprint(first)
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    assert all(parameter.requires_grad for parameter in second.parameters())
+    wider = {**LLAMA, "hidden_size": 2 * LLAMA["hidden_size"]}
+    with pytest.raises(ValueError, match="has hidden_size 16, the settings 32. Set them alike."):
+        make_base_model(tmp_path, init_from=str(tmp_path / "first"), base_model=wider)
 
 
 def test_the_tokenizer_is_trained_on_articles_questions_answers_and_background():

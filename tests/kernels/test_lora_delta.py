@@ -56,6 +56,7 @@ CASES = {
     "more_tokens_than_one_tile": ([70, 90], [[0, 1], [1]], 2),
 }
 SIZES = [(1, 1, 1), (3, 37, 1), (37, 3, 8), (100, 37, 3)]  # d_in, d_out, R
+LARGEST = pytest.param(SIZES[3], marks=pytest.mark.overflow_is_checked)
 
 
 def make_inputs(num_tokens, num_slots, d_in, d_out, rank, dtype=torch.float32, seed=0):
@@ -142,13 +143,16 @@ def assert_matches_loop_but_for_rounding(case, sizes, dtype, gate=0.0):
         assert error.abs().max() <= 2 * rounding * wanted.abs().max(), (name, float(error.abs().max()))
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", [*SIZES[:3], LARGEST])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_every_gradient_match_a_float64_loop(case, sizes):
     assert_matches_loop(case, sizes)
 
 
-@pytest.mark.parametrize(("sizes", "gate"), [(SIZES[0], 2.0), (SIZES[2], 0.5), (SIZES[3], 2.0)])
+@pytest.mark.parametrize(
+    ("sizes", "gate"),
+    [(SIZES[0], 2.0), (SIZES[2], 0.5), pytest.param(SIZES[3], 2.0, marks=pytest.mark.overflow_is_checked)],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_gated_values_and_every_gradient_match_a_float64_loop(case, sizes, gate):
     """More is rounded than in a plain sum: a quotient, its power and the product with it."""
@@ -439,6 +443,7 @@ def test_gradients_of_shared_slots_are_those_of_copies():
         torch.testing.assert_close(grads[name][2], grads_apart[name][2:].sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.overflow_is_checked
 def test_offsets_past_two_to_the_31_elements():
     """The slots lie 2^31 elements apart, in memory of which only the touched pages exist."""
     stride = 2**31 + 64

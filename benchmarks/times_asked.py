@@ -77,8 +77,10 @@ def read_times_asked(path: str | Path) -> TimesAsked:
     """
     try:
         first, *groups = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-        counts = {(row["group"], subject): n for row in groups for subject, n in row["times_asked"].items()}
-        return TimesAsked(first["base_model_fingerprint"], counts)
+        counts = Counter()
+        for row in groups:  # of every stage
+            counts.update({(row["group"], subject): n for subject, n in row["times_asked"].items()})
+        return TimesAsked(first["base_model_fingerprint"], dict(counts))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"Cannot read how often facts were asked from {path} ({type(error).__name__}: {error}); make the file with "
@@ -134,22 +136,32 @@ def main(cfg: DictConfig) -> None:
     sources = instantiate(training.task.get("sources"), _convert_="all")
     stages = OmegaConf.to_container(training.task.stages)
     curriculum = make_curriculum("train", stages, seed=training.seed, sources=sources, tokenizer=tokenizer)
-    counts = count(curriculum, tokenizer)
-    groups: dict[str, dict[str, int]] = {}
-    for (group, subject), times in counts.items():
-        groups.setdefault(group, {})[subject] = times
+    counts: Counter[Fact] = Counter()
+    groups: dict[tuple[int, str], dict[str, int]] = {}
+    wanted = range(len(curriculum.stages)) if cfg.stages is None else cfg.stages
+    num_steps, end = 0, 0
+    for stage, steps in enumerate(stage.steps for stage in curriculum.stages):
+        end += steps
+        if stage not in wanted:
+            continue
+        num_steps += steps
+        found = count(curriculum, tokenizer, steps=range(end - steps, end))
+        counts.update(found)
+        for (group, subject), times in found.items():
+            groups.setdefault((stage, group), {})[subject] = times
     lowest = bands(counts.values(), 3)
     summary = {
         "kind": "times_asked",
         "experiment": cfg.experiment,
         "base_model_fingerprint": fingerprint(base_model),
-        "steps": curriculum.num_steps,
+        "steps": num_steps,
         "facts": len(counts),
         "questions": sum(counts.values()),
         "fewest": min(counts.values()),
         "most": max(counts.values()),
     }
-    rows = [summary, *({"kind": "group", "group": g, "times_asked": found} for g, found in groups.items())]
+    rows = [summary]
+    rows += [{"kind": "group", "stage": s, "group": g, "times_asked": found} for (s, g), found in groups.items()]
     if cfg.output:
         write_rows(cfg.output, rows, run=describe_run(OmegaConf.to_container(cfg)))
     print(

@@ -68,16 +68,26 @@ def test_steps_add_up(curriculum, tokenizer) -> None:
 
 
 def test_the_committed_counts_are_the_command_s_and_the_shipped_base_model_s(monkeypatch, tmp_path) -> None:
+    """Exactly, in the first stage; drawing all of them takes ten times as long."""
     output = tmp_path / "times_asked.jsonl"
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["benchmarks.times_asked", f"output={output}"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.times_asked", f"output={output}", "stages=[0]"])
     monkeypatch.delitem(sys.modules, "benchmarks.times_asked", raising=False)  # runpy warns of one that is there
     runpy.run_module("benchmarks.times_asked", run_name="__main__")
-    made, committed = (
+    (summary, *made), (whole, *committed) = (
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (output, COMMITTED)
     )
-    assert {"commit", "versions", "config"} <= set(made[0]["run"])
-    assert [row | {"run": None} for row in made] == [row | {"run": None} for row in committed]
+    assert {"commit", "versions", "config"} <= set(summary["run"])
+    assert summary["base_model_fingerprint"] == whole["base_model_fingerprint"]
+    assert (summary["steps"], whole["steps"]) == (300, 3600)
+    of_stage = {n: [row | {"run": None} for row in committed if row["stage"] == n] for n in range(4)}
+    assert [row | {"run": None} for row in made] == of_stage[0]
+    stages = yaml.safe_load((ROOT / "conf/experiment/tiny_base_model_names.yaml").read_text())["task"]["stages"]
+    for number, stage in enumerate(stages):
+        asked = sum(times for row in of_stage[number] for times in row["times_asked"].values())
+        assert asked == stage["steps"] * stage["batch_size"] * stage["num_background"]
+    counts = read_times_asked(COMMITTED).counts.values()
+    assert (sum(counts), min(counts), max(counts)) == (whole["questions"], whole["fewest"], whole["most"])
     config = yaml.safe_load((ROOT / "assets/tiny/config.yaml").read_text(encoding="utf-8"))
     assert read_times_asked(output).base_model_fingerprint == config["base_model"]["fingerprint"]
     assert len(read_times_asked(output).counts) == len(known_facts()) + len(background_facts())

@@ -45,6 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
 
 
+@pytest.fixture(scope="session")
+def commands():
+    """This project's commands, run without importing everything anew (tests/forked_commands.py)."""
+    from tests.forked_commands import Commands
+
+    with Commands() as commands:
+        yield commands
+
+
 # --- A tiny world: tokenizer, base model and DocToLoRA. Imports are late, so that tests without them stay quick. ---
 
 

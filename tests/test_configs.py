@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -326,7 +324,7 @@ def test_runs_of_a_sweep_over_ablations_have_folders_with_their_names():
     assert (cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) == ("outputs/tiny_ablations", "tiny_ablation_rank_4_seed_2")
 
 
-def test_the_sweep_over_ablations_runs_as_its_header_says(tmp_path, tiny_base_model_folder):
+def test_the_sweep_over_ablations_runs_as_its_header_says(commands, tmp_path, tiny_base_model_folder):
     header = (CONF / "experiment/tiny_ablation.yaml").read_text(encoding="utf-8")
     (sweep,) = re.findall(r"#\s+sweep\s+python (train\.py .*?)  ", header)
     _, *arguments = shlex.split(sweep.replace("glob(tiny_ablation*)", "glob(tiny_ablation_w*)").replace("0,1,2", "3"))
@@ -334,8 +332,7 @@ def test_the_sweep_over_ablations_runs_as_its_header_says(tmp_path, tiny_base_mo
     small = [f"task.{stages}={stage}" for stages in ("stages", "validation_stages")]
     small += ["trainer.max_steps=1", "trainer.accelerator=cpu", "trainer.precision=32-true", "threads=1"]
     small += [f"task.base_model={tiny_base_model_folder}", "task.hypernetwork.aggregator.latent_dim=16"]
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, *small]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = commands.run("train.py", [*arguments, *small], cwd=tmp_path)
+    assert result.code == 0, result.stderr
     folders = sorted(path.parent.name for path in (tmp_path / "outputs/tiny_ablations").glob("*/checkpoint"))
     assert folders == ["tiny_ablation_without_company_seed_3", "tiny_ablation_without_locality_seed_3"]

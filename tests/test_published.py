@@ -834,21 +834,22 @@ def test_the_command_converts_from_the_hubs_cache(file, tmp_path):
     assert load_checkpoint(tmp_path / "out").hypernetwork.rank == 4
 
 
-def test_the_command_refuses_harm_in_one_line(tmp_path):
+def test_the_command_refuses_harm_in_one_line(commands, tmp_path):
     program = pickle.dumps({"a": Calls(os.mkdir, str(tmp_path / "DAMAGE"))}, protocol=2)
     path = with_pickle(tmp_path / "pytorch_model.bin", program)
-    result = run("-m", "hypernet.checkpoint", f"source={path}", f"output_dir={tmp_path / 'out'}")
-    assert result.returncode == 1 and "it asks for posix.mkdir" in result.stderr.splitlines()[-1]
+    arguments = [f"source={path}", f"output_dir={tmp_path / 'out'}"]
+    result = commands.run("hypernet.checkpoint", arguments, cwd=ROOT)
+    assert result.code == 1 and "it asks for posix.mkdir" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr and not result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pytorch_model.bin"]
 
 
-def test_generate_adapter_takes_a_published_file(file, tmp_path):
+def test_generate_adapter_takes_a_published_file(commands, file, tmp_path):
     document = tmp_path / "document.txt"
     document.write_text("Norbach was founded by Ilda Renwick.")
-    arguments = (f"document={document}", f"output_dir={tmp_path / 'adapter'}", f"checkpoint={file}", "device=cpu")
-    result = run("generate_adapter.py", *arguments)
-    assert result.returncode == 0, result.stderr
+    arguments = [f"document={document}", f"output_dir={tmp_path / 'adapter'}", f"checkpoint={file}", "device=cpu"]
+    result = commands.run("generate_adapter.py", arguments, cwd=ROOT)
+    assert result.code == 0, result.stderr
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
 
 

@@ -1,7 +1,6 @@
 """Divided weights: two processes take the steps that one takes, and their checkpoints are everybody's."""
 
 import csv
-import socket
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ import torch
 from hypernet.checkpoint_io import SafetensorsCheckpointIO
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.sharding import whole
-from tests.forked_runs import Runs
-from tests.two_processes import compare_gradients
 
 STAGE = "[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], company: [1, 3], num_foreign: 1}]"
 SMALL = [
@@ -24,18 +21,17 @@ LOSSES = ("train/loss", "train/kl", "train/locality_kl")
 
 
 @pytest.fixture
-def train(tmp_path, tiny_base_model_folder):
+def train(commands, tmp_path, tiny_base_model_folder):
     """train(*arguments, name=...): the command; returns the run's folder. A second process is started anew."""
-    with Runs(tmp_path) as runs:
 
-        def command(*given, name, accelerator="cpu"):
-            arguments = [*SMALL, "experiment=tiny"]  # without Muon
-            arguments += [f"task.base_model={tiny_base_model_folder}", f"trainer.accelerator={accelerator}"]
-            result = runs.run([*arguments, *given, f"name={name}"])
-            assert result["code"] == 0, result["output"]
-            return tmp_path / "outputs" / name
+    def command(*given, name, accelerator="cpu"):
+        arguments = [*SMALL, "experiment=tiny"]  # without Muon
+        arguments += [f"task.base_model={tiny_base_model_folder}", f"trainer.accelerator={accelerator}"]
+        result = commands.run("train.py", [*arguments, *given, f"name={name}"], cwd=tmp_path)
+        assert result.code == 0, result.output
+        return tmp_path / "outputs" / name
 
-        yield command
+    return command
 
 
 def logged(folder, *names):
@@ -81,16 +77,10 @@ def test_two_processes_with_divided_weights_take_the_steps_of_one(train, tmp_pat
         assert logged(folder, *LOSSES) == {2: pytest.approx(expected[2], rel=1e-5, abs=1e-6)}
 
 
-def test_gradients_of_divided_weights_are_those_of_whole_ones(tiny_base_model_folder):
+def test_gradients_of_divided_weights_are_those_of_whole_ones(commands, tmp_path, tiny_base_model_folder):
     """With activation checkpointing too. The base model's embeddings are divided where they train."""
-    ports = {task: _free_port() for task in ("doc_to_lora", "base_model")}
-    torch.multiprocessing.spawn(compare_gradients, (str(tiny_base_model_folder), ports), nprocs=2)
-
-
-def _free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    result = commands.run("tests.two_processes", [str(tiny_base_model_folder)], cwd=tmp_path)
+    assert result.code == 0, result.output
 
 
 def test_whole_leaves_a_plain_tensor_as_it_is():

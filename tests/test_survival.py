@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from hypernet.checkpoint_io import SafetensorsCheckpointIO, find_checkpoint
-from tests.forked_runs import Runs
+from tests.forked_commands import Commands, Finished
 
 SCRIPT = Path(__file__).parents[1] / "train.py"
 NUM_STEPS = 40
@@ -30,17 +31,26 @@ def arguments(tiny_base_model_folder):
     ]
 
 
+class Runs(NamedTuple):
+    """Runs of train.py in one folder."""
+
+    commands: Commands
+    folder: Path
+
+    def run(self, arguments: list[str], *, kill: dict | None = None) -> Finished:
+        return self.commands.run("train.py", arguments, cwd=self.folder, kill=kill)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    with Runs(tmp_path_factory.mktemp("runs")) as runs:
-        yield runs
+def runs(commands, tmp_path_factory):
+    return Runs(commands, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def whole(runs, arguments):
     """The folder of an undisturbed run."""
     result = runs.run([*arguments, "output_dir=whole"])
-    assert result["code"] == 0, result["output"]
+    assert result.code == 0, result.output
     return runs.folder / "whole"
 
 
@@ -78,10 +88,10 @@ def test_a_run_killed_ten_times_at_random_moments_is_the_undisturbed_one_bit_for
     checkpoints.mkdir(parents=True)
     (checkpoints / ".tmpKilled").touch()  # as safetensors leaves it when it is killed while it writes
     for kill in kills:
-        result = runs.run(command, checkpoints=checkpoints, kill=kill)
-        assert result["code"] == -signal.SIGKILL, (seed, result["output"])
+        result = runs.run(command, kill=kill | {"checkpoints": checkpoints})
+        assert result.code == -signal.SIGKILL, (seed, result.output)
     result = runs.run(command)
-    assert result["code"] == 0, (seed, result["output"])
+    assert result.code == 0, (seed, result.output)
     expected, found = losses(whole), losses(folder)
     # A kill between a checkpoint and its log line leaves that step out of the log, never another value in it.
     assert {step: found[step] for step in found} == {step: expected[step] for step in found}, seed
@@ -98,7 +108,7 @@ def test_the_command_itself_survives_a_kill(runs, arguments, whole):
         time.sleep(random.uniform(0, 0.1))
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert runs.run([*arguments, "output_dir=command", "ckpt_path=last"])["code"] == 0
+    assert runs.run([*arguments, "output_dir=command", "ckpt_path=last"]).code == 0
     found = losses(runs.folder / "command")
     assert found == {step: losses(whole)[step] for step in found}
     assert weights(runs.folder / "command") == weights(whole)
@@ -112,12 +122,12 @@ def wait_for(condition, *, timeout_s: float = 120) -> None:
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(runs, arguments, whole):
-    assert runs.run([*arguments, "output_dir=damaged", "trainer.max_steps=4"])["code"] == 0
+    assert runs.run([*arguments, "output_dir=damaged", "trainer.max_steps=4"]).code == 0
     newest = find_checkpoint("last", runs.folder / "damaged" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-100])
     result = runs.run([*arguments, "output_dir=damaged", "ckpt_path=last"])
-    assert result["code"] == 0
-    assert f"{newest.name} (SafetensorError" in result["output"] and "step-000003.safetensors" in result["output"]
+    assert result.code == 0
+    assert f"{newest.name} (SafetensorError" in result.output and "step-000003.safetensors" in result.output
     assert weights(runs.folder / "damaged") == weights(whole)
 
 
@@ -125,7 +135,7 @@ def test_a_run_killed_before_it_wrote_its_result_writes_it_when_resumed(runs, ar
     checkpoint = find_checkpoint("last", whole / "checkpoints")
     (runs.folder / "late" / "checkpoints").mkdir(parents=True)
     (runs.folder / "late" / "checkpoints" / checkpoint.name).write_bytes(checkpoint.read_bytes())
-    assert runs.run([*arguments, "output_dir=late", "ckpt_path=last"])["code"] == 0
+    assert runs.run([*arguments, "output_dir=late", "ckpt_path=last"]).code == 0
     assert weights(runs.folder / "late") == weights(whole)
 
 
@@ -139,14 +149,14 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_step_it_finished(runs, a
     # Few regular checkpoints: the one that is found was written because of the signal.
     arguments = [*arguments, f"output_dir={name}", "checkpoint_every=1000"]
     kill = {"rows": 5, "signal": int(number), "log": str(folder)}
-    result = runs.run(arguments, checkpoints=folder / "checkpoints", kill=kill)
-    assert result["code"] == 128 + number, result["output"]
-    assert f"{name}: stopping with a checkpoint" in result["output"] and "Traceback" not in result["output"]
+    result = runs.run(arguments, kill=kill)
+    assert result.code == 128 + number, result.output
+    assert f"{name}: stopping with a checkpoint" in result.output and "Traceback" not in result.output
     path = find_checkpoint("last", folder / "checkpoints")
     steps = SafetensorsCheckpointIO().load_checkpoint(path)["global_step"]
-    assert f"Stopped after step {steps}; go on with ckpt_path=last." in result["output"]
+    assert f"Stopped after step {steps}; go on with ckpt_path=last." in result.output
     assert sorted(losses(folder)) == list(range(steps))
     assert not (folder / "checkpoint").exists()
-    assert runs.run([*arguments, "ckpt_path=last"])["code"] == 0
+    assert runs.run([*arguments, "ckpt_path=last"]).code == 0
     assert losses(folder) == losses(whole)
     assert weights(folder) == weights(whole)

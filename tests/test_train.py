@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -68,11 +67,9 @@ def steps_logged(folder: Path) -> list[int]:
 # Runs
 
 
-def test_the_command_trains_and_leaves_a_checkpoint_logs_and_its_configuration(small, tmp_path):
-    """In a process of its own, from another folder, as a user does."""
-    command = [sys.executable, str(SCRIPT), *small, "trainer.max_steps=2"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_the_command_trains_and_leaves_a_checkpoint_logs_and_its_configuration(commands, small, tmp_path):
+    result = commands.run("train.py", [*small, "trainer.max_steps=2"], cwd=tmp_path)
+    assert result.code == 0, result.stderr
     output = tmp_path / "outputs" / "small"
     assert sorted(path.name for path in output.iterdir()) == [
         ".hydra",
@@ -131,17 +128,15 @@ def logged(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def test_two_processes_train_as_one_does(train, small, tmp_path):
+def test_two_processes_train_as_one_does(train, commands, small, tmp_path):
     """As a user starts them, with gloo; and with accumulated parts on top. Keys would compare fewer documents."""
     stages = "task.stages=[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], company: [1, 3], num_foreign: 1}]"
     arguments = [*small, "experiment=tiny", stages, "trainer.max_steps=3", "trainer.val_check_interval=6", "threads=1"]
     train(*arguments, "name=one")
     same = "+callbacks.same={_target_: tests.two_processes.SameWeights}"
     two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accumulate_grad_batches=2", same, "name=two"]
-    command = [sys.executable, str(SCRIPT), *arguments, *two]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
+    result = commands.run("train.py", [*arguments, *two], cwd=tmp_path)
+    assert result.code == 0, result.stderr
     assert (tmp_path / "same_weights.txt").read_text() == "3 steps, 2 processes"
     one, both = (tmp_path / "outputs" / name for name in ("one", "two"))
     for name in ("train/loss", "train/kl", "train/locality_kl"):
@@ -172,11 +167,11 @@ def test_a_failed_run_of_a_sweep_is_told_in_one_line(train, small, tmp_path):
     assert exit.value.code.startswith("train.py: max_steps is 9") and "\n" not in exit.value.code
 
 
-def test_a_sweep_runs_in_processes_side_by_side(small, tmp_path):
+def test_a_sweep_runs_in_processes_side_by_side(commands, small, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra sweep")
-    command = [sys.executable, str(SCRIPT), "--multirun", *small, "hydra/launcher=joblib", "seed=1,2"]
-    result = subprocess.run([*command, "trainer.max_steps=1"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    sweep = ["--multirun", *small, "hydra/launcher=joblib", "seed=1,2", "trainer.max_steps=1"]
+    result = commands.run("train.py", sweep, cwd=tmp_path)
+    assert result.code == 0, result.stderr
     for i in range(2):
         assert steps_logged(tmp_path / "outputs/small/sweep" / str(i) / "logs") == [0]
 

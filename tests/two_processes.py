@@ -1,5 +1,10 @@
-"""What runs in several processes: a comparison, and callbacks, which train.py takes as +callbacks.x={_target_: ...}."""
+"""What runs in several processes: a comparison, and callbacks, which train.py takes as +callbacks.x={_target_: ...}.
 
+python -m tests.two_processes <base model's folder>     the comparison, in two processes
+"""
+
+import socket
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -45,6 +50,12 @@ def compare_gradients(rank, base_model_folder, ports):
     """`compare_gradients_of` for each task, by its port."""
     for task, port in ports.items():
         compare_gradients_of(task, rank, base_model_folder, port)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def compare_gradients_of(task, rank, base_model_folder, port):
@@ -105,3 +116,8 @@ def compare_gradients_of(task, rank, base_model_folder, port):
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * float(size), msg=name)
     finally:
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    ports = {task: free_port() for task in ("doc_to_lora", "base_model")}
+    torch.multiprocessing.start_processes(compare_gradients, (sys.argv[1], ports), nprocs=2, start_method="fork")

@@ -1,8 +1,8 @@
 """Interpreted kernels at half of the time, by leaving out what Triton's interpreter does again and again.
 
-It prepares `triton.language` at every call of a helper, 1.6 ms each, which was a fifth of all the time: the kernel's start
-has done so, and what Triton's own helpers see stays prepared from their first call on. And it follows every sum and
-product of integers in 64 bits to see whether it overflows, another quarter: that is kept for `overflow_is_checked` tests.
+It prepares `triton.language` at every call of a helper, 1.6 ms each, a fifth of all the time: the kernel's start has
+done so, and what Triton's own helpers see stays prepared from their first call on. And it follows every sum and product
+of integers in 64 bits to see whether it overflows, another quarter: that is kept for `overflow_is_checked` tests.
 """
 
 from dataclasses import replace

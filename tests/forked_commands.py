@@ -1,0 +1,143 @@
+"""Runs this project's commands in forks of one process that has imported everything, and kills them on demand.
+
+A command by itself takes 7 s of processor time to import torch, transformers and lightning; a fork takes none. A JSON
+object per line on stdin, an answer per line on stdout; `Commands` is the side of the tests.
+
+    commands.run("train.py", ["trainer.max_steps=3", ...], cwd=folder)              # to its end
+    commands.run("hypernet.checkpoint", ["source=..."], cwd=folder)                 # python -m
+    commands.run(..., kill={"steps": 2, "seconds": 0.01, "checkpoints": folder})    # SIGKILL after two checkpoints
+    commands.run(..., kill={"while_writing": True, "checkpoints": folder})          # while one is being written
+    commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five logged lines
+"""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Finished(NamedTuple):
+    """code: its exit status, or minus the signal that killed it."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+class Commands:
+    """The process that forks; a context manager."""
+
+    def __enter__(self) -> "Commands":
+        command = [sys.executable, __file__]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        # A run's second process starts anew, and is to find the callbacks of the tests as well.
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        self.process = subprocess.Popen(command, env=env, text=True, stderr=subprocess.DEVNULL, **pipes)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+    def run(self, command: str, arguments: list[str], *, cwd: Path, kill: dict | None = None) -> Finished:
+        """command: a script of this project, or the name of a module."""
+        request = {"command": command, "arguments": arguments, "cwd": str(cwd), "kill": kill}
+        self.process.stdin.write(json.dumps(request, default=str) + "\n")
+        self.process.stdin.flush()
+        return Finished(*json.loads(self.process.stdout.readline()))
+
+
+def _serve() -> None:
+    sys.path.insert(0, str(ROOT))
+    import lightning.pytorch.loggers  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+
+    import hypernet.callbacks  # noqa: F401
+    import hypernet.training  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        child = os.fork()
+        if not child:
+            _run(request, streams)
+        code, kill = None, request["kill"]
+        if kill:
+            while code is None and not _is_time(kill):
+                time.sleep(0.0005)
+                code = _poll(child)
+            time.sleep(kill.get("seconds", 0))
+            if code is None and (code := _poll(child)) is None:
+                os.kill(child, kill.get("signal", signal.SIGKILL))
+        if code is None:
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        printed = []
+        for stream in streams:
+            stream.seek(0)
+            printed.append(stream.read())
+            stream.close()
+        print(json.dumps([code, *printed]), flush=True)
+
+
+def _is_time(kill: dict) -> bool:
+    if rows := kill.get("rows"):
+        return sum(path.read_text().count("\n") for path in Path(kill["log"]).rglob("metrics.csv")) > rows
+    checkpoints = Path(kill["checkpoints"])
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else []
+    if kill.get("while_writing"):
+        return any(name.startswith(".step-") for name in names)
+    steps = [int(name[5:11]) for name in names if name.startswith("step-")]
+    first = kill.setdefault("first", max(steps, default=0))
+    return max(steps, default=0) >= first + kill["steps"]
+
+
+def _poll(child: int) -> int | None:
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def _run(request: dict, streams: list) -> None:
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream.fileno(), number)
+        os.chdir(request["cwd"])
+        name = request["command"]
+        sys.argv = [str(ROOT / name), *request["arguments"]]
+        if name.endswith(".py"):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            sys.modules.pop(name, None)  # runpy warns of one that is there
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        if isinstance(exit.code, str):
+            print(exit.code, file=sys.stderr)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
+    os._exit(0)  # taking down all that was imported takes 2 s

@@ -9,6 +9,10 @@ TRAIN_ARGS ?=
 # Three processes: what waits (workers, signals, files) leaves a tenth of two cores idle otherwise.
 TEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
+# What is imported is compiled and kept then; pip would take 40 s to compile all that it installs. Many containers set this
+# variable, and every command would compile its imports again.
+export PYTHONDONTWRITEBYTECODE :=
+
 VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
@@ -55,9 +59,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing the pinned dependencies into .venv (some minutes the first time)."
 	@$(VENV_PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,documents,bench,sweep]' || \
 	  { echo "make: pip could not install the dependencies, see above. Is the package index reachable? Then run make again." >&2; exit 1; }
-	@# Bytecode, on all cores: pip would take 40 s on one. Without any, commands would compile what they import each time
-	@# where PYTHONDONTWRITEBYTECODE is set, as in many containers. A file that cannot be compiled is none that is used.
-	@$(VENV_PYTHON) -m compileall -q -q -j 0 -x '/tests?/' .venv/lib || true
 	@touch $@
 
 # Sets $python, or says in one line what was found and what to do. 3.11 comes first: constraints.txt was frozen with it.

@@ -111,7 +111,7 @@ def test_an_experiment_s_header_says_how_to_run_it(experiment):
     assert text.startswith("# @package _global_\n")
     (command,) = re.findall(r"#\s+command\s+python (\S+\.py.*)", text)
     assert (ROOT / command.split()[0]).is_file()
-    default = choices(composed("train")).get("experiment")
+    default = chosen_by("train").get("experiment")
     assert f"experiment={experiment}" in command or default == Path("experiment") / experiment
     for said in ("hardware", "time", "expected"):
         assert re.search(rf"^#\s+{said}\s+\S", text, re.M), said

@@ -15,16 +15,16 @@ from hypernet.checkpoint_io import SafetensorsCheckpointIO, find_checkpoint
 from tests.forked_commands import Commands, Finished
 
 SCRIPT = Path(__file__).parents[1] / "train.py"
-NUM_STEPS = 40
+NUM_STEPS = 24
 
 
 @pytest.fixture(scope="module")
 def arguments(tiny_base_model_folder):
-    """Of a run of 40 quick steps with a checkpoint after each."""
+    """Of a run of 24 quick steps with a checkpoint after each."""
     stages = f"[{{steps: {NUM_STEPS}, batch_size: 2, facts_per_entity: [1, 2], num_foreign: 1, company: [1, 2]}}]"
     return [
         *(f"task.stages={stages}", "task.validation_stages=[{steps: 1, batch_size: 2}]", "checkpoint_every=1"),
-        *("trainer.log_every_n_steps=1", "trainer.val_check_interval=16", "trainer.enable_progress_bar=false"),
+        *("trainer.log_every_n_steps=1", "trainer.val_check_interval=10", "trainer.enable_progress_bar=false"),
         *("trainer.accelerator=cpu", "trainer.precision=32-true", f"trainer.max_steps={NUM_STEPS}", "threads=1"),
         *("task.hypernetwork.rank=2", "task.hypernetwork.aggregator.num_blocks=1"),
         *("task.hypernetwork.aggregator.latent_dim=16", f"task.base_model={tiny_base_model_folder}"),
@@ -83,7 +83,7 @@ def test_a_run_killed_ten_times_at_random_moments_is_the_undisturbed_one_bit_for
     command = [*arguments, "output_dir=killed", "ckpt_path=auto"]
     # One in the middle of writing a checkpoint, one while starting, the others some steps later at any point of a step.
     kills = [{"while_writing": True}, {"steps": 0, "seconds": rng.uniform(0, 0.3)}]
-    kills += [{"steps": rng.randint(1, 3), "seconds": rng.uniform(0, 0.05)} for _ in range(8)]
+    kills += [{"steps": rng.randint(1, 2), "seconds": rng.uniform(0, 0.05)} for _ in range(8)]
     rng.shuffle(kills)
     checkpoints.mkdir(parents=True)
     (checkpoints / ".tmpKilled").touch()  # as safetensors leaves it when it is killed while it writes

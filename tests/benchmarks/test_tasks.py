@@ -71,8 +71,8 @@ def build(make_doc_to_lora, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_cases_and_another_seed_others(build, name) -> None:
-    assert list(build(name).cases(0)) == list(build(name).cases(0))
-    assert list(build(name).cases(0)) != list(build(name).cases(1))
+    one, another = build(name), build(name)
+    assert list(one.cases(0)) == list(another.cases(0)) != list(another.cases(1))
 
 
 @pytest.mark.parametrize("name", NAMES)

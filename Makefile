@@ -57,6 +57,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Creating .venv with $$python."; "$$python" -m venv --clear .venv; fi
 	@rm -f $@
 	@echo "Installing the pinned dependencies into .venv (some minutes the first time)."
+	@# Python 3.11 comes with pip 23, which takes 20 s longer to choose versions. Without a newer one it goes on with that.
+	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip 2>/dev/null || true
 	@$(VENV_PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,documents,bench,sweep]' || \
 	  { echo "make: pip could not install the dependencies, see above. Is the package index reachable? Then run make again." >&2; exit 1; }
 	@touch $@

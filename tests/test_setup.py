@@ -87,7 +87,8 @@ def test_setup_installs_the_pins_and_the_package_from_a_path_with_a_space(checko
     result = checkout.run("make", "test")
     assert result.returncode == 0, result.stderr
     assert len(checkout.calls("-m venv --clear .venv")) == 1
-    (pip,) = checkout.calls("-m pip install")
+    upgrade, pip = checkout.calls("-m pip install")
+    assert upgrade.endswith("--upgrade pip")
     assert pip.startswith(".venv/bin/python ") and "-c constraints.txt" in pip
     assert "-e .[test,documents,bench,sweep]" in pip and "--no-compile" in pip
     (tests,) = checkout.calls("-m pytest")

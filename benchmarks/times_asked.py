@@ -138,7 +138,10 @@ def main(cfg: DictConfig) -> None:
     curriculum = make_curriculum("train", stages, seed=training.seed, sources=sources, tokenizer=tokenizer)
     counts: Counter[Fact] = Counter()
     groups: dict[tuple[int, str], dict[str, int]] = {}
-    wanted = range(len(curriculum.stages)) if cfg.stages is None else cfg.stages
+    every = list(range(len(curriculum.stages)))
+    wanted = every if cfg.stages is None else list(cfg.stages)
+    if not wanted or set(wanted) - set(every):
+        sys.exit(f"benchmarks.times_asked: stages is {wanted}; give some of {every}, or null for all.")
     num_steps, end = 0, 0
     for stage, steps in enumerate(stage.steps for stage in curriculum.stages):
         end += steps

@@ -268,9 +268,9 @@ def test_the_measured_peak_and_memory_are_those_of_a_computer():
 # Layers
 
 
-def train_losses(folder, distillation, *callbacks, steps=3):
+def train_losses(folder, distillation, *callbacks):
     module, batches = distillation
-    trainer = fit(folder, module, *callbacks, steps=steps, batches=batches)
+    trainer = fit(folder, module, *callbacks, steps=3, batches=batches)
     return [row["train/loss"] for row in trainer.logger.rows.values()], module
 
 

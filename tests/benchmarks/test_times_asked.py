@@ -103,6 +103,14 @@ def test_bands_hold_about_as_many_facts_each() -> None:
     assert bands([0, 0], 3) == [] and bands([7, 7, 7], 3) == [7] and band_of(5, []) == 0
 
 
+@pytest.mark.parametrize("stages", ["[4]", "[]"])
+def test_stages_that_the_training_does_not_have_are_refused(commands, stages) -> None:
+    result = commands.run("benchmarks.times_asked", ["output=null", f"stages={stages}"], cwd=ROOT)
+    assert result.code == 1 and "Traceback" not in result.stderr
+    message = f"benchmarks.times_asked: stages is {stages}; give some of [0, 1, 2, 3], or null for all."
+    assert result.stderr.splitlines()[-1] == message
+
+
 def test_a_file_that_holds_no_counts_is_refused_with_the_command(tmp_path) -> None:
     path = tmp_path / "counts.jsonl"
     for text in (None, "", "nonsense", '{"kind": "sweep"}\n'):

@@ -150,21 +150,17 @@ def test_values_and_every_gradient_match_a_float64_loop(case, sizes):
 
 
 @pytest.mark.parametrize(
-    ("case", "sizes", "gate"),
-    [
-        *((case, SIZES[2], 0.5) for case in CASES),
-        *(pytest.param(case, SIZES[3], 2.0, marks=pytest.mark.overflow_is_checked) for case in CASES),
-        *((case, SIZES[0], 2.0) for case in ("ragged", "segments_without_slots", "slot_repeated_in_list")),
-    ],
+    ("sizes", "gate"),
+    [(SIZES[0], 2.0), (SIZES[2], 0.5), pytest.param(SIZES[3], 2.0, marks=pytest.mark.overflow_is_checked)],
 )
+@pytest.mark.parametrize("case", CASES)
 def test_gated_values_and_every_gradient_match_a_float64_loop(case, sizes, gate):
     """More is rounded than in a plain sum: a quotient, its power and the product with it."""
     assert_matches_loop(case, sizes, gate=gate, tolerance=2e-5)
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance, gate", [(torch.bfloat16, 8e-3, 0.0), (torch.bfloat16, 8e-3, 1.5), (torch.float16, 1e-3, 1.5)]
-)
+@pytest.mark.parametrize("gate", [0.0, 1.5])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("case", ["uniform", "ragged", "segments_without_slots"])
 def test_half_precision_activations_match_and_A_B_gradients_stay_float32(case, dtype, tolerance, gate, implementation):
     if implementation == "triton" and DEVICE == "cuda":
@@ -503,7 +499,8 @@ def test_a_plan_beyond_its_capacity_and_one_of_another_are_refused():
 # The custom op
 
 
-@pytest.mark.parametrize("tokens, gate", [(6, 0.0), (DECODE_TOKENS + 40, 1.5)])
+@pytest.mark.parametrize("gate", [0.0, 1.5])
+@pytest.mark.parametrize("tokens", [6, DECODE_TOKENS + 40])
 def test_opcheck(tokens, gate):
     lengths, slots = [2, 1, tokens - 3], [[0, 2], [], [2, 1, 1]]
     inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(tokens, 3, 3, 2, 2).items()}

@@ -324,6 +324,9 @@ class Compile(L.Callback):
 
     Args:
         backend: "inductor", or another of torch's; None does nothing.
+
+    Raises:
+        ValueError: when the training begins, if it has no hypernetwork.
     """
 
     def __init__(self, backend: str | None = None) -> None:
@@ -331,5 +334,10 @@ class Compile(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.backend is not None:
+            if not hasattr(pl_module, "model"):
+                raise ValueError(
+                    f"callbacks.compile.backend={self.backend} is for the training of a hypernetwork, but "
+                    f"{type(pl_module).__name__} has none. Leave it out."
+                )
             # Documents differ in length and number from step to step.
             pl_module.model.hypernetwork.compile(backend=self.backend, dynamic=True)

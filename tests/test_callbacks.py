@@ -308,5 +308,11 @@ def test_a_compiled_hypernetwork_trains_alike_and_keeps_its_names(tmp_path, dist
     assert list(module.model.hypernetwork.state_dict()) == names
 
 
+def test_compiling_without_a_hypernetwork_is_refused_in_one_line(tmp_path):
+    expected = r"^callbacks.compile.backend=inductor is for .* a hypernetwork, but Simple has none. Leave it out.$"
+    with pytest.raises(ValueError, match=expected):
+        fit(tmp_path, Simple(), Compile(backend="inductor"))
+
+
 def test_kinds_of_questions_have_the_places_that_parts_are_counted_by():
     assert KINDS[:2] == ("document", "unanswerable")

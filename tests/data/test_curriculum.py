@@ -1,6 +1,7 @@
 """Curricula: stages, the same batch for the same step, what a batch holds."""
 
 import hashlib
+import math
 import pickle
 import random
 import re
@@ -383,10 +384,30 @@ def test_company_from_another_source_is_read_but_not_asked_about_and_joined_agai
     assert len(texts) > 6  # other hay in every step
 
 
+def test_company_from_another_source_is_as_often_small_as_large(tiny_tokenizer):
+    hay = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(20, 30), num_needles=(0, 0))
+    stages = [{"steps": 1, "batch_size": 500, "company": [1, 40], "company_source": "hay", "company_documents": 3}]
+    batches = DistillationBatches(
+        Curriculum(Encyclopedia("train"), stages, sources={"hay": hay}), tiny_tokenizer, max_chunk_tokens=40
+    )
+    sizes = [len(members) for members in batches[0].members]
+    for least, most in ((1, 1), (2, 4), (20, 40)):
+        share = math.log((most + 1) / least) / math.log(41)
+        # Within four standard deviations of a binomial count.
+        assert abs(sum(least <= size <= most for size in sizes) / 500 - share) < 4 * (share * (1 - share) / 500) ** 0.5
+    assert set(sizes) <= set(range(1, 41))
+
+
 def test_company_from_a_source_that_is_not_there_is_refused(tiny_tokenizer):
     for name in ("hay", "encyclopedia"):
         with pytest.raises(ValueError, match=f"Stage 0 has company from {name}, but the sources are none. Enter it"):
             make_curriculum(stages=[{"steps": 1, "company_source": name}])
+
+
+@pytest.mark.parametrize("company", [[0, 4], [5, 4]])
+def test_company_of_nobody_or_upside_down_is_refused(company):
+    with pytest.raises(ValueError, match=re.escape(f"Stage 0 has company={company}; give the least and the most")):
+        make_curriculum(stages=[{"steps": 1, "company": company}])
 
 
 # What experiments are trained on stays what it is

@@ -200,9 +200,10 @@ def interference(rows: Rows) -> Figure | None:
     for name in sets:
         values = [(m, found[name, m]) for m in methods if (name, m) in found]
         panels.append(dots(name, [("", [(m, r["exact_match"], r["interval"]) for m, r in values])], x=MATCH))
-        lines.append([name, *(_score(found.get((name, m))) for m in methods)])
+        # What an adapter costs here is a matter of thousandths.
+        lines.append([name, *(_score(found.get((name, m)), digits=3) for m in methods)])
     scores = [
-        f"{name} {found[name, ADAPTER]['exact_match']:.2f} instead of {found[name, FLOOR]['exact_match']:.2f}"
+        f"{name} {found[name, ADAPTER]['exact_match']:.3f} instead of {found[name, FLOOR]['exact_match']:.3f}"
         for name in sets
         if {(name, ADAPTER), (name, FLOOR)} <= set(found)
     ]
@@ -790,11 +791,11 @@ def _plain_match() -> Axis:
     return MATCH._replace(label="exact match")
 
 
-def _score(row: Row | None) -> str:
+def _score(row: Row | None, *, digits: int = 2) -> str:
     if row is None:
         return "–"
-    interval = row.get("interval")
-    return f"{row['exact_match']:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
+    interval = f" ({row['interval'][0]:.{digits}f} to {row['interval'][1]:.{digits}f})" if row.get("interval") else ""
+    return f"{row['exact_match']:.{digits}f}{interval}"
 
 
 def _gap(row: Row) -> str:

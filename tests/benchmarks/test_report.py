@@ -66,7 +66,7 @@ def test_capacity_has_a_column_for_each_rank(report_rows) -> None:
 def test_interference_has_a_line_for_each_method_with_an_adapter(report_rows) -> None:
     lines = report.interference(report_rows).splitlines()
     assert lines[0] == "| exact match | background |"
-    assert lines[2].startswith("| no context | 1.00") and not [line for line in lines if "retrieval" in line]
+    assert lines[2].startswith("| no context | 1.000") and not [line for line in lines if "retrieval" in line]
 
 
 def test_conflict_has_a_line_for_each_band_with_the_controls(report_rows) -> None:

@@ -328,7 +328,7 @@ def test_documents_joined_for_training_act_as_added_adapters(make_doc_to_lora, s
 
 @pytest.mark.parametrize("bias_block", [True, False])
 def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_lora, bias_block):
-    # In float32 the rounding of two systems of equations is 1.2e-6 of a gradient on one processor, half on another.
+    # In float32 two systems of equations leave 5e-5 of gradients up to 44, more or less by the processor.
     model = make_doc_to_lora(bias_block=bias_block).double()
     documents, members = [LONG, SHORT, OTHER], [[0, 2], [1], [2, 0, 1]]
     chunks = [model.chunk(document) for document in documents]

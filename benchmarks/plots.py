@@ -89,7 +89,7 @@ def by_set(rows: Rows) -> Figure | None:
         for name in dict.fromkeys(row["set"] for row in chosen if row["task"] == task):
             found = {r["method"]: r for r in chosen if (r["task"], r["set"]) == (task, name)}
             own.append((name, [(m, found[m]["exact_match"], found[m]["interval"]) for m in SHOWN if m in found]))
-            lines.append([task_name(task), name, *(_score(found.get(m)) for m in SHOWN)])
+            lines.append([task_name(task), name, *(score_text(found.get(m)) for m in SHOWN)])
         panels.append(dots(task_name(task), own, x=MATCH))
     return Figure(
         "sets",
@@ -201,7 +201,7 @@ def interference(rows: Rows) -> Figure | None:
         values = [(m, found[name, m]) for m in methods if (name, m) in found]
         panels.append(dots(name, [("", [(m, r["exact_match"], r["interval"]) for m, r in values])], x=MATCH))
         # What an adapter costs here is a matter of thousandths.
-        lines.append([name, *(_score(found.get((name, m)), digits=3) for m in methods)])
+        lines.append([name, *(score_text(found.get((name, m)), digits=3) for m in methods)])
     scores = [
         f"{name} {found[name, ADAPTER]['exact_match']:.3f} instead of {found[name, FLOOR]['exact_match']:.3f}"
         for name in sets
@@ -264,7 +264,7 @@ def capacity(rows: Rows) -> Figure | None:
         for row in sorted(own, key=lambda r: (_facts(r), methods.index(r["method"]) if r["method"] in methods else -1)):
             if row["method"] in shown:
                 name = names.get(row["method"], name_of(row["method"]))
-                lines.append([title, short(_facts(row)), name, _score(row), _gap(row)])
+                lines.append([title, short(_facts(row)), name, score_text(row), gap_text(row)])
     head = ("task", "facts in the document", "method", "exact match (95 % interval)", "share of the gap closed")
     return Figure(
         "capacity",
@@ -311,7 +311,7 @@ def conflict(rows: Rows) -> Figure | None:
                 f"{band[ADAPTER][key]:.{digits}f}" if key in band.get(ADAPTER, {}) else "–"
                 for key, digits in (("old_answer", 2), ("log_likelihood", 1))
             ]
-            lines.append([title, label, *counts, *(_score(band.get(m)) for m in methods), *own_cells])
+            lines.append([title, label, *counts, *(score_text(band.get(m)) for m in methods), *own_cells])
             if ADAPTER in band:
                 found.append(f"{title.lower()} {label} {band[ADAPTER]['exact_match']:.2f}")
         if drawn:
@@ -371,7 +371,7 @@ def _accuracy(key: str, title: str, text: str, chosen: Rows, x: Callable[[Row], 
         for method in legend_order(row["method"] for row in chosen if row["task"] == task):
             found = {x(r): r for r in chosen if (r["task"], r["method"]) == (task, method)}
             name = f"{task_name(task)}, {name_of(method)}" if len(tasks) > 1 else name_of(method)
-            lines.append([name, *(_score(found.get(value)) for value in values)])
+            lines.append([name, *(score_text(found.get(value)) for value in values)])
     return Figure(
         key,
         title,
@@ -515,7 +515,7 @@ def pareto(rows: Rows) -> Figure | None:
             used.update(row["method"] for row in own)
             title = f"{name}, {number} question{'s' if number > 1 else ''} per document"
             panels.append(chart(title, series, x=Axis("milliseconds per question", log=True), y=MATCH))
-            lines += [[name, str(number), name_of(r["method"]), short(cost(r)), _score(r)] for r in own]
+            lines += [[name, str(number), name_of(r["method"]), short(cost(r)), score_text(r)] for r in own]
     return Figure(
         "pareto",
         "Quality against cost",
@@ -563,7 +563,7 @@ def curves(rows: Rows) -> Figure | None:
         for row in own:
             for p in row["curve"]:
                 seconds = "–" if p["seconds"] is None else short(p["seconds"])
-                lines.append([name, name_of(row["method"]), str(p["step"]), seconds, _score(p)])
+                lines.append([name, name_of(row["method"]), str(p["step"]), seconds, score_text(p)])
     return Figure(
         "curves",
         "Quality over gradient steps",
@@ -791,14 +791,15 @@ def _plain_match() -> Axis:
     return MATCH._replace(label="exact match")
 
 
-def _score(row: Row | None, *, digits: int = 2) -> str:
+def score_text(row: Row | None, *, digits: int = 2) -> str:
+    """Exact match with its interval, for a table."""
     if row is None:
         return "–"
     interval = f" ({row['interval'][0]:.{digits}f} to {row['interval'][1]:.{digits}f})" if row.get("interval") else ""
     return f"{row['exact_match']:.{digits}f}{interval}"
 
 
-def _gap(row: Row) -> str:
+def gap_text(row: Row) -> str:
     return f"{row['gap_closed']:.2f}" if row.get("gap_closed") is not None else "–"
 
 

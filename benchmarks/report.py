@@ -19,7 +19,7 @@ import hydra
 from omegaconf import DictConfig
 
 from benchmarks import plots
-from benchmarks.plots import BREAK_EVEN, break_even_cells
+from benchmarks.plots import BREAK_EVEN, break_even_cells, gap_text, score_text
 from benchmarks.summary import (
     ADAPTER,
     CEILING,
@@ -113,7 +113,7 @@ def overview(rows: Rows) -> str:
     columns = columns or list(dict.fromkeys(place[:2] for place in found))[:4]
     names = [name if task == "encyclopedia" else f"{task}: {name}" for task, name in columns]
     methods = sorted({row["method"] for row in summaries}, key=order)
-    scores = [[name_of(m), *(_score(found.get((*key, m))) for key in columns)] for m in methods]
+    scores = [[name_of(m), *(score_text(found.get((*key, m))) for key in columns)] for m in methods]
     place = columns[min(1, len(columns) - 1)]
     costs = [_overview_costs(found[*place, m]) for m in methods if (*place, m) in found]
     tokens = found[*place, methods[0]]["document_tokens"]
@@ -134,7 +134,7 @@ def _overview_costs(row: Row) -> list[str]:
     milliseconds = [row["prepare_s"], row["first_token_s"], at_equal_length(row)]
     return [
         name_of(row["method"]),
-        _gap(row),
+        gap_text(row),
         *("–" if value is None else short(1000 * value) for value in milliseconds),
         short(row["stored_bytes"] / 1024),
         " / ".join(_after(even, what) for what in ("seconds", "flops")) if even else "",
@@ -163,7 +163,7 @@ def by_attribute(rows: Rows, *, task: str, key: str, label: str, sweep: str) -> 
     for name, value in sorted({place[:2] for place in found}, key=lambda place: (tasks.index(place[0]), place[1])):
         own = found.get((name, value, ADAPTER))
         first = f"{task_name(name)}, {short(value)}" if len(tasks) > 1 else short(value)
-        lines.append([first, *(_score(found.get((name, value, m))) for m in shown), _gap(own) if own else "–"])
+        lines.append([first, *(score_text(found.get((name, value, m))) for m in shown), gap_text(own) if own else "–"])
     return _table((label, *map(name_of, shown), "share of the gap closed"), lines)
 
 
@@ -255,16 +255,6 @@ def by_set(rows: Rows) -> list[tuple[str, str, list[dict[str, Any]]]]:
 def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---', *['---:'] * (len(head) - 1)])} |"]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in body)])
-
-
-def _score(row: Row | None) -> str:
-    if row is None:
-        return "–"
-    return f"{row['exact_match']:.2f} ({_range(row['interval'])})" if row["interval"] else f"{row['exact_match']:.2f}"
-
-
-def _gap(row: Row) -> str:
-    return f"{row['gap_closed']:.2f}" if row.get("gap_closed") is not None else "–"
 
 
 def _range(interval: Sequence[float] | None, digits: int = 2) -> str:

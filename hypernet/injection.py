@@ -6,6 +6,7 @@
     injector.set(A, B, slots, scaling=scaling)              # training: stays until clear(), which comes after backward
 
 Forward hooks stay on the target layers for good and read the injector's state: with none set they do nothing.
+base_model.compile() works, with as many graphs as there are kinds of batches and adapters; make the injector first.
 """
 
 import math
@@ -72,6 +73,11 @@ class LoRAInjector:
     """
 
     def __init__(self, base_model: nn.Module, targets: Sequence[LoRATarget]) -> None:
+        import torch._dynamo.config  # takes seconds, where transformers' models have not imported it already
+
+        # torch.compile by default guards no hook nor what it reads: a compiled base model would go on as it was traced
+        # first, without any adapter, and a layer with a hook would run the graph of one without.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         self.targets = tuple(targets)
         self._active: AdapterPool | None = None
         self._modules = {

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hypernet.adapter import LoRAAdapter, new_provenance
 from hypernet.injection import LoRAInjector
-from hypernet.targets import find_targets
+from hypernet.targets import LoRATarget, find_targets
 
 NAMES = ("down_proj", "q_proj")
 RANK, SCALING = 3, 1.5
@@ -387,6 +387,44 @@ def test_reentrant_checkpointing_gives_the_same_gradients_on_leaves_and_refuses_
         torch.testing.assert_close(grad, reference)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         gradients(base_model, injector, targets, through=torch.tanh)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down_proj = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.down_proj(torch.tanh(x))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by block"])
+def test_a_compiled_model_notices_adapters_also_where_its_first_block_has_none(whole):
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block()).requires_grad_(False)  # torch needs ten times as long for a Llama
+    targets = [LoRATarget("down_proj", ("1.down_proj",), 6, 6)]
+    injector = LoRAInjector(model, targets)
+    adapters = [make_adapter(targets, 2, seed=1), make_adapter(targets, 1, seed=2)]
+    x = torch.randn(2, 5, 6)
+
+    def results():
+        outputs = []
+        for used in (None, adapters[0], [adapters[1], None], None):
+            with injector.using(used), torch.no_grad():
+                outputs.append(model(x))
+        A, B = random_blocks(targets, 2, seed=5)
+        leaves = [A["down_proj"].requires_grad_(), B["down_proj"].requires_grad_()]
+        injector.set(A, B, [[0, 1], [1]], scaling=SCALING)
+        outputs += torch.autograd.grad(model(x).square().sum(), leaves)
+        injector.clear()
+        return outputs
+
+    expected = results()
+    assert not torch.allclose(expected[0], expected[1], atol=1e-2)
+    for module in [model] if whole else model:
+        module.compile(backend="eager")
+    for found, reference in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, reference)
 
 
 def test_set_matches_using_for_the_same_blocks(base_model, targets):

@@ -411,6 +411,7 @@ def markdown(rows: Sequence[dict]) -> str:
 def main(cfg: DictConfig) -> None:
     from benchmarks.rows import describe_run, write_rows
     from hypernet.base_model import hush_torchao
+    from hypernet.callbacks import check_backend, compile_hypernetwork
 
     hush_torchao()
     if cfg.model not in MODELS or (unknown := [name for name in cfg.methods if name not in METHODS]):
@@ -422,9 +423,16 @@ def main(cfg: DictConfig) -> None:
     dtype = getattr(torch, cfg.dtype or ("bfloat16" if device == "cuda" else "float32"), None)
     if dtype not in TOLERANCE:
         sys.exit(f"training_speed: dtype is {cfg.dtype}; choose float32 or bfloat16.")
+    if cfg.compile:
+        try:
+            check_backend(cfg.compile)
+        except ValueError as error:
+            sys.exit(f"training_speed: {error}")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     model = build_model(cfg.model, device=device, seed=cfg.seed)
+    if cfg.compile:
+        compile_hypernetwork(model.hypernetwork, cfg.compile)
     rows: list[dict] = []
     run = describe_run(OmegaConf.to_container(cfg))
     try:

@@ -326,10 +326,12 @@ class Compile(L.Callback):
         backend: "inductor", or another of torch's; None does nothing.
 
     Raises:
-        ValueError: when the training begins, if it has no hypernetwork.
+        ValueError: if torch has no such backend; when the training begins, if it has no hypernetwork.
     """
 
     def __init__(self, backend: str | None = None) -> None:
+        if backend is not None:
+            check_backend(backend)
         self.backend = backend
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -339,5 +341,21 @@ class Compile(L.Callback):
                     f"callbacks.compile.backend={self.backend} is for the training of a hypernetwork, but "
                     f"{type(pl_module).__name__} has none. Leave it out."
                 )
-            # Documents differ in length and number from step to step.
-            pl_module.model.hypernetwork.compile(backend=self.backend, dynamic=True)
+            compile_hypernetwork(pl_module.model.hypernetwork, self.backend)
+
+
+def compile_hypernetwork(hypernetwork: nn.Module, backend: str) -> None:
+    """In place, for documents that differ in length and number from step to step."""
+    hypernetwork.compile(backend=backend, dynamic=True)
+
+
+def check_backend(name: str) -> None:
+    """torch itself refuses an unknown one when the model is already loaded, with a traceback.
+
+    Raises:
+        ValueError: if torch has no such backend.
+    """
+    from torch._dynamo import list_backends  # takes seconds
+
+    if name not in list_backends(exclude_tags=()):
+        raise ValueError(f"torch.compile has no backend {name!r}. Use one of: {', '.join(list_backends())}.")

@@ -314,5 +314,10 @@ def test_compiling_without_a_hypernetwork_is_refused_in_one_line(tmp_path):
         fit(tmp_path, Simple(), Compile(backend="inductor"))
 
 
+def test_an_unknown_backend_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match=r"^torch.compile has no backend 'indctor'. Use one of: .*inductor.*\.$"):
+        Compile(backend="indctor")
+
+
 def test_kinds_of_questions_have_the_places_that_parts_are_counted_by():
     assert KINDS[:2] == ("document", "unanswerable")

@@ -168,6 +168,20 @@ def test_a_method_that_runs_out_of_memory_is_a_result_and_not_the_end(shipped, m
     assert markdown(rows).count("out of memory") == 2
 
 
+def test_a_compiled_hypernetwork_is_measured_as_training_compiles_it(monkeypatch):
+    model, compiled = build_model("tiny", device="cpu"), []
+    monkeypatch.setattr(training_speed, "build_model", lambda *_, **__: model)
+
+    def measured(cfg, measured_model, **_):
+        assert measured_model is model and model.hypernetwork._compiled_call_impl is not None
+        compiled.append(cfg.compile)
+        yield from ()
+
+    monkeypatch.setattr(training_speed, "measure", measured)
+    main.__wrapped__(small("compile=eager", "output=null"))
+    assert compiled == ["eager"]
+
+
 def test_quantiles_of_few_and_many():
     assert quantiles([2.0], "s") == {"p20_s": 2.0, "p50_s": 2.0, "p80_s": 2.0}
     assert quantiles(range(101), "s") == {"p20_s": 20, "p50_s": 50, "p80_s": 80}
@@ -180,6 +194,7 @@ def test_quantiles_of_few_and_many():
         ("methods=[ours,magic]", "unknown magic; models"),
         ("methods=[padded_per_token]", "methods lacks ours"),
         ("dtype=int8", "dtype is int8; choose float32 or bfloat16"),
+        ("compile=indctor", "torch.compile has no backend 'indctor'. Use one of: .*inductor"),
     ],
 )
 def test_mistakes_end_with_one_line(override, message):

@@ -24,6 +24,7 @@ from benchmarks.summary import (
     ADAPTER,
     CEILING,
     FLOOR,
+    WRONG,
     Row,
     Rows,
     at_equal_length,
@@ -169,6 +170,27 @@ def by_attribute(rows: Rows, *, task: str, key: str, label: str, sweep: str) -> 
 
 def niah(rows: Rows) -> str:
     return by_attribute(rows, task="needles", key="num_chunks", label="chunks", sweep="niah")
+
+
+def niah_seeds(rows: Rows) -> str:
+    """Chunks down, training seeds across; of the controls the lowest and the highest of them.
+
+    Raises:
+        ValueError: no such rows.
+    """
+    chosen = [row for row in rows if row["kind"] == "slice" and row["by"] == ["num_chunks"]]
+    found = {(row["attributes"]["num_chunks"], row["method"]): row for row in chosen}
+    own = sorted({method for _, method in found if method.startswith(f"{ADAPTER}_seed")}, key=order)
+    if not own:
+        raise ValueError("No rows by training seed; run python -m benchmarks.run sweep=niah_seeds.")
+    controls, lines = (FLOOR, CEILING, WRONG), []
+    for value in sorted({value for value, _ in found}):
+        line = [short(value), *(score_text(found.get((value, method))) for method in own)]
+        for control in controls:
+            scores = [found[key]["exact_match"] for key in found if key[0] == value and key[1].startswith(control)]
+            line.append(f"{min(scores):.2f} to {max(scores):.2f}" if scores else "–")
+        lines.append(line)
+    return _table(("chunks", *map(name_of, own), *map(name_of, controls)), lines)
 
 
 def composition(rows: Rows) -> str:

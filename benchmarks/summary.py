@@ -56,6 +56,7 @@ METHODS = {
     "warm_start_oracle": ("warm start, same questions", "The same from Doc-to-LoRA's adapter: an upper bound."),
     "warm_start_generated": ("warm start, other questions", "The same from Doc-to-LoRA's adapter."),
 }
+NUMBERED = {"_rank": "rank", "_seed": "training seed"}  # how a method's name ends → what it is on the page
 # In the order of the page; others come after these, by name. What a name of its own says is that it is a control.
 TASKS = {
     "encyclopedia": "encyclopedia",
@@ -84,11 +85,11 @@ Rows = Sequence[Row]
 
 
 def name_of(method: str) -> str:
-    """On the page; `doc_to_lora_rank16` is one checkpoint of several."""
-    base, _, rank = method.rpartition("_rank")
-    if base in METHODS and rank.isdigit():
-        return f"{METHODS[base][0]}, rank {rank}"
-    return METHODS[method][0] if method in METHODS else method.replace("_", " ")
+    """On the page; `doc_to_lora_rank16` is one checkpoint of several, `doc_to_lora_seed1` one training of several."""
+    base, what, number = _numbered(method)
+    if what:
+        return f"{METHODS[base][0]}, {what} {number}"
+    return METHODS[base][0] if base in METHODS else base.replace("_", " ")
 
 
 def task_name(task: str) -> str:
@@ -103,10 +104,18 @@ def task_order(task: str) -> tuple[float, str]:
 
 def order(method: str) -> tuple[int, str]:
     """Key that sorts methods as the tables do; ranks by their size."""
-    base, _, rank = method.rpartition("_rank")
-    known = base if base in METHODS and rank.isdigit() else method
-    place = list(METHODS).index(known) if known in METHODS else len(METHODS)
-    return place, f"{base}{int(rank):9d}" if known == base else method
+    base, what, number = _numbered(method)
+    place = list(METHODS).index(base) if base in METHODS else len(METHODS)
+    return place, f"{base}{what}{number:9d}"
+
+
+def _numbered(method: str) -> tuple[str, str, int]:
+    """(a known method, "rank" or "seed", its number); the name itself, nothing and 0 if it is no such name."""
+    for suffix, what in NUMBERED.items():
+        base, _, number = method.rpartition(suffix)
+        if base in METHODS and number.isdigit():
+            return base, what, int(number)
+    return method, "", 0
 
 
 def summarize(rows: Rows, *, cost_model: Callable[[str], CostModel | None]) -> list[Row]:

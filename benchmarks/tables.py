@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "training_speed": training_speed.markdown,
     "bench": lambda rows: f"{answer(rows)}\n\n{report.overview(rows)}",
     "niah": report.niah,
+    "niah_seeds": report.niah_seeds,
     "composition": report.composition,
     "crowd": report.composition,
     "interference": report.interference,

@@ -51,6 +51,25 @@ def test_small_tables_hold_the_adapter_beside_its_controls(report_rows, name, fi
     assert len(lines) == 4 and all("0.50 (0.00 to 1.00)" in line and line.endswith(" 0.67 |") for line in lines[2:])
 
 
+def test_needles_by_training_seed_have_a_column_for_each_and_the_range_of_the_controls(report_rows) -> None:
+    rows = [
+        {**row, "method": f"{row['method']}_seed{seed}", "exact_match": row["exact_match"] * (1 - seed / 20)}
+        for seed in (10, 2)
+        for row in report_rows
+        if row.get("task") == "needles"
+    ]
+    lines = report.niah_seeds(rows).splitlines()
+    own = "Doc-to-LoRA, training seed 2 | Doc-to-LoRA, training seed 10"
+    assert lines[0] == f"| chunks | {own} | no context | full context | wrong document |"
+    score = {row["method"].removesuffix("_seed2"): row["exact_match"] / 0.9 for row in rows}
+    assert len(lines) == 4 and lines[2].split(" | ")[1:] == [
+        "0.45 (0.00 to 1.00)",
+        "0.25 (0.00 to 1.00)",
+        *(f"{score[m] * 0.5:.2f} to {score[m] * 0.9:.2f}" for m in ("no_context", "full_context")),
+        f"{score['wrong_document'] * 0.5:.2f} to {score['wrong_document'] * 0.9:.2f} |",
+    ]
+
+
 def test_capacity_has_a_column_for_each_rank(report_rows) -> None:
     more = [
         {**row, "method": "doc_to_lora_rank16", "attributes": {**row["attributes"], "rank": 16}}
@@ -80,6 +99,7 @@ def test_conflict_has_a_line_for_each_band_with_the_controls(report_rows) -> Non
     ("name", "task"),
     [
         ("niah", "needles"),
+        ("niah_seeds", "needles"),
         ("composition",) * 2,
         ("capacity",) * 2,
         ("interference", "locality"),

@@ -147,6 +147,8 @@ def test_what_is_not_known_has_a_name_and_a_place() -> None:
     assert name_of("doc_to_lora_rank16") == "Doc-to-LoRA, rank 16"
     ranks = sorted(["doc_to_lora_rank16", "doc_to_lora_rank8", "wrong_document", "full_context"], key=order)
     assert ranks == ["full_context", "doc_to_lora_rank8", "doc_to_lora_rank16", "wrong_document"]
+    assert name_of("wrong_document_seed1") == "wrong document, training seed 1"
+    assert name_of("my_method_seed1") == "my method seed1"
     assert name_of("my_method") == "my method" and order("my_method") > order("text_lora")
     assert task_order("locality") < task_order("squad") < task_order("encyclopedia_empty_document")
     assert math.isfinite(task_order("squad")[0])

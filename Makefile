@@ -17,7 +17,7 @@ VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check train figures bench clean
+.PHONY: help demo test check train figures needles bench clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,18 @@ train: $(STAMP) ## train a hypernetwork (TRAIN_ARGS="key=value ...")
 
 figures: $(STAMP) ## print the figures of the shipped model
 	$(VENV_PYTHON) -m benchmarks.tiny_figures
+
+# Each training begins once, and goes on where it was interrupted.
+NEEDLES := outputs/niah_tiny_silent/checkpoint
+needles: $(NEEDLES) ## train for needles in a haystack and measure them: outputs/benchmark_niah (80 minutes on two cores)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m benchmarks.run sweep=niah hydra/launcher=joblib hydra.launcher.n_jobs=2
+	$(VENV_PYTHON) -m benchmarks.report input_dir=outputs/benchmark_niah output=outputs/benchmark_niah/niah.jsonl \
+	  page=outputs/benchmark_niah/niah.html
+
+$(NEEDLES): | outputs/niah_tiny/checkpoint
+outputs/niah_tiny/checkpoint: | outputs/tiny_base_model_needles/base_model
+$(NEEDLES) outputs/niah_tiny/checkpoint outputs/tiny_base_model_needles/base_model: | $(STAMP)
+	$(VENV_PYTHON) train.py experiment=$(notdir $(@D)) ckpt_path=auto $(TRAIN_ARGS)
 
 bench: $(STAMP) ## run the tiny sweep and write outputs/benchmark/report.html
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m benchmarks.run sweep=tiny hydra/launcher=joblib hydra.launcher.n_jobs=2

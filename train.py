@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -34,6 +35,7 @@ def train(cfg: DictConfig) -> None:
     from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 
     hush_torchao()
+    _check_earlier_runs(cfg.task)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -64,6 +66,23 @@ def train(cfg: DictConfig) -> None:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)
         raise
+
+
+def _check_earlier_runs(task: DictConfig) -> None:
+    """Some experiments start from what another one leaves in its output_dir.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    experiments = Path(__file__).parent / "conf" / "experiment"
+    for key in ("base_model", "init_from"):
+        path = task.get(key)
+        found = re.match(r"outputs/(\w+)/", path) if isinstance(path, str) else None
+        if found and not Path(path).exists() and (experiments / f"{found[1]}.yaml").is_file():
+            raise ValueError(
+                f"task.{key}={path} is not there: it is what python train.py experiment={found[1]} leaves. "
+                f"Run that first, or set task.{key}."
+            )
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")

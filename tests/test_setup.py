@@ -258,6 +258,22 @@ def test_clean_keeps_the_outputs(checkout: Checkout):
     assert (checkout.folder / "outputs/demo").exists()
 
 
+def test_needles_trains_what_is_not_there_in_order_then_measures(checkout: Checkout):
+    checkout.add_python("python3")
+    trainings = ["tiny_base_model_needles", "niah_tiny", "niah_tiny_silent"]
+    for there in range(len(trainings) + 1):
+        result = checkout.run("make", "needles", "TRAIN_ARGS=seed=1")
+        assert result.returncode == 0, result.stderr
+        begun = [f".venv/bin/python train.py experiment={name} ckpt_path=auto seed=1" for name in trainings[there:]]
+        assert checkout.calls("train.py") == begun
+        sweep, report = checkout.calls("")[-2:]
+        assert sweep.endswith("-m benchmarks.run sweep=niah hydra/launcher=joblib hydra.launcher.n_jobs=2")
+        assert "-m benchmarks.report input_dir=outputs/benchmark_niah " in report
+        if there < len(trainings):
+            left = "base_model" if "base_model" in trainings[there] else "checkpoint"
+            (checkout.folder / "outputs" / trainings[there] / left).mkdir(parents=True)
+
+
 def test_makefile_asks_for_the_python_that_pyproject_asks_for():
     assert PYPROJECT["project"]["requires-python"] == ">=3.11"
     assert "sys.version_info < (3, 11)" in (ROOT / "Makefile").read_text()

@@ -188,7 +188,7 @@ def niah_seeds(rows: Rows) -> str:
         line = [short(value), *(score_text(found.get((value, method))) for method in own)]
         for control in controls:
             scores = [found[key]["exact_match"] for key in found if key[0] == value and key[1].startswith(control)]
-            line.append(f"{min(scores):.2f} to {max(scores):.2f}" if scores else "–")
+            line.append(" to ".join(dict.fromkeys(f"{f(scores):.2f}" for f in (min, max))) if scores else "–")
         lines.append(line)
     return _table(("chunks", *map(name_of, own), *map(name_of, controls)), lines)
 

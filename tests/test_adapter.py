@@ -114,12 +114,12 @@ def test_without_a_bias_block_the_rank_is_that_of_the_chunks(targets, tmp_path):
     a, b = (make_adapter(targets, n, seed=n, bias=False, scaling=8.0) for n in (1, 2))
     assert (a.rank, a.bias_rank, (a + b).rank, make_adapter(targets).bias_rank) == (RANK, 0, 3 * RANK, RANK)
     assert a.num_bytes == make_adapter(targets, 1).num_bytes // 2
-    (a + b).save(tmp_path / "both")
-    loaded = LoRAAdapter.load(tmp_path / "both")
-    assert_same(loaded, a + b)
+    both = a + b  # once: a sum says when it was made, to the second
+    both.save(tmp_path / "both")
+    assert_same(LoRAAdapter.load(tmp_path / "both"), both)
     ids = torch.arange(2, 16).view(2, 7)
     with torch.no_grad():
-        with LoRAInjector(base_model, a.targets).using([b, a + b]):
+        with LoRAInjector(base_model, a.targets).using([b, both]):
             injected = base_model(ids).logits
         expected = PeftModel.from_pretrained(make_base_model(), tmp_path / "both")(ids).logits
     torch.testing.assert_close(injected[1], expected[1], rtol=0, atol=1e-4)

@@ -21,9 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 if TYPE_CHECKING:  # seconds each; a mistake in the settings is told without them
-    from hypernet.adapter import LoRAAdapter
+    from hypernet.adapters.adapter import LoRAAdapter
     from hypernet.doc_to_lora import DocToLoRA
-    from hypernet.documents import Document
+    from hypernet.text.documents import Document
 
 log = logging.getLogger("generate_adapter")
 
@@ -54,7 +54,7 @@ def generate(cfg: DictConfig) -> None:
     log.info("Internalizing %s", ", ".join(document.name for document in documents))
     adapter = internalize(model, documents, settings, watch)
     if settings["amplitude"] != 1:
-        from hypernet.composition import amplify
+        from hypernet.adapters.composition import amplify
 
         adapter = amplify(adapter, settings["amplitude"])
     watch.lap("internalize")
@@ -132,7 +132,7 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def read(settings: dict[str, Any]) -> "list[Document]":
     """The documents, if there is a checkpoint for them."""
-    from hypernet.documents import read_documents
+    from hypernet.text.documents import read_documents
 
     checkpoint = Path(settings["checkpoint"]).expanduser()
     if not settings["checkpoint"].startswith("hub:") and not checkpoint.exists():
@@ -145,12 +145,12 @@ def read(settings: dict[str, Any]) -> "list[Document]":
 
 def load(settings: dict[str, Any]) -> "DocToLoRA":
     """The model, once it is sure that what it makes can be saved; imports go from the quick to the slow."""
-    from hypernet.adapter import check_destination
+    from hypernet.adapters.adapter import check_destination
 
     check_destination(settings["output_dir"], overwrite=settings["overwrite"])
     device = choose_device(settings["device"])
     log.info("Loading %s on %s", settings["checkpoint"], device)
-    from hypernet.base_model import hush_torchao
+    from hypernet.base.base_model import hush_torchao
 
     hush_torchao()
     from hypernet.doc_to_lora import DocToLoRA

@@ -30,9 +30,9 @@ def train(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True")  # every process validates on all of it
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of tensors of a few numbers
 
-    from hypernet.base_model import hush_torchao
-    from hypernet.callbacks import StepProgressBar
-    from hypernet.checkpoint_io import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
+    from hypernet.base.base_model import hush_torchao
+    from hypernet.training.callbacks import StepProgressBar
+    from hypernet.training.run_state import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 
     hush_torchao()
     _check_earlier_runs(cfg.task)

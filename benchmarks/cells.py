@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from hypernet.files import replaced
+from hypernet.io.files import replaced
 
 # Raised when prompts, cases or scores change, so that cells measured before are not taken for the new ones.
 VERSION = 1

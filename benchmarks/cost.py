@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypernet.targets import LoRATarget
+from hypernet.base.targets import LoRATarget
 
 if TYPE_CHECKING:
     from hypernet.doc_to_lora import DocToLoRA

@@ -53,7 +53,7 @@ MODELS = ("tiny", "gemma-2-2b")
 
 def build_model(name: str, *, device: str, max_chunk_tokens: int | None) -> "DocToLoRA":
     """The shipped tiny model, or a model of gemma-2-2b's shape with random weights in bfloat16."""
-    from hypernet.base_model import build_base_model, freeze, load_base_model
+    from hypernet.base.base_model import build_base_model, freeze, load_base_model
     from hypernet.doc_to_lora import DocToLoRA
 
     if name == "tiny":
@@ -100,7 +100,7 @@ def ours(model: "DocToLoRA", document: str, *, max_batch_tokens: int) -> Any:
 
 def at_once(model: "DocToLoRA", document: str, *, max_batch_tokens: int) -> Any:
     """All chunks and layers together, as one batch."""
-    from hypernet.decorrelation import decorrelated
+    from hypernet.adapters.decorrelation import decorrelated
 
     chunks = model.chunk(document)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def length_rows(model: "DocToLoRA", cfg: DictConfig, *, device: str, rate: float
 
 def adapter_rows(model: "DocToLoRA", cfg: DictConfig, *, device: str) -> Iterator[dict]:
     """Seconds to save, load and inject adapters of so many chunks, and to swap one that is loaded for another."""
-    from hypernet.adapter import LoRAAdapter
+    from hypernet.adapters.adapter import LoRAAdapter
 
     for num_chunks in cfg.adapter_chunks:
         document = make_document(model, num_chunks * model.max_chunk_tokens)

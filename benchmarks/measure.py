@@ -17,10 +17,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from benchmarks.methods.base import Method
+from benchmarks.metrics import exact_match, rouge_l, token_f1
 from benchmarks.rows import describe_run
 from benchmarks.tasks.base import Case, Task
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.metrics import exact_match, rouge_l, token_f1
 
 
 @lru_cache(maxsize=1)

@@ -57,8 +57,8 @@ def evaluate(model: Any, cfg: DictConfig) -> dict[str, Any]:
     """Counts, the largest PEFT difference, seconds, and exact match and F1 by method."""
     from tqdm import tqdm
 
+    from benchmarks.metrics import exact_match, token_f1
     from benchmarks.tiny_figures import answer_all
-    from hypernet.metrics import exact_match, token_f1
 
     paragraphs = read_squad(cfg.squad_file)[: cfg.max_paragraphs]
     adapters, difference, seconds = [], 0.0, 0.0

@@ -288,7 +288,7 @@ def _range(interval: Sequence[float] | None, digits: int = 2) -> str:
 
 def cost_model(checkpoint: str) -> "CostModel | None":
     """FLOPs of the checkpoint's model; None, with a warning, where it is not here any more."""
-    from hypernet.base_model import hush_torchao
+    from hypernet.base.base_model import hush_torchao
 
     hush_torchao()
     from benchmarks.cost import CostModel

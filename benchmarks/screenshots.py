@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hypernet.arguments import key_values
-from hypernet.files import replaced
+from hypernet.io.arguments import key_values
+from hypernet.io.files import replaced
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 DEFAULTS = {"page": "outputs/benchmark/report.html", "output_dir": "docs"}

@@ -523,7 +523,7 @@ def _check_names(rows: Rows) -> None:
 
 
 def _interval(columns: Sequence[Rows], statistic: Callable) -> tuple[float, float] | None:
-    from hypernet.metrics import paired_interval
+    from benchmarks.metrics import paired_interval
 
     groups = [(row["seed"], row["case"]) for row in columns[0]]
     return paired_interval([[row["exact_match"] for row in column] for column in columns], statistic, groups=groups)

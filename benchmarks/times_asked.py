@@ -119,12 +119,12 @@ def main(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
     from transformers.utils.logging import disable_progress_bar
 
-    from hypernet.base_model import fingerprint, hush_torchao, load_base_model
+    from hypernet.base.base_model import fingerprint, hush_torchao, load_base_model
 
     hush_torchao()  # before what follows imports it
     disable_progress_bar()
     from benchmarks.rows import describe_run, write_rows
-    from hypernet.training import make_curriculum
+    from hypernet.training.build import make_curriculum
 
     try:
         base_model, tokenizer = load_base_model(cfg.base_model)

@@ -26,8 +26,8 @@ def held_out_articles(
     Raises:
         ValueError: such articles hardly occur.
     """
-    from hypernet.chunking import chunk_document
     from hypernet.data.encyclopedia import Encyclopedia
+    from hypernet.text.chunking import chunk_document
 
     encyclopedia = Encyclopedia("test", seed=seed)
     wanted = {"one entity": (one_entity, range(1, 2)), "2-4 entities": (many_entities, range(2, 5))}
@@ -73,8 +73,8 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
 
 
 def _of_seed(model: Any, cfg: DictConfig, seed: int) -> list[dict]:
+    from benchmarks.metrics import exact_match
     from hypernet.data.encyclopedia import background_questions
-    from hypernet.metrics import exact_match
 
     sets = held_out_articles(
         model.tokenizer,
@@ -137,7 +137,7 @@ def _of_seed(model: Any, cfg: DictConfig, seed: int) -> list[dict]:
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
     """Mean exact match per set and method with its interval over documents, and the share of the gap closed."""
-    from hypernet.metrics import bootstrap_interval, gap_closed
+    from benchmarks.metrics import bootstrap_interval, gap_closed
 
     summary = []
     for name in dict.fromkeys(row["set"] for row in rows):

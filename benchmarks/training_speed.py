@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.peak import peak_bytes
 
 if TYPE_CHECKING:
-    from hypernet.data.collate import PackedRows
+    from hypernet.base.packed_rows import PackedRows
     from hypernet.data.curriculum import DistillationBatch
     from hypernet.doc_to_lora import DocToLoRA
 
@@ -46,7 +46,7 @@ class Prompts(NamedTuple):
     """Questions with their answers, each a row of its own, right-padded.
 
     ids: [Q, S]. mask: [Q, S] bool, False at the padding. predicts: [Q, S] bool, where the next token is an answer's.
-    kinds: [number of answer tokens], index into `hypernet.data.collate.KINDS`. targets: [number of answer tokens].
+    kinds: [number of answer tokens], index into `hypernet.base.packed_rows.KINDS`. targets: [number of answer tokens].
     document: [Q], the row's number in the batch.
     """
 
@@ -106,7 +106,7 @@ class Ours:
     """The step that train.py takes."""
 
     def __init__(self, model: "DocToLoRA") -> None:
-        from hypernet.lit_module import LitDocToLoRA
+        from hypernet.training.modules import LitDocToLoRA
 
         self.module = LitDocToLoRA(model=model, optimizer={}, **WEIGHTS)
         self.module.log = lambda *_, **__: None  # there is no trainer to log to
@@ -151,7 +151,7 @@ class Padded:
         )
 
     def loss(self, prepared: PaddedBatch) -> Tensor:
-        from hypernet.data.collate import KINDS
+        from hypernet.base.packed_rows import KINDS
 
         A, B = self.model.adapt(prepared.chunk_ids, prepared.chunk_mask)
         with torch.no_grad():
@@ -181,7 +181,7 @@ class Padded:
         self._adapters = self._document = None
 
     def _logits(self, prompts: Prompts) -> Tensor:
-        from hypernet.base_model import logits_at
+        from hypernet.base.base_model import logits_at
 
         return logits_at(
             self.model.base_model, prompts.predicts, input_ids=prompts.ids, attention_mask=prompts.mask.long()
@@ -190,7 +190,7 @@ class Padded:
     @staticmethod
     def _joined(pool: Tensor, bias: Tensor, prepared: PaddedBatch, ridge: float | None = None) -> Tensor:
         """[C, L, R, d] of all chunks → [N, L, rank of the longest, d], zeros behind the shorter ones."""
-        from hypernet.decorrelation import decorrelated
+        from hypernet.adapters.decorrelation import decorrelated
 
         chunks = pool.split(prepared.num_chunks)
         rows = []
@@ -410,8 +410,8 @@ def markdown(rows: Sequence[dict]) -> str:
 @hydra.main(config_path="../conf", config_name="training_speed", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     from benchmarks.rows import describe_run, write_rows
-    from hypernet.base_model import hush_torchao
-    from hypernet.callbacks import check_backend, compile_hypernetwork
+    from hypernet.base.base_model import hush_torchao
+    from hypernet.training.callbacks import check_backend, compile_hypernetwork
 
     hush_torchao()
     if cfg.model not in MODELS or (unknown := [name for name in cfg.methods if name not in METHODS]):

@@ -20,22 +20,24 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.adapter import LoRAAdapter, new_provenance
-from hypernet.base_model import fingerprint, generate_text, load_base_model
-from hypernet.checkpoint import BASE_MODEL_FOLDER, load_checkpoint, save_checkpoint
-from hypernet.chunking import Chunks, chunk_document
-from hypernet.composition import concatenate, decorrelate
-from hypernet.context_encoder import ContextEncoder, drop_context
-from hypernet.data.collate import ChatLayout, PackedRows
-from hypernet.decorrelation import decorrelate_, decorrelated
-from hypernet.documents import Document
-from hypernet.hypernetwork import HyperNetwork
-from hypernet.injection import LoRAInjector
-from hypernet.lora_head import zero_beyond_width
-from hypernet.packed_attention import packed_logits
-from hypernet.routing import chunk_energies, routed
-from hypernet.streaming import DEFAULT_BATCH_TOKENS, read_chunks
-from hypernet.targets import adapted_layers, find_targets
+from hypernet.adapters.adapter import LoRAAdapter, new_provenance
+from hypernet.adapters.composition import concatenate, decorrelate
+from hypernet.adapters.decorrelation import decorrelate_, decorrelated
+from hypernet.adapters.injection import LoRAInjector
+from hypernet.adapters.routing import chunk_energies, routed
+from hypernet.base.base_model import fingerprint, generate_text, load_base_model
+from hypernet.base.packed_attention import packed_logits
+from hypernet.base.packed_rows import PackedRows
+from hypernet.base.targets import adapted_layers, find_targets
+from hypernet.interop.checkpoints import open_checkpoint
+from hypernet.model.checkpoint import BASE_MODEL_FOLDER, save_checkpoint
+from hypernet.model.context_encoder import ContextEncoder, drop_context
+from hypernet.model.hypernetwork import HyperNetwork
+from hypernet.model.lora_head import zero_beyond_width
+from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_chunks
+from hypernet.text.chat import ChatLayout
+from hypernet.text.chunking import Chunks, chunk_document
+from hypernet.text.documents import Document
 
 
 def reading(
@@ -132,7 +134,7 @@ class DocToLoRA(nn.Module):
         """A trained checkpoint: ours, or one that the Doc-to-LoRA authors published.
 
         Args:
-            source: a folder, see `hypernet.checkpoint`; or a published pytorch_model.bin, its folder, or
+            source: a folder, see `hypernet.model.checkpoint`; or a published pytorch_model.bin, its folder, or
                 hub:owner/repository/name such as hub:SakanaAI/doc-to-lora/gemma_demo.
             base_model: hub name or folder of the base model; None takes the one the checkpoint names.
             dtype: of the base model's weights; None keeps what they are stored in. The hypernetwork stays in float32.
@@ -142,7 +144,7 @@ class DocToLoRA(nn.Module):
         Raises:
             ValueError: the checkpoint is missing or damaged, or was made for another base model.
         """
-        checkpoint = load_checkpoint(source, base_model=base_model)
+        checkpoint = open_checkpoint(source, base_model=base_model)
         base_source = str(base_model or checkpoint.base_model)
         model, tokenizer = load_base_model(
             base_source, device=device, dtype=dtype, quantization=quantization, attention=attention
@@ -222,7 +224,7 @@ class DocToLoRA(nn.Module):
     ) -> LoRAAdapter:
         """One adapter from a document of any length, or the plain sum of several documents' (see `join`).
 
-        Memory beyond the model's weights is that of one batch and the adapter (see `hypernet.streaming`).
+        Memory beyond the model's weights is that of one batch and the adapter (see `hypernet.model.streaming`).
 
         Args:
             document: a text, a `Document` (which also gives its name and hash), or a sequence of them.
@@ -290,7 +292,7 @@ class DocToLoRA(nn.Module):
             cannot be dropped or added any more.
 
         Raises:
-            ValueError: as `hypernet.composition.concatenate` and `decorrelate`.
+            ValueError: as `hypernet.adapters.composition.concatenate` and `decorrelate`.
         """
         joined = adapters if isinstance(adapters, LoRAAdapter) else concatenate(adapters)
         ridge = self.hypernetwork.join_ridge
@@ -305,7 +307,7 @@ class DocToLoRA(nn.Module):
         sharpness: float = 1.0,
         documents: Sequence[str | None] | None = None,
     ) -> list[LoRAAdapter]:
-        """For each question an adapter of the few chunks that it is about, for `generate` (see `hypernet.routing`).
+        """For each question an adapter of the few chunks that it is about, for `generate`.
 
         Costs one reading of the questions by the plain base model.
 
@@ -313,7 +315,7 @@ class DocToLoRA(nn.Module):
             questions: one text each.
             adapter: of any number of documents, made with `internalize(..., decorrelate=False)`.
             num_chunks, sharpness: how many chunks each question has, and how much the loudest counts before the others
-                (see `hypernet.routing.routed`).
+                (see `hypernet.adapters.routing.routed`).
             documents: a text per question that will stand in the prompt, or None.
 
         Raises:

@@ -60,7 +60,7 @@ def commands():
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level tokenizer of 600 tokens, trained on encyclopedia articles."""
-    from hypernet.base_model import train_tokenizer
+    from hypernet.base.base_model import train_tokenizer
     from hypernet.data.encyclopedia import Encyclopedia
 
     articles = (Encyclopedia("train").record(i, num_facts=5) for i in range(150))
@@ -71,7 +71,7 @@ def tiny_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_base_model_folder(tmp_path_factory, tiny_tokenizer):
     """A random Llama, hidden size 32, 2 layers, in transformers' format. Read it, do not write to it."""
-    from hypernet.base_model import build_base_model
+    from hypernet.base.base_model import build_base_model
 
     config = {
         "model_type": "llama",
@@ -100,7 +100,7 @@ def tiny_base_model_folder(tmp_path_factory, tiny_tokenizer):
 @pytest.fixture
 def tiny_base_model(tiny_base_model_folder):
     """A fresh frozen copy of the tiny base model."""
-    from hypernet.base_model import load_base_model
+    from hypernet.base.base_model import load_base_model
 
     return load_base_model(tiny_base_model_folder)[0]
 
@@ -112,7 +112,7 @@ def make_doc_to_lora(tiny_base_model_folder, tiny_tokenizer):
     trained: False leaves the hypernetwork as it starts, True gives it random weights: its adapters do something.
     bias_block: of the hypernetwork.
     """
-    from hypernet.base_model import load_base_model
+    from hypernet.base.base_model import load_base_model
     from hypernet.doc_to_lora import DocToLoRA
 
     def make(*, trained: bool = True, seed: int = 0, bias_block: bool = True, **changes) -> DocToLoRA:

@@ -4,7 +4,7 @@ A command by itself takes 7 s of processor time to import torch, transformers an
 object per line on stdin, an answer per line on stdout; `Commands` is the side of the tests.
 
     commands.run("train.py", ["trainer.max_steps=3", ...], cwd=folder)              # to its end
-    commands.run("hypernet.checkpoint", ["source=..."], cwd=folder)                 # python -m
+    commands.run("hypernet.interop.checkpoints", ["source=..."], cwd=folder)                 # python -m
     commands.run(..., kill={"steps": 2, "seconds": 0.01, "checkpoints": folder})    # SIGKILL after two checkpoints
     commands.run(..., kill={"while_writing": True, "checkpoints": folder})          # while one is being written
     commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five logged lines
@@ -67,8 +67,8 @@ def _serve() -> None:
     import peft  # noqa: F401
     import torch
 
-    import hypernet.callbacks  # noqa: F401
-    import hypernet.training  # noqa: F401
+    import hypernet.training.build  # noqa: F401
+    import hypernet.training.callbacks  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

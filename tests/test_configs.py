@@ -13,10 +13,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import hypernet.doc_to_lora
-import hypernet.training
+import hypernet.training.build
 from benchmarks.internalize_cost import GEMMA_2_2B
-from hypernet.base_model import build_base_model, freeze
-from hypernet.training import encyclopedia_texts
+from hypernet.base.base_model import build_base_model, freeze
+from hypernet.training.build import encyclopedia_texts
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -67,7 +67,7 @@ def chosen_by(*recipe: str) -> dict[str, Path]:
 def build(monkeypatch, tmp_path, tiny_base_model_folder):
     """build(recipe): instantiates what train.py would, on the shipped base model or, if there is none, a tiny one."""
     few = lambda seed: encyclopedia_texts(seed=seed, num_articles=60)  # noqa: E731
-    monkeypatch.setattr(hypernet.training, "encyclopedia_texts", few)
+    monkeypatch.setattr(hypernet.training.build, "encyclopedia_texts", few)
     monkeypatch.chdir(tmp_path)
 
     def build(*recipe: str):
@@ -195,7 +195,7 @@ def build_large(monkeypatch, tmp_path, tiny_tokenizer):
         base_model = freeze(build_base_model({**BASE_MODELS[source], "pad_token_id": 0}))
         return base_model.to(getattr(torch, settings["dtype"])), tiny_tokenizer
 
-    monkeypatch.setattr(hypernet.training, "load_base_model", load)
+    monkeypatch.setattr(hypernet.training.build, "load_base_model", load)
     monkeypatch.setattr(hypernet.doc_to_lora, "fingerprint", lambda module: "of no weights")
 
     def build(experiment):

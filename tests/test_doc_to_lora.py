@@ -6,13 +6,14 @@ import json
 import pytest
 import torch
 
-from hypernet.adapter import LoRAAdapter
-from hypernet.base_model import fingerprint, load_base_model
-from hypernet.chunking import chunk_document
-from hypernet.data.collate import ChatLayout, Segment, pack_row, pad_rows
-from hypernet.decorrelation import decorrelated
+from hypernet.adapters.adapter import LoRAAdapter
+from hypernet.adapters.decorrelation import decorrelated
+from hypernet.base.base_model import fingerprint, load_base_model
+from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.documents import Document
+from hypernet.text.chat import ChatLayout
+from hypernet.text.chunking import chunk_document
+from hypernet.text.documents import Document
 
 LONG = (
     "Norbach was founded by Ilda Renwick. It makes tin boxes and carved combs. The firm employs 312 people. "

@@ -28,13 +28,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import generate_adapter
-from hypernet import files as files_module
-from hypernet.adapter import ADAPTER_FILES, LoRAAdapter
-from hypernet.base_model import build_base_model, train_tokenizer
-from hypernet.checkpoint import WEIGHTS_FILE
+from hypernet.adapters.adapter import ADAPTER_FILES, LoRAAdapter
+from hypernet.base.base_model import build_base_model, train_tokenizer
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.documents import read_documents
+from hypernet.io import files as files_module
+from hypernet.model.checkpoint import WEIGHTS_FILE
+from hypernet.text.documents import read_documents
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "generate_adapter.py"

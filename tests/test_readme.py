@@ -71,7 +71,7 @@ def test_command_runs(command: str, outputs: Path, examples_run: Path, monkeypat
             pytest.skip(f"needs the published-format checkpoint in {PUBLISHED}")
         arguments = [re.sub(r"hub:.*", str(PUBLISHED), argument) for argument in arguments]
         arguments.append(f"base_model={_with_chat_template(PUBLISHED / 'base_model', outputs / 'base_model')}")
-    if script == "hypernet.library":
+    if script == "hypernet.adapters.library":
         arguments = [argument.replace("outputs/", f"{examples_run}/") for argument in arguments]
     elif module:
         arguments += [f"output_dir={outputs / script}"]
@@ -93,7 +93,7 @@ def test_command_runs(command: str, outputs: Path, examples_run: Path, monkeypat
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, stop.code
-    if script == "hypernet.library":
+    if script == "hypernet.adapters.library":
         pass
     elif module:
         assert list((outputs / script).glob("*.safetensors"))
@@ -104,7 +104,7 @@ def test_command_runs(command: str, outputs: Path, examples_run: Path, monkeypat
 
 
 def _with_chat_template(source: Path, target: Path) -> Path:
-    from hypernet.base_model import CHAT_TEMPLATE
+    from hypernet.base.base_model import CHAT_TEMPLATE
 
     shutil.copytree(source, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
     target.chmod(0o755)

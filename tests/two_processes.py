@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch.distributed.tensor import DTensor
 
-from hypernet.checkpoint_io import at_step_end
+from hypernet.training.run_state import at_step_end
 
 
 class SameWeights(L.Callback):
@@ -62,14 +62,14 @@ def compare_gradients_of(task, rank, base_model_folder, port):
     """Fails unless this process's part of a step gives, with divided weights, the gradients of the whole step."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from hypernet.base_model import load_base_model
-    from hypernet.callbacks import checkpoint_activations
+    from hypernet.base.base_model import load_base_model
     from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
     from hypernet.data.encyclopedia import Encyclopedia
     from hypernet.data.splitting import split
     from hypernet.doc_to_lora import DocToLoRA
-    from hypernet.lit_module import LitBaseModel, LitDocToLoRA
-    from hypernet.sharding import shard, whole
+    from hypernet.training.callbacks import checkpoint_activations
+    from hypernet.training.modules import LitBaseModel, LitDocToLoRA
+    from hypernet.training.sharding import shard, whole
 
     torch.set_num_threads(1)
     stage = {"steps": 1, "batch_size": 4, "company": [1, 2], "num_foreign": 1, "restatement": 0.5}

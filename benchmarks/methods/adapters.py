@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks.methods.base import Method
 from benchmarks.tasks.base import Asked, Case
-from hypernet.adapter import LoRAAdapter
-from hypernet.composition import drop
+from hypernet.adapters.adapter import LoRAAdapter
+from hypernet.adapters.composition import drop
 from hypernet.doc_to_lora import DocToLoRA
 
 
@@ -56,7 +56,7 @@ class RoutedDocToLoRA(DocToLoRAMethod):
     """The documents' adapter, of which each question has the few chunks in force that it is about.
 
     Args:
-        num_chunks, sharpness: see `hypernet.routing.routed`.
+        num_chunks, sharpness: see `hypernet.adapters.routing.routed`.
     """
 
     decorrelate = False

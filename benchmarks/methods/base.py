@@ -13,9 +13,9 @@ from benchmarks.cost import adapter_flops, flops_of
 from benchmarks.decoding import Generated, Prefix, greedy, log_likelihoods
 from benchmarks.peak import peak_bytes
 from benchmarks.tasks.base import Asked, Case
-from hypernet.adapter import LoRAAdapter
-from hypernet.data.collate import DOCUMENT_SEPARATOR
+from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.text.chat import DOCUMENT_SEPARATOR
 
 
 class Answer(NamedTuple):

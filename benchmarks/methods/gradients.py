@@ -18,11 +18,11 @@ from benchmarks.methods.adapters import internalized
 from benchmarks.methods.base import Method
 from benchmarks.peak import peak_bytes
 from benchmarks.tasks.base import Asked, Case
-from hypernet.adapter import LoRAAdapter, new_provenance
-from hypernet.base_model import logits_at
-from hypernet.chunking import chunk_document
+from hypernet.adapters.adapter import LoRAAdapter, new_provenance
+from hypernet.base.base_model import logits_at
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.objectives import answer_nll, context_distillation_kl
+from hypernet.text.chunking import chunk_document
+from hypernet.training.losses import answer_nll, context_distillation_kl
 
 
 class Batch(NamedTuple):

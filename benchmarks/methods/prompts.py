@@ -8,8 +8,8 @@ import numpy as np
 from benchmarks.decoding import Prefix
 from benchmarks.methods.base import Method
 from benchmarks.tasks.base import Asked, Case
-from hypernet.chunking import chunk_document
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.text.chunking import chunk_document
 
 
 class NoContext(Method):

@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.chunking import Chunks, chunk_document, split_sentences
-from hypernet.data.collate import KINDS, ChatLayout, PackedRows, Segment, pack_row, pad_rows
+from hypernet.base.packed_rows import KINDS, PackedRows, Segment, pack_row, pad_rows
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.data.records import UNKNOWN, Question, Record
 from hypernet.data.sources import Buckets, Mixture, Source, count_tokens
+from hypernet.text.chat import ChatLayout
+from hypernet.text.chunking import Chunks, chunk_document, split_sentences
 
 ENCYCLOPEDIA = "encyclopedia"  # the source that is always there
 

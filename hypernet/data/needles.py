@@ -19,10 +19,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.chunking import chunk_document
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import UNKNOWN, Question, Record
 from hypernet.data.sources import count_tokens
+from hypernet.text.chunking import chunk_document
 
 FILLER = (
     "A cart rolls slowly down the lane.",

@@ -4,8 +4,9 @@
     source = SelfStudy("train", path="outputs/study", tokenizer=tokenizer)      # for training: `hypernet.data.sources`
 
 Answers are stored with the base model's k most likely tokens at each place, so that training needs no teacher
-(`hypernet.objectives.context_distillation_kl_topk`). A shard is a parquet file that appears once it is complete, with
-its provenance inside; run again, the command makes what is missing. Several processes divide the shards among them.
+(`hypernet.training.losses.context_distillation_kl_topk`). A shard is a parquet file that appears once it is
+complete, with its provenance inside; run again, the command makes what is missing. Several processes divide
+the shards among them.
 
 Source: Charakorn et al. 2026, Doc-to-LoRA, appendix B (FineWeb-Edu, several questions per text, 16 tokens stored),
 https://arxiv.org/abs/2602.15902
@@ -30,16 +31,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.arguments import key_values
-from hypernet.base_model import fingerprint, hush_torchao, load_base_model
-from hypernet.chunking import chunk_document
-from hypernet.data.collate import ChatLayout, Segment, pack_row, pad_rows
+from hypernet.base.base_model import fingerprint, hush_torchao, load_base_model
+from hypernet.base.packed_attention import packed_logits
+from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.data.encyclopedia import SPLITS
 from hypernet.data.records import UNKNOWN, Question, Record, StoredAnswer
 from hypernet.data.sources import MAX_CORRUPT_ROWS, CorruptRows, TooManyCorruptRows
-from hypernet.documents import Document, read_documents
-from hypernet.files import replaced
-from hypernet.packed_attention import packed_logits
+from hypernet.io.arguments import key_values
+from hypernet.io.files import replaced
+from hypernet.text.chat import ChatLayout
+from hypernet.text.chunking import chunk_document
+from hypernet.text.documents import Document, read_documents
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

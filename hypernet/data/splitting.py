@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hypernet.data.collate import KINDS, PackedRows
+from hypernet.base.packed_rows import KINDS, PackedRows
 from hypernet.data.curriculum import DistillationBatch, StoredTopK
 
 ABOUT_DOCUMENT = (KINDS.index("document"), KINDS.index("unanswerable"))

@@ -24,9 +24,9 @@ from benchmarks.internalize_cost import (
     process_bytes,
 )
 from benchmarks.peak import peak_bytes
-from hypernet.base_model import build_base_model
-from hypernet.hypernetwork import HyperNetwork
-from hypernet.targets import find_targets
+from hypernet.base.base_model import build_base_model
+from hypernet.base.targets import find_targets
+from hypernet.model.hypernetwork import HyperNetwork
 
 
 @pytest.fixture(scope="module")

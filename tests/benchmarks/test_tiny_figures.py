@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from benchmarks.tiny_figures import METHODS, evaluate, held_out_articles, markdown, summarize
-from hypernet.chunking import chunk_document
+from hypernet.text.chunking import chunk_document
 
 
 def rows_of(name: str, method: str, values: list[float]) -> list[dict]:

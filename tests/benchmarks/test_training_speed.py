@@ -25,7 +25,7 @@ from benchmarks.training_speed import (
     measure,
     quantiles,
 )
-from hypernet.data.collate import KINDS
+from hypernet.base.packed_rows import KINDS
 
 STAGE = {"batch_size": 4, "num_entities": [1, 3], "facts_per_entity": [1, 4], "num_foreign": 1, "unanswerable": 0.5}
 CHUNKED = {**STAGE, "chunk_weights": [1, 1, 1, 1], "min_chunk_tokens": 10}

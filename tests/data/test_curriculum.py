@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from hypernet.chunking import chunk_document
-from hypernet.data.collate import KINDS
+from hypernet.base.packed_rows import KINDS
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, Stage, random_pieces
 from hypernet.data.encyclopedia import Encyclopedia, background_questions, relations
 from hypernet.data.needles import Needles
 from hypernet.data.records import UNKNOWN, Question, Record, StoredAnswer
+from hypernet.text.chunking import chunk_document
 
 STAGES = [
     Stage(steps=2, batch_size=5, facts_per_entity=(1, 1), num_distractors=(0, 0)),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from hypernet.data.collate import Segment, pack_row, pad_rows
+from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.data.datamodule import BatchDataModule
 
 ROOT = Path(__file__).parents[2]

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from hypernet.chunking import chunk_document
 from hypernet.data.needles import FILLER, Needles
 from hypernet.data.records import UNKNOWN
 from hypernet.data.sources import Source, count_tokens
+from hypernet.text.chunking import chunk_document
 
 NEEDLE = re.compile(r"^The secret number(?: of (.+))? is (\d{4})\.$")
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import hypernet.data.self_study as module
-from hypernet.base_model import generate_text, load_base_model
-from hypernet.data.collate import ChatLayout
+from hypernet.base.base_model import generate_text, load_base_model
 from hypernet.data.curriculum import Curriculum, DistillationBatches
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import UNKNOWN
@@ -28,7 +27,8 @@ from hypernet.data.self_study import (
     study,
 )
 from hypernet.data.sources import Source
-from hypernet.objectives import context_distillation_kl, context_distillation_kl_topk
+from hypernet.text.chat import ChatLayout
+from hypernet.training.losses import context_distillation_kl, context_distillation_kl_topk
 
 NUM_DOCUMENTS = 10
 

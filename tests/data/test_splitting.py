@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from hypernet.base_model import load_base_model
-from hypernet.data.collate import Segment, pack_row, pad_rows
+from hypernet.base.base_model import load_base_model
+from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, StoredTopK
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.needles import Needles
 from hypernet.data.records import Question
 from hypernet.data.splitting import StepPart, split
-from hypernet.lit_module import LitBaseModel, LitDocToLoRA
+from hypernet.training.modules import LitBaseModel, LitDocToLoRA
 
 STAGE = {"steps": 2, "batch_size": 8, "facts_per_entity": [1, 5], "num_entities": [1, 3], "unanswerable": 0.5}
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks.tasks.needles import NeedlesTask
-from hypernet.chunking import chunk_document, split_sentences
+from hypernet.text.chunking import chunk_document, split_sentences
 
 
 @pytest.fixture

@@ -1,0 +1,526 @@
+"""AdapterLibrary: a folder of adapters, each under the hash of its content. Also the command over it.
+
+    library = AdapterLibrary("outputs/library")
+    identity = library.add(adapter)                        # adding the same adapter again changes nothing
+    fenda = library.load("fenda_elfax.txt", base_model_fingerprint=fingerprint, base_model_name="this model")
+    library.verify()                                       # what is damaged, and how; empty if nothing is
+
+    python -m hypernet.adapters.library list directory=outputs/library
+
+Every entry is an ordinary adapter folder that PEFT loads in place, plus entry.json with the hashes of its files. It is
+written to a temporary name and renamed, so an entry is there completely or not at all, whoever is killed; any number of
+processes of one machine may use a library at once. Needs a POSIX system (flock).
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hypernet.adapters.adapter import ADAPTER_FILES, PROVENANCE_FILE, LoRAAdapter
+from hypernet.io.files import replaced, sync_folder
+
+log = logging.getLogger(__name__)
+
+ENTRY_FILE, LOCK_FILE = "entry.json", ".lock"
+ENTRY_FORMAT = 1
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}")
+# What a killed writer leaves: .<32 hex digits>.new or .old, and the temporary name of an entry.json.
+_LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(new|old)")
+_HASHED_AT_ONCE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class LibraryEntry:
+    """What a library knows of one adapter without reading its weights.
+
+    Attributes:
+        id: SHA-256 of the content, `LoRAAdapter.content_id`.
+        directory: its folder, for PEFT or `LoRAAdapter.load`.
+        documents: (name, sha256) of each document.
+        base_model_name, base_model_fingerprint, generator: None where not recorded.
+        num_chunks, rank: chunks of their own, and total rank.
+        num_bytes: of all its files.
+        created, added: when the adapter was made and when it came here, ISO 8601, UTC.
+        replaces: ids of what it replaced, the latest first.
+    """
+
+    id: str
+    directory: Path
+    documents: tuple[tuple[str | None, str | None], ...]
+    base_model_name: str | None
+    base_model_fingerprint: str | None
+    generator: str | None
+    num_chunks: int
+    rank: int
+    num_bytes: int
+    created: str
+    added: str
+    replaces: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The beginning of the id and the documents' names, for messages."""
+        return f"{self.id[:12]} ({', '.join(name or '?' for name, _ in self.documents) or 'no documents'})"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with one folder of a library."""
+
+    name: str
+    reason: str
+
+
+class AdapterLibrary:
+    """Adapters in a folder, by content.
+
+    Args:
+        directory: the library's folder; `add` makes it where it is missing.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory).expanduser().resolve()
+
+    def add(self, adapter: LoRAAdapter) -> str:
+        """Stores an adapter and returns its id; one that is here already stays as it is, a damaged one is mended.
+
+        Two adapters of the same weights and documents are one entry, with the names and date of the first.
+
+        Raises:
+            OSError: it cannot be written, for example for lack of space; nothing has changed then.
+        """
+        return self._add(adapter, replaces=())
+
+    def replace(self, old: str, adapter: LoRAAdapter) -> str:
+        """Stores an adapter, then removes the one it replaces, so that one of them is always there.
+
+        Args:
+            old: id, unique beginning of one, or document name.
+            adapter: the new one; its entry keeps a record of what it replaced.
+
+        Returns:
+            The new id.
+
+        Raises:
+            ValueError: there is no or more than one `old`.
+            OSError: as `add`.
+        """
+        entry = self.find(old)
+        identity = self._add(adapter, replaces=(entry.id, *entry.replaces))
+        if identity != entry.id:
+            self.remove(entry.id)
+        return identity
+
+    def remove(self, key: str) -> str:
+        """Takes an adapter out, damaged or not, and returns its id.
+
+        Args:
+            key: id, unique beginning of one, or document name.
+
+        Raises:
+            ValueError: there is no or more than one such adapter.
+        """
+        unreadable = self._unreadable(key, self.list())  # an entry without its JSON has only its id
+        identity = unreadable[0] if len(unreadable) == 1 else self.find(key).id
+        with self._writing():
+            self._discard(self.directory / identity)
+        return identity
+
+    def list(self) -> tuple[LibraryEntry, ...]:
+        """All entries, the oldest first. Those whose JSON cannot be read are logged and left to `verify`.
+
+        Raises:
+            ValueError: there is no such library.
+        """
+        self._check_there()
+        entries = []
+        for name in self._names():
+            try:
+                entries.append(self._entry(name))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                if (self.directory / name).exists():  # not removed meanwhile
+                    log.warning("%s is damaged (%s) and left out; see verify.", self.directory / name, _one_line(error))
+        return tuple(sorted(entries, key=lambda entry: (entry.added, entry.id)))
+
+    def find(self, key: str) -> LibraryEntry:
+        """The one entry with this id, beginning of an id, or document name.
+
+        Raises:
+            ValueError: there is none, or several; the message lists them.
+        """
+        entries = self.list()
+        found = [entry for entry in entries if entry.id == key] or [
+            entry for entry in entries if key and (entry.id.startswith(key) or key in dict(entry.documents))
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(
+                f"{key!r} could be {len(found)} adapters: {'; '.join(entry.label for entry in found)}. "
+                "Give more of the id."
+            )
+        if unreadable := self._unreadable(key, entries):
+            raise ValueError(
+                f"The adapter {unreadable[0]} is damaged: {self._damage(unreadable[0])}. Add it again, or remove it."
+            )
+        raise ValueError(
+            f"No adapter {key!r} in {self.directory}, which holds "
+            f"{'; '.join(entry.label for entry in entries) or 'none'}. Give an id, the beginning of one, or a document."
+        )
+
+    def load(
+        self, key: str, *, base_model_fingerprint: str | None = None, base_model_name: str | None = None
+    ) -> LoRAAdapter:
+        """An adapter, on the CPU, once its files are what was stored.
+
+        Args:
+            key: id, unique beginning of one, or document name.
+            base_model_fingerprint: of the base model it is meant for; None skips the check.
+            base_model_name: that model's name, for the message.
+
+        Raises:
+            ValueError: there is no or more than one such adapter, it is damaged, or made for another base model.
+        """
+        entry = self.find(key)
+        if base_model_fingerprint not in (None, entry.base_model_fingerprint):
+            raise ValueError(
+                f"The adapter {entry.label} was made for the base model {entry.base_model_name} (fingerprint "
+                f"{entry.base_model_fingerprint}), but this base model is {base_model_name or 'another one'} "
+                f"(fingerprint {base_model_fingerprint}). Load the right one, or generate the adapter again."
+            )
+        if reason := self._damage(entry.id, weights=False):
+            raise ValueError(f"The adapter {entry.label} is damaged: {reason}. Add it again, or remove it.")
+        return LoRAAdapter.load(entry.directory)
+
+    def verify(self) -> tuple[Damage, ...]:
+        """Reads everything and recomputes every hash: what is damaged, what a killed writer left, what is not ours.
+
+        Raises:
+            ValueError: there is no such library.
+        """
+        self._check_there()
+        found = []
+        for path in sorted(self.directory.iterdir()):
+            if _ENTRY_NAME.fullmatch(path.name):
+                reason = self._damage(path.name)
+                if reason and path.exists():  # not removed meanwhile
+                    found.append(Damage(path.name, reason))
+            elif path.name != LOCK_FILE and not _LEFTOVER.fullmatch(path.name):
+                found.append(Damage(path.name, "is no entry of a library; move it elsewhere"))
+        with self._alone() as alone:
+            # While others write, nobody can tell what is being written from what was left.
+            leftovers = self._leftovers() if alone else []
+        found += [
+            Damage(str(path.relative_to(self.directory)), "left by a killed writer; clean up") for path in leftovers
+        ]
+        return tuple(found)
+
+    def clean(self) -> tuple[str, ...]:
+        """Removes what killed writers left, unless somebody is writing just now; returns the names.
+
+        Raises:
+            ValueError: there is no such library.
+        """
+        self._check_there()
+        with self._alone() as alone:
+            leftovers = self._leftovers() if alone else []
+            for path in leftovers:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        return tuple(str(path.relative_to(self.directory)) for path in leftovers)
+
+    def _add(self, adapter: LoRAAdapter, *, replaces: Sequence[str]) -> str:
+        identity = adapter.content_id()
+        replaces = [name for name in dict.fromkeys(replaces) if name != identity]
+        directory = self.directory / identity
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            if directory.exists() and self._damage(identity) is None:
+                self._keep_replaced(directory, replaces)
+                return identity
+            new = self._temporary("new")
+            try:
+                new.mkdir()
+                adapter.write_files(new)
+                _write_entry(new / ENTRY_FILE, _record(new, identity, replaces))
+                sync_folder(new)
+                if directory.exists() and self._damage(identity) is not None:
+                    self._discard(directory)
+                try:
+                    new.rename(directory)
+                except OSError as error:
+                    # Another process was quicker, with the same content. Linux says ENOTEMPTY, others EEXIST.
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    self._keep_replaced(directory, replaces)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+        return identity
+
+    def _keep_replaced(self, directory: Path, replaces: Sequence[str]) -> None:
+        """Adds what it replaces to an entry that is there."""
+        record = _read_entry(directory / ENTRY_FILE)
+        merged = list(dict.fromkeys([*replaces, *record["replaces"]]))
+        if merged != record["replaces"]:
+            with replaced(directory / ENTRY_FILE) as temporary:
+                _write_entry(temporary, {**record, "replaces": merged})
+
+    def _discard(self, directory: Path) -> None:
+        """Gone under its name at once; its files a moment later."""
+        old = self._temporary("old")
+        try:
+            directory.rename(old)
+        except FileNotFoundError:
+            return  # another process was quicker
+        shutil.rmtree(old)
+
+    def _entry(self, name: str) -> LibraryEntry:
+        directory = self.directory / name
+        record = _read_entry(directory / ENTRY_FILE)
+        provenance = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        return LibraryEntry(
+            id=name,
+            directory=directory,
+            documents=tuple((entry.get("name"), entry.get("sha256")) for entry in provenance["documents"]),
+            base_model_name=provenance["base_model"]["name"],
+            base_model_fingerprint=provenance["base_model"]["fingerprint"],
+            generator=provenance["generator"],
+            num_chunks=int(provenance["num_chunks"]),
+            rank=int(provenance["rank"]),
+            num_bytes=sum(path.stat().st_size for path in directory.iterdir()),
+            created=str(provenance["created"]),
+            added=str(record["added"]),
+            replaces=tuple(record["replaces"]),
+        )
+
+    def _damage(self, name: str, *, weights: bool = True) -> str | None:
+        """What is wrong with an entry, in words; None if nothing is.
+
+        Args:
+            name: the entry's id.
+            weights: also load it and compute its id anew.
+        """
+        directory = self.directory / name
+        try:
+            record = _read_entry(directory / ENTRY_FILE)
+            if record["id"] != name:
+                return f"{ENTRY_FILE} belongs to {record['id']}"
+            for file in ADAPTER_FILES:
+                path = directory / file
+                if not path.is_file():
+                    return f"{file} is missing"
+                size, digest = record["files"][file]["bytes"], record["files"][file]["sha256"]
+                if path.stat().st_size != size:
+                    return f"{file} has {path.stat().st_size} bytes, not {size}"
+                if _sha256(path) != digest:
+                    return f"{file} is not what was stored (SHA-256)"
+            if weights and LoRAAdapter.load(directory).content_id() != name:
+                return "its content has another id than its folder's name"
+        except FileNotFoundError as error:
+            return f"{Path(error.filename or directory).name} is missing"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return _one_line(error)
+        return None
+
+    def _names(self) -> Sequence[str]:
+        return sorted(path.name for path in self.directory.iterdir() if _ENTRY_NAME.fullmatch(path.name))
+
+    def _leftovers(self) -> Sequence[Path]:
+        inside = [path for name in self._names() for path in (self.directory / name).glob(f".{ENTRY_FILE}.*")]
+        return sorted([*(path for path in self.directory.iterdir() if _LEFTOVER.fullmatch(path.name)), *inside])
+
+    def _unreadable(self, key: str, entries: Sequence[LibraryEntry]) -> Sequence[str]:
+        """Names beginning with `key` that are not among the entries, for lack of readable JSON."""
+        there = {entry.id for entry in entries}
+        return [name for name in self._names() if key and name.startswith(key) and name not in there]
+
+    def _temporary(self, suffix: str) -> Path:
+        return self.directory / f".{uuid.uuid4().hex}.{suffix}"
+
+    def _check_there(self) -> None:
+        if not self.directory.is_dir():
+            raise ValueError(f"No adapter library at {self.directory}. Check the path, or add an adapter first.")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tells `clean` that temporary names are in use. The system lets go of it however the process ends."""
+        with (self.directory / LOCK_FILE).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Whether nobody else is writing; if so, nobody starts within the block."""
+        try:
+            lock = (self.directory / LOCK_FILE).open("a")
+        except OSError:  # a library that may only be read
+            yield False
+            return
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+
+def _record(folder: Path, identity: str, replaces: Sequence[str]) -> dict[str, Any]:
+    return {
+        "format_version": ENTRY_FORMAT,
+        "id": identity,
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in ADAPTER_FILES
+        },
+        "added": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "replaces": list(replaces),
+    }
+
+
+def _own_digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _write_entry(path: Path, record: dict[str, Any]) -> None:
+    text = json.dumps({**record, "sha256": _own_digest(record)}, indent=2) + "\n"
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_entry(path: Path) -> dict[str, Any]:
+    """The record without its own hash, which is checked."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or record.pop("sha256", None) != _own_digest(record):
+        raise ValueError(f"{path.name} is not what was stored (SHA-256)")
+    if record.get("format_version") != ENTRY_FORMAT:
+        raise ValueError(f"{path.name} has format {record.get('format_version')}, this version reads {ENTRY_FORMAT}")
+    return record
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# The command
+
+USAGE = (
+    "python -m hypernet.adapters.library ACTION directory=FOLDER, where ACTION is list, verify, clean, "
+    "add adapter=FOLDER, remove id=ID or replace id=ID adapter=FOLDER"
+)
+SETTINGS = {
+    "list": (),
+    "verify": (),
+    "clean": (),
+    "add": ("adapter",),
+    "remove": ("id",),
+    "replace": ("id", "adapter"),
+}
+PIPED_WIDTH = 160  # columns of the table where there is no terminal to fit
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns its exit status: 1 if `verify` found damage.
+
+    Raises:
+        ValueError, OSError: of one line, with what to do.
+    """
+    from rich.console import Console
+
+    action, settings = _parse(arguments)
+    library = AdapterLibrary(settings["directory"])
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    if action == "list":
+        console.print(_table(library.list()))
+    elif action == "verify":
+        damages = library.verify()
+        for damage in damages:
+            say(f"{damage.name}: {damage.reason}")
+        say(f"{len(damages)} damaged" if damages else f"All {len(library.list())} adapters are as they were stored.")
+        return int(bool(damages))
+    elif action == "clean":
+        say("\n".join(f"removed {name}" for name in library.clean()) or "Nothing to clean up.")
+    elif action == "add":
+        say(library.add(LoRAAdapter.load(settings["adapter"])))
+    elif action == "remove":
+        say(f"removed {library.remove(settings['id'])}")
+    else:
+        say(library.replace(settings["id"], LoRAAdapter.load(settings["adapter"])))
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
+    words = [word for word in arguments if "=" not in word]
+    settings = dict(word.split("=", 1) for word in arguments if "=" in word)
+    action = words[0] if len(words) == 1 else None
+    if action not in SETTINGS:
+        raise ValueError(f"Expected one action, got {' '.join(words) or 'none'}. Write {USAGE}.")
+    expected = {"directory", *SETTINGS[action]}
+    if set(settings) != expected or not all(settings.values()):
+        raise ValueError(
+            f"{action} takes {', '.join(f'{name}=...' for name in sorted(expected))}, got "
+            f"{', '.join(word for word in arguments if '=' in word) or 'nothing'}. Write {USAGE}."
+        )
+    return action, settings
+
+
+def _table(entries: Sequence[LibraryEntry]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for header in ("id", "documents", "base model", "generator", "chunks", "rank", "KiB", "added"):
+        table.add_column(header, overflow="fold", justify="right" if header in ("chunks", "rank", "KiB") else "left")
+    for entry in entries:
+        row = (
+            entry.id[:12],
+            ", ".join(name or (sha256 or "?")[:12] for name, sha256 in entry.documents),
+            f"{entry.base_model_name} {(entry.base_model_fingerprint or '')[:12]}",
+            (entry.generator or "")[:12],
+            str(entry.num_chunks),
+            str(entry.rank),
+            f"{entry.num_bytes / 1024:.0f}",
+            entry.added[:19].replace("T", " "),
+        )
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def run() -> None:
+    """`main` with the user's mistakes told in one line."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"hypernet.adapters.library: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,112 @@
+"""Records → tensors: packed rows of questions, with or without the document in front, and the document's chunks.
+
+A row holds one document's questions side by side. Each question is a segment that sees itself and, if wanted, the row's
+trunk (the document), never another question; its positions go on after what it sees. So a row gives exactly the logits
+of one prompt per question (tested), while the document is read once.
+
+    layout = ChatLayout.of(tokenizer)
+    row = pack_row(trunk=layout.document_ids(tokenizer, document), segments=[Segment(...), ...])
+    batch = pad_rows([row, ...], pad_id=0)
+    logits = base_model(input_ids=batch.ids, position_ids=batch.positions,
+    attention_mask=batch.attention_mask(dtype)).logits
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+class Segment(NamedTuple):
+    """A question with its answer inside a row.
+
+    ids: all its tokens. num_prompt: how many of them come before the answer. sees_trunk: whether it attends to the
+        document.
+    weight: of each answer token in a loss. kind: index into `KINDS`.
+    """
+
+    ids: list[int]
+    num_prompt: int
+    sees_trunk: bool
+    kind: int
+    weight: float = 1.0
+
+
+KINDS = ("document", "unanswerable", "background", "foreign", "restatement", "in_prompt")
+
+
+class Row(NamedTuple):
+    ids: Tensor  # [S]
+    positions: Tensor  # [S]
+    segments: Tensor  # [S] 0 = trunk, 1.. = segments
+    sees_trunk: Tensor  # [S] bool
+    target_kind: Tensor  # [S] kind of the answer token that the NEXT position holds, -1 where none is predicted
+    target_weight: Tensor  # [S]
+
+
+class PackedRows(NamedTuple):
+    """A padded batch of rows, [N, S] each; see `Row`. Padding is a segment of its own, -1."""
+
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor
+    sees_trunk: Tensor
+    target_kind: Tensor
+    target_weight: Tensor
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:
+        """Additive mask [N, 1, S, S]."""
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        visible = (query == key) | ((key == 0) & self.sees_trunk[:, :, None])
+        visible &= torch.ones(visible.shape[1:], dtype=torch.bool, device=visible.device).tril()
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+    def targets(self) -> Tensor:
+        """The token after each position, [N, S]; only meaningful where target_kind >= 0 or inside the trunk."""
+        return self.ids.roll(-1, dims=1)
+
+    def to(self, device: torch.device | str) -> "PackedRows":
+        return PackedRows(*(tensor.to(device) for tensor in self))
+
+
+def pack_row(trunk: Sequence[int], segments: Sequence[Segment]) -> Row:
+    """One row; the trunk may be empty."""
+    ids, positions, segment_ids, sees = list(trunk), list(range(len(trunk))), [0] * len(trunk), [True] * len(trunk)
+    kinds, weights = [-1] * len(trunk), [0.0] * len(trunk)
+    for number, segment in enumerate(segments, start=1):
+        size, num_answer = len(segment.ids), len(segment.ids) - segment.num_prompt
+        start = len(trunk) if segment.sees_trunk else 0
+        ids += segment.ids
+        positions += range(start, start + size)
+        segment_ids += [number] * size
+        sees += [segment.sees_trunk] * size
+        # The last prompt token predicts the first answer token. A segment without a prompt is predicted from its own
+        # first token on.
+        kinds += (
+            [-1] * (segment.num_prompt - 1) + [segment.kind] * num_answer + [-1]
+            if segment.num_prompt
+            else [segment.kind] * (size - 1) + [-1]
+        )
+        weights += [segment.weight] * size
+    return Row(
+        torch.tensor(ids),
+        torch.tensor(positions),
+        torch.tensor(segment_ids),
+        torch.tensor(sees),
+        torch.tensor(kinds),
+        torch.tensor(weights),
+    )
+
+
+def pad_rows(rows: Sequence[Row], *, pad_id: int) -> PackedRows:
+    """Rows of one batch, right-padded."""
+    padding = Row(pad_id, 0, -1, False, -1, 0.0)
+    return PackedRows(
+        *(
+            pad_sequence([row[i] for row in rows], batch_first=True, padding_value=padding[i])
+            for i in range(len(padding))
+        )
+    )

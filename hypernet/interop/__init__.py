@@ -1,0 +1,1 @@
+"""Formats of other programs: the authors' published checkpoints, vLLM."""

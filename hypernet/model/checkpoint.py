@@ -1,0 +1,151 @@
+"""A trained hypernetwork on disk: YAML for what it is, safetensors for its weights, fingerprints for what fits.
+
+    checkpoint/
+      config.yaml                  format, base model, context encoder, chunk size, the hypernetwork's sizes
+      hypernetwork.safetensors     its weights
+      base_model/                  optional: the base model in transformers' format, found from config.yaml
+
+Nothing in it is executed: config.yaml names only what `AGGREGATORS` and the context encoder list.
+The checkpoints of the Doc-to-LoRA authors are read by `hypernet.interop.checkpoints`.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from hypernet.base.base_model import fingerprint
+from hypernet.io.files import replaced, save_tensors
+from hypernet.model.hypernetwork import HyperNetwork
+
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE, BASE_MODEL_FOLDER = "config.yaml", "hypernetwork.safetensors", "base_model"
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint folder holds, read and verified.
+
+    base_model: hub name or folder of the base model; base_model_fingerprint: of its weights, None if not recorded (any
+    base model whose modules fit is then accepted).
+    context_encoder: as `ContextEncoder` takes it, as a dict. max_chunk_tokens: document tokens per chunk.
+    fingerprint: of the hypernetwork's weights, exact.
+    """
+
+    hypernetwork: HyperNetwork
+    base_model: str
+    base_model_fingerprint: str | None
+    context_encoder: dict[str, Any]
+    max_chunk_tokens: int
+    fingerprint: str
+
+
+def save_checkpoint(
+    directory: str | Path,
+    *,
+    hypernetwork: HyperNetwork,
+    base_model: str,
+    base_model_fingerprint: str | None,
+    context_encoder: dict[str, Any],
+    max_chunk_tokens: int,
+) -> None:
+    """Writes config.yaml and hypernetwork.safetensors, each complete or not at all; the config comes last.
+
+    Args:
+        base_model: hub name or folder; a path relative to `directory` if it lies inside.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint(weights, exact=True),
+        "base_model": {"source": base_model, "fingerprint": base_model_fingerprint},
+        "context_encoder": context_encoder,
+        "max_chunk_tokens": max_chunk_tokens,
+        "hypernetwork": hypernetwork.config,
+    }
+    # A config beside older weights must not load, so the old one goes first; weights without a config are no
+    # checkpoint.
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    with replaced(directory / WEIGHTS_FILE) as path:
+        save_tensors(weights, path)
+    with replaced(directory / CONFIG_FILE) as path:
+        path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def is_checkpoint(source: str | Path) -> bool:
+    """Whether this is a folder of ours, complete or not."""
+    directory = Path(source).expanduser()
+    return (directory / CONFIG_FILE).is_file() or (directory / WEIGHTS_FILE).is_file()
+
+
+def load_checkpoint(source: str | Path) -> Checkpoint:
+    """Reads a checkpoint folder and verifies its weights.
+
+    Raises:
+        ValueError: the folder, a file or a key is missing, a file is cut off or changed, or the format is another
+            version's.
+    """
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        raise ValueError(
+            f"No checkpoint at {directory}: there is no such folder. Give a folder that holds {CONFIG_FILE}, or a "
+            "published pytorch_model.bin."
+        )
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} is not a complete checkpoint: {name} is missing. Copy or train it again.")
+    try:
+        config = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        version = config["format_version"]
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise _damaged(directory / CONFIG_FILE, error) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{directory} has checkpoint format {version}, this version reads format {FORMAT_VERSION}. "
+            "Use the version that wrote it."
+        )
+    try:
+        source, base_fingerprint = str(config["base_model"]["source"]), config["base_model"]["fingerprint"]
+        base_fingerprint = None if base_fingerprint is None else str(base_fingerprint)
+        expected, settings = str(config["fingerprint"]), dict(config["hypernetwork"])
+        context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
+        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "beside", "context_tokens"}):
+            raise KeyError(f"context_encoder has no {unknown[0]}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(directory / CONFIG_FILE, error) from error
+    try:
+        weights = load_file(directory / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} cannot be read ({error}); it is probably cut off. Copy it again."
+        ) from error
+    if fingerprint(weights, exact=True) != expected:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} is not what {CONFIG_FILE} was written for (fingerprint). Copy both again."
+        )
+    try:
+        with torch.device("meta"):
+            hypernetwork = HyperNetwork(**settings)
+        hypernetwork.load_state_dict(weights, assign=True)
+    except Exception as error:  # sizes that do not fit fail in a dozen ways; all of them mean this
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{directory / CONFIG_FILE} does not describe the weights beside it ({reason}). Copy both again."
+        ) from error
+    if (directory / source / "config.json").is_file():
+        source = str(directory / source)
+    elif source == BASE_MODEL_FOLDER:
+        raise ValueError(
+            f"{directory} is not a complete checkpoint: its base model {BASE_MODEL_FOLDER}/config.json is missing. "
+            "Copy it again."
+        )
+    return Checkpoint(hypernetwork, source, base_fingerprint, context_encoder, max_chunk_tokens, expected)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(f"{path} is damaged ({type(error).__name__}: {reason}). Copy it again.")

@@ -1,0 +1,148 @@
+"""read_chunks: any number of chunks to their LoRA matrices, with memory that does not grow with their number.
+
+    A, B = read_chunks(rows, context_encoder, hypernetwork, max_batch_tokens=4096)
+
+Chunks go through the base model in batches of at most `max_batch_tokens`. Each layer's features go to the hypernetwork
+as soon as the base model has computed them and are dropped again: L maps never exist together. Only A and B grow.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hypernet.model.context_encoder import ContextEncoder, drop_context
+from hypernet.model.hypernetwork import HyperNetwork
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BATCH_TOKENS = 4096
+
+Weights = dict[str, Tensor]
+"""Target name to [C, L, R, d]."""
+
+
+@torch.no_grad()
+def read_chunks(
+    rows: Sequence[tuple[Tensor, Tensor]],
+    context_encoder: ContextEncoder,
+    hypernetwork: HyperNetwork,
+    *,
+    max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Weights, Weights]:
+    """LoRA matrices of every chunk, without gradients.
+
+    Args:
+        rows: (ids [T], mask [T]) per chunk, right-padded, on any device.
+        max_batch_tokens: most tokens read at once, context and padding included; a longer chunk is read alone. Where
+            memory runs out, it is halved and the batch is read again.
+        progress: called with (chunks done, chunks altogether), before the first batch and after each.
+
+    Returns:
+        A, B by target name, [C, L, R, d_in] and [C, L, R, d_out], contiguous per layer, on the hypernetwork's device.
+
+    Raises:
+        ValueError: max_batch_tokens below 1.
+        MemoryError: a single chunk does not fit.
+    """
+    if isinstance(max_batch_tokens, bool) or not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
+        raise ValueError(f"max_batch_tokens should be a whole number, at least 1, got {max_batch_tokens!r}.")
+    parameter = next(hypernetwork.parameters())
+
+    def empty(d: int, num_layers: int) -> Tensor:
+        # Layers outermost in memory: A[:, layer] needs no copy to become a matrix.
+        shape = (num_layers, len(rows), hypernetwork.rank, d)
+        return torch.empty(shape, dtype=parameter.dtype, device=parameter.device).transpose(0, 1)
+
+    A = {target.name: empty(target.d_in, len(target.paths)) for target in hypernetwork.targets}
+    B = {target.name: empty(target.d_out, len(target.paths)) for target in hypernetwork.targets}
+    lengths = [_length(mask) for _, mask in rows]
+    done = 0
+    if progress:
+        progress(0, len(rows))
+    while done < len(rows):
+        count = _fitting(lengths[done:], max_batch_tokens)
+        try:
+            where = slice(done, done + count)
+            _read_batch(rows[where], where, context_encoder, hypernetwork, A, B, max_batch_tokens)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        else:
+            done += count
+            if progress:
+                progress(done, len(rows))
+            continue
+        # Out here the failed batch's tensors are gone with the exception's frames.
+        tokens = count * max(lengths[done : done + count])
+        if count == 1:
+            raise MemoryError(
+                f"Out of memory: one chunk of {tokens} tokens does not fit on {parameter.device} ({reason}). "
+                "Lower max_chunk_tokens, or load the base model in bfloat16."
+            )
+        max_batch_tokens = max(1, tokens // 2)
+        log.warning("Out of memory with %d tokens at once; going on with %d.", tokens, max_batch_tokens)
+        if parameter.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return A, B
+
+
+def _read_batch(
+    rows: Sequence[tuple[Tensor, Tensor]],
+    where: slice,
+    context_encoder: ContextEncoder,
+    hypernetwork: HyperNetwork,
+    A: Weights,
+    B: Weights,
+    max_batch_tokens: int,
+) -> None:
+    """Fills A[:][where] and B[:][where] from these chunks, as many maps together as stay within the budget."""
+    parameter = next(hypernetwork.parameters())
+    width = max(_length(mask) for _, mask in rows)
+    ids, mask = (
+        torch.stack([pad(row[i][:width], (0, max(0, width - len(row[i])))) for row in rows]).to(parameter.device)
+        for i in (0, 1)
+    )
+
+    # Short documents: several layers' maps make one call, which for 300 tokens takes a third less time than one each.
+    per_call = max(1, max_batch_tokens // ids.numel()) if hypernetwork.num_maps > 1 else 1
+    maps: list[Tensor] = []
+
+    def read(index: int, features: Tensor) -> None:
+        maps.append(features)
+        if len(maps) < per_call and index + 1 < hypernetwork.num_maps:
+            return
+        layers = slice(index + 1 - len(maps), index + 1) if hypernetwork.num_maps > 1 else slice(None)
+        # The base model may be in half precision; the hypernetwork decides its own type.
+        generated = hypernetwork(*drop_context(torch.stack(maps, dim=1).to(parameter.dtype), mask), layers=layers)
+        maps.clear()
+        for weights, parts in zip((A, B), generated, strict=True):
+            for name, part in parts.items():
+                weights[name][where, layers] = part
+
+    context_encoder.stream(ids, mask, read)
+
+
+def _length(mask: Tensor) -> int:
+    """Tokens of a chunk with its context, without the padding behind it."""
+    return int(mask.nonzero().max()) + 1
+
+
+def _fitting(lengths: Sequence[int], max_batch_tokens: int) -> int:
+    """How many of the first chunks fit into one batch, padded to the longest; at least one."""
+    count, width = 0, 0
+    for length in lengths:
+        width = max(width, length)
+        if count and width * (count + 1) > max_batch_tokens:
+            break
+        count += 1
+    return count
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On a GPU torch has a type for it; on a CPU the allocator raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,1 @@
+"""Training with Lightning: modules, losses, optimizers, callbacks, run state."""

@@ -1,0 +1,436 @@
+"""composition: every operation against dense float64 matrices, what the provenance says, and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+from hypernet.adapters.adapter import LoRAAdapter
+from hypernet.adapters.composition import (
+    amplify,
+    average,
+    compress,
+    concatenate,
+    decorrelate,
+    drop,
+    find_document,
+    pad,
+    take,
+    weight,
+)
+from hypernet.adapters.injection import LoRAInjector
+from hypernet.base.targets import LoRATarget
+from tests.adapters.test_adapter import assert_one_line_value_error, assert_same, make_adapter, make_base_model, targets  # noqa: F401
+from tests.adapters.test_decorrelation import by_inverse
+
+# Layers of different widths, one of them without the module, as hybrid models have them.
+UNEVEN = (
+    LoRATarget("up", ("a.0.up", None, "a.2.up"), 7, 5, ((7, 5), None, (3, 4))),
+    LoRATarget("down", ("a.0.down", "a.1.down", "a.2.down"), 5, 6, ((5, 6), (4, 6), (2, 1))),
+)
+
+
+def uneven_adapter(num_chunks=2, *, rank=3, seed=1, dtype=torch.float32, **kwargs):
+    """Like an adapter from a file: zero where a layer is narrower or has no such module."""
+    adapter = make_adapter(UNEVEN, num_chunks, rank=rank, seed=seed, dtype=dtype, **kwargs)
+    for field in ("A", "B", "bias_A", "bias_B"):
+        for target in UNEVEN:
+            blocks = getattr(adapter, field)[target.name]
+            place = 0 if "A" in field else 1
+            for layer, widths in enumerate(target.widths):
+                blocks[..., layer, :, (widths or (0, 0))[place] :] = 0
+    return adapter
+
+
+def deltas(adapter):
+    """Module path to its dense delta, in float64, from chunks and bias block one by one."""
+    found = {}
+    for target in adapter.targets:
+        for module in target.modules():
+            blocks = [
+                (adapter.A[target.name][c, module.layer], adapter.B[target.name][c, module.layer])
+                for c in range(adapter.num_chunks)
+            ]
+            blocks.append((adapter.bias_A[target.name][module.layer], adapter.bias_B[target.name][module.layer]))
+            delta = sum(B.double()[:, : module.d_out].T @ A.double()[:, : module.d_in] for A, B in blocks)
+            found[module.path] = adapter.scaling * delta
+    return found
+
+
+def bias_deltas(adapter):
+    return deltas(
+        LoRAAdapter(
+            adapter.targets,
+            {n: A[:0] for n, A in adapter.A.items()},
+            {n: B[:0] for n, B in adapter.B.items()},
+            adapter.bias_A,
+            adapter.bias_B,
+            adapter.scaling,
+            adapter.provenance,
+        )
+    )
+
+
+def assert_deltas(actual, expected, **tolerance):
+    actual = deltas(actual) if isinstance(actual, LoRAAdapter) else actual
+    assert actual.keys() == expected.keys()
+    for path in expected:
+        torch.testing.assert_close(actual[path], expected[path], **tolerance)
+
+
+def three(num_chunks=(2, 0, 3), **kwargs):
+    return [uneven_adapter(n, seed=seed, **kwargs) for seed, n in enumerate(num_chunks, 1)]
+
+
+# Concatenate, average, weight
+
+
+def test_concatenate_is_the_sum_of_many_and_the_same_as_adding_them():
+    adapters = three()
+    joined = concatenate(adapters)
+    assert_same_weights(joined, adapters[0] + adapters[1] + adapters[2])
+    assert [d["name"] for d in joined.provenance["documents"]] == ["d1.txt", "d2.txt", "d3.txt"]
+    bias = bias_deltas(joined)
+    expected = {path: sum(deltas(a)[path] - bias[path] for a in adapters) + bias[path] for path in bias}
+    assert_deltas(joined, expected, rtol=1e-6, atol=1e-6)
+    assert_same_weights(concatenate(adapters[:1]), adapters[0])
+    assert "operations" not in joined.provenance
+
+
+def assert_same_weights(a, b):
+    for field in ("A", "B", "bias_A", "bias_B"):
+        for name, tensor in getattr(a, field).items():
+            assert torch.equal(tensor, getattr(b, field)[name])
+
+
+@pytest.mark.parametrize("adapters", [[], make_adapter(UNEVEN)])
+def test_concatenate_wants_a_list(adapters):
+    assert_one_line_value_error(lambda: concatenate(adapters), "Expected a list of at least one adapter")
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 0.002)])
+def test_average_is_the_mean_of_the_deltas(dtype, rtol):
+    adapters = three(dtype=dtype)
+    mean = average(adapters)
+    dense = [deltas(a) for a in adapters]
+    expected = {path: sum(d[path] for d in dense) / 3 for path in dense[0]}
+    size = max(delta.norm() for delta in expected.values())  # a small module's documents can cancel out
+    for path, delta in deltas(mean).items():
+        assert (delta - expected[path]).norm() <= rtol * size
+    assert [d["weight"] for d in mean.provenance["documents"]] == [1 / 3] * 3
+    assert all(torch.equal(mean.bias_B[n], adapters[0].bias_B[n]) for n in mean.bias_B)
+
+
+def test_weight_scales_one_documents_chunks_and_leaves_everything_else_bit_identical():
+    both = concatenate(three((2, 1, 2)))
+    halved = weight(both, 0.5, document="d2.txt")
+    for name in both.B:
+        assert torch.equal(halved.B[name][2], both.B[name][2] / 2)
+        for rows in (slice(0, 2), slice(3, 5)):
+            assert torch.equal(halved.B[name][rows], both.B[name][rows])
+        assert torch.equal(halved.bias_B[name], both.bias_B[name]) and torch.equal(halved.A[name], both.A[name])
+    assert [d.get("weight") for d in halved.provenance["documents"]] == [None, 0.5, None]
+    assert "weight" not in both.provenance["documents"][1]  # the original is untouched
+    again = weight(halved, 3)
+    assert [d["weight"] for d in again.provenance["documents"]] == [3.0, 1.5, 3.0]
+    assert concatenate([again, halved]).num_chunks == 10  # weighted adapters can still be added
+
+
+def test_weights_travel_with_their_documents_through_the_disk_and_drop(tmp_path):
+    both = weight(concatenate(three((2, 1, 2))), 2.0, document=2)
+    both.save(tmp_path / "a")
+    kept = drop(LoRAAdapter.load(tmp_path / "a"), "d1.txt")
+    assert [(d["name"], d.get("weight")) for d in kept.provenance["documents"]] == [("d2.txt", None), ("d3.txt", 2.0)]
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, "2", None, True])
+def test_weight_wants_a_finite_number(factor):
+    assert_one_line_value_error(lambda: weight(uneven_adapter(), factor), "Expected a finite number as factor")
+
+
+# Drop
+
+
+@pytest.mark.parametrize("document", [0, 1, 2, "d1.txt", "d2.txt", "d3d3", "d2" * 8])
+def test_drop_is_bit_identical_to_never_having_had_the_document(document):
+    adapters = three((2, 1, 3))
+    joined = concatenate(adapters)
+    index = find_document(joined, document)
+    without = concatenate([a for place, a in enumerate(adapters) if place != index])
+    dropped = drop(joined, document)
+    assert_same_weights(dropped, without)
+    assert dropped.provenance["documents"] == without.provenance["documents"]
+    assert dropped.content_id() == without.content_id()
+
+
+def test_dropping_the_last_document_leaves_the_bias_block():
+    adapter = uneven_adapter(1)
+    alone = drop(adapter, 0)
+    assert alone.num_chunks == 0 and alone.provenance["documents"] == []
+    assert_deltas(alone, bias_deltas(adapter), rtol=0, atol=0)
+    assert concatenate([alone, adapter]).num_chunks == 1
+
+
+@pytest.mark.parametrize(
+    "document, message",
+    [
+        ("nobody.txt", r"No document 'nobody.txt' .* holds 0: d1.txt \(d1d1d1d1d1d1\), 1: d2.txt"),
+        (7, "No document 7"),
+        (-1, "No document -1"),
+        (True, "No document True"),
+        ("", "No document ''"),
+        (None, "No document None"),
+        ("d", r"'d' could be 3 documents: 0: d1.txt .*Give the index"),
+        ("d1.txt", r"'d1.txt' could be 2 documents: 0: d1.txt \(d1d1d1d1d1d1\), 2: d1.txt"),
+    ],
+)
+def test_unknown_and_ambiguous_documents_are_refused_with_the_list(document, message):
+    one, two = uneven_adapter(1, seed=1), uneven_adapter(1, seed=2)
+    assert_one_line_value_error(lambda: drop(concatenate([one, two, one]), document), message)
+
+
+def test_chunks_that_nobody_accounts_for_are_not_dropped():
+    adapter = uneven_adapter(2)
+    adapter.provenance["documents"][0]["chunks"].pop()
+    assert_one_line_value_error(lambda: drop(adapter, 0), "counts 1 chunks in 1 documents, the weights hold 2")
+
+
+# Take
+
+
+def test_taken_chunks_keep_their_bits_and_their_documents():
+    joined = concatenate(three((2, 1, 3)))
+    taken = take(joined, [1, 2, 5])
+    for field in ("A", "B"):
+        for name, rows in getattr(taken, field).items():
+            assert torch.equal(rows, getattr(joined, field)[name][[1, 2, 5]])
+    before, after = joined.provenance["documents"], taken.provenance["documents"]
+    assert [d["name"] for d in after] == ["d1.txt", "d2.txt", "d3.txt"]
+    assert [d["chunks"] for d in after] == [before[0]["chunks"][1:], before[1]["chunks"], before[2]["chunks"][2:]]
+    assert_same_weights(drop(taken, "d1.txt"), take(joined, [2, 5]))
+    assert take(joined, [3]).provenance["documents"] == [{**before[2], "chunks": before[2]["chunks"][:1]}]
+    assert_deltas(take(joined, []), bias_deltas(joined), rtol=0, atol=0)
+    halved = take(joined, [1, 5], [0.5, 2.0])
+    for name, rows in halved.B.items():
+        assert torch.equal(rows[0], joined.B[name][1] * 0.5) and torch.equal(rows[1], joined.B[name][5] * 2)
+    assert halved.provenance["operations"][-1]["weights"] == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("chunks", [[2], [-1], [1, 0], [1, 1]])
+def test_chunks_that_are_not_there_cannot_be_taken(chunks):
+    message = r"ascending numbers from 0 to 1, each once, got \["
+    assert_one_line_value_error(lambda: take(uneven_adapter(2), chunks), message)
+
+
+def test_every_taken_chunk_has_one_finite_weight():
+    assert_one_line_value_error(lambda: take(uneven_adapter(2), [0, 1], [1.0]), "a weight for each of 2 chunks, got 1")
+    assert_one_line_value_error(lambda: take(uneven_adapter(2), [0], [math.nan]), "Expected a finite number as weight")
+
+
+# Amplify
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_amplitude_is_linear_per_layer_and_takes_the_bias_block_along(dtype, rtol):
+    adapter = uneven_adapter(2, dtype=dtype)
+    amplitudes = [0.5, 2.0, -3.0]
+    amplified = amplify(adapter, amplitudes)
+    for path, delta in deltas(amplified).items():
+        expected = amplitudes[int(path.split(".")[1])] * deltas(adapter)[path]
+        assert (delta - expected).norm() <= rtol * expected.norm()
+    (entry,) = amplified.provenance["operations"]
+    assert entry == {"operation": "amplify", "amplitude": amplitudes, "documents": ["d1" * 8]}
+    assert amplified.A["up"] is adapter.A["up"] and amplified.B["up"].dtype == dtype
+    twice = deltas(amplify(adapter, 2))
+    assert_deltas(twice, {path: 2 * delta for path, delta in deltas(adapter).items()}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "amplitude, message",
+    [
+        ([1.0, 2.0], "one for each of 3 layers, got 2"),
+        ([], "got 0"),
+        (math.nan, "finite number as amplitude, got nan"),
+        ([1, 2, "x"], "finite number as amplitude, got 'x'"),
+    ],
+)
+def test_wrong_amplitudes_are_refused(amplitude, message):
+    assert_one_line_value_error(lambda: amplify(uneven_adapter(), amplitude), message)
+
+
+def test_adapters_amplified_alike_can_be_added_and_others_are_told_why_not():
+    one, two = uneven_adapter(seed=1), uneven_adapter(seed=2)
+    both = amplify(one, 2) + amplify(two, 2)
+    assert_same_weights(both, amplify(one + two, 2))
+    assert [entry["documents"] for entry in both.provenance["operations"]] == [["d1" * 8], ["d2" * 8]]
+    assert_one_line_value_error(lambda: amplify(one, 2) + two, "been amplified differently")
+
+
+# Compress
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5, 12, 20])
+@pytest.mark.parametrize("num_chunks, own_rank", [(0, 1), (0, 3), (1, 1), (1, 3), (5, 3)])
+def test_compress_is_the_optimum_of_a_dense_svd_and_reports_its_errors(num_chunks, own_rank, rank):
+    adapter = uneven_adapter(num_chunks, rank=own_rank)
+    small, report = compress(adapter, rank)
+    assert (small.num_chunks, small.rank, report.rank, report.rank_before) == (0, rank, rank, adapter.rank)
+    before, after = deltas(adapter), deltas(small)
+    assert [module.path for module in report.modules] == list(before)
+    for module in report.modules:
+        sigma = torch.linalg.svdvals(before[module.path])
+        tail = sigma[rank:]
+        difference = before[module.path] - after[module.path]
+        slack = 1e-6 * sigma.norm().item()  # of float32
+        assert abs(module.norm - sigma.norm()) < slack
+        assert abs(module.optimal_error - tail.norm()) < slack
+        assert abs(module.error - difference.norm()) < 1e-9 * sigma.norm()  # measured, so it has the rounding too
+        assert module.error <= module.optimal_error + slack  # Eckart-Young: it cannot be better, and it is as good
+        assert abs(module.spectral_bound - (tail[0] if len(tail) else 0)) < slack
+        assert torch.linalg.matrix_norm(difference, 2) <= module.spectral_bound + slack
+        assert module.relative_error == module.error / module.norm
+    total = math.sqrt(sum((before[p] - after[p]).norm() ** 2 for p in before))
+    assert report.relative_error == pytest.approx(total / math.sqrt(sum(d.norm() ** 2 for d in before.values())))
+    assert report.worst.relative_error == max(m.relative_error for m in report.modules)
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 1e-3)])
+def test_enough_rank_gives_the_delta_back_to_rounding(dtype, rounding):
+    adapter = uneven_adapter(2, dtype=dtype)
+    for rank in (adapter.rank, adapter.rank + 4):
+        small, report = compress(adapter, rank)
+        assert report.relative_error < rounding and report.worst.optimal_error < 1e-9
+        assert small.A["up"].dtype == small.bias_B["up"].dtype == dtype
+        for path, delta in deltas(small).items():
+            assert (delta - deltas(adapter)[path]).norm() < rounding * deltas(adapter)[path].norm()
+
+
+def test_compress_never_forms_the_dense_matrix_and_halves_the_singular_values(monkeypatch):
+    adapter = make_adapter((LoRATarget("up", ("up",), 700, 900),), 2)
+    largest = 0
+    original = torch.linalg.svd
+
+    def watched(matrix, **kwargs):
+        nonlocal largest
+        largest = max(largest, *matrix.shape)
+        return original(matrix, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    small, _ = compress(adapter, 4)
+    assert largest == adapter.rank
+    gram_A, gram_B = (rows["up"][0] @ rows["up"][0].T for rows in (small.bias_A, small.bias_B))
+    torch.testing.assert_close(gram_A, gram_B, rtol=1e-4, atol=1e-5)
+    assert gram_A.diagonal().diff().max() < 0  # largest first
+
+
+def test_a_zero_delta_compresses_to_zero():
+    adapter = uneven_adapter(1)
+    zero = amplify(adapter, 0.0)
+    small, report = compress(zero, 2)
+    assert report.relative_error == 0 and all(not B.any() for B in small.bias_B.values())
+
+
+def test_a_compressed_adapter_keeps_its_documents_answers_and_disk_but_has_no_chunks(targets, tmp_path):  # noqa: F811
+    base_model, ids = make_base_model(), torch.arange(2, 16).view(2, 7)
+    adapter = make_adapter(targets, 3, scaling=8.0)
+    same, _ = compress(adapter, adapter.rank)
+    with torch.no_grad():
+        injector = LoRAInjector(base_model, targets)
+        logits = []
+        for one in (adapter, same):
+            with injector.using(one):
+                logits.append(base_model(ids).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+    small, report = compress(adapter, 4)
+    small.save(tmp_path / "small")
+    again = LoRAAdapter.load(tmp_path / "small")
+    assert_same(again, small)
+    (entry,) = again.provenance["operations"]
+    assert entry["operation"] == "compress" and entry["relative_error"] == report.relative_error
+    assert (entry["rank_before"], entry["rank"]) == (12, 4)
+    assert [d["name"] for d in again.provenance["documents"]] == ["d1.txt"]
+    for refused in (
+        lambda: drop(again, 0),
+        lambda: weight(again, 2.0),
+        lambda: again + again,
+        lambda: adapter + again,
+        lambda: average([again, again]),
+    ):
+        assert_one_line_value_error(refused, r"cannot be .*: compress\(\) made one block")
+    smaller, _ = compress(amplify(again, 2.0), 2)
+    assert [e["operation"] for e in smaller.provenance["operations"]] == ["compress", "amplify", "compress"]
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, "8", True])
+def test_a_rank_is_a_positive_integer(rank):
+    for operation in (compress, pad):
+        assert_one_line_value_error(lambda: operation(uneven_adapter(), rank), "Expected a rank of 1 or more")  # noqa: B023
+
+
+def test_weights_that_are_not_finite_are_not_compressed():
+    adapter = uneven_adapter()
+    adapter.A["down"][0, 1, 0, 0] = math.nan
+    assert_one_line_value_error(lambda: compress(adapter, 2), "a.1.down are not all finite")
+
+
+# Decorrelate
+
+
+def test_decorrelated_documents_keep_all_but_what_answers_the_others_questions(tmp_path):
+    """Module by module as the rows themselves; bias block and B as they were; saved like any other adapter."""
+    joined = concatenate(three((2, 1, 3)))
+    result = decorrelate(joined, 0.8)
+    documents = torch.tensor([0, 0, 1, 2, 2, 2])
+    for target in UNEVEN:
+        name = target.name
+        for module in target.modules():
+            rows = joined.A[name][:, module.layer, :, : module.d_in]  # of this module alone, at its own width
+            expected = by_inverse(rows, documents, 0.8).float()
+            torch.testing.assert_close(result.A[name][:, module.layer, :, : module.d_in], expected, rtol=0, atol=1e-4)
+            assert not result.A[name][:, module.layer, :, module.d_in :].any()
+        assert torch.equal(result.B[name], joined.B[name])
+        assert torch.equal(result.bias_A[name], joined.bias_A[name])
+        assert torch.equal(result.bias_B[name], joined.bias_B[name])
+    (entry,) = result.provenance["operations"]
+    assert (entry["operation"], entry["ridge"], len(entry["documents"])) == ("decorrelate", 0.8, 3)
+    result.save(tmp_path / "joined")
+    assert_same(LoRAAdapter.load(tmp_path / "joined"), result)
+
+
+def test_one_document_is_not_decorrelated_and_what_was_cannot_change_its_documents():
+    (alone,) = three((3,))
+    assert decorrelate(alone, 2.0) is alone
+    result = decorrelate(concatenate(three((2, 1, 3))), 2.0)
+    for refused in (
+        lambda: drop(result, 0),
+        lambda: weight(result, 2.0),
+        lambda: result + alone,
+        lambda: alone + result,
+        lambda: decorrelate(result, 2.0),
+    ):
+        assert_one_line_value_error(refused, r"cannot be .*: decorrelate\(\) fitted its documents to one another")
+    assert [e["operation"] for e in amplify(result, 2.0).provenance["operations"]] == ["decorrelate", "amplify"]
+    small, _ = compress(result, 2)
+    assert_one_line_value_error(lambda: decorrelate(small, 2.0), r"cannot be decorrelated: decorrelate\(\) fitted")
+    for ridge in (0, -1.0, math.inf, "2", True):
+        assert_one_line_value_error(lambda: decorrelate(concatenate(three()), ridge), "ridge")  # noqa: B023
+
+
+# Pad
+
+
+@pytest.mark.parametrize("num_chunks, extra", [(0, 0), (0, 5), (1, 0), (3, 1)])
+def test_padding_is_exact_and_rows_beyond_are_zero(num_chunks, extra):
+    adapter = uneven_adapter(num_chunks, dtype=torch.bfloat16)
+    padded = pad(adapter, adapter.rank + extra)
+    assert padded.rank == adapter.rank + extra and padded.num_chunks == 0
+    for name, (A, B) in adapter.concatenated().items():
+        assert torch.equal(padded.bias_A[name][:, : adapter.rank], A)
+        assert torch.equal(padded.bias_B[name][:, : adapter.rank], B)
+        assert not padded.bias_A[name][:, adapter.rank :].any() and not padded.bias_B[name][:, adapter.rank :].any()
+    if (num_chunks, extra) != (0, 0):
+        assert_one_line_value_error(lambda: drop(padded, 0), r"pad\(\) made one block")
+
+
+def test_padding_does_not_shrink():
+    assert_one_line_value_error(lambda: pad(uneven_adapter(2), 8), "a rank of 9 or more to pad to, got 8")

@@ -1,0 +1,279 @@
+"""The base model: loading, building from a configuration, the tokenizer, fingerprints, greedy batches."""
+
+import copy
+import hashlib
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from hypernet.base.base_model import (
+    build_base_model,
+    fingerprint,
+    freeze,
+    generate_text,
+    load_base_model,
+    train_tokenizer,
+)
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+TEXTS = [
+    "Norbach lies on the river Vel.\n\nIt has 3107 inhabitants.",
+    "naïve Grüße, Ελλάδα 灯台 🦊‍🔥 e\u0301",
+    "  two  spaces\tand a tab\r\n\n\n trailing ",
+    "x=1;y==2 // <<ok>> don't 'quote' \\n",
+    "\x00\x07\ufeff\u2028",
+    "",
+]
+
+
+# Loading
+
+
+def test_a_loaded_base_model_is_frozen_in_evaluation_mode_and_of_the_stored_type(tiny_base_model_folder):
+    base_model, tokenizer = load_base_model(tiny_base_model_folder)
+    assert not any(module.training for module in base_model.modules())
+    assert not any(parameter.requires_grad for parameter in base_model.parameters())
+    assert {parameter.dtype for parameter in base_model.parameters()} == {torch.float32}
+    assert tokenizer("Norbach")["input_ids"] and tokenizer.chat_template
+
+
+def test_dtype_and_attention_can_be_chosen(tiny_base_model_folder):
+    base_model, _ = load_base_model(str(tiny_base_model_folder), dtype="bfloat16", attention="eager")
+    assert {parameter.dtype for parameter in base_model.parameters()} == {torch.bfloat16}
+    assert base_model.config._attn_implementation == "eager"
+
+
+def test_a_type_that_is_stored_is_kept(tmp_path, tiny_base_model, tiny_tokenizer):
+    tiny_base_model.to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert load_base_model(tmp_path)[0].dtype == torch.bfloat16
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch, tiny_base_model_folder):
+    monkeypatch.setenv("HOME", str(tiny_base_model_folder.parent))
+    base_model, _ = load_base_model(f"~/{tiny_base_model_folder.name}")
+    assert fingerprint(base_model) == fingerprint(load_base_model(tiny_base_model_folder)[0])
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path, tiny_base_model, tiny_tokenizer):
+    """As those of Llama 3 and Mistral; batches need some token to pad with."""
+    tiny_base_model.save_pretrained(tmp_path)
+    without_padding = copy.deepcopy(tiny_tokenizer)
+    without_padding.pad_token = None
+    without_padding.save_pretrained(tmp_path)
+    base_model, tokenizer = load_base_model(tmp_path)
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|end|>"
+    prompts = ["Norbach", "Who founded Norbach Works?"]
+    assert generate_text(base_model, tokenizer, prompts, max_new_tokens=3) == [
+        generate_text(base_model, tokenizer, [prompt], max_new_tokens=3)[0] for prompt in prompts
+    ]
+
+
+def damaged(folder, kind):
+    match kind:
+        case "weights cut off":
+            path = folder / "model.safetensors"
+            path.write_bytes(path.read_bytes()[:-100])
+        case "weights missing":
+            (folder / "model.safetensors").unlink()
+        case "config is no JSON":
+            (folder / "config.json").write_text("{")
+        case "unknown architecture":
+            (folder / "config.json").write_text('{"model_type": "llamma"}')
+        case "no config":
+            (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "kind", ["weights cut off", "weights missing", "config is no JSON", "unknown architecture", "no config"]
+)
+def test_what_cannot_be_loaded_is_refused_in_one_line_with_its_path(tmp_path, tiny_base_model_folder, kind):
+    folder = tmp_path / "base_model"
+    shutil.copytree(tiny_base_model_folder, folder)
+    damaged(folder, kind)
+    with pytest.raises(ValueError) as error:
+        load_base_model(folder)
+    message = str(error.value)
+    assert "\n" not in message and str(folder) in message
+    assert "Check the name, the files and the network." in message or "Give a folder" in message
+
+
+@pytest.mark.parametrize("source", ["/nowhere/model", "./nowhere", "assets/nowhere/model", "~/nowhere"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(ValueError, match=r"No base model in .*nowhere.*config.json is missing. Give a folder"):
+        load_base_model(source)
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_line():
+    with pytest.raises(ValueError, match="Could not load the base model from nobody/nothing") as error:
+        load_base_model("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+# Building
+
+
+def test_the_seed_decides_the_weights_and_torch_s_random_numbers_stay_as_they_were():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, again, other = (build_base_model(LLAMA, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert fingerprint(one) == fingerprint(again) != fingerprint(other)
+    assert one.config.hidden_size == 16
+    assert LLAMA["model_type"] == "llama"  # the settings are not used up
+
+
+@pytest.mark.parametrize("model_type", [None, "lama"])
+def test_an_unknown_model_type_is_refused_with_examples(model_type):
+    with pytest.raises(ValueError, match=rf"model_type is {model_type!r}; give one .*llama"):
+        build_base_model({**LLAMA, "model_type": model_type})
+
+
+def test_freeze_stops_gradients():
+    model = freeze(nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train())
+    assert not model.training and not model[1].training and not model[0].weight.requires_grad
+
+
+# Tokenizer
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_any_text_comes_back_from_its_tokens(tiny_tokenizer, text):
+    assert tiny_tokenizer.decode(tiny_tokenizer(text)["input_ids"]) == text
+
+
+def test_a_saved_tokenizer_gives_the_same_tokens(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert [again(text)["input_ids"] for text in TEXTS] == [tiny_tokenizer(text)["input_ids"] for text in TEXTS]
+    assert again.chat_template == tiny_tokenizer.chat_template and again.model_max_length == 512
+    assert (again.pad_token, again.eos_token) == ("<|pad|>", "<|end|>")
+
+
+def test_every_digit_is_a_token_of_its_own_however_often_a_number_occurs():
+    tokenizer = train_tokenizer(["in 1984 and 19 or 7"] * 50, vocab_size=290, model_max_length=9)
+    tokens = tokenizer.tokenize("in 1984 and 19 or 7")
+    digits = [token for token in tokens if any(character.isdigit() for character in token)]
+    assert [token.removeprefix("Ġ") for token in digits] == list("1984197")
+
+
+@pytest.mark.parametrize("document", ["Norbach is a town.", "Norbach, 1984", "It ends with a line\n", "and a blank "])
+def test_a_document_and_the_question_after_it_are_tokenized_the_same_together_and_apart(tiny_tokenizer, document):
+    together = tiny_tokenizer(document + "\n\n" + "Who leads Norbach?")["input_ids"]
+    apart = [tiny_tokenizer(text)["input_ids"] for text in (document, "\n\nWho leads Norbach?")]
+    assert together == apart[0] + apart[1]
+
+
+def test_the_vocabulary_has_the_size_asked_for_and_special_tokens_are_single(tiny_tokenizer):
+    assert len(tiny_tokenizer) == 600
+    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    assert [tiny_tokenizer(token)["input_ids"] for token in special] == [[i] for i in range(4)]
+
+
+def test_the_chat_template_writes_turns_one_after_the_other(tiny_tokenizer):
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ilda"}]
+    render = lambda turns, **settings: tiny_tokenizer.apply_chat_template(turns, tokenize=False, **settings)  # noqa: E731
+    assert render(turns) == "<|user|>Who?<|end|><|assistant|> Ilda<|end|>"
+    assert render(turns[:1], add_generation_prompt=True) == "<|user|>Who?<|end|><|assistant|>"
+
+
+def test_training_a_tokenizer_twice_gives_the_same_one():
+    def texts():
+        yield from ["Norbach lies on the river Vel.", "The river Vel flows through Norbach."] * 3
+
+    first, second = (train_tokenizer(texts(), vocab_size=290, model_max_length=9) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab() and len(first) == 290
+    assert first("river Vel")["input_ids"] == second("river Vel")["input_ids"]
+
+
+# Fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_weights_wherever_they_are(tmp_path, tiny_base_model_folder):
+    base_model, tokenizer = load_base_model(tiny_base_model_folder)
+    tokenizer.save_pretrained(tmp_path)
+    expected = fingerprint(base_model)
+    assert fingerprint(dict(reversed(base_model.state_dict().items()))) == expected
+    base_model.save_pretrained(tmp_path)
+    assert fingerprint(load_base_model(tmp_path, attention="eager")[0]) == expected
+    strided = {name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in base_model.state_dict().items()}
+    assert fingerprint(strided) == expected
+
+
+def test_the_fingerprint_of_known_weights_is_known():
+    """Adapters and checkpoints hold fingerprints: another way to compute them would orphan these."""
+    tensors = {"b": torch.tensor([True]), "a": torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)}
+    text = b"a torch.bfloat16 (1, 2)" + b"\x80\x3f\x00\xc0" + b"b torch.bool (1,)" + b"\x01"
+    assert fingerprint(tensors) == hashlib.sha256(text).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"a": torch.tensor([[1.0, 2.0], [3.0, 4.000001]]), "b": torch.tensor(1)},
+        {"a": torch.tensor([[1.0, 2.0, 3.0, 4.0]]), "b": torch.tensor(1)},
+        {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64), "b": torch.tensor(1)},
+        {"A": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor(1)},
+        {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]])},
+        {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor(2)},
+    ],
+    ids=["value", "shape", "type", "name", "missing", "scalar"],
+)
+def test_any_change_changes_the_fingerprint(changed):
+    tensors = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor(1)}
+    assert fingerprint(changed) != fingerprint(tensors) == fingerprint(dict(tensors))
+
+
+def test_of_large_tensors_a_sample_counts_unless_all_values_are_asked_for():
+    tensors = {"large": torch.zeros(2**20 + 1)}
+    sampled, exact = fingerprint(tensors), fingerprint(tensors, exact=True)
+    tensors["large"][7] = 1  # not in the sample
+    assert fingerprint(tensors) == sampled and fingerprint(tensors, exact=True) != exact
+    tensors["large"] += 1
+    assert fingerprint(tensors) != sampled
+    small = {"small": torch.zeros(2**20)}
+    assert fingerprint(small) == fingerprint(small, exact=True)
+
+
+# Greedy batches
+
+
+@torch.no_grad()
+def greedy(base_model, tokenizer, prompt, max_new_tokens):
+    """Independent reference: one prompt, no cache, argmax by hand."""
+    ids = tokenizer(prompt)["input_ids"]
+    answer = []
+    while len(answer) < max_new_tokens:
+        answer.append(int(base_model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+        if answer[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_a_batch_of_prompts_of_all_lengths_gives_what_each_gives_alone(tiny_base_model, tiny_tokenizer):
+    prompts = ["A", "Who founded Norbach Works and when, in which town?", "Norbach\n\nWhere?", "<|user|>Hm<|end|>"]
+    answers = generate_text(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=9)
+    assert answers == [greedy(tiny_base_model, tiny_tokenizer, prompt, 9) for prompt in prompts]
+    assert len(set(answers)) > 1
+
+
+def test_an_answer_stops_at_the_end_token(tiny_base_model, tiny_tokenizer):
+    """The end token is made the best one after a step, by turning the answer's first token into it."""
+    prompts = ["Where is Norbach?", "When?"]
+    ids = torch.tensor([tiny_tokenizer(prompts[0])["input_ids"]])
+    first = int(tiny_base_model(ids).logits[0, -1].argmax())
+    tiny_base_model.generation_config.eos_token_id = first
+    stopped, other = generate_text(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=6)
+    assert stopped == tiny_tokenizer.decode([first]).strip()
+    assert len(tiny_tokenizer(other)["input_ids"]) > 1

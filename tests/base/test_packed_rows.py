@@ -1,0 +1,211 @@
+"""Packed rows against one prompt per question, the chat layout, and where the answer tokens are."""
+
+import pytest
+import torch
+
+from hypernet.base.packed_rows import KINDS, Segment, pack_row, pad_rows
+from hypernet.data.curriculum import Curriculum, DistillationBatches, Stage
+from hypernet.data.encyclopedia import Encyclopedia
+from hypernet.data.records import Question
+from hypernet.text.chat import ChatLayout
+
+DOCUMENTS = [
+    "Norbach was founded by Ilda Renwick. It makes tin boxes.",
+    "Elmouth is a town.\n\nIt lies on the river Vel",
+]
+ASKED = [
+    [
+        Question("Who founded Norbach?", "Ilda Renwick"),
+        Question("What is the capital of France?", "Paris", "background"),
+        Question("When was Norbach founded?", "unknown", "unanswerable"),
+        Question("What does Norbach make?", "tin boxes"),
+    ],
+    [Question("Which river flows through Elmouth?", "Vel"), Question("Is it hot?", "no, cold", "background")],
+]
+
+
+@pytest.fixture(scope="module")
+def batches(tiny_tokenizer):
+    curriculum = Curriculum(Encyclopedia("train"), [Stage(steps=1)])
+    return DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=30)
+
+
+@pytest.fixture(scope="module")
+def batch(batches):
+    return batches.batch(DOCUMENTS, ASKED)
+
+
+@torch.no_grad()
+def logits_of(base_model, rows):
+    mask = rows.attention_mask(base_model.dtype)
+    return base_model(input_ids=rows.ids, position_ids=rows.positions, attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def logits_of_prompt(base_model, ids):
+    return base_model(torch.tensor([ids])).logits[0]
+
+
+# Packed rows say what separate prompts say
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_packed_rows_give_the_logits_of_one_prompt_per_question(tiny_base_model, tiny_tokenizer, batch, who, attention):
+    tiny_base_model.set_attn_implementation(attention)
+    layout, rows = ChatLayout.of(tiny_tokenizer), getattr(batch, who)
+    logits = logits_of(tiny_base_model, rows)
+    for row, (document, questions) in enumerate(zip(DOCUMENTS, ASKED, strict=True)):
+        for number, question in enumerate(questions, start=1):
+            sees = who == "teacher" and question.kind != "background"
+            # The whole conversation in one text, tokenized in one go.
+            text = layout.prompt(question.text, document if sees else None) + layout.answer(question.answer)
+            ids = tiny_tokenizer(text)["input_ids"]
+            own = rows.segments[row] == number
+            assert rows.ids[row, own].tolist() == ids[-own.sum() :]
+            expected = logits_of_prompt(tiny_base_model, ids)[-own.sum() :]
+            torch.testing.assert_close(logits[row, own], expected, rtol=0, atol=1e-5)
+
+
+def test_the_trunk_is_read_as_if_nothing_followed(tiny_base_model, tiny_tokenizer, batch):
+    logits = logits_of(tiny_base_model, batch.teacher)
+    for row, document in enumerate(DOCUMENTS):
+        ids = tiny_tokenizer("<|user|>" + document)["input_ids"]
+        trunk = batch.teacher.segments[row] == 0
+        assert batch.teacher.ids[row, trunk].tolist() == ids
+        torch.testing.assert_close(logits[row, trunk], logits_of_prompt(tiny_base_model, ids), rtol=0, atol=1e-5)
+
+
+def test_a_question_never_sees_another_question_nor_background_the_document(tiny_base_model, batch):
+    """Other tokens anywhere it must not look change nothing at all."""
+    rows = batch.teacher
+    before = logits_of(tiny_base_model, rows)[0]
+    for number, question in enumerate(ASKED[0], start=1):
+        own = rows.segments[0] == number
+        hidden = ~own & (rows.segments[0] != 0) if question.kind != "background" else ~own
+        changed = rows.ids.clone()
+        changed[0, hidden] = (changed[0, hidden] + 7) % 600
+        after = logits_of(tiny_base_model, rows._replace(ids=changed))[0]
+        assert torch.equal(after[own], before[own])
+
+
+def test_padding_changes_nothing(tiny_base_model, batches, batch):
+    for who in ("student", "teacher"):
+        both = logits_of(tiny_base_model, getattr(batch, who))
+        assert both.isfinite().all()
+        for row in range(2):
+            alone = getattr(batches.batch(DOCUMENTS[row : row + 1], ASKED[row : row + 1]), who)
+            size = alone.ids.shape[1]
+            for field, value in getattr(batch, who)._asdict().items():
+                assert torch.equal(value[row, :size], getattr(alone, field)[0]), field
+            torch.testing.assert_close(both[row, :size], logits_of(tiny_base_model, alone)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mask_is_finite_and_of_the_type_asked_for(batch, dtype):
+    mask = batch.teacher.attention_mask(dtype)
+    assert mask.dtype == dtype and mask.shape == (2, 1, *batch.teacher.ids.shape[1:] * 2)
+    assert set(mask.unique().tolist()) == {0.0, torch.finfo(dtype).min}
+
+
+def test_the_mask_of_a_small_row_is_the_one_drawn_by_hand():
+    row = pack_row([1, 2], [Segment([3, 4], 1, True, 0), Segment([5, 6, 7], 2, False, 2)])
+    rows = pad_rows([row, pack_row([1] * 8, [])], pad_id=0)
+    visible = rows.attention_mask(torch.float32)[0, 0] == 0
+    assert [[int(x) for x in line] for line in visible] == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1],
+    ]
+    assert rows.positions[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert rows.target_kind[0].tolist() == [-1, -1, 0, -1, -1, 2, -1, -1]
+
+
+# Which tokens are answers
+
+
+def test_exactly_the_answers_tokens_are_predicted(tiny_tokenizer, batch):
+    for rows in (batch.student, batch.teacher):
+        predicted, kinds = rows.target_kind >= 0, rows.target_kind
+        for row, questions in enumerate(ASKED):
+            for number, question in enumerate(questions, start=1):
+                here = predicted[row] & (rows.segments[row] == number)
+                assert tiny_tokenizer.decode(rows.targets()[row, here]) == f" {question.answer}<|end|>"
+                assert set(kinds[row, here].tolist()) == {KINDS.index(question.kind)}
+        assert not predicted[rows.segments <= 0].any()
+
+
+def test_student_s_and_teacher_s_answer_tokens_come_in_the_same_order(batch):
+    student, teacher = batch.student, batch.teacher
+    at = [rows.target_kind >= 0 for rows in (student, teacher)]
+    assert torch.equal(student.targets()[at[0]], teacher.targets()[at[1]])
+    assert torch.equal(student.target_kind[at[0]], teacher.target_kind[at[1]])
+    assert torch.equal(at[0].nonzero()[:, 0], at[1].nonzero()[:, 0])
+
+
+def test_a_segment_without_a_prompt_is_predicted_from_its_own_first_token_on():
+    row = pack_row([1, 2], [Segment([5, 6, 7], 0, True, 3, weight=0.5)])
+    assert row.target_kind.tolist() == [-1, -1, 3, 3, -1]
+    assert row.target_weight.tolist() == [0, 0, 0.5, 0.5, 0.5]
+
+
+def test_rows_move_together(batch):
+    moved = batch.to("meta")
+    tensors = [moved.chunk_ids, moved.chunk_mask, *moved.student, *moved.teacher]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and moved.num_chunks == batch.num_chunks
+
+
+# Chat layout
+
+
+def test_the_layout_is_what_the_chat_template_writes(tiny_tokenizer):
+    layout = ChatLayout.of(tiny_tokenizer)
+    turns = [{"role": "user", "content": "A text.\n\nWho?"}, {"role": "assistant", "content": "Ilda"}]
+    render = lambda turns, **settings: tiny_tokenizer.apply_chat_template(turns, tokenize=False, **settings)  # noqa: E731
+    assert layout.prompt("Who?", "A text.") == render(turns[:1], add_generation_prompt=True)
+    assert layout.prompt("Who?", "A text.") + layout.answer("Ilda") == render(turns)
+
+
+class Templated:
+    """A tokenizer that only has a chat template."""
+
+    def __init__(self, template):
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.chat_template = template
+        self._render = render_jinja_template
+
+    def apply_chat_template(self, turns, *, tokenize, add_generation_prompt=False):
+        assert not tokenize
+        settings = {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
+        rendered, _ = self._render([turns], **settings)
+        return rendered[0]
+
+
+def test_a_template_with_system_text_and_a_newline_at_the_end_is_taken_apart():
+    template = (
+        "<s>[SYS] Be brief. [/SYS]{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</{{ m['role'] }}>\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    layout = ChatLayout.of(Templated(template))
+    assert layout == ("<s>[SYS] Be brief. [/SYS]<user>\n", "</user>\n<assistant>\n", "", "</assistant>")
+
+
+@pytest.mark.parametrize(
+    ("template", "hint"),
+    [
+        (None, "has no chat template; set tokenizer.chat_template"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "own prompt; use a plain one"),
+        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "own prompt; use a plain one"),
+        ("{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}", "own prompt; use a plain one"),
+    ],
+    ids=["none", "changes the content", "another beginning", "twice"],
+)
+def test_a_template_that_cannot_be_used_is_refused_with_what_to_do(template, hint):
+    with pytest.raises(ValueError, match=hint):
+        ChatLayout.of(Templated(template))

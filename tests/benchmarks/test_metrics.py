@@ -1,0 +1,219 @@
+"""Metrics against hand-computed values and values of rouge_score 0.1.2 and torchmetrics' SQuAD."""
+
+import random
+import string
+
+import numpy as np
+import pytest
+from torchmetrics.functional.text import squad
+
+from benchmarks.metrics import (
+    RougeL,
+    bootstrap_interval,
+    exact_match,
+    gap_closed,
+    paired_interval,
+    rouge_l,
+    token_f1,
+)
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, expected",
+    [
+        ("The Eiffel Tower", "eiffel tower.", 1.0),
+        ("an  apple,\n a pear", "Apple Pear", 1.0),
+        ("1,997", "1997", 1.0),
+        ("a-b", "ab", 1.0),  # the hyphen goes first, so "a" is no article
+        ("anthem", "them", 0.0),
+        ("1997", "in 1997", 0.0),
+        ("", "the", 1.0),
+        ("“x”", "x", 0.0),  # punctuation is ASCII's
+    ],
+)
+def test_exact_match_normalizes_as_squad(prediction, reference, expected):
+    assert exact_match(prediction, reference) == exact_match(reference, prediction) == expected
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, expected",
+    [
+        ("the cat sat", "a cat", 2 * (1 / 2) * 1 / (3 / 2)),
+        ("blue blue red", "blue green", 2 * (1 / 3) * (1 / 2) / (5 / 6)),  # "blue" is shared once
+        ("blue blue", "blue blue sky", 0.8),
+        ("1997.", "in 1997", 2 / 3),
+        ("cat", "dog", 0.0),
+        ("", "dog", 0.0),
+        ("the", "a", 0.0),  # nothing is left of either
+    ],
+)
+def test_token_f1_counts_shared_words(prediction, reference, expected):
+    assert token_f1(prediction, reference) == pytest.approx(expected)
+    assert token_f1(reference, prediction) == pytest.approx(expected)
+
+
+def test_exact_match_and_f1_agree_with_another_implementation_of_the_official_script():
+    rng = random.Random(0)
+    words = ["the", "a", "an", "The", "cat", "Cat,", "dog.", "1997", "a-b", "U.S.", "“x”", "\n", "über", "!", "it's"]
+    for _ in range(200):
+        # Two empty answers are apart: v1.1's script gives them an F1 of 0, torchmetrics (as v2.0) 1.
+        prediction = " ".join(["cat", *rng.choices(words, k=rng.randint(0, 6))])
+        references = [" ".join(rng.choices(words, k=rng.randint(0, 6))) for _ in range(rng.randint(1, 3))]
+        expected = squad(
+            [{"prediction_text": prediction, "id": "0"}],
+            [{"answers": {"answer_start": [0], "text": references}, "id": "0"}],
+        )
+        assert exact_match(prediction, references) == pytest.approx(expected["exact_match"].item() / 100)
+        assert token_f1(prediction, references) == pytest.approx(expected["f1"].item() / 100)
+
+
+# (reference, prediction, precision, recall, F1) as rouge_score 0.1.2 gives them without stemming
+ROUGE_SCORES = [
+    ("the cat sat on the mat", "the cat on a mat", 0.8, 0.6666666666666666, 0.7272727272727272),
+    ("It's 3.5 km, isn't it?", "It is 3.5 km", 0.8, 0.5, 0.6153846153846154),
+    ("Über die Straße", "uber die strasse", 0.3333333333333333, 0.25, 0.28571428571428575),
+    ("a b c d e f g", "g f e d c b a", 0.14285714285714285, 0.14285714285714285, 0.14285714285714285),
+    ("The quick-brown_fox jumps", "the quick brown fox JUMPS over", 0.8333333333333334, 1.0, 0.9090909090909091),
+    ("running runs", "run runs", 0.5, 0.5, 0.5),
+    ("", "x", 0, 0, 0),
+    ("x", "", 0, 0, 0),
+    ("今日", "今日", 0, 0, 0),
+    ("e c b g d g d", "g a e f c b e d b d c d d c", 0.35714285714285715, 0.7142857142857143, 0.4761904761904762),
+    ("d f a e d e f a", "e c b d a", 0.6, 0.375, 0.4615384615384615),
+]
+
+
+@pytest.mark.parametrize("reference, prediction, precision, recall, f1", ROUGE_SCORES)
+def test_rouge_l_is_rouge_scores(reference, prediction, precision, recall, f1):
+    assert rouge_l(prediction, reference) == pytest.approx(RougeL(precision, recall, f1))
+
+
+def test_rouge_l_finds_the_longest_common_subsequence():
+    rng = random.Random(0)
+    for _ in range(60):
+        a = rng.choices(string.ascii_lowercase[:5], k=rng.randint(1, 150))
+        b = rng.choices(string.ascii_lowercase[:7], k=rng.randint(1, 150))
+        table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+        for i, word in enumerate(a, start=1):
+            for j, other in enumerate(b, start=1):
+                table[i, j] = table[i - 1, j - 1] + 1 if word == other else max(table[i - 1, j], table[i, j - 1])
+        score = rouge_l(" ".join(a), " ".join(b))
+        assert score.precision == pytest.approx(table[-1, -1] / len(a))
+        assert score.recall == pytest.approx(table[-1, -1] / len(b))
+
+
+def test_rouge_l_of_a_long_answer_is_quick():
+    score = rouge_l("one two three " * 2000, "one three " * 3000)
+    assert 0.5 < score.f1 < 1
+
+
+def test_the_best_reference_counts():
+    assert exact_match("cat", ["dog", "the cat"]) == 1.0
+    assert token_f1("big cat", ["dog", "big", "big red cat"]) == pytest.approx(0.8)
+    # rouge_score's score_multi takes all three values from the reference with the best F1.
+    best = rouge_l("alpha beta", ["alpha beta gamma delta", "alpha"])
+    assert best == pytest.approx(RougeL(1.0, 0.5, 2 / 3))  # "alpha" has the same F1; the first of the best counts
+    assert rouge_l("alpha beta", ("gamma", "alpha")).recall == 1.0
+
+
+@pytest.mark.parametrize("metric", [exact_match, token_f1, rouge_l])
+def test_no_reference_is_refused(metric):
+    with pytest.raises(ValueError, match="at least one reference answer, but the list is empty"):
+        metric("x", [])
+
+
+def test_bootstrap_interval_matches_the_normal_one_for_many_values():
+    values = np.random.default_rng(0).normal(0.6, 0.2, size=2000)
+    half = 1.96 * values.std() / len(values) ** 0.5
+    low, high = bootstrap_interval(values)
+    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_bootstrap_interval_draws_documents_whole():
+    # Within a document all answers are alike, so 20 documents with 50 questions say as much as 20 values.
+    per_document = np.random.default_rng(0).random(20)
+    groups = [f"document {i}" for i in range(20) for _ in range(50)]
+    clustered = bootstrap_interval(np.repeat(per_document, 50), groups=groups)
+    assert clustered == pytest.approx(bootstrap_interval(per_document))
+    low, high = bootstrap_interval(np.repeat(per_document, 50))
+    assert high - low < 0.3 * (clustered[1] - clustered[0])
+
+
+def test_bootstrap_interval_weights_questions_not_documents():
+    # Drawn (0, 0), (0, 1) or (1, 1), with one and three questions: the means are 0, 3/4 and 1.
+    low, high = bootstrap_interval([0, 1, 1, 1], groups=["a", "b", "b", "b"], confidence=0.3)
+    assert (low, high) == (0.75, 0.75)
+    assert bootstrap_interval([0, 1, 1, 1], groups=["a", "b", "b", "b"], confidence=0.9) == (0.0, 1.0)
+
+
+def test_bootstrap_interval_depends_on_seed_and_confidence_only():
+    values = [0.0, 1.0, 1.0, 0.5, 0.25, 1.0]
+    assert bootstrap_interval(values) == bootstrap_interval(np.array(values), groups=list("abcdef"))
+    assert bootstrap_interval(values, num_samples=50) != bootstrap_interval(values, num_samples=50, seed=1)
+    wide, narrow = bootstrap_interval(values, confidence=0.99), bootstrap_interval(values, confidence=0.5)
+    assert wide[0] < narrow[0] < np.mean(values) < narrow[1] < wide[1]
+    assert bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"values": []}, "at least 2 values to draw from, but there are 0. Score more questions"),
+        ({"values": [1.0]}, "at least 2 values"),
+        ({"values": [1.0, 0.0], "groups": ["a", "a"]}, "at least 2 groups .* there are 1. Score more documents"),
+        ({"values": [1.0, 0.0], "groups": ["a"]}, "there are 1 for 2 values"),
+        ({"values": [1.0, float("nan")]}, "finite numbers"),
+        ({"values": [[1.0], [2.0]]}, r"shape \(2, 1\)"),
+        ({"values": [1.0, 0.0], "confidence": 95}, "between 0 and 1, e.g. 0.95, but is 95"),
+        ({"values": [1.0, 0.0], "num_samples": 0}, "at least 1, but is 0"),
+    ],
+)
+def test_bootstrap_interval_refuses_what_it_cannot_use(arguments, message):
+    values = arguments.pop("values")
+    with pytest.raises(ValueError, match=message):
+        bootstrap_interval(values, **arguments)
+
+
+def test_gap_closed_is_the_share_of_the_way_from_floor_to_ceiling():
+    assert gap_closed(0.5, 0.25, 0.75) == 0.5
+    assert gap_closed(0.25, 0.25, 0.75) == 0.0
+    assert gap_closed(0.75, 0.25, 0.75) == 1.0
+    assert gap_closed(1.0, 0.25, 0.75) == 1.5
+    assert gap_closed(0.0, 0.25, 0.75) == -0.5
+
+
+@pytest.mark.parametrize("floor, ceiling", [(0.5, 0.5), (0.6, 0.5), (float("nan"), 0.5)])
+def test_gap_closed_needs_a_gap(floor, ceiling):
+    with pytest.raises(ValueError, match="The ceiling should be above the floor, but they are .* report the scores"):
+        gap_closed(0.5, floor, ceiling)
+
+
+def test_a_paired_interval_of_one_column_is_that_of_its_mean():
+    rng = np.random.default_rng(0)
+    values, groups = rng.random(120), np.arange(120) // 4
+    low, high = paired_interval([values], lambda a: a, groups=groups.tolist(), num_samples=20000)
+    expected = bootstrap_interval(values, groups=groups.tolist(), num_samples=20000)
+    assert (low, high) == pytest.approx(expected, abs=2e-3)
+
+
+def test_what_all_methods_find_hard_does_not_widen_a_paired_difference():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)
+    low, high = paired_interval([hard + 0.1, hard], lambda a, b: a - b, groups=list(range(200)))
+    assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
+
+
+def test_a_paired_ratio_covers_the_true_one_and_is_none_where_it_is_undefined():
+    rng = np.random.default_rng(1)
+    base = rng.random(300) + 0.5
+    other = 0.8 * base + rng.normal(0, 0.05, 300)
+    low, high = paired_interval([other, base], lambda a, b: a / b, groups=list(range(300)))
+    assert low < 0.8 < high and high - low < 0.03
+    assert paired_interval([[1.0, 0.0], [0.0, 0.0]], lambda a, b: a / b, groups=[0, 1]) is None
+    assert paired_interval([[1.0, 0.0]], lambda a: a, groups=["x", "x"]) is None
+
+
+def test_a_paired_interval_wants_the_same_questions():
+    with pytest.raises(ValueError, match="same questions"):
+        paired_interval([[1.0], [1.0, 2.0]], lambda a, b: a - b, groups=[0, 1])

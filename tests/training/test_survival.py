@@ -1,0 +1,162 @@
+"""Runs of train.py that are killed, told to stop, or meet a full disk: what they leave and how they go on."""
+
+import csv
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from hypernet.training.run_state import SafetensorsCheckpointIO, find_checkpoint
+from tests.forked_commands import Commands, Finished
+
+SCRIPT = Path(__file__).parents[2] / "train.py"
+NUM_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_base_model_folder):
+    """Of a run of 24 quick steps with a checkpoint after each."""
+    stages = f"[{{steps: {NUM_STEPS}, batch_size: 2, facts_per_entity: [1, 2], num_foreign: 1, company: [1, 2]}}]"
+    return [
+        *(f"task.stages={stages}", "task.validation_stages=[{steps: 1, batch_size: 2}]", "checkpoint_every=1"),
+        *("trainer.log_every_n_steps=1", "trainer.val_check_interval=10", "trainer.enable_progress_bar=false"),
+        *("trainer.accelerator=cpu", "trainer.precision=32-true", f"trainer.max_steps={NUM_STEPS}", "threads=1"),
+        *("task.hypernetwork.rank=2", "task.hypernetwork.aggregator.num_blocks=1"),
+        *("task.hypernetwork.aggregator.latent_dim=16", f"task.base_model={tiny_base_model_folder}"),
+    ]
+
+
+class Runs(NamedTuple):
+    """Runs of train.py in one folder."""
+
+    commands: Commands
+    folder: Path
+
+    def run(self, arguments: list[str], *, kill: dict | None = None) -> Finished:
+        return self.commands.run("train.py", arguments, cwd=self.folder, kill=kill)
+
+
+@pytest.fixture(scope="module")
+def runs(commands, tmp_path_factory):
+    return Runs(commands, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs, arguments):
+    """The folder of an undisturbed run."""
+    result = runs.run([*arguments, "output_dir=whole"])
+    assert result.code == 0, result.output
+    return runs.folder / "whole"
+
+
+def losses(folder: Path) -> dict[int, set[str]]:
+    """step → the losses that any of the folder's runs logged for it, as they are written."""
+    found = {}
+    for path in folder.rglob("metrics.csv"):
+        text = path.read_text()
+        complete = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last line
+        for row in csv.DictReader(complete):
+            if row.get("train/loss"):
+                found.setdefault(int(row["step"]), set()).add(row["train/loss"])
+    return found
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "checkpoint" / "hypernetwork.safetensors").read_bytes()
+
+
+def test_an_undisturbed_run_logs_every_step(whole):
+    assert sorted(losses(whole)) == list(range(NUM_STEPS))
+    assert all(len(values) == 1 for values in losses(whole).values())
+
+
+def test_a_run_killed_ten_times_at_random_moments_is_the_undisturbed_one_bit_for_bit(runs, arguments, whole):
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    folder = runs.folder / "killed"
+    checkpoints = folder / "checkpoints"
+    command = [*arguments, "output_dir=killed", "ckpt_path=auto"]
+    # One in the middle of writing a checkpoint, one while starting, the others some steps later at any point of a step.
+    kills = [{"while_writing": True}, {"steps": 0, "seconds": rng.uniform(0, 0.3)}]
+    kills += [{"steps": rng.randint(1, 2), "seconds": rng.uniform(0, 0.05)} for _ in range(8)]
+    rng.shuffle(kills)
+    checkpoints.mkdir(parents=True)
+    (checkpoints / ".tmpKilled").touch()  # as safetensors leaves it when it is killed while it writes
+    for kill in kills:
+        result = runs.run(command, kill=kill | {"checkpoints": checkpoints})
+        assert result.code == -signal.SIGKILL, (seed, result.output)
+    result = runs.run(command)
+    assert result.code == 0, (seed, result.output)
+    expected, found = losses(whole), losses(folder)
+    # A kill between a checkpoint and its log line leaves that step out of the log, never another value in it.
+    assert {step: found[step] for step in found} == {step: expected[step] for step in found}, seed
+    assert len(found) >= NUM_STEPS - len(kills)
+    assert weights(folder) == weights(whole), seed
+    assert not list(checkpoints.glob(".*"))  # nothing half-written stays
+
+
+def test_the_command_itself_survives_a_kill(runs, arguments, whole):
+    command = [sys.executable, str(SCRIPT), *arguments, "output_dir=command"]
+    checkpoints = runs.folder / "command" / "checkpoints"
+    with subprocess.Popen(command, cwd=runs.folder, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: len(list(checkpoints.glob("step-*"))) > 1 or process.poll() is not None)
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert runs.run([*arguments, "output_dir=command", "ckpt_path=last"]).code == 0
+    found = losses(runs.folder / "command")
+    assert found == {step: losses(whole)[step] for step in found}
+    assert weights(runs.folder / "command") == weights(whole)
+
+
+def wait_for(condition, *, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(runs, arguments, whole):
+    assert runs.run([*arguments, "output_dir=damaged", "trainer.max_steps=4"]).code == 0
+    newest = find_checkpoint("last", runs.folder / "damaged" / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    result = runs.run([*arguments, "output_dir=damaged", "ckpt_path=last"])
+    assert result.code == 0
+    assert f"{newest.name} (SafetensorError" in result.output and "step-000003.safetensors" in result.output
+    assert weights(runs.folder / "damaged") == weights(whole)
+
+
+def test_a_run_killed_before_it_wrote_its_result_writes_it_when_resumed(runs, arguments, whole):
+    checkpoint = find_checkpoint("last", whole / "checkpoints")
+    (runs.folder / "late" / "checkpoints").mkdir(parents=True)
+    (runs.folder / "late" / "checkpoints" / checkpoint.name).write_bytes(checkpoint.read_bytes())
+    assert runs.run([*arguments, "output_dir=late", "ckpt_path=last"]).code == 0
+    assert weights(runs.folder / "late") == weights(whole)
+
+
+# Told to stop
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_ends_the_run_with_a_checkpoint_of_the_step_it_finished(runs, arguments, whole, name):
+    folder = runs.folder / name
+    number = signal.Signals[name]
+    # Few regular checkpoints: the one that is found was written because of the signal.
+    arguments = [*arguments, f"output_dir={name}", "checkpoint_every=1000"]
+    kill = {"rows": 5, "signal": int(number), "log": str(folder)}
+    result = runs.run(arguments, kill=kill)
+    assert result.code == 128 + number, result.output
+    assert f"{name}: stopping with a checkpoint" in result.output and "Traceback" not in result.output
+    path = find_checkpoint("last", folder / "checkpoints")
+    steps = SafetensorsCheckpointIO().load_checkpoint(path)["global_step"]
+    assert f"Stopped after step {steps}; go on with ckpt_path=last." in result.output
+    assert sorted(losses(folder)) == list(range(steps))
+    assert not (folder / "checkpoint").exists()
+    assert runs.run([*arguments, "ckpt_path=last"]).code == 0
+    assert losses(folder) == losses(whole)
+    assert weights(folder) == weights(whole)

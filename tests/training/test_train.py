@@ -1,0 +1,232 @@
+"""train.py as it is called: a run, a resumed one, both trainings in a row, and mistakes told in one line."""
+
+import csv
+import logging
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import hypernet.training.build
+from hypernet.base.base_model import fingerprint, load_base_model
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.training.build import encyclopedia_texts
+from hypernet.training.run_state import SafetensorsCheckpointIO, find_checkpoint
+
+SCRIPT = Path(__file__).parents[2] / "train.py"
+STAGE = "[{steps: 3, batch_size: 2, facts_per_entity: [1, 2]}]"
+SMALL = [
+    *(f"task.stages={STAGE}", f"task.validation_stages={STAGE}", "checkpoint_every=1", "trainer.log_every_n_steps=1"),
+    *("trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.val_check_interval=2"),
+]
+HYPERNETWORK = [f"task.hypernetwork.{key}" for key in ("rank=2", "aggregator.num_blocks=1", "aggregator.latent_dim=16")]
+BASE_MODEL = [
+    *("experiment=tiny_base_model", "task.vocab_size=500", "task.base_model.hidden_size=24"),
+    *("task.base_model.intermediate_size=24", "task.base_model.num_hidden_layers=1"),
+]
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, capsys):
+    """train(*arguments): runs train.py in this process, in an empty folder; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level, lightning_level = root.handlers[:], root.level, logging.getLogger("lightning.pytorch").level
+    environment = dict(os.environ)
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    yield run
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]  # PL_GLOBAL_SEED, HYDRA_FULL_ERROR
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("lightning.pytorch").setLevel(lightning_level)
+
+
+@pytest.fixture
+def small(tiny_base_model_folder):
+    """Arguments of a training of the hypernetwork that takes a second."""
+    return [*SMALL, *HYPERNETWORK, f"task.base_model={tiny_base_model_folder}", "name=small"]
+
+
+def steps_logged(folder: Path) -> list[int]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+# Runs
+
+
+def test_the_command_trains_and_leaves_a_checkpoint_logs_and_its_configuration(commands, small, tmp_path):
+    result = commands.run("train.py", [*small, "trainer.max_steps=2"], cwd=tmp_path)
+    assert result.code == 0, result.stderr
+    output = tmp_path / "outputs" / "small"
+    assert sorted(path.name for path in output.iterdir()) == [
+        ".hydra",
+        "checkpoint",
+        "checkpoints",
+        "logs",
+        "train.log",
+    ]
+    assert "max_steps: 2" in (output / ".hydra/config.yaml").read_text()
+    assert steps_logged(output / "logs") == [0, 1]
+    assert f"Checkpoint written to {Path('outputs/small/checkpoint')}" in (output / "train.log").read_text()
+    model = DocToLoRA.from_pretrained(output / "checkpoint")
+    assert model.generate(["Who?"], model.internalize("Norbach is a town."), max_new_tokens=2)
+
+
+def test_a_run_goes_on_where_the_last_one_stopped(train, small, tmp_path):
+    train(*small, "trainer.max_steps=2")
+    checkpoints = tmp_path / "outputs/small/checkpoints"
+    saved = SafetensorsCheckpointIO().load_checkpoint(find_checkpoint("last", checkpoints))
+    assert saved["global_step"] == 2
+    train(*small, "trainer.max_steps=3", "ckpt_path=last", "logger.name=again")
+    assert steps_logged(tmp_path / "outputs/small/again") == [2]
+    newest = max(checkpoints.iterdir(), key=lambda path: path.stat().st_mtime)
+    assert SafetensorsCheckpointIO().load_checkpoint(newest)["global_step"] == 3
+
+
+def test_the_same_seed_gives_the_same_model_and_another_one_another(train, small, tmp_path):
+    prints = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(*small, "trainer.max_steps=2", f"name={name}", f"seed={seed}")
+        model = DocToLoRA.from_pretrained(tmp_path / "outputs" / name / "checkpoint")
+        prints.append(fingerprint(model.hypernetwork))
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_base_model_is_trained_and_a_hypernetwork_for_it(train, tmp_path, monkeypatch):
+    few = lambda seed: encyclopedia_texts(seed=seed, num_articles=60)  # noqa: E731
+    monkeypatch.setattr(hypernet.training.build, "encyclopedia_texts", few)
+    printed = train(*SMALL, *BASE_MODEL, "trainer.max_steps=2")
+    folder = Path("outputs/tiny_base_model/base_model")
+    assert f"Base model written to {folder}" in printed
+    assert load_base_model(folder)[0].config.hidden_size == 24
+    one_layer = "task.context_encoder.beside=-1"  # the base model has no other
+    train(*SMALL, *HYPERNETWORK, f"task.base_model={folder}", one_layer, "trainer.max_steps=1")
+    model = DocToLoRA.from_pretrained("outputs/encyclopedia_tiny/checkpoint")
+    assert model.internalize("Norbach is a town.").num_chunks == 1
+
+
+def test_training_works_in_bf16(train, small):
+    train(*small, "trainer.max_steps=1", "trainer.precision=bf16-mixed")
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_two_processes_train_as_one_does(train, commands, small, tmp_path):
+    """As a user starts them, with gloo; and with accumulated parts on top. Keys would compare fewer documents."""
+    stages = "task.stages=[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], company: [1, 3], num_foreign: 1}]"
+    arguments = [*small, "experiment=tiny", stages, "trainer.max_steps=3", "trainer.val_check_interval=6", "threads=1"]
+    train(*arguments, "name=one")
+    same = "+callbacks.same={_target_: tests.two_processes.SameWeights}"
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accumulate_grad_batches=2", same, "name=two"]
+    result = commands.run("train.py", [*arguments, *two], cwd=tmp_path)
+    assert result.code == 0, result.stderr
+    assert (tmp_path / "same_weights.txt").read_text() == "3 steps, 2 processes"
+    one, both = (tmp_path / "outputs" / name for name in ("one", "two"))
+    for name in ("train/loss", "train/kl", "train/locality_kl"):
+        assert logged(both / "logs", name) == pytest.approx(logged(one / "logs", name), rel=1e-5, abs=1e-6)
+    networks = [DocToLoRA.from_pretrained(folder / "checkpoint").hypernetwork for folder in (one, both)]
+    for a, b in zip(*(network.parameters() for network in networks), strict=True):
+        # Adam's first steps have the size of lr, whatever the gradient's; rounding can turn the smallest around.
+        assert (a - b).abs().mean() < 1e-5
+    states = SafetensorsCheckpointIO().load_checkpoint(find_checkpoint("last", both / "checkpoints"))["random_states"]
+    assert len(states) == 2
+
+
+def test_a_sweep_gives_each_run_a_folder_of_its_own(train, small, tmp_path):
+    train("--multirun", *small, "seed=1,2", "trainer.max_steps=1")
+    sweep = tmp_path / "outputs/small/sweep"
+    networks = [DocToLoRA.from_pretrained(sweep / str(i) / "checkpoint").hypernetwork for i in range(2)]
+    assert fingerprint(networks[0]) != fingerprint(networks[1])
+    for i, seed in enumerate((1, 2)):
+        assert steps_logged(sweep / str(i) / "logs") == [0]
+        checkpoint = SafetensorsCheckpointIO().load_checkpoint(find_checkpoint("last", sweep / str(i) / "checkpoints"))
+        assert checkpoint["config"]["seed"] == seed
+        assert checkpoint["config"]["output_dir"].endswith(f"sweep/{i}")
+
+
+def test_a_failed_run_of_a_sweep_is_told_in_one_line(train, small, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        train("--multirun", *small, "trainer.max_steps=9,1")
+    assert exit.value.code.startswith("train.py: max_steps is 9") and "\n" not in exit.value.code
+
+
+def test_a_sweep_runs_in_processes_side_by_side(commands, small, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra sweep")
+    sweep = ["--multirun", *small, "hydra/launcher=joblib", "seed=1,2", "trainer.max_steps=1"]
+    result = commands.run("train.py", sweep, cwd=tmp_path)
+    assert result.code == 0, result.stderr
+    for i in range(2):
+        assert steps_logged(tmp_path / "outputs/small/sweep" / str(i) / "logs") == [0]
+
+
+def test_the_launchers_are_those_of_hydra_s_plugins():
+    for name, plugin in (("joblib", "JoblibLauncher"), ("slurm", "SlurmLauncher")):
+        with initialize_config_dir(str(SCRIPT.parent / "conf"), version_base="1.3"):
+            cfg = compose("train", overrides=[f"hydra/launcher={name}"], return_hydra_config=True)
+        assert cfg.hydra.launcher._target_.endswith(plugin)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hints"),
+    [
+        (["trainer.max_step=1"], ["trainer.max_step", "max_step"]),
+        (["task.hypernetwork.rnk=1"], ["task.hypernetwork.rnk"]),
+        (["experiment=tinny"], ["experiment/tinny", "tiny_base_model"]),
+        (["logger=tensorboard"], ["logger/tensorboard", "csv", "wandb"]),
+        (["+task.hypernetwork.rnk=1"], ["unexpected keyword argument 'rnk'"]),
+        (["+task.hypernetwork.aggregator.blocks=1"], ["has no blocks; it has latent_dim"]),
+        (["task.stages=[{step: 1}]"], ["unexpected keyword argument 'step'"]),
+        (["task.target_modules=[downproj]"], ["No nn.Linear named 'downproj'", "down_proj"]),
+        (["task.base_model=/nowhere"], ["No base model in /nowhere"]),
+        (["task.init_from=/nowhere"], ["No checkpoint at /nowhere"]),
+        (["experiment=niah_tiny_silent"], ["task.init_from=outputs/niah_tiny/checkpoint", "=niah_tiny leaves"]),
+        (["task.base_model=outputs/tiny_base_model/base_model"], ["experiment=tiny_base_model leaves. Run that first"]),
+        (["task.base_model=outputs/mine/base_model"], ["No base model in outputs/mine/base_model"]),
+        (["callbacks.compile.backend=indctor"], ["torch.compile has no backend 'indctor'"]),
+        (["ckpt_path=last"], ["holds no checkpoint yet", "Leave ckpt_path out"]),
+        (["ckpt_path=nowhere.safetensors"], ["No checkpoint nowhere.safetensors"]),
+        (["trainer.max_steps=9"], ["max_steps is 9, but there are 3 batches"]),
+        (["trainer.max_steps=1", "task.stages=???"], ["task.stages"]),
+        (["on_nan=ignore"], ["on_nan must be stop or skip", "'ignore'"]),
+        (["trainer.accumulate_grad_batches=3", "trainer.max_steps=1"], ["2 documents cannot be split into 3 parts"]),
+        (["callbacks.throughput.peak_tflops=guess"], ["peak_tflops must be a number"]),
+        (["experiment=null"], ["Config group override must be a string"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_a_mistake_ends_the_run_with_one_line_that_names_it(train, small, tmp_path, arguments, hints):
+    with pytest.raises(SystemExit) as exit:
+        train(*small, *arguments)
+    message = str(exit.value.code)
+    assert message.startswith("train.py: ") and "\n" not in message
+    assert all(hint in message for hint in hints), message
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_help_says_what_there_is(train, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train("--help")
+    assert not exit.value.code
+    printed = capsys.readouterr().out
+    assert "python train.py ckpt_path=last" in printed
+    assert re.search(r"^experiment: .*\bencyclopedia_tiny\b", printed, re.M)

@@ -38,7 +38,7 @@ figures: $(STAMP) ## print the figures of the shipped model
 	$(VENV_PYTHON) -m benchmarks.tiny_figures
 
 # Each training begins once, and goes on where it was interrupted.
-NEEDLES := outputs/niah_tiny_silent/checkpoint
+NEEDLES := outputs/niah_tiny_distractors/checkpoint
 needles: $(NEEDLES) ## train for needles in a haystack and measure them: outputs/benchmark_niah (65 minutes)
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m benchmarks.run sweep=niah hydra/launcher=joblib hydra.launcher.n_jobs=2
 	$(VENV_PYTHON) -m benchmarks.report input_dir=outputs/benchmark_niah output=outputs/benchmark_niah/niah.jsonl \

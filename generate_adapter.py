@@ -53,10 +53,10 @@ def generate(cfg: DictConfig) -> None:
 
     log.info("Internalizing %s", ", ".join(document.name for document in documents))
     adapter = internalize(model, documents, settings, watch)
-    if settings["amplitude"] != 1:
-        from hypernet.adapters.composition import amplify
+    if settings["scale"] != 1:
+        from hypernet.adapters.composition import scale
 
-        adapter = amplify(adapter, settings["amplitude"])
+        adapter = scale(adapter, settings["scale"])
     watch.lap("internalize")
 
     columns = {}
@@ -102,10 +102,10 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     for key in ("overwrite", "compare"):
         if not isinstance(settings[key], bool):
             raise ValueError(f"{key} should be true or false, got {settings[key]!r}.")
-    amplitude = settings["amplitude"] if isinstance(settings["amplitude"], list) else [settings["amplitude"]]
-    if not amplitude or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in amplitude):
+    scale = settings["scale"] if isinstance(settings["scale"], list) else [settings["scale"]]
+    if not scale or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in scale):
         raise ValueError(
-            f"amplitude should be a number, or one for each layer: [1,1,1.5], got {settings['amplitude']!r}."
+            f"scale should be a number, or one for each layer: [1,1,1.5], got {settings['scale']!r}."
         )
     for key in ("max_batch_tokens", "max_new_tokens", "route"):
         if key == "route" and settings[key] is None:
@@ -150,9 +150,9 @@ def load(settings: dict[str, Any]) -> "DocToLoRA":
     check_destination(settings["output_dir"], overwrite=settings["overwrite"])
     device = choose_device(settings["device"])
     log.info("Loading %s on %s", settings["checkpoint"], device)
-    from hypernet.base.base_model import hush_torchao
+    from hypernet.base.base_model import silence_torchao_warnings
 
-    hush_torchao()
+    silence_torchao_warnings()
     from hypernet.doc_to_lora import DocToLoRA
 
     return DocToLoRA.from_pretrained(

@@ -288,9 +288,9 @@ def _range(interval: Sequence[float] | None, digits: int = 2) -> str:
 
 def cost_model(checkpoint: str) -> "CostModel | None":
     """FLOPs of the checkpoint's model; None, with a warning, where it is not here any more."""
-    from hypernet.base.base_model import hush_torchao
+    from hypernet.base.base_model import silence_torchao_warnings
 
-    hush_torchao()
+    silence_torchao_warnings()
     from benchmarks.cost import CostModel
     from hypernet.doc_to_lora import DocToLoRA
 

@@ -39,9 +39,11 @@ def main(cfg: DictConfig) -> None:
         outcome = "is there, skipped"
     else:
         try:
-            from hypernet.base.base_model import hush_torchao  # seconds, and a cell that is there needs none of it
+            from hypernet.base.base_model import (
+                silence_torchao_warnings,  # seconds, and a cell that is there needs none of it
+            )
 
-            hush_torchao()  # before measure imports it
+            silence_torchao_warnings()  # before measure imports it
             from benchmarks.measure import measure
 
             rows = measure(cfg, config)

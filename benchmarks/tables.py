@@ -35,7 +35,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "niah": report.niah,
     "niah_seeds": report.niah_seeds,
     "composition": report.composition,
-    "crowd": report.composition,
+    "many_documents": report.composition,
     "interference": report.interference,
     "capacity": report.capacity,
     "conflict": report.conflict,
@@ -44,7 +44,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
 PLOTS: dict[str, Callable[[list[dict]], plots.Figure | None]] = {
     "niah": plots.needles,
     "composition": plots.composition,
-    "crowd": plots.composition,
+    "many_documents": plots.composition,
     "interference": plots.interference,
     "capacity": plots.capacity,
     "conflict": plots.conflict,
@@ -75,7 +75,7 @@ def made_plots(root: Path = ROOT) -> dict[str, str]:
     """File → SVG of every plot whose rows are committed."""
     made = {}
     for name, figure_of in PLOTS.items():
-        stems = (name,) if name == "crowd" else (name, "bench")
+        stems = (name,) if name == "many_documents" else (name, "bench")
         path = next((p for stem in stems if (p := root / RESULTS / f"{stem}.jsonl").is_file()), None)
         figure = figure_of(_rows(path)) if path else None
         if figure:

@@ -119,9 +119,9 @@ def main(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
     from transformers.utils.logging import disable_progress_bar
 
-    from hypernet.base.base_model import fingerprint, hush_torchao, load_base_model
+    from hypernet.base.base_model import fingerprint, load_base_model, silence_torchao_warnings
 
-    hush_torchao()  # before what follows imports it
+    silence_torchao_warnings()  # before what follows imports it
     disable_progress_bar()
     from benchmarks.rows import describe_run, write_rows
     from hypernet.training.build import make_curriculum

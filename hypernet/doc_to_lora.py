@@ -378,7 +378,7 @@ class DocToLoRA(nn.Module):
         """
         return packed_logits(self.base_model, rows, rows.target_kind >= 0)
 
-    def set_chunks(
+    def activate(
         self,
         A: dict[str, Tensor],
         B: dict[str, Tensor],

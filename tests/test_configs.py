@@ -294,7 +294,7 @@ ABLATIONS = {
     "targets": {"task.target_modules"},
     "early_exit": {"task.context_encoder.kind", "task.context_encoder.layer_idx"},
     "without_locality": {"task.objective.locality_weight"},
-    "without_company": {"company", "task.stages"},
+    "without_joining": {"num_joined_documents", "task.stages"},
 }
 
 
@@ -314,9 +314,10 @@ def test_an_ablation_changes_one_thing(name):
 
 
 def test_the_ablation_without_company_joins_no_documents_and_the_complete_one_does():
-    for name, company in (("tiny_ablation", [1, 2]), ("tiny_ablation_without_company", [1, 1])):
+    for name, num_joined in (("tiny_ablation", [1, 2]), ("tiny_ablation_without_joining", [1, 1])):
         *earlier, last = resolved(composed("train", f"experiment={name}"))["task"]["stages"]
-        assert last["company"] == company and not any("company" in stage for stage in earlier)
+        assert last["num_joined_documents"] == num_joined
+        assert not any("num_joined_documents" in stage for stage in earlier)
 
 
 def test_runs_of_a_sweep_over_ablations_have_folders_with_their_names():
@@ -335,4 +336,4 @@ def test_the_sweep_over_ablations_runs_as_its_header_says(commands, tmp_path, ti
     result = commands.run("train.py", [*arguments, *small], cwd=tmp_path)
     assert result.code == 0, result.stderr
     folders = sorted(path.parent.name for path in (tmp_path / "outputs/tiny_ablations").glob("*/checkpoint"))
-    assert folders == ["tiny_ablation_without_company_seed_3", "tiny_ablation_without_locality_seed_3"]
+    assert folders == ["tiny_ablation_without_joining_seed_3", "tiny_ablation_without_locality_seed_3"]

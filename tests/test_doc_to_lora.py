@@ -276,7 +276,7 @@ def test_no_questions_have_no_answers(model):
     assert model.generate([]) == model.generate([], model.internalize(SHORT)) == model.generate([], []) == []
 
 
-# Training's path: adapt, set_chunks, forward
+# Training's path: adapt, activate, forward
 
 
 def rows_of(model, questions):
@@ -295,7 +295,7 @@ def test_adapters_set_for_training_act_as_internalized_ones(model, shift):
     pad = lambda rows: torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])  # noqa: E731
     A, B = model.adapt(pad([chunk.ids for chunk in chunks]), pad([chunk.mask for chunk in chunks]))
     rows = rows_of(model, QUESTIONS[:3])
-    model.set_chunks(A, B, [len(chunk.ids) for chunk in chunks], shift=shift)
+    model.activate(A, B, [len(chunk.ids) for chunk in chunks], shift=shift)
     logits = model(rows)
     model.injector.clear()
     assert logits.requires_grad
@@ -318,7 +318,7 @@ def test_documents_joined_for_training_act_as_added_adapters(make_doc_to_lora, s
     pad = lambda rows: torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])  # noqa: E731
     A, B = model.adapt(pad([chunk.ids for chunk in chunks]), pad([chunk.mask for chunk in chunks]))
     rows = rows_of(model, QUESTIONS[:3])
-    model.set_chunks(A, B, [len(chunk.ids) for chunk in chunks], members=members, shift=shift)
+    model.activate(A, B, [len(chunk.ids) for chunk in chunks], members=members, shift=shift)
     logits = model(rows)
     model.injector.clear()
     for row, question in enumerate(QUESTIONS[:3]):
@@ -342,7 +342,7 @@ def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_l
     def trained(ridge):
         model.hypernetwork.join_ridge = ridge
         A, B = model.adapt(ids, mask)
-        model.set_chunks(A, B, num_chunks, members=members)
+        model.activate(A, B, num_chunks, members=members)
         logits = model(rows)
         gradients = torch.autograd.grad(logits.sin().sum(), [*A.values(), *B.values()])
         model.injector.clear()
@@ -376,7 +376,7 @@ def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_l
         of = torch.tensor([i for i in members[row] for _ in range(num_chunks[i])])
         mine = {n: decorrelated(a[chosen].transpose(0, 1), of, ridge=1.0) for n, a in told_apart.items()}
         mine = {n: a.transpose(0, 1) for n, a in mine.items()}
-        model.set_chunks(mine, {n: b[chosen] for n, b in B.items()}, [len(chosen)])
+        model.activate(mine, {n: b[chosen] for n, b in B.items()}, [len(chosen)])
         alone.append(model(rows_of(model, [QUESTIONS[row]])))
         model.injector.clear()
     expected = torch.autograd.grad(torch.cat(alone).sin().sum(), [*A.values(), *B.values()])

@@ -276,14 +276,14 @@ def test_compare_false_answers_with_the_adapter_only(run):
 
 def test_the_amplitude_scales_what_the_adapter_does_layer_by_layer(run):
     run("document=doc.txt", "output_dir=plain")
-    run("document=doc.txt", "output_dir=louder", "amplitude=[1,2.5]")
+    run("document=doc.txt", "output_dir=louder", "scale=[1,2.5]")
     plain, louder = LoRAAdapter.load("plain"), LoRAAdapter.load("louder")
     for mine, theirs, axis in ((louder.B, plain.B, 1), (louder.bias_B, plain.bias_B, 0)):
         for factor, layer in ((1, 0), (2.5, 1)):
             for name in mine:
                 assert torch.equal(mine[name].select(axis, layer), theirs[name].select(axis, layer) * factor)
     assert all(torch.equal(louder.A[name], plain.A[name]) for name in plain.A)
-    assert "one for each of 2 layers, got 3" in error_line(run("document=doc.txt", "amplitude=[1,2,3]"))
+    assert "one for each of 2 layers, got 3" in error_line(run("document=doc.txt", "scale=[1,2,3]"))
 
 
 def test_routed_answers_are_by_the_chunk_that_a_question_is_about(run, checkpoint):
@@ -426,8 +426,8 @@ def test_a_document_that_cannot_be_read(run, work, name, content, says):
         (["document=doc.txt", 'ask=["Who?",""]'], "ask should be a text or a list of texts"),
         (["document=doc.txt", "ask=${nothing}"], "nothing"),
         (["document=doc.txt", "overwrite=maybe"], "overwrite should be true or false, got 'maybe'"),
-        (["document=doc.txt", "amplitude=strong"], "amplitude should be a number, or one for each .* got 'strong'"),
-        (["document=doc.txt", "amplitude=[]"], r"amplitude should be a number, or one for each layer.* got \[\]"),
+        (["document=doc.txt", "scale=strong"], "scale should be a number, or one for each .* got 'strong'"),
+        (["document=doc.txt", "scale=[]"], r"scale should be a number, or one for each layer.* got \[\]"),
         (["document=doc.txt", "quantization=int3"], "quantization should be one of int8, 4bit or null, got 'int3'"),
         (["document=doc.txt", "max_batch_tokens=0"], "max_batch_tokens should be a whole number, at least 1, got 0"),
         (["document=doc.txt", "max_new_tokens=few"], "max_new_tokens should be a whole number"),

@@ -260,7 +260,7 @@ def test_clean_keeps_the_outputs(checkout: Checkout):
 
 def test_needles_trains_what_is_not_there_in_order_then_measures(checkout: Checkout):
     checkout.add_python("python3")
-    trainings = ["tiny_base_model_needles", "niah_tiny", "niah_tiny_silent"]
+    trainings = ["tiny_base_model_needles", "niah_tiny", "niah_tiny_distractors"]
     for there in range(len(trainings) + 1):
         result = checkout.run("make", "needles", "TRAIN_ARGS=seed=1")
         assert result.returncode == 0, result.stderr

@@ -72,7 +72,7 @@ def compare_gradients_of(task, rank, base_model_folder, port):
     from hypernet.training.sharding import shard, whole
 
     torch.set_num_threads(1)
-    stage = {"steps": 1, "batch_size": 4, "company": [1, 2], "num_foreign": 1, "restatement": 0.5}
+    stage = {"steps": 1, "batch_size": 4, "num_joined_documents": [1, 2], "num_cross_document": 1, "reordering": 0.5}
     curriculum = Curriculum(Encyclopedia("train"), [stage])
 
     def make():

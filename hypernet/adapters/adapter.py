@@ -403,7 +403,7 @@ class LoRAAdapter:
                 if not torch.equal(a, b):
                     differing = [f"different bias blocks for {name}"]
                     if self.provenance.get("operations") or other.provenance.get("operations"):
-                        differing.append("been amplified differently (amplify the sum instead)")
+                        differing.append("been amplified differently (scale the sum instead)")
         if differing:
             raise ValueError(
                 f"Only adapters of one generator can be added; these have {', '.join(differing)}. "

@@ -1,4 +1,4 @@
-"""Adapters made of adapters: concatenate, decorrelate, weight, average, drop, take, amplify, compress, pad. No model
+"""Adapters made of adapters: concatenate, decorrelate, weight, average, drop, take, scale, compress, pad. No model
 needed.
 
     both = concatenate([fenda, town])                 # the sum of their deltas; the generator's bias block counts once
@@ -8,7 +8,7 @@ needed.
     small, report = compress(both, 8)                 # the nearest adapter of rank 8, and how far it is
 
 What was done stays in the provenance: a document's `weight` in its own entry, so that it goes where the document goes;
-what was done to the adapter as a whole (amplify, decorrelate, compress, pad) in the list `operations`.
+what was done to the adapter as a whole (scale, decorrelate, compress, pad) in the list `operations`.
 """
 
 import math
@@ -120,7 +120,7 @@ def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = 
     """Scales the chunks of one document, or of all of them; the new factor is kept as the documents' `weight`.
 
     The bias block belongs to the generator and stays, so weighted adapters can still be concatenated. Scale everything
-    with `amplify`.
+    with `scale`.
 
     Args:
         adapter: what to weight.
@@ -210,37 +210,37 @@ def take(adapter: LoRAAdapter, chunks: Sequence[int], weights: Sequence[float] |
     )
 
 
-def amplify(adapter: LoRAAdapter, amplitude: float | Sequence[float]) -> LoRAAdapter:
+def scale(adapter: LoRAAdapter, factor: float | Sequence[float]) -> LoRAAdapter:
     """Multiplies the whole delta, bias block included: all layers' by one number, or each layer's by its own.
 
-    Linear in the amplitude: it goes to B alone. (On A and B alike it would be squared.)
+    Linear in the factor: it goes to B alone. (On A and B alike it would be squared.)
 
     Args:
-        adapter: what to amplify; compressed ones too.
-        amplitude: one number, or L numbers, one per layer of the base model.
+        adapter: what to scale; compressed ones too.
+        factor: one number, or L numbers, one per layer of the base model.
 
     Raises:
         ValueError: a number is not finite, or there are not L of them.
     """
     num_layers = {len(target.paths) for target in adapter.targets}
-    per_layer = not isinstance(amplitude, (int, float))
-    amplitudes = [_finite(value, "amplitude") for value in (amplitude if per_layer else [amplitude])]
-    if per_layer and {len(amplitudes)} != num_layers:
+    per_layer = not isinstance(factor, (int, float))
+    factors = [_finite(value, "factor") for value in (factor if per_layer else [factor])]
+    if per_layer and {len(factors)} != num_layers:
         raise ValueError(
-            f"Expected one amplitude, or one for each of {' or '.join(map(str, sorted(num_layers)))} layers, got "
-            f"{len(amplitudes)}. Give one number to amplify all layers alike."
+            f"Expected one factor, or one for each of {' or '.join(map(str, sorted(num_layers)))} layers, got "
+            f"{len(factors)}. Give one number to scale all layers alike."
         )
 
     def scaled(B: Tensor) -> Tensor:  # [..., L, R, d_out]
         # The factor has float32 or more, so a low precision B is rounded once.
-        factors = torch.tensor(amplitudes, dtype=torch.promote_types(B.dtype, torch.float32), device=B.device)
-        return (B * factors[:, None, None]).to(B.dtype)
+        per_row = torch.tensor(factors, dtype=torch.promote_types(B.dtype, torch.float32), device=B.device)
+        return (B * per_row[:, None, None]).to(B.dtype)
 
     return replace(
         adapter,
         B={name: scaled(B) for name, B in adapter.B.items()},
         bias_B={name: scaled(B) for name, B in adapter.bias_B.items()},
-        provenance=_derived(adapter, operation={"operation": "amplify", "amplitude": amplitudes}),
+        provenance=_derived(adapter, operation={"operation": "scale", "factor": factors}),
     )
 
 

@@ -107,7 +107,7 @@ def _quantization_config(name: str | None) -> object | None:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def hush_torchao() -> None:
+def silence_torchao_warnings() -> None:
     """For commands: where torchao is installed, transformers imports it, and it warns of each GPU library it lacks."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

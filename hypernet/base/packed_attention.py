@@ -63,7 +63,7 @@ class RowBlocks(NamedTuple):
 
         groups, offset = [], num_rows * num_trunk
         seeing = sees.flatten()[starts]
-        # A restatement is several times as long as a question; together they would all be padded to its length.
+        # A reordering is several times as long as a question; together they would all be padded to its length.
         long = lengths > 2 * lengths.median() if len(lengths) else lengths > 0
         for sees_trunk in (True, False):
             for is_long in (False, True):

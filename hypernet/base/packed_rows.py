@@ -34,7 +34,7 @@ class Segment(NamedTuple):
     weight: float = 1.0
 
 
-KINDS = ("document", "unanswerable", "background", "foreign", "restatement", "in_prompt")
+KINDS = ("document", "unanswerable", "background", "cross_document", "reordering", "in_prompt")
 
 
 class Row(NamedTuple):

@@ -2,7 +2,7 @@
 
 curriculum = Curriculum(Encyclopedia("train"), [Stage(steps=400, batch_size=32), Stage(steps=800, num_entities=(1, 3))])
 curriculum.records(step=17)                         # the same records on every machine
-BaseModelBatches(curriculum, tokenizer)[17]         # packed rows: article, questions, restatement
+BaseModelBatches(curriculum, tokenizer)[17]         # packed rows: article, questions, reordering
 DistillationBatches(curriculum, tokenizer, ...)[17] # chunks for the hypernetwork, questions with and without the
 article
 
@@ -39,6 +39,16 @@ from hypernet.text.chunking import Chunks, chunk_document, split_sentences
 ENCYCLOPEDIA = "encyclopedia"  # the source that is always there
 
 
+# Keys of stages in configurations of version 0.1 and what they are called now.
+RENAMED = {
+    "company": "num_joined_documents",
+    "company_source": "distractor_source",
+    "company_documents": "num_distractor_documents",
+    "num_foreign": "num_cross_document",
+    "restatement": "reordering",
+}
+
+
 class Stage(NamedTuple):
     """A run of steps with articles of similar size; a pair is an inclusive range, drawn from per step or article.
 
@@ -53,17 +63,19 @@ class Stage(NamedTuple):
     num_distractors: tuple[int, int] = (0, 2)
     max_questions: int = 8  # per article
     num_background: int = 1  # background questions per article
-    num_foreign: int = 0  # the article's questions asked about an entity it does not name (hypernetwork only)
-    company: tuple[int, int] = (1, 1)  # documents whose adapters are joined, its own among them (hypernetwork only)
-    # The company comes from this source and is not asked about. Its size is log-uniform, 1 as likely as 20 to 40: drawn
+    num_cross_document: int = 0  # the article's questions asked about an entity it does not name (hypernetwork only)
+    # Documents whose adapters are joined, the row's own among them (hypernetwork only).
+    num_joined_documents: tuple[int, int] = (1, 1)
+    # The joined documents come from this source and are not asked about. Their number is log-uniform, 1 as likely as
+    # 20 to 40: drawn
     # evenly up to 40, one row of 40 was alone, and 1.5 % of such needles were lost again. None: the step's own, evenly.
-    company_source: str | None = None
-    company_documents: int = 8  # so many of its documents are read in a step; rows join them again and again
+    distractor_source: str | None = None
+    num_distractor_documents: int = 8  # so many of its documents are read in a step; rows join them again and again
     num_in_prompt: int = 0  # documents that stand in the prompt too, beside another's adapter (hypernetwork only)
     unanswerable: float = 0.0  # chance that an article also gets a question it does not answer
     shared_relations: float = 0.0  # chance that an article's entities are of one kind and told the same relations
     shared_topic: float = 0.0  # chance that all articles of a step are about one kind and told the same relations
-    restatement: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
+    reordering: float = 0.0  # chance that the article's sentences follow again in another order (base model only)
     source: str | Mapping[str, float] = ENCYCLOPEDIA  # where records come from, or name → weight of a mixture
     bucket_documents: int = 0  # so many documents are sorted by length together, so that a step's are alike; 0: none
     max_step_tokens: int | None = None  # instead of batch_size: documents of a step times its longest one's tokens
@@ -143,30 +155,30 @@ class Curriculum:
             result.append((name, self._trimmed(rng, record, stage.max_questions)))
         return result
 
-    def foreign(self, rng: random.Random, name: str, record: Record) -> Question:
+    def cross_document(self, rng: random.Random, name: str, record: Record) -> Question:
         """A question that the record's document does not answer although it sounds like one of its own.
 
         Args:
             name: of the source that the record is from.
         """
         if name != ENCYCLOPEDIA:
-            return self.sources[name].foreign(rng, record)
+            return self.sources[name].cross_document(rng, record)
         # The article's own relations asked about somebody else: only the name tells that the article does not answer.
         # Questions of other articles hardly ever share a relation, and the adapter learned to ignore names.
         return self.encyclopedia.asked_of_another(rng, rng.choice(record.questions), document=record.document)
 
     def _mixture(self, number: int, stage: Stage) -> Mixture:
         weights = {stage.source: 1.0} if isinstance(stage.source, str) else dict(stage.source)
-        if stage.company_source not in (None, *self.sources):
+        if stage.distractor_source not in (None, *self.sources):
             raise ValueError(
-                f"Stage {number} has company from {stage.company_source}, but the sources are "
+                f"Stage {number} has distractor_source={stage.distractor_source}, but the sources are "
                 f"{', '.join(self.sources) or 'none'}. Enter it under sources."
             )
-        least, most = stage.company
+        least, most = stage.num_joined_documents
         if not 1 <= least <= most:
             raise ValueError(
-                f"Stage {number} has company={[least, most]}; give the least and the most documents in one adapter, "
-                "at least 1."
+                f"Stage {number} has num_joined_documents={[least, most]}; give the least and the most documents in "
+                "one adapter, at least 1."
             )
         if missing := set(weights) - {ENCYCLOPEDIA, *self.sources}:
             raise ValueError(
@@ -216,6 +228,8 @@ def _in_turn(given: Stage | dict) -> list[Stage]:
     """The stages that an entry stands for."""
     if isinstance(given, Stage):
         return [given]
+    if renamed := sorted(given.keys() & RENAMED.keys()):
+        raise ValueError(f"A stage has no {renamed[0]} any more; it is called {RENAMED[renamed[0]]} now.")
     if "alternate" not in given:
         return [Stage(**given)]
     steps, others = given.get("steps", 0), sorted(given.keys() - {"steps", "alternate"})
@@ -274,7 +288,7 @@ class _Batches(Dataset):
 
 
 class BaseModelBatches(_Batches):
-    """Rows for the base model: the article, its questions, background questions with and without it, a restatement.
+    """Rows for the base model: the article, its questions, background questions with and without it, a reordering.
 
     A question of the article asked without the article is answered `UNKNOWN`.
     """
@@ -297,8 +311,8 @@ class BaseModelBatches(_Batches):
             asked.append([(question, True) for question in record.questions] + background + [(without, False)])
         orders = [rng.sample(record.sentences, len(record.sentences)) for record in records]
         restated = self._encode(["\n\n" + " ".join(order) for order in orders])
-        kind = KINDS.index("restatement")
-        extra = [[Segment(ids, 0, True, kind, 0.5)] if rng.random() < stage.restatement else [] for ids in restated]
+        kind = KINDS.index("reordering")
+        extra = [[Segment(ids, 0, True, kind, 0.5)] if rng.random() < stage.reordering else [] for ids in restated]
         return self._rows(trunks, asked, extra)
 
 
@@ -325,8 +339,8 @@ class DistillationBatch(NamedTuple):
     student: a row per document, the questions alone. teacher: the same questions, those about the document behind it.
         The answer tokens of both come in the same order. Behind these rows of their own may stand others, the same in
         both: a document in the prompt, questions about it (kind "in_prompt"), and the adapter of other documents.
-    evidence: [N, S], at answer tokens of the student's rows the one chunk of the row's document that holds the answer,
-        word for word; -1 elsewhere, and where no chunk does or several do.
+    answer_chunk: [N, S], at answer tokens of the student's rows the one chunk of the row's document that holds the
+        answer, word for word; -1 elsewhere, and where no chunk does or several do.
     stored: the teacher's probabilities where they were stored; None where no question has any. The teacher's rows may
         then lack these questions.
     """
@@ -337,7 +351,7 @@ class DistillationBatch(NamedTuple):
     members: list[list[int]]
     student: PackedRows
     teacher: PackedRows
-    evidence: Tensor
+    answer_chunk: Tensor
     stored: StoredTopK | None = None
 
     @property
@@ -353,7 +367,7 @@ class DistillationBatch(NamedTuple):
             self.members,
             self.student.to(device),
             self.teacher.to(device),
-            self.evidence.to(device),
+            self.answer_chunk.to(device),
             None if self.stored is None else self.stored.to(device),
         )
 
@@ -389,18 +403,21 @@ class DistillationBatches(_Batches):
             [
                 *record.questions,
                 *rng.sample(self.background, stage.num_background),
-                *(self.curriculum.foreign(rng, name, record) for _ in range(stage.num_foreign)),
+                *(self.curriculum.cross_document(rng, name, record) for _ in range(stage.num_cross_document)),
             ]
             for name, record in named
         ]
         documents = [record.document for _, record in named]
-        if stage.company_source is None:
-            members = self._members(rng, len(named), stage.company)
+        if stage.distractor_source is None:
+            members = self._members(rng, len(named), stage.num_joined_documents)
         else:
-            others = range(len(named), len(named) + stage.company_documents)
-            members = [[i, *rng.choices(others, k=_log_uniform(rng, *stage.company) - 1)] for i in range(len(named))]
-            source = self.curriculum.sources[stage.company_source]
-            documents += [source.record(step * stage.company_documents + i).document for i in range(len(others))]
+            others = range(len(named), len(named) + stage.num_distractor_documents)
+            members = [[i] for i in range(len(named))]
+            for row in members:
+                row += rng.choices(others, k=_log_uniform(rng, *stage.num_joined_documents) - 1)
+            source = self.curriculum.sources[stage.distractor_source]
+            first = step * stage.num_distractor_documents
+            documents += [source.record(first + i).document for i in range(len(others))]
         chunks = None
         if stage.chunk_weights is not None:
             # Random numbers of their own: documents and questions do not depend on how they are cut.
@@ -427,11 +444,11 @@ class DistillationBatches(_Batches):
         return result
 
     @staticmethod
-    def _members(rng: random.Random, count: int, company: tuple[int, int]) -> list[list[int]]:
+    def _members(rng: random.Random, count: int, num_joined_documents: tuple[int, int]) -> list[list[int]]:
         # Joining costs no reading: every document of the step is read anyway, and chunks are joined by address.
-        if tuple(company) == (1, 1):
+        if tuple(num_joined_documents) == (1, 1):
             return [[i] for i in range(count)]
-        sizes = [min(rng.randint(*company), count) for _ in range(count)]
+        sizes = [min(rng.randint(*num_joined_documents), count) for _ in range(count)]
         return [[i, *rng.sample([j for j in range(count) if j != i], size - 1)] for i, size in enumerate(sizes)]
 
     def _cut(self, rng: random.Random, document: str, stage: Stage) -> list[Chunks]:
@@ -469,7 +486,7 @@ class DistillationBatches(_Batches):
         """One batch from documents and the questions asked about each.
 
         Args:
-            documents: those that are asked about first; more than `asked` has lists for are company only.
+            documents: those that are asked about first; more than `asked` has lists for are joined only.
             members: the documents that each row's adapter joins; None: its own alone.
             chunks: of each document, in pieces whose spans count from the document's beginning; None cuts it into as
                 few as possible.
@@ -501,7 +518,7 @@ class DistillationBatches(_Batches):
             members=[list(row) for row in [*members, *(joined for _, _, joined in in_prompt)]],
             student=student,
             teacher=self._rows([*trunks, *in_prompt_trunks], [*teacher_asked, *others]),
-            evidence=evidence(student, documents, spans, asked),
+            answer_chunk=answer_chunk(student, documents, spans, asked),
             stored=stored_top_k(student, asked),
         )
 
@@ -536,7 +553,7 @@ def random_pieces(rng: random.Random, sizes: Sequence[int], *, num_pieces: int, 
     return [(0, len(sizes))]
 
 
-def evidence(
+def answer_chunk(
     student: PackedRows,
     documents: Sequence[str],
     spans: Sequence[Sequence[tuple[int, int]]],

@@ -213,7 +213,7 @@ class Encyclopedia:
         entity = self.entity(rng, relation.entity_kind)
         while entity.name.lower() in document.lower():
             entity = self.entity(rng, relation.entity_kind)
-        return self._question(rng, entity, relation, UNKNOWN, "foreign")
+        return self._question(rng, entity, relation, UNKNOWN, "cross_document")
 
     def rng(self, *key: int | str) -> random.Random:
         """Random numbers of this split and seed for one purpose, named by the key."""

@@ -150,12 +150,12 @@ class Needles:
         """What the record aims at; see `record`."""
         return self._shape(index)["num_tokens"]
 
-    def foreign(self, rng: random.Random, record: Record) -> Question:
+    def cross_document(self, rng: random.Random, record: Record) -> Question:
         """Asks for the number of a name that the document does not mention."""
         name = self._key(rng)
         while name.lower() in record.document.lower():
             name = self._key(rng)
-        return Question(_question(name, many=False), UNKNOWN, "foreign", "needle")
+        return Question(_question(name, many=False), UNKNOWN, "cross_document", "needle")
 
     def _shape(self, index: int) -> dict[str, int]:
         rng = self._rng("shape", index)

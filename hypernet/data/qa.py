@@ -118,13 +118,15 @@ class QuestionAnswering:
     def num_tokens(self, index: int) -> int:
         return self._lengths[self._order[index]]
 
-    def foreign(self, rng: random.Random, record: Record) -> Question:
+    def cross_document(self, rng: random.Random, record: Record) -> Question:
         """A question about another document."""
         if len(self.records) == 1:
-            raise ValueError(f"{self._what} has a single document, so none is asked about another. Set num_foreign: 0.")
+            raise ValueError(
+                f"{self._what} has a single document, so none is asked about another. Set num_cross_document: 0."
+            )
         while (other := rng.choice(self.records)).document == record.document:
             pass
-        return rng.choice(other.questions)._replace(answer=UNKNOWN, kind="foreign")
+        return rng.choice(other.questions)._replace(answer=UNKNOWN, kind="cross_document")
 
     @cached_property
     def records(self) -> list[Record]:

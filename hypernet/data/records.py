@@ -25,8 +25,8 @@ class Question(NamedTuple):
     """A question with its one right answer.
 
     kind: "document" (the answer stands in the document), "unanswerable" (it does not; the answer is `UNKNOWN`),
-        "background" (the base model answers it from its own weights), "foreign" (about another document; the answer is
-        `UNKNOWN`) or "in_prompt" (its document stands in the prompt, and the adapter is another document's).
+        "background" (the base model answers it from its own weights), "cross_document" (about another document; the
+        answer is `UNKNOWN`) or "in_prompt" (its document stands in the prompt, and the adapter is another document's).
     group: what it asks for, e.g. the relation's name; tables are broken down by it.
     stored: the answer in the base model's own tokens, where it was stored; `answer` is then its text.
     """

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.base.base_model import fingerprint, hush_torchao, load_base_model
+from hypernet.base.base_model import fingerprint, load_base_model, silence_torchao_warnings
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.data.encyclopedia import SPLITS
@@ -514,13 +514,13 @@ class SelfStudy:
     def num_tokens(self, index: int) -> int:
         return self._index[self._place(index)][2]
 
-    def foreign(self, rng: random.Random, record: Record) -> Question:
+    def cross_document(self, rng: random.Random, record: Record) -> Question:
         """A question about another passage. Its answer is not stored, so it needs a teacher."""
         for _ in range(1000):
             other = self._passage(rng.randrange(len(self._index)))
             if other is not None and other.document != record.document:
-                return rng.choice(other.questions)._replace(answer=UNKNOWN, kind="foreign", stored=None)
-        raise ValueError(f"{self.path} has a single passage, so none is asked about another. Set num_foreign: 0.")
+                return rng.choice(other.questions)._replace(answer=UNKNOWN, kind="cross_document", stored=None)
+        raise ValueError(f"{self.path} has one passage, so none is asked about another. Set num_cross_document: 0.")
 
     @cached_property
     def shards(self) -> list[Path]:
@@ -656,7 +656,7 @@ def main(arguments: Sequence[str]) -> None:
         ]
         print(HELP + "\n".join(lines))
         return
-    hush_torchao()
+    silence_torchao_warnings()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for quiet in ("httpx", "datasets", "transformers"):
         logging.getLogger(quiet).setLevel(logging.WARNING)

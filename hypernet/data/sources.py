@@ -38,8 +38,8 @@ class Source(Protocol):
         """Length of that record's document, found without making it: documents are sorted by it."""
         ...
 
-    def foreign(self, rng: random.Random, record: Record) -> Question:
-        """A question like the record's own, of kind "foreign": its document does not answer it."""
+    def cross_document(self, rng: random.Random, record: Record) -> Question:
+        """A question like the record's own, of kind "cross_document": its document does not answer it."""
         ...
 
 

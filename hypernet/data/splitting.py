@@ -122,7 +122,7 @@ def _documents(batch: DistillationBatch, first: int, end: int) -> DistillationBa
         "stored": None,
     }
     width = parts["student"].ids.shape[1]
-    parts["evidence"] = batch.evidence[first:end, :width]
+    parts["answer_chunk"] = batch.answer_chunk[first:end, :width]
     if batch.stored is not None:
         parts["stored"] = StoredTopK(*(tensor[first:end, :width] for tensor in batch.stored))
     unknown = set(batch._fields) - set(parts)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hypernet.base.base_model import fingerprint, hush_torchao
+from hypernet.base.base_model import fingerprint, silence_torchao_warnings
 from hypernet.interop.published import find_published, is_published, read_published
 from hypernet.io.arguments import key_values
 from hypernet.io.files import replaced_folder
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"--help", "-h"} & set(arguments):
         print(HELP, end="")
         return 0
-    hush_torchao()
+    silence_torchao_warnings()
     try:
         convert(**_settings(arguments))
     except (ValueError, OSError, MemoryError) as error:

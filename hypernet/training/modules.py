@@ -151,7 +151,7 @@ class LitBaseModel(_Trained):
     def validation_step(self, batch: PackedRows, batch_idx: int) -> None:
         predicted = packed_logits(self.base_model, batch, batch.target_kind >= 0).argmax(-1)
         for kind, right in answers_right_by_kind(batch, predicted).items():
-            if kind != "restatement":
+            if kind != "reordering":
                 self.log(
                     f"val/{kind}_exact_match", right.float().mean(), batch_size=len(right), prog_bar=kind == "document"
                 )
@@ -191,8 +191,8 @@ class LitDocToLoRA(_Trained):
         kl_weight: of KL(base model with the document in its prompt || base model with the adapter) on the document's
             questions.
         nll_weight: of the next-token loss on the true answers to the same questions.
-        locality_weight: of KL(plain base model || base model with the adapter) on background and foreign questions, and
-            on those about another document in the prompt.
+        locality_weight: of KL(plain base model || base model with the adapter) on background and
+            cross-document questions, and on those about another document in the prompt.
         hidden_weight: of deep context distillation, the distance between the hidden states of the two models of
             kl_weight after every block, where they predict an answer token; the mean over blocks.
         l1_weight: of the mean absolute entry of a document's generated A and B.
@@ -273,7 +273,7 @@ class LitDocToLoRA(_Trained):
             teacher = self.model(teacher_rows) if (teacher_rows.target_kind >= 0).any() else None
         answers = _Answers.of(batch)
         key_loss = self._key_loss(A, batch, answers) * part.share["document"] if self.key_weight else None
-        self.model.set_chunks(A, B, batch.num_chunks, members=batch.members)
+        self.model.activate(A, B, batch.num_chunks, members=batch.members)
         is_answer = student_rows.target_kind >= 0
         hidden = self._hidden_states()
         calls = self._module_calls(answers, wanted=bool(self.silence_weight or self.share_weight))
@@ -461,7 +461,7 @@ class LitDocToLoRA(_Trained):
         A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         scores = {"no_context": self._exact(batch.student), "in_prompt": self._exact(batch.teacher)}
         for name, shift in (("adapter", 0), ("wrong_adapter", 1)):
-            self.model.set_chunks(A, B, batch.num_chunks, members=batch.members, shift=shift)
+            self.model.activate(A, B, batch.num_chunks, members=batch.members, shift=shift)
             scores[name] = self._exact(batch.student)
             injector.clear()
         for method, by_kind in scores.items():
@@ -544,8 +544,8 @@ class _Answers(NamedTuple):
         kinds = rows.target_kind[row, column]
         about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
         first = torch.tensor([0, *accumulate(batch.num_chunks)], device=row.device)
-        evidence = batch.evidence[row, column]
-        chunk = torch.where(about & (evidence >= 0), first[row] + evidence, -1)
+        answer_chunk = batch.answer_chunk[row, column]
+        chunk = torch.where(about & (answer_chunk >= 0), first[row] + answer_chunk, -1)
         return cls(row, column, torch.where(about, row, -1), chunk)
 
 

@@ -7,7 +7,6 @@ import torch
 
 from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.adapters.composition import (
-    amplify,
     average,
     compress,
     concatenate,
@@ -15,6 +14,7 @@ from hypernet.adapters.composition import (
     drop,
     find_document,
     pad,
+    scale,
     take,
     weight,
 )
@@ -234,36 +234,36 @@ def test_every_taken_chunk_has_one_finite_weight():
 def test_amplitude_is_linear_per_layer_and_takes_the_bias_block_along(dtype, rtol):
     adapter = uneven_adapter(2, dtype=dtype)
     amplitudes = [0.5, 2.0, -3.0]
-    amplified = amplify(adapter, amplitudes)
+    amplified = scale(adapter, amplitudes)
     for path, delta in deltas(amplified).items():
         expected = amplitudes[int(path.split(".")[1])] * deltas(adapter)[path]
         assert (delta - expected).norm() <= rtol * expected.norm()
     (entry,) = amplified.provenance["operations"]
-    assert entry == {"operation": "amplify", "amplitude": amplitudes, "documents": ["d1" * 8]}
+    assert entry == {"operation": "scale", "factor": amplitudes, "documents": ["d1" * 8]}
     assert amplified.A["up"] is adapter.A["up"] and amplified.B["up"].dtype == dtype
-    twice = deltas(amplify(adapter, 2))
+    twice = deltas(scale(adapter, 2))
     assert_deltas(twice, {path: 2 * delta for path, delta in deltas(adapter).items()}, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    "amplitude, message",
+    "factor, message",
     [
         ([1.0, 2.0], "one for each of 3 layers, got 2"),
         ([], "got 0"),
-        (math.nan, "finite number as amplitude, got nan"),
-        ([1, 2, "x"], "finite number as amplitude, got 'x'"),
+        (math.nan, "finite number as factor, got nan"),
+        ([1, 2, "x"], "finite number as factor, got 'x'"),
     ],
 )
-def test_wrong_amplitudes_are_refused(amplitude, message):
-    assert_one_line_value_error(lambda: amplify(uneven_adapter(), amplitude), message)
+def test_wrong_amplitudes_are_refused(factor, message):
+    assert_one_line_value_error(lambda: scale(uneven_adapter(), factor), message)
 
 
 def test_adapters_amplified_alike_can_be_added_and_others_are_told_why_not():
     one, two = uneven_adapter(seed=1), uneven_adapter(seed=2)
-    both = amplify(one, 2) + amplify(two, 2)
-    assert_same_weights(both, amplify(one + two, 2))
+    both = scale(one, 2) + scale(two, 2)
+    assert_same_weights(both, scale(one + two, 2))
     assert [entry["documents"] for entry in both.provenance["operations"]] == [["d1" * 8], ["d2" * 8]]
-    assert_one_line_value_error(lambda: amplify(one, 2) + two, "been amplified differently")
+    assert_one_line_value_error(lambda: scale(one, 2) + two, "been amplified differently")
 
 
 # Compress
@@ -325,7 +325,7 @@ def test_compress_never_forms_the_dense_matrix_and_halves_the_singular_values(mo
 
 def test_a_zero_delta_compresses_to_zero():
     adapter = uneven_adapter(1)
-    zero = amplify(adapter, 0.0)
+    zero = scale(adapter, 0.0)
     small, report = compress(zero, 2)
     assert report.relative_error == 0 and all(not B.any() for B in small.bias_B.values())
 
@@ -357,8 +357,8 @@ def test_a_compressed_adapter_keeps_its_documents_answers_and_disk_but_has_no_ch
         lambda: average([again, again]),
     ):
         assert_one_line_value_error(refused, r"cannot be .*: compress\(\) made one block")
-    smaller, _ = compress(amplify(again, 2.0), 2)
-    assert [e["operation"] for e in smaller.provenance["operations"]] == ["compress", "amplify", "compress"]
+    smaller, _ = compress(scale(again, 2.0), 2)
+    assert [e["operation"] for e in smaller.provenance["operations"]] == ["compress", "scale", "compress"]
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, "8", True])
@@ -409,7 +409,7 @@ def test_one_document_is_not_decorrelated_and_what_was_cannot_change_its_documen
         lambda: decorrelate(result, 2.0),
     ):
         assert_one_line_value_error(refused, r"cannot be .*: decorrelate\(\) fitted its documents to one another")
-    assert [e["operation"] for e in amplify(result, 2.0).provenance["operations"]] == ["decorrelate", "amplify"]
+    assert [e["operation"] for e in scale(result, 2.0).provenance["operations"]] == ["decorrelate", "scale"]
     small, _ = compress(result, 2)
     assert_one_line_value_error(lambda: decorrelate(small, 2.0), r"cannot be decorrelated: decorrelate\(\) fitted")
     for ridge in (0, -1.0, math.inf, "2", True):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hypernet.adapters.adapter import LoRAAdapter
-from hypernet.adapters.composition import amplify, compress, concatenate, weight
+from hypernet.adapters.composition import compress, concatenate, scale, weight
 from hypernet.adapters.library import AdapterLibrary, main
 from tests.adapters.test_adapter import assert_one_line_value_error, assert_same, make_adapter, targets  # noqa: F401
 from tests.adapters.test_composition import UNEVEN, uneven_adapter
@@ -81,7 +81,7 @@ def test_adding_again_changes_nothing_and_the_id_is_of_the_content(library):
         uneven_adapter(2, base_model_fingerprint="base-2"),
         uneven_adapter(2, generator="generator-2"),
         weight(adapter, 2.0),
-        amplify(adapter, 2.0),
+        scale(adapter, 2.0),
         compress(adapter, 9)[0],
         adapter + adapter,
     ]

@@ -152,7 +152,7 @@ def test_every_parameter_of_the_hypernetwork_gets_a_gradient(make, tiny_tokenize
     model = make(trained=True)
     ids = token_ids(tiny_tokenizer, 3)
     A, B = model.adapt(ids, torch.ones_like(ids, dtype=torch.bool))
-    model.set_chunks(A, B, [1, 2])
+    model.activate(A, B, [1, 2])
     logits = model.base_model(token_ids(tiny_tokenizer, 2)).logits
     logits.square().mean().backward()
     model.injector.clear()

@@ -16,7 +16,7 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-# Tokens of the trunk; then (tokens, does it see the trunk) of each segment. A long one is as a restatement.
+# Tokens of the trunk; then (tokens, does it see the trunk) of each segment. A long one is as a reordering.
 ROWS = {
     "questions with and without the trunk": [(7, [(3, True), (5, False), (4, True), (17, True)]), (2, [(6, False)])],
     "no trunk at all": [(0, [(3, False), (9, False)]), (0, [(4, False)])],

@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture
 def curriculum() -> Curriculum:
-    first = Stage(steps=3, batch_size=5, num_background=4, restatement=0.5)
+    first = Stage(steps=3, batch_size=5, num_background=4, reordering=0.5)
     return Curriculum(
         Encyclopedia("train", seed=3),
         [first, Stage(steps=3, batch_size=7, num_entities=(1, 3), num_background=3, unanswerable=0.5)],

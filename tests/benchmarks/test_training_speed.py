@@ -27,7 +27,8 @@ from benchmarks.training_speed import (
 )
 from hypernet.base.packed_rows import KINDS
 
-STAGE = {"batch_size": 4, "num_entities": [1, 3], "facts_per_entity": [1, 4], "num_foreign": 1, "unanswerable": 0.5}
+STAGE = {"batch_size": 4, "num_entities": [1, 3], "facts_per_entity": [1, 4], "num_cross_document": 1}
+STAGE |= {"unanswerable": 0.5}
 CHUNKED = {**STAGE, "chunk_weights": [1, 1, 1, 1], "min_chunk_tokens": 10}
 SMALL = "{batch_size: 2, num_entities: [2, 2], facts_per_entity: [1, 2], max_questions: 2, chunk_weights: [1, 1]}"
 
@@ -73,15 +74,15 @@ def test_a_question_s_row_is_its_prompt(make_doc_to_lora):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("company, ridge", [([1, 1], None), ([1, 3], None), ([1, 3], 2.0)])
+@pytest.mark.parametrize("num_joined, ridge", [([1, 1], None), ([1, 3], None), ([1, 3], 2.0)])
 @pytest.mark.parametrize("per_token", [True, False])
-def test_the_packed_step_is_the_padded_one_to_every_gradient(make_doc_to_lora, attention, company, ridge, per_token):
+def test_the_packed_step_is_the_padded_one_to_every_gradient(make_doc_to_lora, attention, num_joined, ridge, per_token):
     """By blocks, and with a mask over whole rows; adapters of several chunks, also of several documents."""
     model = make_doc_to_lora()
     model.hypernetwork.join_ridge = ridge
     model.base_model.set_attn_implementation(attention)
-    (batch,) = make_batches(model, {**CHUNKED, "company": company}, number=1, seed=1)
-    assert len(set(batch.num_chunks)) > 2 and (company == [1, 1]) == all(len(m) == 1 for m in batch.members)
+    (batch,) = make_batches(model, {**CHUNKED, "num_joined_documents": num_joined}, number=1, seed=1)
+    assert len(set(batch.num_chunks)) > 2 and (num_joined == [1, 1]) == all(len(m) == 1 for m in batch.members)
     names, parameters = zip(*model.hypernetwork.named_parameters(), strict=True)
     results = []
     for method in (Ours(model), Padded(model, per_token=per_token)):

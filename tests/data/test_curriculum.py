@@ -28,7 +28,7 @@ STAGES = [
         "max_questions": 2,
         "facts_per_entity": [5, 5],
         "num_background": 3,
-        "num_foreign": 2,
+        "num_cross_document": 2,
     },
 ]
 
@@ -193,7 +193,7 @@ def test_student_and_teacher_are_asked_the_same_and_only_the_document_s_question
                 assert name.lower() not in record.document.lower()
         assert not own
         kinds = Counter(kind for kind, _, _ in student)
-        assert (kinds["background"], kinds["foreign"]) == (stage.num_background, stage.num_foreign)
+        assert (kinds["background"], kinds["cross_document"]) == (stage.num_background, stage.num_cross_document)
 
 
 def test_background_questions_kept_out_of_training_can_be_asked_for(tiny_tokenizer):
@@ -212,7 +212,7 @@ def test_background_questions_kept_out_of_training_can_be_asked_for(tiny_tokeniz
 @pytest.fixture(scope="module")
 def base_model_batches(tiny_tokenizer):
     sizes = {"batch_size": 4, "facts_per_entity": [3, 3], "num_background": 2}
-    stages = [{"steps": 2, **sizes, "restatement": 1.0, "unanswerable": 1.0}, {"steps": 1, **sizes}]
+    stages = [{"steps": 2, **sizes, "reordering": 1.0, "unanswerable": 1.0}, {"steps": 1, **sizes}]
     return BaseModelBatches(make_curriculum(stages=stages), tiny_tokenizer)
 
 
@@ -227,7 +227,7 @@ def test_every_row_has_the_article_its_questions_background_and_one_without_the_
         sees = [bool(rows.sees_trunk[row, rows.segments[row] == n + 1].all()) for n in range(len(asked))]
         seen = Counter()
         for (kind, prompt, answer), with_article in zip(asked, sees, strict=True):
-            if kind == "restatement":
+            if kind == "reordering":
                 continue
             start = "\n\n" if with_article else "<|user|>"
             assert prompt.startswith(start)
@@ -252,9 +252,9 @@ def test_a_restatement_is_the_article_s_sentences_in_some_order(base_model_batch
         assert all(sentence in text for sentence in record.sentences)
         changed += text[2:] != record.document
         assert set(rows.target_weight[row, last].tolist()) == {0.5}
-        assert rows.target_kind[row, last].tolist() == [KINDS.index("restatement")] * (last.sum() - 1) + [-1]
+        assert rows.target_kind[row, last].tolist() == [KINDS.index("reordering")] * (last.sum() - 1) + [-1]
     assert changed
-    assert (base_model_batches[2].target_kind != KINDS.index("restatement")).all()
+    assert (base_model_batches[2].target_kind != KINDS.index("reordering")).all()
 
 
 # Both
@@ -314,22 +314,23 @@ def test_a_stage_says_in_whose_company_a_document_s_adapter_answers(tiny_tokeniz
     for batch in batches():
         assert batch.members == [[i] for i in range(6)]
     sizes = Counter()
-    for batch in batches(company=[1, 3]):
+    for batch in batches(num_joined_documents=[1, 3]):
         for row, members in enumerate(batch.members):
             assert members[0] == row and len(set(members)) == len(members) and set(members) <= set(range(6))
             sizes[len(members)] += 1
     assert set(sizes) == {1, 2, 3}
-    assert [batch.members for batch in batches(company=[1, 3])] == [batch.members for batch in batches(company=[1, 3])]
+    again = [[batch.members for batch in batches(num_joined_documents=[1, 3])] for _ in range(2)]
+    assert again[0] == again[1]
     # No more company than there is.
-    assert all(len(members) == 6 for batch in batches(company=[9, 9]) for members in batch.members)
+    assert all(len(members) == 6 for batch in batches(num_joined_documents=[9, 9]) for members in batch.members)
     # What is read and asked does not depend on it.
-    for alone, joined in zip(batches(), batches(company=[2, 2]), strict=True):
+    for alone, joined in zip(batches(), batches(num_joined_documents=[2, 2]), strict=True):
         assert torch.equal(alone.chunk_ids, joined.chunk_ids) and torch.equal(alone.student.ids, joined.student.ids)
 
 
 def test_documents_stand_in_the_prompt_beside_adapters_of_others(tiny_tokenizer):
     def batches(**stage):
-        stages = [{"steps": 3, "batch_size": 6, "facts_per_entity": [1, 3], "company": [1, 3], **stage}]
+        stages = [{"steps": 3, "batch_size": 6, "facts_per_entity": [1, 3], "num_joined_documents": [1, 3], **stage}]
         return DistillationBatches(make_curriculum(stages=stages), tiny_tokenizer, max_chunk_tokens=40)
 
     sizes = set()
@@ -364,11 +365,11 @@ def test_documents_stand_in_the_prompt_beside_adapters_of_others(tiny_tokenizer)
 def test_company_from_another_source_is_read_but_not_asked_about_and_joined_again_and_again(tiny_tokenizer):
     def batches(**more):
         stages = [{"steps": 3, "batch_size": 6, **more}]
-        hay = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(60, 90), num_needles=(0, 0))
-        curriculum = Curriculum(Encyclopedia("train"), stages, sources={"hay": hay})
+        filler = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(60, 90), num_needles=(0, 0))
+        curriculum = Curriculum(Encyclopedia("train"), stages, sources={"filler": filler})
         return list(map(DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=40).__getitem__, range(3)))
 
-    joined = batches(company=[1, 20], company_source="hay", company_documents=3)
+    joined = batches(num_joined_documents=[1, 20], distractor_source="filler", num_distractor_documents=3)
     sizes = {len(members) for batch in joined for members in batch.members}
     assert 1 <= min(sizes) and 10 < max(sizes) <= 20
     texts = set()
@@ -381,14 +382,15 @@ def test_company_from_another_source_is_read_but_not_asked_about_and_joined_agai
         company = tiny_tokenizer.batch_decode(batch.chunk_ids[num_chunks:], skip_special_tokens=True)
         texts |= set(company)
         assert not any("secret number" in text for text in company)
-    assert len(texts) > 6  # other hay in every step
+    assert len(texts) > 6  # other filler in every step
 
 
 def test_company_from_another_source_is_as_often_small_as_large(tiny_tokenizer):
-    hay = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(20, 30), num_needles=(0, 0))
-    stages = [{"steps": 1, "batch_size": 500, "company": [1, 40], "company_source": "hay", "company_documents": 3}]
+    filler = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(20, 30), num_needles=(0, 0))
+    joined = {"num_joined_documents": [1, 40], "distractor_source": "filler", "num_distractor_documents": 3}
+    stages = [{"steps": 1, "batch_size": 500, **joined}]
     batches = DistillationBatches(
-        Curriculum(Encyclopedia("train"), stages, sources={"hay": hay}), tiny_tokenizer, max_chunk_tokens=40
+        Curriculum(Encyclopedia("train"), stages, sources={"filler": filler}), tiny_tokenizer, max_chunk_tokens=40
     )
     sizes = [len(members) for members in batches[0].members]
     for least, most in ((1, 1), (2, 4), (20, 40)):
@@ -399,31 +401,32 @@ def test_company_from_another_source_is_as_often_small_as_large(tiny_tokenizer):
 
 
 def test_company_from_a_source_that_is_not_there_is_refused(tiny_tokenizer):
-    for name in ("hay", "encyclopedia"):
-        with pytest.raises(ValueError, match=f"Stage 0 has company from {name}, but the sources are none. Enter it"):
-            make_curriculum(stages=[{"steps": 1, "company_source": name}])
+    for name in ("filler", "encyclopedia"):
+        with pytest.raises(ValueError, match=f"Stage 0 has distractor_source={name}, but the sources are none. Enter it"):
+            make_curriculum(stages=[{"steps": 1, "distractor_source": name}])
 
 
-@pytest.mark.parametrize("company", [[0, 4], [5, 4]])
-def test_company_of_nobody_or_upside_down_is_refused(company):
-    with pytest.raises(ValueError, match=re.escape(f"Stage 0 has company={company}; give the least and the most")):
-        make_curriculum(stages=[{"steps": 1, "company": company}])
+@pytest.mark.parametrize("num_joined", [[0, 4], [5, 4]])
+def test_company_of_nobody_or_upside_down_is_refused(num_joined):
+    message = f"Stage 0 has num_joined_documents={num_joined}; give the least and the most"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_curriculum(stages=[{"steps": 1, "num_joined_documents": num_joined}])
 
 
 # What experiments are trained on stays what it is
 
 TINY = [
     {"steps": 400, "batch_size": 48, "facts_per_entity": [1, 1], "num_distractors": [0, 0], "num_background": 2}
-    | {"num_foreign": 1},
+    | {"num_cross_document": 1},
     {"steps": 800, "batch_size": 32, "num_entities": [1, 2], "facts_per_entity": [1, 3], "num_distractors": [0, 1]}
-    | {"num_background": 2, "num_foreign": 1, "unanswerable": 0.1},
+    | {"num_background": 2, "num_cross_document": 1, "unanswerable": 0.1},
     {"steps": 1300, "batch_size": 18, "num_entities": [1, 4], "facts_per_entity": [2, 5], "num_background": 3}
-    | {"num_foreign": 1, "unanswerable": 0.1, "company": [1, 2], "shared_relations": 0.5},
+    | {"num_cross_document": 1, "unanswerable": 0.1, "num_joined_documents": [1, 2], "shared_relations": 0.5},
 ]
 BASE_MODEL = [
-    {"steps": 300, "facts_per_entity": [2, 4], "num_distractors": [0, 1], "num_background": 4, "restatement": 1.0},
+    {"steps": 300, "facts_per_entity": [2, 4], "num_distractors": [0, 1], "num_background": 4, "reordering": 1.0},
     {"steps": 1200, "batch_size": 24, "num_entities": [1, 4], "facts_per_entity": [2, 6], "num_distractors": [0, 3]}
-    | {"num_background": 5, "unanswerable": 0.1, "restatement": 0.1},
+    | {"num_background": 5, "unanswerable": 0.1, "reordering": 0.1},
 ]
 
 
@@ -471,8 +474,8 @@ class Rows:
     def num_tokens(self, index):
         return 10 * (index % self.size + 1)
 
-    def foreign(self, rng, record):
-        return Question("Who is not there?", UNKNOWN, "foreign")
+    def cross_document(self, rng, record):
+        return Question("Who is not there?", UNKNOWN, "cross_document")
 
 
 def make_mixed(*stages, seed=0):
@@ -523,11 +526,11 @@ def test_a_source_that_is_not_there_is_refused_by_name():
 
 
 def test_questions_about_other_documents_come_from_the_record_s_source(tiny_tokenizer):
-    curriculum = make_mixed({"steps": 1, "batch_size": 3, "source": "a", "num_foreign": 2, "num_background": 0})
+    curriculum = make_mixed({"steps": 1, "batch_size": 3, "source": "a", "num_cross_document": 2, "num_background": 0})
     batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=40)[0]
     for row in range(3):
         asked = segments_of(batch.student, row, tiny_tokenizer)
-        assert [kind for kind, _, _ in asked] == ["document", "foreign", "foreign"]
+        assert [kind for kind, _, _ in asked] == ["document", "cross_document", "cross_document"]
         assert "Who is not there?" in asked[1][1]
     assert BaseModelBatches(curriculum, tiny_tokenizer)[0].ids.shape[0] == 3
 
@@ -607,8 +610,8 @@ def test_an_answer_s_evidence_is_the_one_chunk_that_holds_it_word_for_word(tiny_
         for segment, chunk in enumerate(chunks, start=1):
             inside = batch.student.segments[row] == segment
             is_answer = inside & (batch.student.target_kind[row] >= 0)
-            assert is_answer.any() and (batch.evidence[row][is_answer] == chunk).all(), (row, segment)
-    assert (batch.evidence[batch.student.target_kind < 0] == -1).all()
+            assert is_answer.any() and (batch.answer_chunk[row][is_answer] == chunk).all(), (row, segment)
+    assert (batch.answer_chunk[batch.student.target_kind < 0] == -1).all()
 
 
 def test_evidence_follows_chunks_that_are_drawn(tiny_tokenizer):
@@ -618,8 +621,8 @@ def test_evidence_follows_chunks_that_are_drawn(tiny_tokenizer):
     assert len(set(batch.num_chunks)) > 1
     for row, record in enumerate(curriculum.records(1)):
         for segment, question in enumerate(record.questions, start=1):
-            inside = (batch.student.segments[row] == segment) & (batch.evidence[row] >= 0)
-            for chunk in batch.evidence[row][inside].unique().tolist():
+            inside = (batch.student.segments[row] == segment) & (batch.answer_chunk[row] >= 0)
+            for chunk in batch.answer_chunk[row][inside].unique().tolist():
                 place = firsts[row] + chunk
                 text = tiny_tokenizer.decode(batch.chunk_ids[place][batch.chunk_mask[place]])
                 assert question.answer.lower() in text.lower()

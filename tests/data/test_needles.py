@@ -144,6 +144,6 @@ def test_a_foreign_question_is_about_a_name_that_the_document_lacks():
     needles = Needles(num_keys=(2, 2))
     assert isinstance(needles, Source)
     record = needles.record(0)
-    question = needles.foreign(needles._rng("test"), record)
+    question = needles.cross_document(needles._rng("test"), record)
     name = re.fullmatch(r"What is the secret number of (.+)\?", question.text)[1]
-    assert name not in record.document and (question.answer, question.kind) == (UNKNOWN, "foreign")
+    assert name not in record.document and (question.answer, question.kind) == (UNKNOWN, "cross_document")

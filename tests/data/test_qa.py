@@ -144,9 +144,9 @@ def test_foreign_questions_are_other_documents(tmp_path):
     source = QuestionAnswering("train", name="pwc", path=write(tmp_path / "rows.jsonl", rows_of("pwc", 5)))
     record = source.records[0]
     for seed in range(10):
-        question = source.foreign(random.Random(seed), record)
+        question = source.cross_document(random.Random(seed), record)
         assert question.text not in {q.text for q in record.questions}
-        assert (question.kind, question.answer) == ("foreign", UNKNOWN)
+        assert (question.kind, question.answer) == ("cross_document", UNKNOWN)
 
 
 # What is measured: every annotator's answer

@@ -251,8 +251,8 @@ def test_a_stage_trains_on_the_stored_probabilities(studied, engine, tiny_tokeni
 def test_foreign_questions_come_from_other_passages_without_a_stored_answer(studied):
     source = SelfStudy("train", path=studied[0].output_dir)
     record = source.record(0)
-    question = source.foreign(random.Random(0), record)
-    assert (question.kind, question.answer, question.stored) == ("foreign", UNKNOWN, None)
+    question = source.cross_document(random.Random(0), record)
+    assert (question.kind, question.answer, question.stored) == ("cross_document", UNKNOWN, None)
 
 
 def test_what_cannot_be_read_back_is_refused(studied, tmp_path, engine):
@@ -339,7 +339,7 @@ def test_a_passage_without_answers_gives_its_place_to_the_next(studied, tmp_path
     found = [sources[0].record(i).document for i in order]
     assert found == [sources[1].record(i).document for i in reversed(order)][::-1]
     assert gone not in found and set(found) == {intact.record(i).document for i in order} - {gone}
-    assert all(sources[0].foreign(random.Random(i), intact.record(0)).text for i in range(20))
+    assert all(sources[0].cross_document(random.Random(i), intact.record(0)).text for i in range(20))
 
 
 def test_shards_of_corrupt_answers_alone_are_refused(studied, tmp_path):

@@ -20,8 +20,8 @@ def batches(tiny_tokenizer):
     """batches(**stage) → DistillationBatches of 8 documents in up to some chunks each."""
 
     def make(**changes):
-        hay = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(20, 40), num_needles=(0, 0))
-        curriculum = Curriculum(Encyclopedia("train"), [{**STAGE, **changes}], sources={"hay": hay})
+        filler = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(20, 40), num_needles=(0, 0))
+        curriculum = Curriculum(Encyclopedia("train"), [{**STAGE, **changes}], sources={"filler": filler})
         return DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=12)
 
     return make
@@ -62,11 +62,11 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(
     "stage",
     [
-        {"num_background": 2, "num_foreign": 1},
-        {"company": [1, 4]},
-        {"company": [8, 8], "num_background": 0},
-        {"company": [3, 9], "company_source": "hay", "company_documents": 2},
-        {"company": [1, 2], "num_in_prompt": 3},
+        {"num_background": 2, "num_cross_document": 1},
+        {"num_joined_documents": [1, 4]},
+        {"num_joined_documents": [8, 8], "num_background": 0},
+        {"num_joined_documents": [3, 9], "distractor_source": "filler", "num_distractor_documents": 2},
+        {"num_joined_documents": [1, 2], "num_in_prompt": 3},
     ],
     ids=["alone", "in company", "all together", "in other company", "documents in the prompt"],
 )
@@ -103,7 +103,7 @@ def test_the_base_model_s_step_is_its_parts_together(tiny_base_model_folder, tin
     base_model, tokenizer = load_base_model(tiny_base_model_folder)
     base_model.double().requires_grad_(True)
     module = LitBaseModel(base_model=base_model, tokenizer=tokenizer, optimizer={}, document_weight=0.3)
-    curriculum = Curriculum(Encyclopedia("train"), [{**STAGE, "restatement": 0.5}])
+    curriculum = Curriculum(Encyclopedia("train"), [{**STAGE, "reordering": 0.5}])
     batch = BaseModelBatches(curriculum, tiny_tokenizer)[0]
     parameters = list(base_model.parameters())
     whole = losses_and_gradients(module, parameters, [StepPart(batch)])
@@ -112,7 +112,7 @@ def test_the_base_model_s_step_is_its_parts_together(tiny_base_model_folder, tin
 
 
 def test_a_part_brings_its_company_s_chunks_and_no_others(batches):
-    whole = batches(company=[1, 4])[0]
+    whole = batches(num_joined_documents=[1, 4])[0]
     first = [sum(whole.num_chunks[:i]) for i in range(8)]
     of_document = [whole.chunk_ids[f : f + n][whole.chunk_mask[f : f + n]] for f, n in zip(first, whole.num_chunks)]  # noqa: B905
     for number in range(4):
@@ -146,8 +146,9 @@ def test_the_chunks_of_answers_go_with_their_rows(batches):
     for number in range(4):
         part = split(batch, number, 4).batch
         rows, width = slice(2 * number, 2 * number + 2), part.student.ids.shape[1]
-        assert torch.equal(part.evidence, batch.evidence[rows, :width]) and (batch.evidence[rows] >= 0).any()
-        assert part.evidence.shape == part.student.ids.shape
+        assert torch.equal(part.answer_chunk, batch.answer_chunk[rows, :width])
+        assert (batch.answer_chunk[rows] >= 0).any()
+        assert part.answer_chunk.shape == part.student.ids.shape
 
 
 def test_parts_are_neighbours_of_nearly_equal_size_and_say_which_is_the_last(batches):

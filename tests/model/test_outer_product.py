@@ -192,7 +192,7 @@ def test_a_few_steps_lower_the_loss_and_each_document_gets_its_own_answer(make_d
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        model.set_chunks(*model.adapt(ids, mask), [1, 1])
+        model.activate(*model.adapt(ids, mask), [1, 1])
         logits = model.base_model(question).logits[:, -1]
         loss = torch.nn.functional.cross_entropy(logits, answers)
         loss.backward()

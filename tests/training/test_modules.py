@@ -33,8 +33,8 @@ OPTIMIZER = {
 SMALL = {"vocab_size": 600, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 STAGES = [
     {
-        **{"steps": 6, "batch_size": 2, "facts_per_entity": [2, 3], "num_foreign": 1},
-        **{"unanswerable": 0.5, "restatement": 0.5},
+        **{"steps": 6, "batch_size": 2, "facts_per_entity": [2, 3], "num_cross_document": 1},
+        **{"unanswerable": 0.5, "reordering": 0.5},
     }
 ]
 
@@ -148,7 +148,7 @@ def test_the_loss_is_that_of_single_prompts_with_internalized_adapters(make_modu
             Question("Who founded Norbach?", "Ilda Renwick"),
             Question("What is the capital of France?", "Paris", "background"),
             Question("Where is Norbach?", "unknown", "unanswerable"),
-            Question("Where is Elmouth?", "unknown", "foreign"),
+            Question("Where is Elmouth?", "unknown", "cross_document"),
         ],
         [Question("Which river is Elmouth on?", "Vel"), Question("What is the symbol of gold?", "Au", "background")],
     ]
@@ -264,7 +264,7 @@ def test_the_base_model_s_loss_is_that_of_single_prompts(make_module, make_data)
                 if batch.target_kind[row, place] >= 0:
                     answers.append(-float(log_p[len(before) + i, ids[place + 1]]))
                     weights.append(float(batch.target_weight[row, place]))
-    assert set(weights) == {0.5, 1.0}  # restatements count half
+    assert set(weights) == {0.5, 1.0}  # reorderings count half
     answer_loss = sum(a * w for a, w in zip(answers, weights, strict=True)) / sum(weights)
     assert loss.item() == pytest.approx(answer_loss + 0.25 * sum(documents) / len(documents), rel=1e-4)
 
@@ -752,7 +752,7 @@ def test_validation_scores_every_method_and_kind(tmp_path, make_doc_to_lora, mak
     module, data = make_module("doc_to_lora", model=make_doc_to_lora(trained=False)), make_data("doc_to_lora")
     trainer = make_trainer(tmp_path)
     (scores,) = trainer.validate(module, data, verbose=False)
-    for kind in ("document", "unanswerable", "background", "foreign"):
+    for kind in ("document", "unanswerable", "background", "cross_document"):
         of_kind = {name: value for name, value in scores.items() if name.startswith(f"val/{kind}_")}
         if of_kind:
             assert set(of_kind) == {f"val/{kind}_{m}" for m in ("no_context", "in_prompt", "adapter", "wrong_adapter")}

@@ -9,7 +9,7 @@ from hypernet.doc_to_lora import DocToLoRA
 from hypernet.training.run_state import SafetensorsCheckpointIO
 from hypernet.training.sharding import whole
 
-STAGE = "[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], company: [1, 3], num_foreign: 1}]"
+STAGE = "[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], num_joined_documents: [1, 3], num_cross_document: 1}]"
 SMALL = [
     *(f"task.stages={STAGE}", f"task.validation_stages={STAGE}", "checkpoint_every=1", "keep_checkpoints=9"),
     *("trainer.log_every_n_steps=1", "trainer.precision=32-true", "trainer.val_check_interval=2", "threads=1"),

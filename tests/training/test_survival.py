@@ -21,7 +21,8 @@ NUM_STEPS = 24
 @pytest.fixture(scope="module")
 def arguments(tiny_base_model_folder):
     """Of a run of 24 quick steps with a checkpoint after each."""
-    stages = f"[{{steps: {NUM_STEPS}, batch_size: 2, facts_per_entity: [1, 2], num_foreign: 1, company: [1, 2]}}]"
+    asked = "facts_per_entity: [1, 2], num_cross_document: 1, num_joined_documents: [1, 2]"
+    stages = f"[{{steps: {NUM_STEPS}, batch_size: 2, {asked}}}]"
     return [
         *(f"task.stages={stages}", "task.validation_stages=[{steps: 1, batch_size: 2}]", "checkpoint_every=1"),
         *("trainer.log_every_n_steps=1", "trainer.val_check_interval=10", "trainer.enable_progress_bar=false"),

@@ -130,7 +130,8 @@ def logged(folder: Path, name: str) -> list[float]:
 
 def test_two_processes_train_as_one_does(train, commands, small, tmp_path):
     """As a user starts them, with gloo; and with accumulated parts on top. Keys would compare fewer documents."""
-    stages = "task.stages=[{steps: 3, batch_size: 5, facts_per_entity: [1, 3], company: [1, 3], num_foreign: 1}]"
+    asked = "facts_per_entity: [1, 3], num_joined_documents: [1, 3], num_cross_document: 1"
+    stages = f"task.stages=[{{steps: 3, batch_size: 5, {asked}}}]"
     arguments = [*small, "experiment=tiny", stages, "trainer.max_steps=3", "trainer.val_check_interval=6", "threads=1"]
     train(*arguments, "name=one")
     same = "+callbacks.same={_target_: tests.two_processes.SameWeights}"
@@ -199,7 +200,7 @@ def test_the_launchers_are_those_of_hydra_s_plugins():
         (["task.target_modules=[downproj]"], ["No nn.Linear named 'downproj'", "down_proj"]),
         (["task.base_model=/nowhere"], ["No base model in /nowhere"]),
         (["task.init_from=/nowhere"], ["No checkpoint at /nowhere"]),
-        (["experiment=niah_tiny_silent"], ["task.init_from=outputs/niah_tiny/checkpoint", "=niah_tiny leaves"]),
+        (["experiment=niah_tiny_distractors"], ["task.init_from=outputs/niah_tiny/checkpoint", "=niah_tiny leaves"]),
         (["task.base_model=outputs/tiny_base_model/base_model"], ["experiment=tiny_base_model leaves. Run that first"]),
         (["task.base_model=outputs/mine/base_model"], ["No base model in outputs/mine/base_model"]),
         (["callbacks.compile.backend=indctor"], ["torch.compile has no backend 'indctor'"]),

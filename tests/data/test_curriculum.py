@@ -402,7 +402,7 @@ def test_company_from_another_source_is_as_often_small_as_large(tiny_tokenizer):
 
 def test_company_from_a_source_that_is_not_there_is_refused(tiny_tokenizer):
     for name in ("filler", "encyclopedia"):
-        with pytest.raises(ValueError, match=f"Stage 0 has distractor_source={name}, but the sources are none. Enter it"):
+        with pytest.raises(ValueError, match=f"Stage 0 has distractor_source={name}, but the sources are none"):
             make_curriculum(stages=[{"steps": 1, "distractor_source": name}])
 
 

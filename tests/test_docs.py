@@ -144,7 +144,7 @@ def test_command_that_is_not_run_exists_and_composes(command):
     if script == "make":
         return
     source = ROOT / (arguments[0] if script == "bash" else script.replace(".py", "").replace(".", "/"))
-    source = source if script == "bash" or source.is_dir() else source.with_suffix(".py")
+    source = source / "__main__.py" if source.is_dir() else source if script == "bash" else source.with_suffix(".py")
     assert source.exists(), f"there is no {source}"
     main = source.is_file() and HYDRA_MAIN.search(source.read_text(encoding="utf-8"))
     for overrides in sweep(arguments) if main else ():

@@ -227,7 +227,7 @@ def compress(adapter: LoRAAdapter, rank: int) -> tuple[LoRAAdapter, CompressionR
 
     Returns:
         An adapter without chunks whose bias block, of that rank, is all of it (so that no rank is wasted), and what was
-        lost. The documents stay in its provenance, but cannot be dropped, weighted or added to any more.
+        lost. The documents stay in its provenance, but cannot be removed, weighted or added to any more.
 
     Raises:
         ValueError: the rank is no positive integer, or a weight is not finite.

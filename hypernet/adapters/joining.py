@@ -218,7 +218,7 @@ def separated(A: Tensor, chunks_per_document: Sequence[int], *, ridge: float, do
         done: for each document whether its own chunks were separated before; (): of none.
 
     Returns:
-        As A. Beside it no more memory than one layer's needs, whatever the number of chunks in a document.
+        As A. No more memory beyond it than one layer's needs, whatever the number of chunks in a document.
     """
     A = A.clone()
     start = 0

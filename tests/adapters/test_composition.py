@@ -147,7 +147,7 @@ def test_weight_wants_a_finite_number(factor):
     assert_one_line_value_error(lambda: weight(uneven_adapter(), factor), "Expected a finite number as factor")
 
 
-# Drop
+# Remove a document
 
 
 @pytest.mark.parametrize("document", [0, 1, 2, "d1.txt", "d2.txt", "d3d3", "d2" * 8])
@@ -156,10 +156,10 @@ def test_drop_is_bit_identical_to_never_having_had_the_document(document):
     joined = concatenate(adapters)
     index = find_document(joined, document)
     without = concatenate([a for place, a in enumerate(adapters) if place != index])
-    dropped = remove_document(joined, document)
-    assert_same_weights(dropped, without)
-    assert dropped.provenance["documents"] == without.provenance["documents"]
-    assert dropped.content_id() == without.content_id()
+    removed = remove_document(joined, document)
+    assert_same_weights(removed, without)
+    assert removed.provenance["documents"] == without.provenance["documents"]
+    assert removed.content_id() == without.content_id()
 
 
 def test_dropping_the_last_document_leaves_the_bias_block():
@@ -228,20 +228,20 @@ def test_every_taken_chunk_has_one_finite_weight():
     assert_one_line_value_error(lambda: select_chunks(adapter, [0], [math.nan]), "Expected a finite number as weight")
 
 
-# Amplify
+# Scale
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
 def test_amplitude_is_linear_per_layer_and_takes_the_bias_block_along(dtype, rtol):
     adapter = uneven_adapter(2, dtype=dtype)
-    amplitudes = [0.5, 2.0, -3.0]
-    amplified = scale(adapter, amplitudes)
-    for path, delta in deltas(amplified).items():
-        expected = amplitudes[int(path.split(".")[1])] * deltas(adapter)[path]
+    factors = [0.5, 2.0, -3.0]
+    scaled = scale(adapter, factors)
+    for path, delta in deltas(scaled).items():
+        expected = factors[int(path.split(".")[1])] * deltas(adapter)[path]
         assert (delta - expected).norm() <= rtol * expected.norm()
-    (entry,) = amplified.provenance["operations"]
-    assert entry == {"operation": "scale", "factor": amplitudes, "documents": ["d1" * 8]}
-    assert amplified.A["up"] is adapter.A["up"] and amplified.B["up"].dtype == dtype
+    (entry,) = scaled.provenance["operations"]
+    assert entry == {"operation": "scale", "factor": factors, "documents": ["d1" * 8]}
+    assert scaled.A["up"] is adapter.A["up"] and scaled.B["up"].dtype == dtype
     twice = deltas(scale(adapter, 2))
     assert_deltas(twice, {path: 2 * delta for path, delta in deltas(adapter).items()}, rtol=0, atol=0)
 

@@ -146,7 +146,7 @@ def test_adapters_of_several_ranks_share_a_batch(base_model, targets, rank):
 
 
 def gated_logits(base_model, adapter, ids, gate):
-    """Independent reference: hooks that weight every chunk's delta by its energy beside the largest, in float64."""
+    """Independent reference: hooks that weight every chunk's delta by its score relative to the largest, in float64."""
     hooks = []
     for target in adapter.targets:
         for layer, path in enumerate(target.paths):
@@ -170,7 +170,7 @@ def gated_logits(base_model, adapter, ids, gate):
 
 
 @pytest.mark.parametrize("gate", [0.5, 2.0])
-def test_gated_each_chunk_is_weighted_by_its_energy_and_the_shared_block_is_not(base_model, targets, gate):
+def test_gate_weights_chunks_by_score_and_not_the_bias_block(base_model, targets, gate):
     adapters = [make_adapter(targets, 3, seed=1), make_adapter(targets, 1, seed=2), make_adapter(targets, 2, seed=3)]
     ids = token_ids(4, 7)
     expected = [gated_logits(base_model, adapter, ids, gate) for adapter in adapters]

@@ -58,7 +58,7 @@ def test_it_is_the_formula(sizes, ridge):
     torch.testing.assert_close(decorrelated(A, documents, ridge=ridge), expected, rtol=0, atol=1e-9)
     single = decorrelated(A.float(), documents, ridge=ridge)
     assert single.dtype == torch.float32
-    # Each chunk by itself; and documents in a batch, which are told apart in another way.
+    # Each chunk by itself; and documents in a batch, which takes another way through the code.
     apart = decorrelated(A, ridge=ridge)
     torch.testing.assert_close(apart, by_inverse(A, torch.arange(len(A)), ridge), rtol=0, atol=1e-9)
     batch = decorrelated(A.expand(2, *A.shape), documents.expand(2, len(A)), ridge=ridge)

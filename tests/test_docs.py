@@ -166,7 +166,7 @@ def sweep(arguments: list[str]) -> Iterator[tuple[str, ...]]:
 
 @pytest.mark.parametrize("script", ["train.py", "generate_adapter.py", "hypernet"])
 def test_command_tells_its_use(script, commands):
-    assert "--" in succeed(commands, script, ["--help"])
+    assert Path(script).stem in succeed(commands, script, ["--help"])
 
 
 def _with_chat_template(source: Path, target: Path) -> Path:

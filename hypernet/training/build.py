@@ -183,7 +183,8 @@ def doc_to_lora_training(
             model, init_from, target_modules, target_layers, hypernetwork, context_encoder, checkpoint.ridge
         )
         if model.base_model_fingerprint != checkpoint.base_model_fingerprint:
-            # A start, not a result: after some hundred steps it reads the other base model as well (EXPERIMENTS.md).
+            # A start, not a result: after some hundred steps it reads the other base model as well
+            # (docs/experiments/2026-11-24-base-model-reads-names.md).
             log.warning(
                 "%s was trained beside another base model than %s, or beside its weights in another type.",
                 init_from,

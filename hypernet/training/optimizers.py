@@ -4,7 +4,8 @@
 
 Muon replaces a matrix's averaged gradient by the nearest matrix whose singular values are all alike, so that directions
 with small gradients, such as what tells one name from another, are learned as fast as the large ones that all documents
-share. The hypernetwork's keys learned in 140 steps what took AdamW more than 260 (EXPERIMENTS.md).
+share. The hypernetwork's keys learned in 140 steps what took AdamW more than 260
+(docs/experiments/2026-11-26-keys-first-muon-three-layers.md).
 """
 
 from collections.abc import Callable, Iterable

@@ -290,3 +290,9 @@ def test_every_experiment_page_is_in_the_index():
 def test_experiment_page_says_question_and_verdict(path):
     title, _, question, _, verdict = path.read_text(encoding="utf-8").splitlines()[:5]
     assert title.startswith("# ") and question.startswith("**Question.** ") and verdict.startswith("**Verdict.** ")
+
+
+def test_experiment_pages_named_in_code_and_conf_exist():
+    files = [path for folder in ("conf", "hypernet", "benchmarks") for path in (ROOT / folder).rglob("*.[py][ya]*")]
+    named = {name for path in files for name in re.findall(r"docs/experiments/[\w*.-]+\.md", path.read_text("utf-8"))}
+    assert named and all(list(ROOT.glob(name)) for name in named)

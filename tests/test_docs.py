@@ -256,7 +256,13 @@ def test_readme_names_every_folder_that_is_there():
 
 @pytest.mark.parametrize(
     "heading, prefix",
-    [("setting", ""), ("setting, below `task.`", "task."), ("setting, below `optimizer.`", "optimizer.")],
+    [
+        ("setting", ""),
+        ("setting, below `task.`", "task."),
+        ("term", "task.objective."),
+        ("setting of a term", "task.objective."),
+        ("setting, below `optimizer.`", "optimizer."),
+    ],
 )
 def test_training_settings_of_the_page_exist(heading, prefix):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -30,7 +30,7 @@ class Checkpoint(NamedTuple):
 
     base_model: hub name or folder of the base model; base_model_fingerprint: of its weights, None if not recorded (any
     base model whose modules fit is then accepted).
-    context_encoder: as `ContextEncoder` takes it, as a dict. max_chunk_tokens: document tokens per chunk.
+    context_encoder: as `make_context_encoder` takes it. max_chunk_tokens: document tokens per chunk.
     fingerprint: of the hypernetwork's weights, exact.
     """
 
@@ -113,7 +113,9 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
         base_fingerprint = None if base_fingerprint is None else str(base_fingerprint)
         expected, settings = str(config["fingerprint"]), dict(config["hypernetwork"])
         context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
-        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "beside", "context_tokens"}):
+        if "beside" in context_encoder:  # what version 0.1 called it
+            context_encoder["concat_layer"] = context_encoder.pop("beside")
+        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "concat_layer", "context_tokens"}):
             raise KeyError(f"context_encoder has no {unknown[0]}")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error

@@ -23,6 +23,7 @@ from hypernet.training.losses.terms import (
     LossTerm,
     Step,
     WeightL1,
+    renamed,
     trained_terms,
 )
 
@@ -47,5 +48,6 @@ __all__ = [
     "key_contrast",
     "mean_absolute_weight",
     "mean_per_document",
+    "renamed",
     "trained_terms",
 ]

@@ -3,8 +3,8 @@
     objective = {"kl": ContextDistillation(weight=1.0), "l1": WeightL1(weight=0.1)}
     loss = sum(term.weight_at(0) * term(step) for term in objective.values())
 
-A term names in `needs` what must be computed for it. `LitDocToLoRA` computes what the terms in use need, once, and hands
-all of them the same `Step`. A new term is a subclass of `LossTerm` here and an entry in conf/objective/.
+A term names in `needs` what must be computed for it. `LitDocToLoRA` computes what the terms in use need, once, and
+hands all of them the same `Step`. A new term is a subclass of `LossTerm` here and an entry in conf/objective/.
 """
 
 from abc import ABC, abstractmethod

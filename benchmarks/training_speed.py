@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent
 MODELS = ("tiny", "gemma-2-2b")
-WEIGHTS = {"kl_weight": 1.0, "nll_weight": 0.5, "locality_weight": 0.5}
+WEIGHTS = {"kl": 1.0, "locality_kl": 0.5, "nll": 0.5}  # of the terms of the loss, the same for all methods
 # Of loss and gradients, relative to their size. In bfloat16 the two orders of adding up differ by its rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 CHECKED_DOCUMENTS = 5  # two sets of gradients are held while methods are compared, so not on a whole batch
@@ -106,9 +106,12 @@ class Ours:
     """The step that train.py takes."""
 
     def __init__(self, model: "DocToLoRA") -> None:
-        from hypernet.training.modules import LitDocToLoRA
+        from hypernet.training.lit_doc_to_lora import LitDocToLoRA
+        from hypernet.training.losses import AnswerNLL, ContextDistillation, Locality
 
-        self.module = LitDocToLoRA(model=model, optimizer={}, **WEIGHTS)
+        terms = {"kl": ContextDistillation, "locality_kl": Locality, "nll": AnswerNLL}
+        objective = {name: term(weight=WEIGHTS[name]) for name, term in terms.items()}
+        self.module = LitDocToLoRA(model=model, objective=objective, optimizer={})
         self.module.log = lambda *_, **__: None  # there is no trainer to log to
 
     def prepare(self, batch: "DistillationBatch") -> "DistillationBatch":
@@ -174,7 +177,7 @@ class Padded:
         kinds = prepared.student.kinds
         about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
         of_token = self._document[prepared.student.predicts.nonzero()[:, 0]]
-        terms = {"kl_weight": (kl, about), "nll_weight": (nll, about), "locality_weight": (kl, ~about)}
+        terms = {"kl": (kl, about), "locality_kl": (kl, ~about), "nll": (nll, about)}
         return sum(WEIGHTS[name] * self._mean(values, of_token, where) for name, (values, where) in terms.items())
 
     def after_backward(self) -> None:

@@ -10,7 +10,10 @@ from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.needles import Needles
 from hypernet.data.records import Question
 from hypernet.data.splitting import StepPart, split
-from hypernet.training.modules import LitBaseModel, LitDocToLoRA
+from hypernet.training.lit_base_model import LitBaseModel
+from hypernet.training.lit_doc_to_lora import LitDocToLoRA
+from hypernet.training.losses import WeightL1
+from tests.small_trainings import objective
 
 STAGE = {"steps": 2, "batch_size": 8, "facts_per_entity": [1, 5], "num_entities": [1, 3], "unanswerable": 0.5}
 
@@ -32,8 +35,8 @@ def distillation(make_doc_to_lora):
     """In double precision but for the losses."""
     model = make_doc_to_lora()
     model.double()
-    weights = {"kl_weight": 0.7, "nll_weight": 0.3, "locality_weight": 0.4, "hidden_weight": 0.6, "l1_weight": 0.2}
-    return LitDocToLoRA(model=model, optimizer={}, **weights)
+    terms = objective(kl=0.7, locality_kl=0.4, nll=0.3, l1=WeightL1(weight=0.2))
+    return LitDocToLoRA(model=model, objective=terms, optimizer={})
 
 
 def losses_and_gradients(module, parameters, parts):

@@ -129,7 +129,7 @@ def published_content(model: DocToLoRA, *, changes: dict | None = None) -> Order
     encoder = {
         "ctx_encoder_model_name_or_path": None,
         "ctx_encoder_type": AsPickled.of("ctx_to_lora.modeling.ctx_encoder.CTX_ENCODER_TYPE", value=kind),
-        "layer_idx": model.context_encoder.layer_idx,
+        "layer_idx": model.context_encoder.settings.get("layer_idx"),
         "quantize_ctx_encoder": False,
         "ctx_encoder_last_layer": None,
     }

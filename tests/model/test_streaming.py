@@ -16,10 +16,9 @@ def rows_of(model, *texts):
 ENCODERS = [
     {"kind": "per_layer_activations"},
     {"kind": "early_exit", "layer_idx": 1},
-    {"kind": "multi_layer", "layer_idx": [0, 2]},
     {"kind": "embed_only"},
     {"kind": "per_layer_activations", "context_tokens": 5},
-    {"kind": "per_layer_activations", "beside": 1},
+    {"kind": "per_layer_activations", "concat_layer": 1},
 ]
 
 

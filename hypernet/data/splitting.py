@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hypernet.base.packed_rows import KINDS, PackedRows
-from hypernet.data.curriculum import DistillationBatch, StoredTopK
+from hypernet.data.batches import DistillationBatch, StoredTopK
 
 ABOUT_DOCUMENT = (KINDS.index("document"), KINDS.index("unanswerable"))
 _WHOLE = {"document": 1.0, "background": 1.0, "rows": 1.0, "answer_weight": 1.0, "document_tokens": 1.0}

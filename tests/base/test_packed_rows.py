@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hypernet.base.packed_rows import KINDS, Segment, pack_row, pad_rows
-from hypernet.data.curriculum import Curriculum, DistillationBatches, Stage
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.curriculum import Curriculum, Stage
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import Question
 from hypernet.text.chat import ChatLayout
@@ -158,54 +159,3 @@ def test_rows_move_together(batch):
     moved = batch.to("meta")
     tensors = [moved.chunk_ids, moved.chunk_mask, *moved.student, *moved.teacher]
     assert {tensor.device.type for tensor in tensors} == {"meta"} and moved.num_chunks == batch.num_chunks
-
-
-# Chat layout
-
-
-def test_the_layout_is_what_the_chat_template_writes(tiny_tokenizer):
-    layout = ChatLayout.of(tiny_tokenizer)
-    turns = [{"role": "user", "content": "A text.\n\nWho?"}, {"role": "assistant", "content": "Ilda"}]
-    render = lambda turns, **settings: tiny_tokenizer.apply_chat_template(turns, tokenize=False, **settings)  # noqa: E731
-    assert layout.prompt("Who?", "A text.") == render(turns[:1], add_generation_prompt=True)
-    assert layout.prompt("Who?", "A text.") + layout.answer("Ilda") == render(turns)
-
-
-class Templated:
-    """A tokenizer that only has a chat template."""
-
-    def __init__(self, template):
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        self.chat_template = template
-        self._render = render_jinja_template
-
-    def apply_chat_template(self, turns, *, tokenize, add_generation_prompt=False):
-        assert not tokenize
-        settings = {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
-        rendered, _ = self._render([turns], **settings)
-        return rendered[0]
-
-
-def test_a_template_with_system_text_and_a_newline_at_the_end_is_taken_apart():
-    template = (
-        "<s>[SYS] Be brief. [/SYS]{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</{{ m['role'] }}>\n"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}"
-    )
-    layout = ChatLayout.of(Templated(template))
-    assert layout == ("<s>[SYS] Be brief. [/SYS]<user>\n", "</user>\n<assistant>\n", "", "</assistant>")
-
-
-@pytest.mark.parametrize(
-    ("template", "hint"),
-    [
-        (None, "has no chat template; set tokenizer.chat_template"),
-        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "own prompt; use a plain one"),
-        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "own prompt; use a plain one"),
-        ("{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}", "own prompt; use a plain one"),
-    ],
-    ids=["none", "changes the content", "another beginning", "twice"],
-)
-def test_a_template_that_cannot_be_used_is_refused_with_what_to_do(template, hint):
-    with pytest.raises(ValueError, match=hint):
-        ChatLayout.of(Templated(template))

@@ -5,7 +5,8 @@ import torch
 
 from hypernet.base.base_model import load_base_model
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
-from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, StoredTopK
+from hypernet.data.batches import BaseModelBatches, DistillationBatches, StoredTopK
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.needles import Needles
 from hypernet.data.records import Question

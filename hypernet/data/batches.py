@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.base.packed_rows import KINDS, PackedRows, Segment, pack_row, pad_rows
+from hypernet.base.packed_rows import QUESTION_KINDS, PackedRows, Segment, pack_row, pad_rows
 from hypernet.data.curriculum import Curriculum, Stage
 from hypernet.data.encyclopedia import background_questions
 from hypernet.data.records import UNKNOWN, Question
@@ -41,7 +41,7 @@ class _Batches(Dataset):
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def _segments(self, asked: Sequence[tuple[Question, bool]]) -> list[Segment]:
-        """Segments for (question, does it see the trunk); tokenized in one call."""
+        """Segments for (question, does it see the prefix); tokenized in one call."""
         before = ["" if sees else self.layout.before_user for _, sees in asked]
         separator = ["\n\n" if sees else "" for _, sees in asked]
         prompts = self._encode(
@@ -51,18 +51,18 @@ class _Batches(Dataset):
         # Tokenized again, a generated answer need not give the tokens that its log-probabilities belong to.
         answers = [list(q.stored.ids) if q.stored else ids for ids, (q, _) in zip(answers, asked, strict=True)]
         return [
-            Segment(prompt + answer, len(prompt), sees, KINDS.index(question.kind))
+            Segment(prompt + answer, len(prompt), sees, QUESTION_KINDS.index(question.kind))
             for prompt, answer, (question, sees) in zip(prompts, answers, asked, strict=True)
         ]
 
     def _rows(
-        self, trunks: Sequence[list[int]], asked: Sequence[Sequence[tuple[Question, bool]]], extra=None
+        self, prefixes: Sequence[list[int]], asked: Sequence[Sequence[tuple[Question, bool]]], extra=None
     ) -> PackedRows:
         flat = iter(self._segments([pair for questions in asked for pair in questions]))
         rows = []
-        for i, (trunk, questions) in enumerate(zip(trunks, asked, strict=True)):
+        for i, (prefix, questions) in enumerate(zip(prefixes, asked, strict=True)):
             segments = [next(flat) for _ in questions]
-            rows.append(pack_row(trunk, segments + (extra[i] if extra else [])))
+            rows.append(pack_row(prefix, segments + (extra[i] if extra else [])))
         return pad_rows(rows, pad_id=self.tokenizer.pad_token_id)
 
 
@@ -80,7 +80,7 @@ class BaseModelBatches(_Batches):
         _, stage, _ = self.curriculum.stage(step)
         records = self.curriculum.records(step)
         rng = self.curriculum.encyclopedia.rng("base model", step)
-        trunks = self._encode([self.layout.before_user + record.document for record in records])
+        prefixes = self._encode([self.layout.before_user + record.document for record in records])
         asked = []
         for record in records:
             background = [
@@ -90,9 +90,9 @@ class BaseModelBatches(_Batches):
             asked.append([(question, True) for question in record.questions] + background + [(without, False)])
         orders = [rng.sample(record.sentences, len(record.sentences)) for record in records]
         restated = self._encode(["\n\n" + " ".join(order) for order in orders])
-        kind = KINDS.index("reordering")
+        kind = QUESTION_KINDS.index("reordering")
         extra = [[Segment(ids, 0, True, kind, 0.5)] if rng.random() < stage.reordering else [] for ids in restated]
-        return self._rows(trunks, asked, extra)
+        return self._rows(prefixes, asked, extra)
 
 
 class StoredTopK(NamedTuple):
@@ -136,7 +136,7 @@ class DistillationBatch(NamedTuple):
     @property
     def num_own_rows(self) -> int:
         """Rows that belong to the document of the same number; those with a document in the prompt come behind them."""
-        return len(self.student.ids) - int((self.student.target_kind == KINDS.index("in_prompt")).any(1).sum())
+        return len(self.student.ids) - int((self.student.target_kind == QUESTION_KINDS.index("in_prompt")).any(1).sum())
 
     def to(self, device: torch.device | str) -> "DistillationBatch":
         return DistillationBatch(
@@ -277,17 +277,18 @@ class DistillationBatches(_Batches):
         pieces = [piece for of_document in chunks for piece in of_document]
         width = max(piece.ids.shape[1] for piece in pieces)
         pad = lambda tensor, value: torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)  # noqa: E731
-        trunks = self._encode([self.layout.before_user + document for document in documents[: len(asked)]])
+        prefixes = self._encode([self.layout.before_user + document for document in documents[: len(asked)]])
         student_asked = [[(question, False) for question in questions] for questions in asked]
         teacher_asked = [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]
         others = [[(question, True) for question in questions] for _, questions, _ in in_prompt]
-        in_prompt_trunks = [trunks[document] for document, _, _ in in_prompt]
+        in_prompt_prefixes = [prefixes[document] for document, _, _ in in_prompt]
         if self.skip_stored:
             teacher_asked = [[pair for pair in row if not pair[0].stored] for row in teacher_asked]
-            trunks = [
-                trunk if any(sees for _, sees in row) else [] for trunk, row in zip(trunks, teacher_asked, strict=True)
+            prefixes = [
+                prefix if any(sees for _, sees in row) else []
+                for prefix, row in zip(prefixes, teacher_asked, strict=True)
             ]
-        student = self._rows([*([] for _ in asked), *in_prompt_trunks], [*student_asked, *others])
+        student = self._rows([*([] for _ in asked), *in_prompt_prefixes], [*student_asked, *others])
         members = [[i] for i in range(len(asked))] if members is None else members
         spans = [[span for piece in of_document for span in piece.spans] for of_document in chunks]
         return DistillationBatch(
@@ -296,7 +297,7 @@ class DistillationBatches(_Batches):
             num_chunks=[sum(len(piece.ids) for piece in of_document) for of_document in chunks],
             members=[list(row) for row in [*members, *(joined for _, _, joined in in_prompt)]],
             student=student,
-            teacher=self._rows([*trunks, *in_prompt_trunks], [*teacher_asked, *others]),
+            teacher=self._rows([*prefixes, *in_prompt_prefixes], [*teacher_asked, *others]),
             answer_chunk=answer_chunk(student, documents, spans, asked),
             stored=stored_top_k(student, asked),
         )
@@ -346,7 +347,7 @@ def answer_chunk(
     result = torch.full_like(student.ids, -1)
     num_segments = int(student.segments.max()) + 1
     for row, (document, borders, questions) in enumerate(zip(documents, spans, asked, strict=False)):
-        # Of each segment; the trunk's is 0, the padding's -1.
+        # Of each segment; the prefix's is 0, the padding's -1.
         chunk_of = torch.full((num_segments + 1,), -1)
         for number, question in enumerate(questions, start=1):
             if question.kind == "document":

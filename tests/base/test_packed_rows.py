@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hypernet.base.packed_rows import KINDS, Segment, pack_row, pad_rows
+from hypernet.base.packed_rows import QUESTION_KINDS, Segment, pack_row, pad_rows
 from hypernet.data.batches import DistillationBatches
 from hypernet.data.curriculum import Curriculum, Stage
 from hypernet.data.encyclopedia import Encyclopedia
@@ -72,9 +72,9 @@ def test_the_trunk_is_read_as_if_nothing_followed(tiny_base_model, tiny_tokenize
     logits = logits_of(tiny_base_model, batch.teacher)
     for row, document in enumerate(DOCUMENTS):
         ids = tiny_tokenizer("<|user|>" + document)["input_ids"]
-        trunk = batch.teacher.segments[row] == 0
-        assert batch.teacher.ids[row, trunk].tolist() == ids
-        torch.testing.assert_close(logits[row, trunk], logits_of_prompt(tiny_base_model, ids), rtol=0, atol=1e-5)
+        prefix = batch.teacher.segments[row] == 0
+        assert batch.teacher.ids[row, prefix].tolist() == ids
+        torch.testing.assert_close(logits[row, prefix], logits_of_prompt(tiny_base_model, ids), rtol=0, atol=1e-5)
 
 
 def test_a_question_never_sees_another_question_nor_background_the_document(tiny_base_model, batch):
@@ -137,7 +137,7 @@ def test_exactly_the_answers_tokens_are_predicted(tiny_tokenizer, batch):
             for number, question in enumerate(questions, start=1):
                 here = predicted[row] & (rows.segments[row] == number)
                 assert tiny_tokenizer.decode(rows.targets()[row, here]) == f" {question.answer}<|end|>"
-                assert set(kinds[row, here].tolist()) == {KINDS.index(question.kind)}
+                assert set(kinds[row, here].tolist()) == {QUESTION_KINDS.index(question.kind)}
         assert not predicted[rows.segments <= 0].any()
 
 

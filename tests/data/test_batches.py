@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypernet.base.packed_rows import KINDS
+from hypernet.base.packed_rows import QUESTION_KINDS
 from hypernet.data.batches import BaseModelBatches, DistillationBatches, random_pieces
 from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import Encyclopedia, background_questions, relations
@@ -29,7 +29,7 @@ def segments_of(rows, row, tokenizer):
         own = (rows.segments[row] == number).nonzero()[:, 0]
         answer = own[rows.target_kind[row, own] >= 0] + 1
         prompt = [i for i in own.tolist() if i not in answer.tolist()]
-        kind = KINDS[int(rows.target_kind[row, own].max())]
+        kind = QUESTION_KINDS[int(rows.target_kind[row, own].max())]
         result.append((kind, *(tokenizer.decode(rows.ids[row, list(at)]) for at in (prompt, answer))))
     return result
 
@@ -71,8 +71,8 @@ def test_only_the_teachers_document_questions_see_the_document(
     for row, record in enumerate(records):
         student, teacher = (segments_of(rows, row, tiny_tokenizer) for rows in (batch.student, batch.teacher))
         assert [(kind, answer) for kind, _, answer in student] == [(kind, answer) for kind, _, answer in teacher]
-        trunk = batch.teacher.ids[row, batch.teacher.segments[row] == 0]
-        assert tiny_tokenizer.decode(trunk) == "<|user|>" + record.document
+        prefix = batch.teacher.ids[row, batch.teacher.segments[row] == 0]
+        assert tiny_tokenizer.decode(prefix) == "<|user|>" + record.document
         assert not (batch.student.segments[row] == 0).any()
         own = {question.text: question.answer for question in record.questions}
         forms = {q.group: next(r for r in relations() if r.name == q.group).questions for q in record.questions}
@@ -135,7 +135,7 @@ def test_base_model_rows_hold_every_kind_of_question(
     for row, record in enumerate(records):
         own = {question.text: question.answer for question in record.questions}
         asked = segments_of(rows, row, tiny_tokenizer)
-        sees = [bool(rows.sees_trunk[row, rows.segments[row] == n + 1].all()) for n in range(len(asked))]
+        sees = [bool(rows.sees_prefix[row, rows.segments[row] == n + 1].all()) for n in range(len(asked))]
         seen = Counter()
         for (kind, prompt, answer), with_article in zip(asked, sees, strict=True):
             if kind == "reordering":
@@ -170,11 +170,11 @@ def test_reordering_is_predicted_whole_with_half_the_weight(base_model_batches):
     for row in range(len(rows.ids)):
         last = rows.segments[row] == rows.segments[row].max()
         assert set(rows.target_weight[row, last].tolist()) == {0.5}
-        assert rows.target_kind[row, last].tolist() == [KINDS.index("reordering")] * (last.sum() - 1) + [-1]
+        assert rows.target_kind[row, last].tolist() == [QUESTION_KINDS.index("reordering")] * (last.sum() - 1) + [-1]
 
 
 def test_without_reordering_no_row_has_one(base_model_batches):
-    assert (base_model_batches[2].target_kind != KINDS.index("reordering")).all()
+    assert (base_model_batches[2].target_kind != QUESTION_KINDS.index("reordering")).all()
 
 
 # Both
@@ -235,16 +235,16 @@ def test_in_prompt_rows_have_another_documents_adapter(tiny_tokenizer):
             assert torch.equal(rows.ids[:6, :width], before.ids)
             assert torch.equal(rows.target_kind[:6, :width], before.target_kind)
         for row in range(6, len(batch.student.ids)):
-            trunk = batch.student.segments[row] == 0
-            text = tiny_tokenizer.decode(batch.student.ids[row][trunk], skip_special_tokens=True)
+            prefix = batch.student.segments[row] == 0
+            text = tiny_tokenizer.decode(batch.student.ids[row][prefix], skip_special_tokens=True)
             (document,) = (i for i, record in enumerate(records) if record.document in text)
             assert document not in batch.members[row]
             assert batch.members[row] in plain.members
             asked = {question.text for question in records[document].questions}
             for number in range(1, int(batch.student.segments[row].max()) + 1):
                 own = batch.student.segments[row] == number
-                assert batch.student.sees_trunk[row][own].all()
-                assert KINDS[int(batch.student.target_kind[row][own].max())] == "in_prompt"
+                assert batch.student.sees_prefix[row][own].all()
+                assert QUESTION_KINDS[int(batch.student.target_kind[row][own].max())] == "in_prompt"
                 assert any(q in tiny_tokenizer.decode(batch.student.ids[row][own]) for q in asked)
             sizes.add(number)
             used = batch.student.segments[row] >= 0

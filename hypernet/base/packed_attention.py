@@ -2,7 +2,7 @@
 
 A row (`hypernet.base.packed_rows`) is a prefix and segments; a segment sees the prefix and itself. With a mask over the
 whole row the work grows with the square of its length; here the prefix is one causal block, and every segment
-one block of its own length times (prefix + own length).
+one block of its length times (prefix + its length).
 
     logits = packed_logits(base_model, rows, rows.target_kind >= 0)      # [number of answer tokens, V]
 """
@@ -93,7 +93,7 @@ class RowBlocks(NamedTuple):
 
 
 def packed_logits(base_model: nn.Module, rows: PackedRows, where: Tensor) -> Tensor:
-    """Logits of packed rows at some positions, as if every segment were a prompt of its own.
+    """Logits of packed rows at some positions, as if every segment were a separate prompt.
 
     By blocks where the model's attention is plain, else with a mask over the whole rows.
 

@@ -89,9 +89,9 @@ class BaseModelBatches(_Batches):
             without = rng.choice(record.questions)._replace(answer=UNKNOWN, kind="unanswerable")
             asked.append([(question, True) for question in record.questions] + background + [(without, False)])
         orders = [rng.sample(record.sentences, len(record.sentences)) for record in records]
-        restated = self._encode(["\n\n" + " ".join(order) for order in orders])
+        reordered = self._encode(["\n\n" + " ".join(order) for order in orders])
         kind = QUESTION_KINDS.index("reordering")
-        extra = [[Segment(ids, 0, True, kind, 0.5)] if rng.random() < stage.reordering else [] for ids in restated]
+        extra = [[Segment(ids, 0, True, kind, 0.5)] if rng.random() < stage.reordering else [] for ids in reordered]
         return self._rows(prefixes, asked, extra)
 
 
@@ -116,8 +116,8 @@ class DistillationBatch(NamedTuple):
     chunk_ids, chunk_mask: [C, T]; num_chunks: per document, [N] on the host.
     members: the documents that each row's adapter joins, its own first; lists on the host.
     student: a row per document, the questions alone. teacher: the same questions, those about the document behind it.
-        The answer tokens of both come in the same order. Behind these rows of their own may stand others, the same in
-        both: a document in the prompt, questions about it (kind "in_prompt"), and the adapter of other documents.
+        The answer tokens of both come in the same order. Further rows may follow, the same in both: a document in the
+        prompt, questions about it (kind "in_prompt"), and the adapter of other documents.
     answer_chunk: [N, S], at answer tokens of the student's rows the one chunk of the row's document that holds the
         answer, word for word; -1 elsewhere, and where no chunk does or several do.
     stored: the teacher's probabilities where they were stored; None where no question has any. The teacher's rows may
@@ -199,7 +199,7 @@ class DistillationBatches(_Batches):
             documents += [source.record(first + i).document for i in range(len(others))]
         chunks = None
         if stage.chunk_weights is not None:
-            # Random numbers of their own: documents and questions do not depend on how they are cut.
+            # Another random stream: documents and questions do not depend on how they are cut.
             rng = self.curriculum.encyclopedia.rng("chunks", step)
             chunks = [self._cut(rng, document, stage) for document in documents]
         in_prompt = self._in_prompt(step, asked, members, stage.num_in_prompt)
@@ -209,7 +209,7 @@ class DistillationBatches(_Batches):
         self, step: int, asked: Sequence[Sequence[Question]], members: Sequence[Sequence[int]], count: int
     ) -> list[tuple[int, list[Question], list[int]]]:
         """Documents that stand in the prompt, with questions about them and with another row's adapter."""
-        # Random numbers of their own: what else is in the step does not depend on these.
+        # Another random stream: what else is in the step does not depend on these.
         rng = self.curriculum.encyclopedia.rng("in prompt", step)
         result = []
         for document in rng.sample(range(len(asked)), min(count, len(asked))):

@@ -163,7 +163,7 @@ class _Loader(DataLoader):
 
 
 class _StepLoader(_Loader):
-    """Its position is the trainer's global_step, which every checkpoint holds; so it has no state of its own."""
+    """Its position is the trainer's global_step, which every checkpoint holds; so it saves no state."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -68,7 +68,7 @@ def test_packed_rows_give_the_logits_of_one_prompt_per_question(tiny_base_model,
             torch.testing.assert_close(logits[row, own], expected, rtol=0, atol=1e-5)
 
 
-def test_the_trunk_is_read_as_if_nothing_followed(tiny_base_model, tiny_tokenizer, batch):
+def test_the_prefix_is_read_as_if_nothing_followed(tiny_base_model, tiny_tokenizer, batch):
     logits = logits_of(tiny_base_model, batch.teacher)
     for row, document in enumerate(DOCUMENTS):
         ids = tiny_tokenizer("<|user|>" + document)["input_ids"]

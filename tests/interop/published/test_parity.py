@@ -1,6 +1,6 @@
 """A small checkpoint in the published Doc-to-LoRA format gives what its authors' code computed from it.
 
-The file lies beside the repository, in shared/parity; without it these tests are skipped.
+The file lies next to the repository, in shared/parity; without it these tests are skipped.
 """
 
 import shutil

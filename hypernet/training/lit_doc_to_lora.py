@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hypernet.base.packed_rows import PackedRows
 from hypernet.base.targets import LayerTarget
-from hypernet.data.curriculum import DistillationBatch
+from hypernet.data.batches import DistillationBatch
 from hypernet.data.splitting import StepPart
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.training.lit_module import LitModule, beginnings, check_same_sizes

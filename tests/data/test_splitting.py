@@ -5,7 +5,8 @@ import torch
 
 from hypernet.base.base_model import load_base_model
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
-from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, StoredTopK
+from hypernet.data.batches import BaseModelBatches, DistillationBatches, StoredTopK
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.needles import Needles
 from hypernet.data.records import Question
@@ -71,7 +72,7 @@ def assert_same(found, expected):
         {"num_joined_documents": [3, 9], "distractor_source": "filler", "num_distractor_documents": 2},
         {"num_joined_documents": [1, 2], "num_in_prompt": 3},
     ],
-    ids=["alone", "in company", "all together", "in other company", "documents in the prompt"],
+    ids=["alone", "joined", "all together", "joined with distractors", "documents in the prompt"],
 )
 def test_one_step_over_8_documents_is_its_parts_together(batches, distillation, stage, num_parts):
     batch = batches(**stage)[0]
@@ -114,7 +115,7 @@ def test_the_base_model_s_step_is_its_parts_together(tiny_base_model_folder, tin
     assert_same(losses_and_gradients(module, parameters, parts), whole)
 
 
-def test_a_part_brings_its_company_s_chunks_and_no_others(batches):
+def test_a_part_brings_its_members_chunks_and_no_others(batches):
     whole = batches(num_joined_documents=[1, 4])[0]
     first = [sum(whole.num_chunks[:i]) for i in range(8)]
     of_document = [whole.chunk_ids[f : f + n][whole.chunk_mask[f : f + n]] for f, n in zip(first, whole.num_chunks)]  # noqa: B905

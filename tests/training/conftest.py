@@ -28,7 +28,8 @@ def make_module(make_doc_to_lora, tiny_base_model_folder):
 @pytest.fixture
 def make_data(tiny_tokenizer):
     """make_data("doc_to_lora" or "base_model") → six steps of two documents, and one batch to validate on."""
-    from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
+    from hypernet.data.batches import BaseModelBatches, DistillationBatches
+    from hypernet.data.curriculum import Curriculum
     from hypernet.data.datamodule import BatchDataModule
     from hypernet.data.encyclopedia import Encyclopedia
 

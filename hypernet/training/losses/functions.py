@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypernet.base.packed_rows import KINDS, PackedRows
+from hypernet.base.packed_rows import QUESTION_KINDS, PackedRows
 
 TINY_SCORE = 1e-9  # an untrained B scores 0 everywhere
 KEY_SHARPNESS = 20.0  # of key_contrast; cosines of unrelated directions are of the size of d**-0.5
@@ -242,7 +242,7 @@ def answers_right_by_kind(rows: PackedRows, predicted: Tensor) -> dict[str, Tens
     kinds, targets = rows.target_kind[is_answer], rows.targets()[is_answer]
     row = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
     answer_id = (row * (int(rows.segments.max()) + 1) + rows.segments)[is_answer]
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(QUESTION_KINDS):
         of_kind = kinds == number
         if of_kind.any():
             result[kind] = answers_right(predicted[of_kind], targets[of_kind], answer_id[of_kind])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hypernet.base.targets import LayerTarget
-from hypernet.data.curriculum import DistillationBatch
+from hypernet.data.batches import DistillationBatch
 from hypernet.data.splitting import ABOUT_DOCUMENT, StepPart
 from hypernet.training.losses.functions import (
     answer_nll,

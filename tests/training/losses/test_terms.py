@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from hypernet.base.packed_rows import KINDS
-from hypernet.data.curriculum import Curriculum, DistillationBatches, StoredTopK
+from hypernet.base.packed_rows import QUESTION_KINDS
+from hypernet.data.batches import DistillationBatches, StoredTopK
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.data.records import Question, StoredAnswer
 from hypernet.training.losses import (
@@ -204,7 +205,7 @@ def answers_in_prompts_of_their_own(model, batch, adapters=None):
             for hook in hooks:
                 hook.remove()
             for token in (kinds >= 0).nonzero()[:, 0].tolist():
-                owner.append(i if KINDS[kinds[token]] in ("document", "unanswerable") else -1)
+                owner.append(i if QUESTION_KINDS[kinds[token]] in ("document", "unanswerable") else -1)
                 for of_layer, x in zip(inputs, seen, strict=True):
                     of_layer.append(x[len(trunk) + token])
     return [torch.stack(of_layer) for of_layer in inputs], torch.tensor(owner)

@@ -13,7 +13,7 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -231,7 +231,7 @@ def _text_borders(text: str) -> Iterator[tuple[int, int, int]]:
         yield low, breaks[-1].end(), level
 
 
-def _ender_level(text: str, match: re.Match, line_start: int) -> int | None:
+def _ender_level(text: str, match: re.Match[str], line_start: int) -> int | None:
     """What a run of enders like "." or "?!" is: the end of a sentence, a doubtful one, or none (part of a number, name,
     abbreviation or label)."""
     if not match["blank"]:
@@ -319,9 +319,8 @@ def _choose_cuts(levels: np.ndarray, max_chunk_tokens: int) -> list[int]:
 
 def _render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        turns = [{"role": "user", "content": content}]
+        return cast(str, tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template is a program: it may raise anything
         raise ValueError(
             f"The chat template of {type(tokenizer).__name__} fails on a lone user message ({error}). Set "

@@ -5,10 +5,10 @@ object per line on stdin, an answer per line on stdout; `Commands` is the side o
 
     commands.run("train.py", ["trainer.max_steps=3", ...], cwd=folder)              # to its end
     commands.run("hypernet.interop.checkpoints", ["source=..."], cwd=folder)                 # python -m
-    commands.run("train.py", ["trainer.devices=2", ...], cwd=folder, processes=2)   # both forked, as by torchrun
     commands.run(..., kill={"steps": 2, "seconds": 0.01, "checkpoints": folder})    # SIGKILL after two checkpoints
     commands.run(..., kill={"while_writing": True, "checkpoints": folder})          # while one is being written
     commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five logged lines
+    commands.run(..., processes=2)                                                 # both forked, as by torchrun
 """
 
 import json

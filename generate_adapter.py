@@ -202,11 +202,10 @@ def internalize(
         bars[-1].update(done - bars[-1].n)
 
     try:
-        together = in_force_alike(settings)
         adapter = model.internalize(
-            documents, max_batch_tokens=settings["max_batch_tokens"], decorrelate=together, progress=progress
+            documents, max_batch_tokens=settings["max_batch_tokens"], progress=progress
         )
-        adapter = model.join(adapter) if together else adapter
+        adapter = adapter.fused() if in_force_alike(settings) else adapter
     finally:
         for bar in bars:
             bar.close()
@@ -249,9 +248,12 @@ def answer(
     window = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     lengths = [num_tokens(model, model.layout.prompt(question, document)) for question in questions]
     fitting = [q for q, length in zip(questions, lengths, strict=True) if length + max_new_tokens <= window]
-    given = adapter if adapter is None or route is None else model.route(fitting, adapter, num_chunks=route)
-    how = {"documents": [document] * len(fitting), "gate": gate or 0.0, "max_new_tokens": max_new_tokens}
-    texts = iter(model.generate(fitting, given, **how))
+    how = {"documents": [document] * len(fitting), "max_new_tokens": max_new_tokens}
+    if adapter is not None and route is not None:
+        how |= {"join": "route", "top_k": route}
+    if adapter is not None and gate is not None:
+        how |= {"join": "gate", "gate_power": gate}
+    texts = iter(model.generate(fitting, adapter, **how))
     return [
         next(texts)
         if length + max_new_tokens <= window

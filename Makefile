@@ -1,16 +1,16 @@
-# The commands of this project: `make` lists them. The first that runs sets up .venv with the pinned dependencies.
-# Needs Python 3.11 or newer with its venv module, found on the PATH or named: make demo PYTHON=/path/to/python3.12
-# .venv belongs to this file: a set-up that did not finish is started again from nothing.
+# The commands of this project; `make` lists them. The first one that runs installs the pinned dependencies into .venv.
+# Needs Python 3.11 or newer with its venv module, found on the PATH or given: make demo PYTHON=/path/to/python3.12
+# .venv is managed by this file: an incomplete setup is started again from scratch.
 
-# What `make demo` asks of generate_adapter.py. All three can be given: make train TRAIN_ARGS="trainer.max_steps=10"
+# Arguments of `make demo`, `make train` and `make test`; to set one: make train TRAIN_ARGS="trainer.max_steps=10"
 DEMO_ARGS ?= document=examples/fenda_elfax.txt output_dir=outputs/demo overwrite=true \
   'ask=["Who was the teacher of Fenda Elfax?","In which place was Fenda Elfax born?","What does Fenda Elfax work as?","When is the birthday of Fenda Elfax?","What is the capital of France?"]'
 TRAIN_ARGS ?=
-# Three processes: what waits (workers, signals, files) leaves a tenth of two cores idle otherwise.
+# Three processes for two cores: tests that wait (for workers, signals, files) would leave a tenth of the time idle.
 TEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
-# What is imported is compiled and kept then; pip would take 40 s to compile all that it installs. Many containers set this
-# variable, and every command would compile its imports again.
+# Python compiles what is imported and keeps it; having pip compile everything would take 40 s. Many containers set this
+# variable, and every command would then compile its imports again.
 export PYTHONDONTWRITEBYTECODE :=
 
 VENV_PYTHON := .venv/bin/python
@@ -19,27 +19,28 @@ STAMP := .venv/.installed
 .DEFAULT_GOAL := help
 .PHONY: help demo test check train figures needles bench clean
 
-help: ## list these commands
+help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-demo: $(STAMP) ## turn an example document into an adapter and ask it questions
+demo: $(STAMP) ## turn an example document into an adapter and answer questions with it
 	$(VENV_PYTHON) generate_adapter.py $(DEMO_ARGS)
 
 test: $(STAMP) ## run the tests
 	$(VENV_PYTHON) -m pytest $(TEST_ARGS)
 
-check: $(STAMP) ## lint with ruff
+check: $(STAMP) ## lint (ruff) and check types (mypy)
 	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m mypy
 
-train: $(STAMP) ## train a hypernetwork (TRAIN_ARGS="key=value ...")
+train: $(STAMP) ## train a hypernetwork; settings: TRAIN_ARGS="key=value ..."
 	$(VENV_PYTHON) train.py $(TRAIN_ARGS)
 
-figures: $(STAMP) ## print the figures of the shipped model
+figures: $(STAMP) ## measure the shipped model and print its scores
 	$(VENV_PYTHON) -m benchmarks.tiny_figures
 
-# Each training begins once, and goes on where it was interrupted.
+# Each training runs once, and resumes where it was interrupted.
 NEEDLES := outputs/niah_tiny_distractors/checkpoint
-needles: $(NEEDLES) ## train for needles in a haystack and measure them: outputs/benchmark_niah (65 minutes)
+needles: $(NEEDLES) ## train on needles in a haystack and benchmark: outputs/benchmark_niah (65 minutes)
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m benchmarks.run sweep=niah hydra/launcher=joblib hydra.launcher.n_jobs=2
 	$(VENV_PYTHON) -m benchmarks.report input_dir=outputs/benchmark_niah output=outputs/benchmark_niah/niah.jsonl \
 	  page=outputs/benchmark_niah/niah.html
@@ -49,34 +50,34 @@ outputs/niah_tiny/checkpoint: | outputs/tiny_base_model_needles/base_model
 $(NEEDLES) outputs/niah_tiny/checkpoint outputs/tiny_base_model_needles/base_model: | $(STAMP)
 	$(VENV_PYTHON) train.py experiment=$(notdir $(@D)) ckpt_path=auto $(TRAIN_ARGS)
 
-bench: $(STAMP) ## run the tiny sweep and write outputs/benchmark/report.html
+bench: $(STAMP) ## run the tiny benchmark and write outputs/benchmark/report.html
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m benchmarks.run sweep=tiny hydra/launcher=joblib hydra.launcher.n_jobs=2
 	$(VENV_PYTHON) -m benchmarks.report
 
-clean: ## remove .venv and the caches; outputs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+clean: ## remove .venv and the caches; keep outputs/
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# A stamp whose interpreter no longer runs (system Python replaced, folder moved to another machine) does not count.
+# A stamp is ignored if its interpreter no longer runs (system Python replaced, folder moved to another machine).
 ifneq ($(shell $(VENV_PYTHON) -c 'import pip; print("ok")' 2>/dev/null),ok)
 .PHONY: $(STAMP)
 endif
 
-# The stamp goes before pip starts and comes back when pip is done, so an interrupted set-up never looks finished.
+# The stamp is removed before pip starts and written when pip is done, so an interrupted setup never looks finished.
 # Only `python -m ...` is called: the scripts in .venv/bin cannot start from a path with a space.
 $(STAMP): pyproject.toml constraints.txt
 	@if [ ! -f $@ ] || ! $(VENV_PYTHON) -c 'import pip' 2>/dev/null; then $(choose_python); \
 	  echo "Creating .venv with $$python."; "$$python" -m venv --clear .venv; fi
 	@rm -f $@
 	@echo "Installing the pinned dependencies into .venv (some minutes the first time)."
-	@# Python 3.11 comes with pip 23, which takes 20 s longer to choose versions. Without a newer one it goes on with that.
+	@# Python 3.11 comes with pip 23, which takes 20 s longer to resolve versions. If the upgrade fails, it still works.
 	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip 2>/dev/null || true
 	@$(VENV_PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,documents,bench,sweep]' || \
 	  { echo "make: pip could not install the dependencies, see above. Is the package index reachable? Then run make again." >&2; exit 1; }
 	@touch $@
 
-# Sets $python, or says in one line what was found and what to do. 3.11 comes first: constraints.txt was frozen with it.
-# A candidate that does not even run (a pyenv shim without a version) is passed over.
+# Sets $python, or prints in one line what was found and what to do. 3.11 comes first: constraints.txt was made with it.
+# A candidate that does not run at all (a pyenv shim without a version) is skipped.
 define choose_python
 found=; chosen=; \
 if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; else set -- python3.11 python3.12 python3.13 python3 python; fi; \

@@ -1,4 +1,4 @@
-"""What every test runs under: no network, one torch thread per process, Triton's interpreter where there is no GPU.
+"""Settings and fixtures of all tests: no network, one torch thread per process, Triton's interpreter without a GPU.
 
 The environment is set before torch, transformers and triton are imported: they read it once. Mark a test that needs a
 GPU, or bf16 in a Triton kernel, with `@pytest.mark.requires_gpu`; it is skipped elsewhere.
@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers_whatever_ran_before() -> None:
+def seed_of_torch() -> None:
     torch.manual_seed(0)
 
 
@@ -37,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs compiled kernels, but TRITON_INTERPRET=1 is set")
 
 
-# Two processes take the files in this order (--no-loadscope-reorder): a long one at the end would keep one waiting.
+# Processes take the files in this order (--no-loadscope-reorder): a long one at the end would leave the others idle.
 LONGEST_FILES = ("test_sharding.py", "test_survival.py", "test_datamodule.py", "test_lora_delta.py", "test_train.py")
 
 
@@ -47,14 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def commands():
-    """This project's commands, run without importing everything anew (tests/forked_commands.py)."""
+    """This project's commands, run without importing everything again (tests/forked_commands.py)."""
     from tests.forked_commands import Commands
 
     with Commands() as commands:
         yield commands
 
 
-# --- A tiny world: tokenizer, base model and DocToLoRA. Imports are late, so that tests without them stay quick. ---
+# --- Tiny tokenizer, base model and DocToLoRA. Imports are late, so that tests without them stay quick. ---
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +109,7 @@ def tiny_base_model(tiny_base_model_folder):
 def make_doc_to_lora(tiny_base_model_folder, tiny_tokenizer):
     """make_doc_to_lora(trained=True, seed=0, **changes): a DocToLoRA on a fresh copy of the tiny base model.
 
-    trained: False leaves the hypernetwork as it starts, True gives it random weights: its adapters do something.
+    trained: whether random numbers are added to the initial weights, so that adapters have an effect.
     bias_block: of the hypernetwork.
     """
     from hypernet.base.base_model import load_base_model

@@ -8,12 +8,14 @@ object per line on stdin, an answer per line on stdout; `Commands` is the side o
     commands.run(..., kill={"steps": 2, "seconds": 0.01, "checkpoints": folder})    # SIGKILL after two checkpoints
     commands.run(..., kill={"while_writing": True, "checkpoints": folder})          # while one is being written
     commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five logged lines
+    commands.run(..., processes=2)                                                 # both forked, as by torchrun
 """
 
 import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,9 +55,14 @@ class Commands:
         self.process.wait(timeout=60)
         self.process.stdout.close()
 
-    def run(self, command: str, arguments: list[str], *, cwd: Path, kill: dict | None = None) -> Finished:
-        """command: a script of this project, or the name of a module."""
-        request = {"command": command, "arguments": arguments, "cwd": str(cwd), "kill": kill}
+    def run(
+        self, command: str, arguments: list[str], *, cwd: Path, kill: dict | None = None, processes: int = 1
+    ) -> Finished:
+        """command: a script of this project, or the name of a module.
+
+        processes: how many ranks of one run are forked; with 1 the command starts the others itself, anew.
+        """
+        request = {"command": command, "arguments": arguments, "cwd": str(cwd), "kill": kill, "processes": processes}
         self.process.stdin.write(json.dumps(request, default=str) + "\n")
         self.process.stdin.flush()
         return Finished(*json.loads(self.process.stdout.readline()))
@@ -74,9 +81,8 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
-        child = os.fork()
-        if not child:
-            _run(request, streams)
+        ranks = _ranks(request["processes"])
+        child, *others = [os.fork() or _run(request | {"environment": rank}, streams) for rank in ranks]
         code, kill = None, request["kill"]
         if kill:
             while code is None and not _is_time(kill):
@@ -87,6 +93,10 @@ def _serve() -> None:
                 os.kill(child, kill.get("signal", signal.SIGKILL))
         if code is None:
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for other in others:
+            if code:
+                os.kill(other, signal.SIGKILL)  # it would wait for the first process in a collective operation
+            code = code or os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
         printed = []
         for stream in streams:
             stream.seek(0)
@@ -107,6 +117,16 @@ def _is_time(kill: dict) -> bool:
     return max(steps, default=0) >= first + kill["steps"]
 
 
+def _ranks(number: int) -> list[dict[str, str]]:
+    """The environment variables by which Lightning knows that all processes of a run are started for it."""
+    if number == 1:
+        return [{}]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
+    return [address | {"LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
 def _poll(child: int) -> int | None:
     done, status = os.waitpid(child, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
@@ -119,6 +139,7 @@ def _run(request: dict, streams: list) -> None:
         for number, stream in enumerate(streams, 1):
             os.dup2(stream.fileno(), number)
         os.chdir(request["cwd"])
+        os.environ.update(request["environment"])
         name = request["command"]
         sys.argv = [str(ROOT / name), *request["arguments"]]
         if name.endswith(".py"):

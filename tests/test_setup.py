@@ -1,7 +1,7 @@
-"""The set-up: Makefile, .ci/run, constraints.txt and the packaging, without network.
+"""The setup: Makefile, .ci/run, constraints.txt and the packaging, without network.
 
-The Makefile runs for real, but in a copy of it in a folder with a space in its name, on a PATH that holds only the
-tools it needs and stand-ins for Python: shell scripts that answer the Makefile's questions and log their calls.
+The Makefile itself runs, copied to a folder with a space in its name, on a PATH that holds only the tools it needs and
+stand-ins for Python: shell scripts that answer the Makefile's questions and log their calls.
 """
 
 import ast
@@ -23,7 +23,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 TOOLS = ("awk", "bash", "cat", "chmod", "cp", "dirname", "echo", "find", "make", "mkdir", "rm", "sh", "touch")
-# Used where they are installed, and named when they are asked for and missing; too large for anybody's extra.
+# Optional and too large for an extra; a command that needs a missing one names it.
 NOT_OURS_TO_INSTALL = {"vllm", "sentence-transformers"}
 DISTRIBUTION_OF = {"yaml": "pyyaml", "hydra": "hydra-core", "omegaconf": "hydra-core", "bs4": "beautifulsoup4"}
 
@@ -36,8 +36,7 @@ case "$*" in
   *ensurepip*) exit {no_venv} ;;
   *"import pip"*) echo ok ;;
   "-m venv"*) rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-  "-m pip"*) test -z "$PIP_FAILS" ;;
-  "-m pytest"*) test -z "$TESTS_FAIL" ;;
+  "-m $FAILS"*) exit 1 ;;
 esac
 """
 
@@ -57,7 +56,7 @@ class Checkout:
         return path
 
     def run(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
-        env = {"PATH": str(self.bin), "CALLS": str(self.calls_file), "CI": "true", **env}
+        env = {"PATH": str(self.bin), "CALLS": str(self.calls_file), "CI": "true", "FAILS": "nothing", **env}
         self.calls_file.write_text("")
         return subprocess.run(
             command, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
@@ -115,7 +114,7 @@ def test_changed_pins_are_installed_into_the_same_environment(checkout: Checkout
 
 def test_failing_install_fails_the_command_and_the_next_run_starts_again(checkout: Checkout):
     checkout.add_python("python3")
-    result = checkout.run("make", "demo", PIP_FAILS="1")
+    result = checkout.run("make", "demo", FAILS="pip")
     assert result.returncode != 0
     assert "package index" in result.stderr
     assert not checkout.calls("generate_adapter.py") and not (checkout.folder / ".venv/.installed").exists()
@@ -131,7 +130,7 @@ def test_failing_update_does_not_look_finished(checkout: Checkout):
     checkout.run("make", "test")
     later = (checkout.folder / ".venv/.installed").stat().st_mtime + 10
     os.utime(checkout.folder / "pyproject.toml", (later, later))
-    assert checkout.run("make", "test", PIP_FAILS="1").returncode != 0
+    assert checkout.run("make", "test", FAILS="pip").returncode != 0
     assert checkout.run("make", "test").returncode == 0
     assert checkout.calls("-m venv --clear") and checkout.calls("-m pip install")
 
@@ -215,17 +214,26 @@ def test_named_python_that_is_missing_is_not_replaced_by_another(checkout: Check
 @pytest.mark.parametrize("command", [("make", "test"), ("bash", ".ci/run")])
 def test_failing_tests_fail_the_command(checkout: Checkout, command: tuple[str, ...]):
     checkout.add_python("python3")
-    assert checkout.run(*command, TESTS_FAIL="1").returncode != 0
+    assert checkout.run(*command, FAILS="pytest").returncode != 0
     assert checkout.run(*command).returncode == 0
 
 
-def test_ci_run_calls_exactly_make_test_in_the_root(checkout: Checkout):
+@pytest.mark.parametrize("tool", ["ruff", "mypy"])
+@pytest.mark.parametrize("command", [("make", "check"), ("bash", ".ci/run")])
+def test_failing_check_fails_make_and_ci_before_the_tests(checkout: Checkout, command: tuple[str, ...], tool: str):
+    checkout.add_python("python3")
+    assert checkout.run(*command, FAILS=tool).returncode != 0
+    assert checkout.calls(f"-m {tool}") and not checkout.calls("-m pytest")
+    assert checkout.run(*command).returncode == 0
+
+
+def test_ci_run_calls_make_check_and_test_in_the_root(checkout: Checkout):
     make = checkout.bin / "make"
     make.unlink()
     make.write_text('#!/bin/sh\necho "make $* in $PWD"\nexit 7\n')
     make.chmod(0o755)
     result = checkout.run("bash", str(checkout.folder / ".ci/run"))
-    assert (result.returncode, result.stdout) == (7, f"make test in {checkout.folder}\n")
+    assert (result.returncode, result.stdout) == (7, f"make check test in {checkout.folder}\n")
 
 
 def test_ci_run_without_make_says_how_to_get_it(checkout: Checkout):
@@ -250,11 +258,11 @@ def test_plain_make_lists_every_target(checkout: Checkout):
 def test_clean_keeps_the_outputs(checkout: Checkout):
     checkout.add_python("python3")
     checkout.run("make", "test")
-    for folder in ("outputs/demo", "hypernet/__pycache__"):
+    for folder in ("outputs/demo", "hypernet/__pycache__", ".mypy_cache"):
         (checkout.folder / folder).mkdir(parents=True)
     result = checkout.run("make", "clean")
     assert result.returncode == 0, result.stderr
-    assert not (checkout.folder / ".venv").exists() and not (checkout.folder / "hypernet/__pycache__").exists()
+    assert not any((checkout.folder / removed).exists() for removed in (".venv", ".mypy_cache", "hypernet/__pycache__"))
     assert (checkout.folder / "outputs/demo").exists()
 
 

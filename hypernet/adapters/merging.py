@@ -123,7 +123,7 @@ def _add(weights: list[tuple[str, LayerTarget, Tensor]], adapter: LoRAAdapter, *
 def _target_weights(base_model: nn.Module, adapter: LoRAAdapter) -> list[tuple[str, LayerTarget, Tensor]]:
     """Target name, place and weight of every module the adapter is for, all of them fit to be changed in place."""
     hint = "Merge into the base model the adapter was made for."
-    found = []
+    found: list[tuple[str, LayerTarget, Tensor]] = []
     for target in adapter.targets:
         for module in target.modules():
             try:

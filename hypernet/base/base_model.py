@@ -12,12 +12,20 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -39,7 +47,7 @@ def load_base_model(
     dtype: str | torch.dtype | None = None,
     attention: str | None = None,
     quantization: str | None = None,
-) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM, frozen and in evaluation mode, and its tokenizer.
 
     Args:
@@ -81,7 +89,9 @@ def load_base_model(
     if tokenizer.pad_token is None:  # as those of Llama 3 and Mistral; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     # A model that bitsandbytes has quantised is where it belongs, and refuses to be moved.
-    return freeze(base_model if quantization == "4bit" else base_model.to(device)), tokenizer
+    if quantization != "4bit":
+        base_model = base_model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
+    return freeze(base_model), tokenizer
 
 
 def _quantization_config(name: str | None) -> object | None:
@@ -110,12 +120,12 @@ def silence_torchao_warnings() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def freeze(base_model: nn.Module) -> nn.Module:
+def freeze(base_model: PreTrainedModel) -> PreTrainedModel:
     """Evaluation mode, no gradients on the weights."""
     return base_model.eval().requires_grad_(False)
 
 
-def build_base_model(config: dict, *, seed: int = 0) -> nn.Module:
+def build_base_model(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
     """A causal LM with random weights from a transformers configuration given as a dict with `model_type`.
 
     Raises:
@@ -191,7 +201,7 @@ def _plain_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def logits_at(base_model: nn.Module, where: Tensor, **inputs: Tensor) -> Tensor:
+def logits_at(base_model: PreTrainedModel, where: Tensor, **inputs: Any) -> Tensor:
     """Logits of some positions alone: a quarter of a packed row's tokens predict an answer, the head costs most.
 
     Args:
@@ -211,8 +221,8 @@ def logits_at(base_model: nn.Module, where: Tensor, **inputs: Tensor) -> Tensor:
 
 
 def generate_text(
-    base_model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
+    base_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 32,
@@ -220,7 +230,7 @@ def generate_text(
     """Greedy continuations of rendered prompts, one batch, left-padded."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     batch = {key: batch[key].to(next(base_model.parameters()).device) for key in ("input_ids", "attention_mask")}
-    output = base_model.generate(
+    output = base_model.generate(  # type: ignore[operator]  # which only models with a head have
         **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, use_cache=True
     )
     return [

@@ -7,11 +7,11 @@ one block of its length times (prefix + its length).
     logits = packed_logits(base_model, rows, rows.target_kind >= 0)      # [number of answer tokens, V]
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from hypernet.base.attention import attend
 from hypernet.base.base_model import logits_at
@@ -87,12 +87,15 @@ class RowBlocks(NamedTuple):
         device = rows.segments.device
         return cls(
             num_prefix,
-            tuple(_Group(*(None if t is None else t.to(device) for t in group)) for group in groups),
+            tuple(
+                _Group(None if rows is None else rows.to(device), tokens.to(device), mask.to(device))
+                for rows, tokens, mask in groups
+            ),
             place.to(device),
         )
 
 
-def packed_logits(base_model: nn.Module, rows: PackedRows, where: Tensor) -> Tensor:
+def packed_logits(base_model: PreTrainedModel, rows: PackedRows, where: Tensor) -> Tensor:
     """Logits of packed rows at some positions, as if every segment were a separate prompt.
 
     By blocks where the model's attention is plain, else with a mask over the whole rows.
@@ -116,7 +119,7 @@ def packed_logits(base_model: nn.Module, rows: PackedRows, where: Tensor) -> Ten
         base_model.config._attn_implementation = before
 
 
-def supports_packed_attention(base_model: nn.Module) -> bool:
+def supports_packed_attention(base_model: PreTrainedModel) -> bool:
     """Whether plain causal attention is all this model does: no soft cap, no window, no other kind of layer.
 
     And whether it is torch's: a caller who asked for eager or another implementation gets that one.
@@ -151,7 +154,7 @@ def _attend(
     grouped = num_heads != key.shape[1]
     T = packed_blocks.num_prefix
 
-    def mixed(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:  # [G, s, H, D] each
+    def mixed(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:  # [G, s, H, D] each
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         out = attend(q, k, v, scale=scaling, dropout_p=dropout, enable_gqa=grouped, **how)
         return out.transpose(1, 2)

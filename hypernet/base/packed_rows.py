@@ -103,7 +103,7 @@ def pack_row(prefix: Sequence[int], segments: Sequence[Segment]) -> Row:
 
 def pad_rows(rows: Sequence[Row], *, pad_id: int) -> PackedRows:
     """Rows of one batch, right-padded."""
-    padding = Row(pad_id, 0, -1, False, -1, 0.0)
+    padding: tuple[float, ...] = (pad_id, 0, -1, False, -1, 0.0)  # as the fields of Row
     return PackedRows(
         *(
             pad_sequence([row[i] for row in rows], batch_first=True, padding_value=padding[i])

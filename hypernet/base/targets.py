@@ -8,9 +8,12 @@ may lack a module (hybrid models) or have it in another width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # takes seconds, and adapters need this module without it
 
 # What attention and MLP modules are called where several projections are one matrix: asked-for name -> fused names.
 _FUSED = {
@@ -68,10 +71,11 @@ class LoRATarget(NamedTuple):
         """The modules that exist, in layer order."""
         for layer, path in enumerate(self.paths):
             if path is not None:
-                yield LayerTarget(layer, path, *(self.widths[layer] if self.widths else (self.d_in, self.d_out)))
+                width = self.widths[layer] if self.widths else None
+                yield LayerTarget(layer, path, *(width or (self.d_in, self.d_out)))
 
 
-def find_blocks(base_model: nn.Module) -> tuple[nn.Module, str]:
+def find_blocks(base_model: "PreTrainedModel") -> tuple[nn.Module, str]:
     """The text decoder of a causal LM and the name of its list of blocks: `layers`, `h`, ...
 
     Raises:
@@ -89,7 +93,7 @@ def find_blocks(base_model: nn.Module) -> tuple[nn.Module, str]:
     )
 
 
-def adapted_layers(base_model: nn.Module, wanted: Sequence[int] | float | None) -> list[int]:
+def adapted_layers(base_model: "PreTrainedModel", wanted: Sequence[int] | float | None) -> list[int]:
     """Numbers of the text decoder's blocks to adapt.
 
     Args:
@@ -115,7 +119,7 @@ def adapted_layers(base_model: nn.Module, wanted: Sequence[int] | float | None) 
 
 
 def find_targets(
-    base_model: nn.Module, target_modules: Sequence[str], *, layers: Sequence[int] | float | None = None
+    base_model: "PreTrainedModel", target_modules: Sequence[str], *, layers: Sequence[int] | float | None = None
 ) -> list[LoRATarget]:
     """The nn.Linear modules with these names, at most one per block of the text decoder, sorted by name.
 

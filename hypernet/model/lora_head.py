@@ -8,7 +8,7 @@ R more rows that all documents share.
     A, B = head(latents)                     # [C, L, M, R, H] -> name -> [C, L, R, d_in], [C, L, R, d_out]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -103,14 +103,18 @@ class LoRAHead(nn.Module):
             weight[:, m, :, : target.d_in].normal_(std=target.d_in**-0.5)
         self.head = HeadWeight(weight.squeeze(1))
 
-        def by_name(make) -> nn.ParameterDict:
+        def by_name(make: Callable[[LoRATarget], Tensor]) -> nn.ParameterDict:
             return nn.ParameterDict({target.name: nn.Parameter(make(target)) for target in self.targets})
 
         self.scaler_A = by_name(lambda t: torch.ones(1, num_layers, rank, 1))
         self.scaler_B = by_name(lambda t: torch.ones(1, num_layers, rank, 1))
+
         # Small next to the chunks' rows (std d_in**-0.5): the shared block should not answer before the document does.
-        small = lambda t: torch.randn(num_layers, rank, t.d_in) * 0.2 * (t.d_in * rank) ** -0.5  # noqa: E731
-        self.bias_A = by_name(lambda t: zero_beyond_width(t, "d_in", small(t)))
+        def small(target: LoRATarget) -> Tensor:
+            rows = torch.randn(num_layers, rank, target.d_in) * 0.2 * (target.d_in * rank) ** -0.5
+            return zero_beyond_width(target, "d_in", rows)
+
+        self.bias_A = by_name(small)
         self.bias_B = by_name(lambda t: torch.zeros(num_layers, rank, t.d_out))
 
     def forward(self, latents: Tensor, layers: slice = slice(None)) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -7,7 +7,7 @@ projected onto R directions so that it is a LoRA block. No attention, no layer a
     A, B = generator(features, mask)         # [C, L, T, D], [C, T] -> name -> [C, L, R, d_in], [C, L, R, d_out]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class OuterProduct(nn.Module):
         self.targets = tuple(targets)
         self.num_layers = num_layers = len(self.targets[0].paths)
 
-        def by_name(make) -> nn.ParameterDict:
+        def by_name(make: Callable[[LoRATarget], Tensor]) -> nn.ParameterDict:
             return nn.ParameterDict({target.name: nn.Parameter(make(target)) for target in self.targets})
 
         def reader(dim: int) -> nn.ParameterDict:
@@ -69,9 +69,13 @@ class OuterProduct(nn.Module):
         self.queries = by_name(lambda t: torch.randn(num_layers, rank, inner_dim))
         self.out_A = by_name(lambda t: torch.randn(num_layers, inner_dim, t.d_in) * t.d_in**-0.5)
         self.out_B = by_name(lambda t: torch.zeros(num_layers, inner_dim, t.d_out))
+
         # Small next to the chunks' rows, as in LoRAHead.
-        small = lambda t: torch.randn(num_layers, rank, t.d_in) * 0.2 * (t.d_in * rank) ** -0.5  # noqa: E731
-        self.bias_A = by_name(lambda t: zero_beyond_width(t, "d_in", small(t)))
+        def small(target: LoRATarget) -> Tensor:
+            rows = torch.randn(num_layers, rank, target.d_in) * 0.2 * (target.d_in * rank) ** -0.5
+            return zero_beyond_width(target, "d_in", rows)
+
+        self.bias_A = by_name(small)
         self.bias_B = by_name(lambda t: torch.zeros(num_layers, rank, t.d_out))
 
     def forward(

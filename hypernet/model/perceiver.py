@@ -122,7 +122,7 @@ class NormalizedContext:
 
     def unpack(self, per_token: Tensor) -> Tensor:
         """What was computed from `tokens`, with zeros at the padding: [n, d] -> [(C L), T, d]."""
-        if self.mask is None:
+        if self.mask is None or self.positions is None:
             return per_token
         padded = per_token.new_zeros(self.mask.numel(), per_token.shape[-1])
         return padded.index_copy(0, self.positions, per_token).unflatten(0, self.mask.shape)

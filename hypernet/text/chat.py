@@ -7,7 +7,7 @@
 """
 
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -41,8 +41,9 @@ class ChatLayout(NamedTuple):
             raise ValueError("The base model's tokenizer has no chat template; set tokenizer.chat_template.")
         user, answer = "§user§", "§answer§"
         turns = [{"role": "user", "content": user}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        full = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
+        answered = [*turns, {"role": "assistant", "content": answer}]
+        prompt = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        full = cast(str, tokenizer.apply_chat_template(answered, tokenize=False))
         if prompt.count(user) != 1 or full.count(answer) != 1 or not full.startswith(prompt):
             raise ValueError(
                 "The chat template does not begin an answered conversation with its own prompt; use a plain one."

@@ -53,7 +53,7 @@ class Document(NamedTuple):
     """Of the raw bytes, in hexadecimal, as `sha256sum` prints it."""
 
 
-def read_document(path: str | os.PathLike) -> Document:
+def read_document(path: str | os.PathLike[str]) -> Document:
     """Reads one file, or standard input if the path is "-".
 
     The suffix decides how: HTML and PDF are turned into text, anything else is text in UTF-8, or in UTF-16 with a byte
@@ -75,7 +75,7 @@ def read_document(path: str | os.PathLike) -> Document:
     return Document(_printable(name), text, hashlib.sha256(data).hexdigest())
 
 
-def read_documents(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Document]:
+def read_documents(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Document]:
     """Reads files, folders and "-" (standard input), in the order given.
 
     A folder is searched for files with a suffix in SUFFIXES, also below it, in the order of their paths; hidden files
@@ -88,7 +88,7 @@ def read_documents(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> li
     if not paths:
         raise ValueError("No document given. Name at least one file or folder, or - for standard input.")
 
-    wanted = []  # (path, name)
+    wanted: list[tuple[str | os.PathLike[str], str | None]] = []  # (path, name)
     for path in paths:
         if os.fspath(path) == _STANDARD_INPUT or not os.path.isdir(path):
             wanted.append((path, None))
@@ -130,12 +130,13 @@ def _read_bytes(path: Path) -> bytes:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: str | os.PathLike, error: Exception) -> ValueError:
-    remedy = {
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    remedies: dict[type[Exception], str] = {
         FileNotFoundError: "Check the path.",
         IsADirectoryError: "Use read_documents to read all documents in it.",
         PermissionError: "Change its permissions (chmod u+r, and u+rx for folders) or run as a user who may read it.",
-    }.get(type(error), "Check the path.")
+    }
+    remedy = remedies.get(type(error), "Check the path.")
     reason = getattr(error, "strerror", None) or str(error)
     return ValueError(f"Cannot read {os.fspath(path)!r}: {reason}. {remedy}")
 

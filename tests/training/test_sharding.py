@@ -22,12 +22,13 @@ LOSSES = ("train/loss", "train/kl", "train/locality_kl")
 
 @pytest.fixture
 def train(commands, tmp_path, tiny_base_model_folder):
-    """train(*arguments, name=...): the command; returns the run's folder. A second process is started anew."""
+    """train(*arguments, name=...): the command, in two processes with trainer=fsdp; returns the run's folder."""
 
     def command(*given, name, accelerator="cpu"):
         arguments = [*SMALL, "experiment=tiny"]  # without Muon
         arguments += [f"task.base_model={tiny_base_model_folder}", f"trainer.accelerator={accelerator}"]
-        result = commands.run("train.py", [*arguments, *given, f"name={name}"], cwd=tmp_path)
+        processes = 2 if "trainer=fsdp" in given and accelerator == "cpu" else 1
+        result = commands.run("train.py", [*arguments, *given, f"name={name}"], cwd=tmp_path, processes=processes)
         assert result.code == 0, result.output
         return tmp_path / "outputs" / name
 

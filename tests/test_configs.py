@@ -25,7 +25,7 @@ FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.
 FILES = [path for path in FILES if path.parts[0] != "benchmark"]
 TOP = [path.name for path in FILES if len(path.parts) == 1]
 EXPERIMENTS = [path.name for path in FILES if path.parts[0] == "experiment"]
-# Those beside a base model that is not here: built on the meta device, without weights.
+# Those for a base model that is not here: built on the meta device, without weights.
 LARGE = [name for name in EXPERIMENTS if name.startswith("main_") or name == "niah_gemma2_2b"]
 # Hydra's own groups are for its plugins (tests/test_train.py).
 OPTIONS = [path for path in FILES if len(path.parts) > 1 and path.parts[0] not in ("experiment", "hydra")]
@@ -210,7 +210,7 @@ def build_large(monkeypatch, tmp_path, tiny_tokenizer):
     return build
 
 
-def test_large_experiments_are_those_beside_a_base_model_that_is_not_here():
+def test_large_experiments_are_those_without_base_model_here():
     for name in EXPERIMENTS:
         source = composed("train", f"experiment={name}").task.base_model
         assert (source in BASE_MODELS) == (name in LARGE), name
@@ -234,7 +234,7 @@ def test_a_large_experiment_has_the_papers_parameters(build_large, experiment):
     assert model.max_chunk_tokens < config.max_position_embeddings
 
 
-def test_the_papers_hypernetwork_has_the_papers_parameters_and_11680_that_it_does_not_count(build_large):
+def test_papers_hypernetwork_has_its_parameters_and_11680_more(build_large):
     _, module, _, _ = build_large("main_gemma2_2b_stage1")
     sizes = {"num_layers": 26, "hidden": 2304, "wide": 9216, "num_maps": 26}
     assert expected_parameters(**sizes) == (309_456_384, 11_680)
@@ -313,14 +313,14 @@ def test_an_ablation_changes_one_thing(name):
     assert differing(complete, ablated) - {"name"} == ABLATIONS[name]
 
 
-def test_the_ablation_without_company_joins_no_documents_and_the_complete_one_does():
+def test_ablation_without_joining_joins_no_documents():
     for name, num_joined in (("tiny_ablation", [1, 2]), ("tiny_ablation_without_joining", [1, 1])):
         *earlier, last = resolved(composed("train", f"experiment={name}"))["task"]["stages"]
         assert last["num_joined_documents"] == num_joined
         assert not any("num_joined_documents" in stage for stage in earlier)
 
 
-def test_runs_of_a_sweep_over_ablations_have_folders_with_their_names():
+def test_ablation_sweep_runs_have_folders_with_their_names():
     cfg = composed("train", "experiment=tiny_ablation_rank", "task.hypernetwork.rank=4", "seed=2")
     assert (cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) == ("outputs/tiny_ablations", "tiny_ablation_rank_4_seed_2")
 

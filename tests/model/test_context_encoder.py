@@ -63,7 +63,7 @@ def final_norm(base_model, x):
 
 
 @by_model
-def test_per_layer_maps_are_the_states_entering_every_block_the_last_one_normed(model_type):
+def test_per_layer_maps_are_block_inputs_the_last_normed(model_type):
     base_model = make_base_model(model_type)
     ids, mask = batch()
     states = hidden_states(base_model, ids, mask)
@@ -76,7 +76,7 @@ def test_per_layer_maps_are_the_states_entering_every_block_the_last_one_normed(
 
 
 @by_model
-def test_per_layer_maps_equal_output_hidden_states_of_a_model_without_its_last_block(model_type):
+def test_per_layer_maps_are_hidden_states_of_the_cut_model(model_type):
     base_model, cut = make_base_model(model_type), make_base_model(model_type)
     decoder = cut.get_decoder()
     name = "h" if model_type == "gpt2" else "layers"
@@ -129,7 +129,7 @@ def test_concat_layer_is_in_every_map_and_maps_come_in_order(model_type, layer_i
 
 @by_model
 @pytest.mark.parametrize("layer_idx", [1, 2, LAYERS])
-def test_early_exit_equals_the_normed_state_after_that_many_blocks(model_type, layer_idx):
+def test_early_exit_is_the_normed_state_after_its_blocks(model_type, layer_idx):
     base_model = make_base_model(model_type)
     ids, mask = batch()
     states = hidden_states(base_model, ids, mask)

@@ -70,7 +70,7 @@ def test_the_seed_decides_the_weights_and_the_articles(make):
     assert data.train.curriculum.records(0) != other_data.train.curriculum.records(0)
 
 
-def test_validation_has_articles_and_background_questions_of_its_own(make):
+def test_validation_has_articles_and_background_of_its_own(make):
     _, data = make()
     assert [part.curriculum.encyclopedia.split for part in (data.train, data.validation)] == ["train", "validation"]
     texts = [{question.text for question in part.background} for part in (data.train, data.validation)]
@@ -78,7 +78,7 @@ def test_validation_has_articles_and_background_questions_of_its_own(make):
     assert not texts[0] & texts[1]
 
 
-def test_stages_draw_from_the_sources_that_are_given_made_for_each_split(make, few_texts, tmp_path):
+def test_stages_draw_from_sources_made_for_each_split(make, few_texts, tmp_path):
     stages = [{"steps": 2, "batch_size": 3, "source": {"needles": 1}, "num_background": 0}]
     sources = {"needles": partial(Needles, num_tokens=[40, 60])}
     chosen = {"sources": sources, "stages": stages, "validation_stages": stages}
@@ -113,7 +113,7 @@ def test_training_can_start_from_a_checkpoint(make, tmp_path):
     ],
     ids=["scaling", "aggregator", "targets", "encoder"],
 )
-def test_settings_that_a_checkpoint_cannot_honour_are_refused_with_their_names(make, tmp_path, changes, named):
+def test_settings_that_init_from_cannot_honour_are_refused(make, tmp_path, changes, named):
     make()[0].model.save_pretrained(tmp_path / "first")
     with pytest.raises(ValueError, match=f"{named}. Set them as in its config.yaml"):
         make(init_from=str(tmp_path / "first"), **changes)
@@ -183,7 +183,7 @@ def test_training_can_start_from_a_base_model_and_its_tokenizer(few_texts, tmp_p
         make_base_model(tmp_path, init_from=str(tmp_path / "first"), base_model=wider)
 
 
-def test_the_tokenizer_is_trained_on_articles_questions_answers_and_background():
+def test_tokenizer_is_trained_on_all_kinds_of_text():
     texts = list(encyclopedia_texts(seed=0, num_articles=20))
     joined = "\n".join(texts)
     assert "What is the capital of France?" in texts and " Paris" in texts

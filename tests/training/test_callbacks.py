@@ -84,7 +84,7 @@ def fit(folder, module, *callbacks, steps=4, batches=None, ckpt_path=None, **set
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path, value):
+def test_nonfinite_loss_stops_before_the_weights_change(tmp_path, value):
     module = Simple({2: value})
     with pytest.raises(FloatingPointError) as error:
         fit(tmp_path, module, NonFiniteGuard())
@@ -105,7 +105,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
         fit(tmp_path, Root(), NonFiniteGuard())
 
 
-def test_skipped_steps_leave_the_weights_alone_and_are_counted_across_a_resumption(tmp_path, caplog):
+def test_skipped_steps_change_nothing_and_are_counted(tmp_path, caplog):
     module = Simple({1: math.nan, 3: math.inf})
     guard = NonFiniteGuard("skip", max_skipped=2)
     trainer = fit(tmp_path, module, guard, steps=6)
@@ -140,7 +140,7 @@ def test_another_word_for_on_nan_is_refused():
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_the_bar_of_a_resumed_run_shows_all_steps_and_the_time_of_those_that_are_left(tmp_path, parts, capsys):
+def test_bar_of_a_resumed_run_shows_all_its_steps(tmp_path, parts, capsys):
     class Look(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             (task,) = trainer.progress_bar_callback.progress.tasks
@@ -211,7 +211,7 @@ def test_on_slurm_the_job_is_put_back_into_the_queue(tmp_path, monkeypatch):
 # Speed
 
 
-def test_speed_is_logged_with_the_losses_over_the_steps_since_the_last_time(tmp_path, monkeypatch):
+def test_speed_is_logged_over_the_steps_since_the_last_time(tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 2))
     monkeypatch.setattr(hypernet.training.callbacks.time, "perf_counter", lambda: float(next(clock)))
     module = Simple()
@@ -295,7 +295,7 @@ def test_activation_checkpointing_turns_no_dropout_on(make_doc_to_lora):
     assert not base_model.model.layers[0].self_attn.training and not base_model.model.layers[0].mlp.training
 
 
-def test_a_compiled_hypernetwork_trains_alike_and_keeps_its_names(tmp_path, distillation, make_doc_to_lora):
+def test_compiled_hypernetwork_trains_alike_with_its_names(tmp_path, distillation, make_doc_to_lora):
     _, batches = distillation
     aggregator = {"name": "perceiver", "latent_dim": 16, "num_latents": 3, "num_blocks": 1}
     aggregator |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
@@ -320,5 +320,5 @@ def test_an_unknown_backend_is_refused_before_anything_is_loaded():
         Compile(backend="indctor")
 
 
-def test_kinds_of_questions_have_the_places_that_parts_are_counted_by():
+def test_question_kinds_have_the_places_parts_count_by():
     assert QUESTION_KINDS[:2] == ("document", "unanswerable")

@@ -108,7 +108,7 @@ def test_without_an_adapter_no_answer_is_right(trained):
     assert not set(answers) & {answer for both in ANSWERS for answer in both}
 
 
-def test_the_other_document_s_adapter_answers_what_stands_in_the_other_document(trained):
+def test_other_adapter_answers_from_the_other_document(trained):
     model, _, _ = trained
     first, second = (model.internalize(document) for document in DOCUMENTS)
     answers = model.generate(QUESTIONS * 2, [second, second, first, first], max_new_tokens=16)

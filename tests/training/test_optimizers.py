@@ -1,4 +1,4 @@
-"""Muon beside AdamW: against torch's own two optimizers, for several matrices at once, through a state dict."""
+"""Muon with AdamW: against torch's own two optimizers, for several matrices at once, through a state dict."""
 
 from copy import deepcopy
 
@@ -50,7 +50,7 @@ def test_singular_values_become_alike_and_directions_stay():
     assert orthogonalized(torch.zeros(3, 4)).abs().max() == 0
 
 
-def test_matrices_by_muon_the_rest_by_adamw_and_only_vectors_without_decay():
+def test_groups_are_muon_matrices_adamw_rest_vectors_undecayed():
     net = Net()
     found = {
         (group["muon_scale"], group["weight_decay"]): [id(p) for p in group["params"]] for group in groups(net, 0.5)
@@ -94,7 +94,7 @@ def test_a_matrix_is_stepped_as_by_torch_s_muon():
     torch.testing.assert_close(net.linear.weight, twin.linear.weight, atol=2e-4, rtol=0)
 
 
-def test_several_matrices_in_one_parameter_are_stepped_each_by_itself():
+def test_stacked_matrices_are_stepped_each_by_itself():
     net = Net()
     alone = [nn.Parameter(matrix.clone()) for matrix in net.stack.weight]
     mine = MuonAdamW(groups(net, 0.5), **SETTINGS)
@@ -108,7 +108,7 @@ def test_several_matrices_in_one_parameter_are_stepped_each_by_itself():
     torch.testing.assert_close(net.stack.weight, torch.stack(alone), atol=1e-4, rtol=1e-3)
 
 
-def test_gradients_are_left_as_they_were_and_the_closure_s_loss_is_given():
+def test_step_keeps_gradients_and_returns_the_closures_loss():
     net = Net()
     optimizer = MuonAdamW(groups(net, 0.5), **SETTINGS)
 

@@ -69,7 +69,7 @@ def test_values_come_back_exactly(tmp_path, value):
     assert same(round_trip(value, tmp_path), value)
 
 
-def test_tensors_in_places_of_equal_names_do_not_replace_each_other(tmp_path):
+def test_tensors_in_places_of_equal_names_stay_apart(tmp_path):
     value = {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}, 1: torch.tensor(3), "1": torch.tensor(4)}
     assert same(round_trip(value, tmp_path), value)
 
@@ -134,7 +134,7 @@ def test_a_key_of_another_type_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "empty", "cut off", "text", "torch.save", "other safetensors"])
-def test_what_is_no_checkpoint_is_refused_in_one_line_with_its_path(tmp_path, kind):
+def test_what_is_no_checkpoint_is_refused_with_its_path(tmp_path, kind):
     path = tmp_path / "a.safetensors"
     IO.save_checkpoint({"w": torch.ones(300)}, path)
     match kind:
@@ -180,7 +180,7 @@ def test_a_crash_while_saving_leaves_the_older_file_or_none(tmp_path, monkeypatc
         assert IO.load_checkpoint(path) == {"step": 1}
 
 
-def test_remove_takes_the_file_away_and_does_not_mind_if_it_is_gone(tmp_path):
+def test_remove_does_not_mind_a_file_that_is_gone(tmp_path):
     IO.save_checkpoint({"step": 1}, tmp_path / "a.safetensors")
     IO.remove_checkpoint(tmp_path / "a.safetensors")
     IO.remove_checkpoint(tmp_path / "a.safetensors")
@@ -199,7 +199,7 @@ def test_last_is_the_newest_checkpoint_whatever_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["last", "auto"])
-def test_damaged_checkpoints_are_passed_over_with_a_warning_that_names_them(tmp_path, caplog, name):
+def test_damaged_checkpoints_are_passed_over_with_a_warning(tmp_path, caplog, name):
     for age in range(3):
         path = tmp_path / f"step-{age}.safetensors"
         IO.save_checkpoint({"weights": torch.ones(300)}, path)
@@ -230,7 +230,7 @@ def test_a_named_checkpoint_is_taken_and_none_stays_none(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["last", "nowhere/a.safetensors"])
-def test_a_checkpoint_that_is_not_there_is_said_so_with_what_to_do(tmp_path, name):
+def test_missing_checkpoint_is_refused_with_what_to_do(tmp_path, name):
     with pytest.raises(ValueError, match="ckpt_path") as error:
         find_checkpoint(name, tmp_path / "never made")
     assert "\n" not in str(error.value)
@@ -279,7 +279,7 @@ def test_random_numbers_go_on_where_the_checkpoint_was_made(tmp_path):
     assert torch.equal(resumed, whole)
 
 
-def test_the_newest_checkpoints_are_kept_and_half_written_ones_removed(tmp_path):
+def test_newest_are_kept_and_half_written_ones_removed(tmp_path):
     (tmp_path / ".step-000001.safetensors.0123abc").touch()
     (tmp_path / "other.safetensors").touch()
     fit(tmp_path, 7, every=2, keep=3)
@@ -287,7 +287,7 @@ def test_the_newest_checkpoints_are_kept_and_half_written_ones_removed(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_with_accumulated_batches_checkpoints_stand_between_optimizer_steps(tmp_path):
+def test_checkpoints_stand_between_optimizer_steps(tmp_path):
     class Splits(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             assert StepPart.of(batch).num_parts == 2
@@ -302,7 +302,7 @@ def test_with_accumulated_batches_checkpoints_stand_between_optimizer_steps(tmp_
     assert path.name == "step-000003.safetensors" and progress["ready"] == 6
 
 
-def test_the_configuration_is_saved_and_one_that_differs_is_named(tmp_path, caplog):
+def test_configuration_is_saved_and_a_difference_is_named(tmp_path, caplog):
     fit(tmp_path, 1, config={"optimizer": {"lr": 0.1, "betas": [1, 2]}, "seed": 0, "name": "a"})
     path = find_checkpoint("last", tmp_path)
     assert IO.load_checkpoint(path)["config"]["optimizer"] == {"lr": 0.1, "betas": [1, 2]}
@@ -345,7 +345,7 @@ def full_disk(monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", ["full", "limit"])
-def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_older_checkpoints(tmp_path, monkeypatch, kind):
+def test_full_disk_ends_the_run_and_leaves_older_checkpoints(tmp_path, monkeypatch, kind):
     fit(tmp_path, 2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(before) == 2

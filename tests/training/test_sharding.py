@@ -50,7 +50,7 @@ def checkpoint(folder, step):
     return SafetensorsCheckpointIO().load_checkpoint(folder / "checkpoints" / f"step-{step:06d}.safetensors")
 
 
-def test_two_processes_with_divided_weights_take_the_steps_of_one(train, tmp_path):
+def test_two_processes_of_divided_weights_step_as_one(train, tmp_path):
     one = train("trainer.max_steps=3", name="one")
     parts = ["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4"]
     two = train("trainer.max_steps=3", *FSDP, *parts, name="two")

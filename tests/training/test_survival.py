@@ -76,7 +76,7 @@ def test_an_undisturbed_run_logs_every_step(whole):
     assert all(len(values) == 1 for values in losses(whole).values())
 
 
-def test_a_run_killed_ten_times_at_random_moments_is_the_undisturbed_one_bit_for_bit(runs, arguments, whole):
+def test_run_killed_ten_times_is_the_undisturbed_one(runs, arguments, whole):
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     folder = runs.folder / "killed"
@@ -132,7 +132,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(runs, arguments, w
     assert weights(runs.folder / "damaged") == weights(whole)
 
 
-def test_a_run_killed_before_it_wrote_its_result_writes_it_when_resumed(runs, arguments, whole):
+def test_run_killed_before_its_result_writes_it_when_resumed(runs, arguments, whole):
     checkpoint = find_checkpoint("last", whole / "checkpoints")
     (runs.folder / "late" / "checkpoints").mkdir(parents=True)
     (runs.folder / "late" / "checkpoints" / checkpoint.name).write_bytes(checkpoint.read_bytes())
@@ -144,7 +144,7 @@ def test_a_run_killed_before_it_wrote_its_result_writes_it_when_resumed(runs, ar
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_ends_the_run_with_a_checkpoint_of_the_step_it_finished(runs, arguments, whole, name):
+def test_signal_ends_the_run_with_a_checkpoint_of_its_step(runs, arguments, whole, name):
     folder = runs.folder / name
     number = signal.Signals[name]
     # Few regular checkpoints: the one that is found was written because of the signal.

@@ -68,7 +68,7 @@ def steps_logged(folder: Path) -> list[int]:
 # Runs
 
 
-def test_the_command_trains_and_leaves_a_checkpoint_logs_and_its_configuration(commands, small, tmp_path):
+def test_command_leaves_checkpoint_logs_and_configuration(commands, small, tmp_path):
     result = commands.run("train.py", [*small, "trainer.max_steps=2"], cwd=tmp_path)
     assert result.code == 0, result.stderr
     output = tmp_path / "outputs" / "small"
@@ -97,7 +97,7 @@ def test_a_run_goes_on_where_the_last_one_stopped(train, small, tmp_path):
     assert SafetensorsCheckpointIO().load_checkpoint(newest)["global_step"] == 3
 
 
-def test_the_same_seed_gives_the_same_model_and_another_one_another(train, small, tmp_path):
+def test_same_seed_gives_the_same_model(train, small, tmp_path):
     prints = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(*small, "trainer.max_steps=2", f"name={name}", f"seed={seed}")
@@ -120,7 +120,7 @@ def test_a_base_model_is_trained_and_a_hypernetwork_for_it(train, tmp_path, monk
 
 
 def test_bf16_trains_with_losses_near_those_of_float32(train, small, tmp_path):
-    """bfloat16 rounds to 1 part in 256: within 1 %. B of an untrained hypernetwork is zero, so what is not was learned."""
+    """bfloat16 rounds to 1 part in 256: within 1 %. B starts at zero, so what is not zero was learned."""
     for precision in ("32-true", "bf16-mixed"):
         train(*small, "experiment=tiny", "trainer.max_steps=3", f"trainer.precision={precision}", f"name={precision}")
     one, other = (tmp_path / "outputs" / name for name in ("32-true", "bf16-mixed"))

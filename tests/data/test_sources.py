@@ -24,7 +24,7 @@ def test_each_epoch_has_every_row_once_in_an_order_of_its_own(size):
 # Mixtures
 
 
-def test_a_mixture_draws_by_weight_and_goes_through_each_source_in_order():
+def test_a_mixture_draws_by_weight_and_in_each_sources_order():
     mixture = Mixture({"a": 3, "b": 1}, "seed", 0)
     drawn = [mixture[i] for i in range(2 * BLOCK + 100)]
     for name, share in (("a", 0.75), ("b", 0.25)):
@@ -60,7 +60,7 @@ def lengths(seed=0, low=5, high=300):
     return lambda draw: random.Random(f"{seed}/{draw}").randint(low, high)
 
 
-def test_documents_of_a_step_are_of_similar_length_and_each_comes_once():
+def test_buckets_hold_similar_lengths_and_each_document_once():
     length = lengths()
     buckets = Buckets(length, "key", window=64, batch_size=8)
     steps = [buckets[i] for i in range(16)]
@@ -103,7 +103,7 @@ def test_a_step_can_be_asked_for_alone(max_step_tokens):
 # Lengths
 
 
-def test_tokens_are_counted_without_special_ones_and_words_where_there_is_no_tokenizer(tiny_tokenizer):
+def test_tokens_are_counted_without_special_ones(tiny_tokenizer):
     texts = ["Who is it?", "", "A long " * 600]
     assert count_tokens(texts, None) == [3, 0, 1200]
     expected = [len(tiny_tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

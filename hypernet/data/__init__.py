@@ -1,1 +1,1 @@
-"""Data: records, the synthetic encyclopedia, collation, curricula and the Lightning data module."""
+"""Data: records, the synthetic encyclopedia, sources, curricula, batches and the Lightning data module."""

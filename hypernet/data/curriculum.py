@@ -21,9 +21,10 @@ from functools import partial
 from itertools import cycle
 from typing import NamedTuple
 
+from hypernet.data.drawing import Buckets, Mixture
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import Question, Record
-from hypernet.data.sources import Buckets, Mixture, Source
+from hypernet.data.sources import Source
 
 ENCYCLOPEDIA = "encyclopedia"  # the source that is always there
 

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from hypernet.data.drawing import Epochs
 from hypernet.data.encyclopedia import SPLITS
 from hypernet.data.records import UNKNOWN, Question, Record
-from hypernet.data.sources import MAX_CORRUPT_ROWS, CorruptRows, Epochs, count_tokens
+from hypernet.data.sources import MAX_CORRUPT_ROWS, CorruptRows, count_tokens
 
 log = logging.getLogger(__name__)
 

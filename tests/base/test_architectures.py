@@ -161,7 +161,7 @@ def test_every_parameter_of_the_hypernetwork_gets_a_gradient(make, tiny_tokenize
     assert all(torch.isfinite(p.grad).all() for p in model.hypernetwork.parameters())
 
 
-def test_generation_with_a_cache_equals_a_full_forward_for_every_sequence_and_its_documents(make, tiny_tokenizer):
+def test_cached_generation_equals_a_full_forward(make, tiny_tokenizer):
     model = make(trained=True)
     adapters = [model.internalize([TEXT, "Corvale lies in the north."]), None, model.internalize("A mill.")]
     ids = token_ids(tiny_tokenizer, 3)
@@ -209,7 +209,7 @@ def test_peft_gives_the_logits_of_the_injection(make, model_type, tiny_tokenizer
     assert (injected - plain).abs().max() > 1e-2
 
 
-def test_narrower_layers_and_missing_modules_are_neither_stored_nor_counted(tiny_tokenizer, tmp_path):
+def test_missing_modules_and_widths_are_not_stored_or_counted(tiny_tokenizer, tmp_path):
     """Bytes are those of the files, whatever the shapes in memory."""
     from safetensors.torch import load_file
 
@@ -233,7 +233,7 @@ def test_narrower_layers_and_missing_modules_are_neither_stored_nor_counted(tiny
 
 
 @pytest.mark.parametrize("path", sorted(PRETRAINED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_base_model_is_of_an_architecture_that_is_tested_with_its_targets(path, tiny_tokenizer):
+def test_every_configured_base_model_is_a_tested_architecture(path, tiny_tokenizer):
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     model_type = MODEL_TYPES[path.stem]
     config, names = ARCHITECTURES[model_type]
@@ -242,7 +242,7 @@ def test_every_base_model_is_of_an_architecture_that_is_tested_with_its_targets(
     assert AutoConfig.for_model(model_type).model_type == model_type
 
 
-def test_activations_per_layer_are_refused_where_blocks_pass_on_something_else(tiny_tokenizer):
+def test_activations_of_blocks_with_other_outputs_are_refused(tiny_tokenizer):
     from hypernet.model.context_encoder import PerLayerActivations
 
     base_model, _ = tiny("gemma3n_text", tiny_tokenizer)

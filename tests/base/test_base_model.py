@@ -1,4 +1,4 @@
-"""The base model: loading, building from a configuration, the tokenizer, fingerprints, greedy batches."""
+"""The base model: loading, building from a configuration, fingerprints, greedy batches."""
 
 import copy
 import hashlib
@@ -7,16 +7,8 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
-from hypernet.base.base_model import (
-    build_base_model,
-    fingerprint,
-    freeze,
-    generate_text,
-    load_base_model,
-    train_tokenizer,
-)
+from hypernet.base.base_model import build_base_model, fingerprint, freeze, generate_text, load_base_model
 
 LLAMA = {
     "model_type": "llama",
@@ -26,20 +18,12 @@ LLAMA = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-TEXTS = [
-    "Norbach lies on the river Vel.\n\nIt has 3107 inhabitants.",
-    "naïve Grüße, Ελλάδα 灯台 🦊‍🔥 e\u0301",
-    "  two  spaces\tand a tab\r\n\n\n trailing ",
-    "x=1;y==2 // <<ok>> don't 'quote' \\n",
-    "\x00\x07\ufeff\u2028",
-    "",
-]
 
 
 # Loading
 
 
-def test_a_loaded_base_model_is_frozen_in_evaluation_mode_and_of_the_stored_type(tiny_base_model_folder):
+def test_loaded_base_model_is_frozen_and_of_the_stored_type(tiny_base_model_folder):
     base_model, tokenizer = load_base_model(tiny_base_model_folder)
     assert not any(module.training for module in base_model.modules())
     assert not any(parameter.requires_grad for parameter in base_model.parameters())
@@ -97,7 +81,7 @@ def damaged(folder, kind):
 @pytest.mark.parametrize(
     "kind", ["weights cut off", "weights missing", "config is no JSON", "unknown architecture", "no config"]
 )
-def test_what_cannot_be_loaded_is_refused_in_one_line_with_its_path(tmp_path, tiny_base_model_folder, kind):
+def test_unloadable_source_is_refused_in_one_line_with_its_path(tmp_path, tiny_base_model_folder, kind):
     folder = tmp_path / "base_model"
     shutil.copytree(tiny_base_model_folder, folder)
     damaged(folder, kind)
@@ -123,7 +107,7 @@ def test_a_hub_name_that_cannot_be_reached_is_one_line():
 # Building
 
 
-def test_the_seed_decides_the_weights_and_torch_s_random_numbers_stay_as_they_were():
+def test_seed_decides_the_weights_and_leaves_torchs_rng():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -145,62 +129,10 @@ def test_freeze_stops_gradients():
     assert not model.training and not model[1].training and not model[0].weight.requires_grad
 
 
-# Tokenizer
-
-
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_any_text_comes_back_from_its_tokens(tiny_tokenizer, text):
-    assert tiny_tokenizer.decode(tiny_tokenizer(text)["input_ids"]) == text
-
-
-def test_a_saved_tokenizer_gives_the_same_tokens(tmp_path, tiny_tokenizer):
-    tiny_tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    assert [again(text)["input_ids"] for text in TEXTS] == [tiny_tokenizer(text)["input_ids"] for text in TEXTS]
-    assert again.chat_template == tiny_tokenizer.chat_template and again.model_max_length == 512
-    assert (again.pad_token, again.eos_token) == ("<|pad|>", "<|end|>")
-
-
-def test_every_digit_is_a_token_of_its_own_however_often_a_number_occurs():
-    tokenizer = train_tokenizer(["in 1984 and 19 or 7"] * 50, vocab_size=290, model_max_length=9)
-    tokens = tokenizer.tokenize("in 1984 and 19 or 7")
-    digits = [token for token in tokens if any(character.isdigit() for character in token)]
-    assert [token.removeprefix("Ġ") for token in digits] == list("1984197")
-
-
-@pytest.mark.parametrize("document", ["Norbach is a town.", "Norbach, 1984", "It ends with a line\n", "and a blank "])
-def test_a_document_and_the_question_after_it_are_tokenized_the_same_together_and_apart(tiny_tokenizer, document):
-    together = tiny_tokenizer(document + "\n\n" + "Who leads Norbach?")["input_ids"]
-    apart = [tiny_tokenizer(text)["input_ids"] for text in (document, "\n\nWho leads Norbach?")]
-    assert together == apart[0] + apart[1]
-
-
-def test_the_vocabulary_has_the_size_asked_for_and_special_tokens_are_single(tiny_tokenizer):
-    assert len(tiny_tokenizer) == 600
-    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    assert [tiny_tokenizer(token)["input_ids"] for token in special] == [[i] for i in range(4)]
-
-
-def test_the_chat_template_writes_turns_one_after_the_other(tiny_tokenizer):
-    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ilda"}]
-    render = lambda turns, **settings: tiny_tokenizer.apply_chat_template(turns, tokenize=False, **settings)  # noqa: E731
-    assert render(turns) == "<|user|>Who?<|end|><|assistant|> Ilda<|end|>"
-    assert render(turns[:1], add_generation_prompt=True) == "<|user|>Who?<|end|><|assistant|>"
-
-
-def test_training_a_tokenizer_twice_gives_the_same_one():
-    def texts():
-        yield from ["Norbach lies on the river Vel.", "The river Vel flows through Norbach."] * 3
-
-    first, second = (train_tokenizer(texts(), vocab_size=290, model_max_length=9) for _ in range(2))
-    assert first.get_vocab() == second.get_vocab() and len(first) == 290
-    assert first("river Vel")["input_ids"] == second("river Vel")["input_ids"]
-
-
 # Fingerprint
 
 
-def test_the_fingerprint_is_that_of_the_weights_wherever_they_are(tmp_path, tiny_base_model_folder):
+def test_fingerprint_depends_on_weights_and_not_on_place(tmp_path, tiny_base_model_folder):
     base_model, tokenizer = load_base_model(tiny_base_model_folder)
     tokenizer.save_pretrained(tmp_path)
     expected = fingerprint(base_model)
@@ -235,7 +167,7 @@ def test_any_change_changes_the_fingerprint(changed):
     assert fingerprint(changed) != fingerprint(tensors) == fingerprint(dict(tensors))
 
 
-def test_of_large_tensors_a_sample_counts_unless_all_values_are_asked_for():
+def test_fingerprint_samples_large_tensors_unless_exact():
     tensors = {"large": torch.zeros(2**20 + 1)}
     sampled, exact = fingerprint(tensors), fingerprint(tensors, exact=True)
     tensors["large"][7] = 1  # not in the sample
@@ -261,7 +193,7 @@ def greedy(base_model, tokenizer, prompt, max_new_tokens):
     return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
-def test_a_batch_of_prompts_of_all_lengths_gives_what_each_gives_alone(tiny_base_model, tiny_tokenizer):
+def test_generation_in_a_ragged_batch_equals_each_prompt_alone(tiny_base_model, tiny_tokenizer):
     prompts = ["A", "Who founded Norbach Works and when, in which town?", "Norbach\n\nWhere?", "<|user|>Hm<|end|>"]
     answers = generate_text(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=9)
     assert answers == [greedy(tiny_base_model, tiny_tokenizer, prompt, 9) for prompt in prompts]

@@ -77,7 +77,7 @@ def test_the_prefix_is_read_as_if_nothing_followed(tiny_base_model, tiny_tokeniz
         torch.testing.assert_close(logits[row, prefix], logits_of_prompt(tiny_base_model, ids), rtol=0, atol=1e-5)
 
 
-def test_a_question_never_sees_another_question_nor_background_the_document(tiny_base_model, batch):
+def test_segments_see_neither_each_other_nor_unwanted_prefix(tiny_base_model, batch):
     """Other tokens anywhere it must not look change nothing at all."""
     rows = batch.teacher
     before = logits_of(tiny_base_model, rows)[0]
@@ -141,7 +141,7 @@ def test_exactly_the_answers_tokens_are_predicted(tiny_tokenizer, batch):
         assert not predicted[rows.segments <= 0].any()
 
 
-def test_student_s_and_teacher_s_answer_tokens_come_in_the_same_order(batch):
+def test_student_and_teacher_answer_tokens_are_in_one_order(batch):
     student, teacher = batch.student, batch.teacher
     at = [rows.target_kind >= 0 for rows in (student, teacher)]
     assert torch.equal(student.targets()[at[0]], teacher.targets()[at[1]])
@@ -149,7 +149,7 @@ def test_student_s_and_teacher_s_answer_tokens_come_in_the_same_order(batch):
     assert torch.equal(at[0].nonzero()[:, 0], at[1].nonzero()[:, 0])
 
 
-def test_a_segment_without_a_prompt_is_predicted_from_its_own_first_token_on():
+def test_a_segment_without_a_prompt_is_predicted_whole():
     row = pack_row([1, 2], [Segment([5, 6, 7], 0, True, 3, weight=0.5)])
     assert row.target_kind.tolist() == [-1, -1, 3, 3, -1]
     assert row.target_weight.tolist() == [0, 0, 0.5, 0.5, 0.5]

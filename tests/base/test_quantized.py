@@ -58,7 +58,7 @@ def test_quantised_answers_in_a_batch_equal_one_at_a_time(make_doc_to_lora, tiny
     assert together == [model.generate([q], a, max_new_tokens=5)[0] for q, a in zip(QUESTIONS, adapters, strict=True)]
 
 
-def test_a_checkpoint_is_used_on_the_quantised_base_model_it_was_trained_beside(make_doc_to_lora, tmp_path):
+def test_a_checkpoint_fits_its_quantised_base_model(make_doc_to_lora, tmp_path):
     pytest.importorskip("torchao")
     make_doc_to_lora().save_pretrained(tmp_path / "checkpoint", include_base_model=True)
     plain = DocToLoRA.from_pretrained(tmp_path / "checkpoint")
@@ -68,7 +68,7 @@ def test_a_checkpoint_is_used_on_the_quantised_base_model_it_was_trained_beside(
     assert plain.generate(QUESTIONS, quantised.internalize(TEXT), max_new_tokens=3)
 
 
-def test_the_fingerprint_of_quantised_weights_is_of_what_they_hold(tiny_base_model_folder):
+def test_fingerprint_of_quantised_weights_is_of_their_content(tiny_base_model_folder):
     one, two = int8(tiny_base_model_folder), int8(tiny_base_model_folder)
     assert fingerprint(one) == fingerprint(two) != fingerprint(load_base_model(tiny_base_model_folder)[0])
     two.model.layers[0].mlp.down_proj.weight.qdata[0, 0] += 1

@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         return self
 
 
-def test_targets_are_found_by_name_sorted_with_one_path_per_layer():
+def test_targets_are_sorted_with_one_path_per_layer():
     down, q = find_targets(llama(), ["q_proj", "down_proj", "q_proj"])
     assert down == LoRATarget("down_proj", ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"), 48, 32)
     assert q == LoRATarget("q_proj", ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"), 32, 32)
@@ -130,7 +130,7 @@ shared = nn.Linear(3, 4)
         ),
     ],
 )
-def test_targets_that_are_not_there_or_not_one_per_layer_are_refused(model, names, message):
+def test_missing_or_ambiguous_targets_are_refused(model, names, message):
     with pytest.raises(ValueError, match=message) as caught:
         find_targets(model, names)
     assert "\n" not in str(caught.value)

@@ -61,7 +61,7 @@ def make_trainer(folder, **settings):
 
 
 @pytest.mark.parametrize("start", [0, 3, 5])
-def test_training_batches_begin_at_the_trainer_s_step_and_count_for_the_whole_run(start):
+def test_training_batches_begin_at_the_trainers_step(start):
     data = BatchDataModule(train=Squares(5))
     data.trainer = fake_trainer(global_step=start, max_steps=5)
     loader = data.train_dataloader()
@@ -236,7 +236,7 @@ def test_a_validation_batch_that_cannot_be_made_is_named_too():
         list(data.val_dataloader())
 
 
-def test_preparing_batches_moves_no_random_numbers_of_the_trainer():
+def test_preparing_batches_leaves_the_trainers_rng():
     data = BatchDataModule(train=Squares(2), validation=Squares(2))
     data.trainer = fake_trainer(max_steps=2)
     before = torch.get_rng_state()

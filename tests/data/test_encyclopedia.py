@@ -101,7 +101,7 @@ def test_the_sentences_of_a_relation_are_built_differently():
         assert len(skeletons) == len(relation["sentences"]), name
 
 
-def test_every_form_names_subject_and_value_once_and_every_question_the_name():
+def test_every_form_names_subject_and_value_once():
     for name, relation in RELATIONS.items():
         for form in relation["sentences"]:
             assert form.count("{v}") == 1 and form.count("{s}") + form.count("{n}") == 1, (name, form)
@@ -152,7 +152,7 @@ def test_the_yaml_file_holds_nothing_but_texts():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_question_s_answer_stands_in_a_sentence_that_states_it_once(split):
+def test_every_answer_stands_in_one_sentence_that_states_it(split):
     for record in articles(split, 300):
         asked = [question for question in record.questions if question.kind == "document"]
         alone = len({asked_about(question) for question in asked}) == 1
@@ -168,7 +168,7 @@ def test_every_question_s_answer_stands_in_a_sentence_that_states_it_once(split)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_sentence_is_a_fact_a_distractor_or_an_opening_and_states_no_other_fact(split):
+def test_every_sentence_states_its_fact_and_no_other(split):
     for record in articles(split, 300):
         asked = [question for question in record.questions if question.kind == "document"]
         names = {asked_about(question): RELATIONS[question.group]["kind"] for question in asked}
@@ -212,7 +212,7 @@ def test_distractors_never_have_the_form_of_a_relation():
                         assert not pattern(form).fullmatch(distractor.format(**fills)), (distractor, name, form)
 
 
-def test_every_sentence_of_an_article_about_several_names_its_entity():
+def test_sentences_about_several_entities_name_theirs():
     for record in articles("train", 400):
         names = {asked_about(question).lower() for question in record.questions if question.kind == "document"}
         if len(names) > 1:
@@ -262,9 +262,12 @@ def test_the_sizes_asked_for_are_given():
     assert len(everything.questions) == len(DATA["relations"][kind])
 
 
-def test_fewer_facts_than_entities_and_unknown_splits_are_refused():
+def test_fewer_facts_than_entities_are_refused():
     with pytest.raises(ValueError, match="num_facts is 1, fewer than the 2 entities"):
         Encyclopedia("train").record(0, num_entities=2, num_facts=1)
+
+
+def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="Unknown split 'dev'; choose one of train, validation, test, known"):
         Encyclopedia("dev")
 
@@ -318,7 +321,7 @@ def test_the_splits_share_no_invented_name():
         assert not names[one] & names[other], (one, other)
 
 
-def test_the_last_two_sentence_forms_of_each_relation_are_kept_for_the_test_split():
+def test_last_two_sentence_forms_are_for_the_test_split():
     used = {split: {name: set() for name in RELATIONS} for split in SPLITS}
     for split in SPLITS:
         for record in articles(split, 1200):
@@ -337,7 +340,7 @@ def test_the_last_two_sentence_forms_of_each_relation_are_kept_for_the_test_spli
 # Background facts
 
 
-def test_held_out_and_protected_background_are_disjoint_and_cover_all():
+def test_held_out_and_other_background_partition_all():
     halves = [{(q.group, q.answer, q.text) for q in background_questions(held_out=part)} for part in (False, True)]
     everything = {(q.group, q.answer, q.text) for q in background_questions()}
     assert halves[0] | halves[1] == everything and not halves[0] & halves[1]
@@ -358,7 +361,7 @@ def known_names() -> set[str]:
     return {fact.entity.name for fact in known_facts()}
 
 
-def test_known_entities_have_every_relation_and_stand_in_no_article():
+def test_known_entities_have_every_relation_and_no_article():
     facts = {(fact.entity.name, fact.relation.name): fact.value for fact in known_facts()}
     assert len(facts) == len(known_facts()) > 1000 and len(known_names()) == NUM_KNOWN_ENTITIES
     told = Counter(fact.entity for fact in known_facts())
@@ -368,7 +371,7 @@ def test_known_entities_have_every_relation_and_stand_in_no_article():
         assert not known_names() & invented_names(split)
 
 
-def test_background_questions_come_in_several_forms_with_one_answer_each():
+def test_background_forms_of_one_fact_have_one_answer():
     answers = {}
     for question in background_questions():
         assert question.kind == "background" and answers.setdefault(question.text, question.answer) == question.answer
@@ -376,7 +379,7 @@ def test_background_questions_come_in_several_forms_with_one_answer_each():
     assert answers["What is the capital of France?"] == "Paris" and answers["What is the opposite of true?"] == "false"
 
 
-def test_with_shared_relations_only_the_name_tells_which_answer_is_asked_for():
+def test_with_shared_relations_only_the_name_decides():
     encyclopedia = Encyclopedia("train")
     for index in range(40):
         record = encyclopedia.record(index, num_entities=3, num_facts=6, num_distractors=0, shared_relations=True)

@@ -18,7 +18,7 @@ def planted(record):
     return [(i, *m.groups()) for i, s in enumerate(record.sentences) if (m := NEEDLE.match(s))]
 
 
-def test_the_paper_s_task_is_one_number_of_four_digits_among_plain_sentences(tiny_tokenizer):
+def test_papers_task_is_one_four_digit_number_in_filler(tiny_tokenizer):
     needles = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(60, 256))
     for index in range(30):
         record = needles.record(index)
@@ -30,7 +30,7 @@ def test_the_paper_s_task_is_one_number_of_four_digits_among_plain_sentences(tin
 
 @pytest.mark.parametrize("filler", ["plain", "encyclopedia"])
 @pytest.mark.parametrize("num_tokens", [90, 400, 2000])
-def test_a_document_has_at_most_the_tokens_asked_for_and_hardly_fewer(tiny_tokenizer, filler, num_tokens):
+def test_document_has_the_tokens_asked_for_or_hardly_fewer(tiny_tokenizer, filler, num_tokens):
     needles = Needles("train", tokenizer=tiny_tokenizer, filler=filler)
     for index in range(5):
         (found,) = count_tokens([needles.record(index, num_tokens=num_tokens).document], tiny_tokenizer)
@@ -51,7 +51,7 @@ def test_lengths_are_known_beforehand_and_spread_over_the_range(tiny_tokenizer):
         assert aimed[index] - 40 < found <= aimed[index]
 
 
-def test_a_needle_stands_at_the_depth_asked_for_and_else_anywhere():
+def test_needle_stands_at_the_depth_or_anywhere_without():
     needles = Needles(num_tokens=(200, 200))
     for depth in (0, 0.25, 0.5, 1):
         record = needles.record(3, depth=depth)
@@ -63,7 +63,7 @@ def test_a_needle_stands_at_the_depth_asked_for_and_else_anywhere():
         needles.record(0, depth=1.5)
 
 
-def test_depth_changes_neither_number_nor_filler_and_length_only_adds_to_it():
+def test_depth_keeps_number_and_filler_and_length_adds_filler():
     needles = Needles(num_tokens=(100, 100))
     start, end = needles.record(3, depth=0.0), needles.record(3, depth=1.0)
     assert start.questions == end.questions and start.sentences[1:] == end.sentences[:-1]
@@ -80,7 +80,7 @@ def test_keys_tell_several_numbers_apart_and_each_is_asked_for():
     }
 
 
-def test_several_numbers_of_a_key_are_answered_in_the_document_s_order():
+def test_numbers_of_one_key_are_answered_in_document_order():
     record = Needles(num_tokens=(150, 150), num_keys=(2, 2), num_needles=(3, 3)).record(5)
     for question in record.questions:
         name = question.text.removeprefix("What are the secret numbers of ").removesuffix("?")
@@ -91,7 +91,7 @@ def test_several_numbers_of_a_key_are_answered_in_the_document_s_order():
     assert record.questions[0].answer == ", ".join(number for _, _, number in planted(record))
 
 
-def test_splits_share_neither_numbers_nor_names_nor_the_order_of_the_filler():
+def test_splits_share_no_numbers_names_or_filler_order():
     by_split = {}
     for split in ("train", "validation", "test"):
         records = [Needles(split, num_keys=(2, 2), num_tokens=(80, 80)).record(i) for i in range(150)]

@@ -58,7 +58,7 @@ def questions_of(source):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("name", ["squad", "squad_v2", "drop", "ropes", "pwc"])
-def test_files_in_a_dataset_s_columns_become_one_record_per_document(tmp_path, name, suffix):
+def test_files_in_dataset_columns_become_records_by_document(tmp_path, name, suffix):
     path = write(tmp_path / f"rows{suffix}", rows_of(name))
     sources = [QuestionAnswering(split, name=name, path=path) for split in SPLITS]
     documents = [{record.document for record in source.records} for source in sources]
@@ -73,7 +73,7 @@ def test_files_in_a_dataset_s_columns_become_one_record_per_document(tmp_path, n
     assert by_question["What is left of 3?"].document == ("Text 3.\n\nAnd so." if name == "ropes" else "Text 3.")
 
 
-def test_a_test_file_is_the_test_split_and_its_documents_are_in_no_other(tmp_path):
+def test_a_test_files_documents_are_in_no_other_split(tmp_path):
     path, test_path = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     write(path, rows_of("drop", 60))
     write(test_path, rows_of("drop", 10, first=55))
@@ -153,7 +153,7 @@ def test_cross_document_questions_are_other_documents(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["squad", "squad_v2", "drop", "ropes", "pwc", "qasper"])
-def test_all_answers_of_a_file_are_accepted_in_the_dataset_s_order(tmp_path, name):
+def test_accepted_answers_are_in_the_datasets_order(tmp_path, name):
     columns = "long_bench" if name == "qasper" else name
     path = write(tmp_path / "rows.jsonl", rows_of(columns, 12))
     found = accepted_answers(name, path=path)
@@ -168,7 +168,7 @@ def test_all_answers_of_a_file_are_accepted_in_the_dataset_s_order(tmp_path, nam
         assert all(found[record.document][q.text][0] == q.answer for q in record.questions)
 
 
-def test_hidden_questions_and_documents_without_any_are_not_measured(tmp_path):
+def test_hidden_questions_are_not_measured(tmp_path):
     rows = [
         {"context": "A.", "question": "B?", "answers": {"text": ["C", "C", " D "]}},
         {"context": "A.", "question": "E?", "answers": {"text": []}},
@@ -200,7 +200,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["squad", "squad_v2", "drop", "ropes", "pwc"])
-def test_a_dataset_s_own_test_split_is_ours_and_nothing_is_run_that_comes_with_it(hub, name):
+def test_a_datasets_test_split_is_ours_and_no_code_of_it_runs(hub, name):
     found = {split: {r.document for r in QuestionAnswering(split, name=name).records} for split in SPLITS}
     assert len(found["test"]) == 30 and found["train"] and found["validation"]
     assert not found["train"] & found["validation"] and not (found["train"] | found["validation"]) & found["test"]
@@ -331,7 +331,7 @@ def test_corrupt_questions_of_squad_s_json_leave_the_others(tmp_path, caplog):
     assert "3 corrupt rows are left out; the first: Paragraph 3 of 'Towns' lacks context or qas" in caplog.text
 
 
-def test_a_file_of_corrupt_rows_alone_says_what_is_wrong_with_the_first(tmp_path):
+def test_a_file_of_corrupt_rows_alone_names_the_first_reason(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"input": 1, "prompt": "Q?", "answer": "A"}] * 3)
     with pytest.raises(ValueError, match="has no row that can be used; the first: Row 0 has 1 as input, not a text"):
         _ = QuestionAnswering(name="pwc", path=path).records

@@ -86,7 +86,7 @@ def test_one_step_over_8_documents_is_its_parts_together(batches, distillation, 
     assert_same(losses_and_gradients(distillation, parameters, parts), whole)
 
 
-def test_documents_that_lack_a_kind_of_question_do_not_count_in_its_mean(batches, distillation):
+def test_documents_without_a_kind_do_not_count_in_its_mean(batches, distillation):
     documents = [f"Norbach number {i} lies on the Vel. It makes tin." for i in range(5)]
     about, other = (
         Question("Where is Norbach?", "Vel"),
@@ -155,7 +155,7 @@ def test_the_chunks_of_answers_go_with_their_rows(batches):
         assert part.answer_chunk.shape == part.student.ids.shape
 
 
-def test_parts_are_neighbours_of_nearly_equal_size_and_say_which_is_the_last(batches):
+def test_parts_are_adjacent_even_and_the_last_is_marked(batches):
     batch = batches()[0]
     parts = [split(batch, i, 3, is_last=i == 2) for i in range(3)]
     assert [len(part.batch.teacher.ids) for part in parts] == [2, 3, 3]

@@ -25,7 +25,7 @@ def test_the_longer_of_bytes_and_arithmetic_is_the_floor():
     assert floor == (10, 4) and floor.seconds(machine) == 0.4
 
 
-def test_merging_pays_for_one_adapter_used_for_many_decoding_steps():
+def test_merging_pays_for_one_adapter_and_many_steps():
     one = {**GEMMA_DOWN, "num_tokens": 1, "rank": 64, "num_adapters": 1}
     assert application_cost(**one, steps=1).cheapest == "apart"
     assert application_cost(**one, steps=100).cheapest == "merge"
@@ -39,7 +39,7 @@ def test_merging_never_pays_for_many_adapters_at_a_time():
     assert cost.cheapest != "merge"
 
 
-def test_the_product_hides_the_delta_where_arithmetic_is_its_limit():
+def test_the_product_hides_the_delta_if_bound_by_arithmetic():
     """dx of down_proj, 9216 wide: 25 of the 50 µs that adding to the output costs vanish."""
     cost = application_cost(num_tokens=4096, d_in=2304, d_out=9216, rank=8, num_adapters=8)
     assert cost.cheapest == "delta first"

@@ -84,7 +84,7 @@ def test_everything_comes_back_as_it_was(folder, hypernetwork):
 
 
 @pytest.mark.parametrize("hypernetwork", SIZES, indirect=True)
-def test_a_loaded_hypernetwork_computes_the_same_and_can_be_trained_on(folder, hypernetwork):
+def test_a_loaded_hypernetwork_computes_the_same_and_trains(folder, hypernetwork):
     features, mask = torch.randn(3, 2, 6, 5), torch.ones(3, 6, dtype=torch.bool)
     loaded = load_checkpoint(folder).hypernetwork
     for got, expected in zip(loaded(features, mask), hypernetwork(features, mask), strict=True):
@@ -92,7 +92,7 @@ def test_a_loaded_hypernetwork_computes_the_same_and_can_be_trained_on(folder, h
     assert all(p.requires_grad and p.is_leaf and not p.is_meta for p in loaded.parameters())
 
 
-def test_the_folder_holds_plain_yaml_and_safetensors_that_others_may_read(folder):
+def test_the_folder_holds_readable_yaml_and_safetensors(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "hypernetwork.safetensors"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["hypernetwork"]["rank"] == 2
     if os.name == "posix":
@@ -163,7 +163,7 @@ def test_a_base_model_in_another_type_reads_the_same_checkpoint(tmp_path, make_d
     assert half.generate(["Who founded Norbach?"], half.internalize(DOCUMENT), max_new_tokens=3)
 
 
-def test_without_a_recorded_fingerprint_any_base_model_that_fits_is_taken(tmp_path, make_doc_to_lora):
+def test_without_a_fingerprint_any_fitting_base_model_is_taken(tmp_path, make_doc_to_lora):
     model = make_doc_to_lora()
     model.base_model_fingerprint = None
     model.save_pretrained(tmp_path / "checkpoint")
@@ -290,7 +290,7 @@ def paths_of(tree, path=()):
         yield from paths_of(child, (*path, key))
 
 
-def test_whatever_entry_of_the_config_is_damaged_the_refusal_is_one_line(folder):
+def test_any_damaged_config_entry_is_refused_in_one_line(folder):
     path = folder / "config.yaml"
     original = yaml.safe_load(path.read_text())
     harmless = {"fingerprint", "source", "kind", "layer_idx", "max_chunk_tokens", "scaling", "name", "paths", 0, 1}
@@ -341,7 +341,7 @@ class Crash(BaseException):
 
 @pytest.mark.parametrize("existing", [True, False], ids=["over an older one", "into a new folder"])
 @pytest.mark.parametrize("step", ["before the weights", "halfway into the weights", "before the config"])
-def test_a_crash_while_saving_leaves_nothing_that_loads_as_something_else(
+def test_a_crash_while_saving_leaves_nothing_wrong_that_loads(
     tmp_path, hypernetwork, monkeypatch, step, existing
 ):
     folder = tmp_path / "checkpoint"
@@ -368,7 +368,7 @@ def test_a_crash_while_saving_leaves_nothing_that_loads_as_something_else(
     assert load_checkpoint(folder).fingerprint == fingerprint(hypernetwork)
 
 
-def test_a_checkpoint_without_the_base_model_it_names_as_its_own_is_refused(tmp_path, make_doc_to_lora):
+def test_a_checkpoint_without_its_base_model_is_refused(tmp_path, make_doc_to_lora):
     make_doc_to_lora().save_pretrained(tmp_path / "checkpoint", include_base_model=True)
     shutil.rmtree(tmp_path / "checkpoint/base_model")
     assert "base_model/config.json is missing. Copy it again." in refusal(tmp_path / "checkpoint")

@@ -66,7 +66,7 @@ def test_each_map_yields_the_weights_of_its_own_layer_only():
     assert difference[1] > 0 and difference[0] == difference[2] == 0
 
 
-def test_a_single_maps_outputs_are_ordered_by_layer_target_and_rank():
+def test_a_single_maps_outputs_go_by_layer_target_rank():
     hypernetwork = make(num_maps=1)
     features, mask = batch(1)
     latents = hypernetwork.aggregator(features[:, 0], mask)
@@ -107,7 +107,7 @@ def test_an_integer_mask_means_the_same():
 
 @by_aggregator
 @pytest.mark.parametrize("num_maps", [1, LAYERS])
-def test_b_is_exactly_zero_at_the_start_and_a_differs_between_chunks_if_it_comes_from_latents(aggregator, num_maps):
+def test_b_starts_at_zero_and_a_depends_on_the_chunk(aggregator, num_maps):
     hypernetwork = make(trained=False, aggregator=aggregator, num_maps=num_maps)
     A, B = hypernetwork(*batch(num_maps))
     assert not any(x.any() for x in (*B.values(), *hypernetwork.bias_B.values()))
@@ -134,7 +134,7 @@ def test_every_parameter_gets_a_gradient_once_b_is_not_zero(aggregator):
     ],
     ids=lambda s: s["aggregator"]["name"],
 )
-def test_the_config_survives_yaml_and_json_and_rebuilds_the_same_network(settings):
+def test_config_survives_yaml_and_json_and_rebuilds(settings):
     hypernetwork = make(**settings, scaling=3)
     for dump in (yaml.safe_load(yaml.safe_dump(hypernetwork.config)), json.loads(json.dumps(hypernetwork.config))):
         assert dump == hypernetwork.config
@@ -248,7 +248,7 @@ def test_parameter_counts_add_up(aggregator):
     assert ("aggregator" in counts) == (aggregator is not OUTER_PRODUCT)
 
 
-def test_the_published_configuration_has_the_papers_309_million_parameters():
+def test_published_configuration_has_309_million_parameters():
     """gemma-2-2b, down_proj, rank 8, 8 blocks: 309,456,384 without the parts that are listed here and all vectors."""
     with torch.device("meta"):
         hypernetwork = HyperNetwork(
@@ -274,7 +274,7 @@ def test_the_published_configuration_has_the_papers_309_million_parameters():
     assert sum(rest.values()) == 2 * 8 * 512 + 2 * 512 + 2 * 26 * 8 + 4 * 512
 
 
-def test_an_aggregator_is_a_class_with_latent_dim_and_the_two_sizes_it_is_given():
+def test_an_aggregator_is_any_class_with_latent_dim():
     for aggregator_class in set(AGGREGATORS.values()) - {OuterProduct}:
         aggregator = aggregator_class(feature_dim=D, num_outputs=4, latent_dim=8)
         assert aggregator.latent_dim == 8
@@ -285,7 +285,7 @@ def test_an_aggregator_is_a_class_with_latent_dim_and_the_two_sizes_it_is_given(
 
 
 @pytest.mark.parametrize("num_maps", [1, LAYERS])
-def test_calibrated_features_reach_the_aggregator_at_mean_zero_and_variance_one(num_maps):
+def test_calibrated_features_have_mean_zero_and_variance_one(num_maps):
     hypernetwork, (features, mask) = make(num_maps=num_maps, standardize_features=True), batch(num_maps)
     features = features * torch.tensor([1.0, 50, 0.01, 3, 0, 2]) + torch.tensor([0.0, -300, 1, 7, 5, 0])
     assert not hypernetwork.is_calibrated
@@ -303,7 +303,7 @@ def test_calibrated_features_reach_the_aggregator_at_mean_zero_and_variance_one(
 
 
 @by_aggregator
-def test_statistics_are_those_of_the_layers_asked_for_and_travel_with_the_weights(aggregator):
+def test_statistics_are_per_layer_and_in_the_state_dict(aggregator):
     hypernetwork, (features, mask) = make(aggregator=aggregator, standardize_features=True), batch()
     hypernetwork.calibrate([(features * torch.arange(1.0, 4)[:, None, None] + 2, mask)])
     whole = hypernetwork(features, mask)
@@ -315,7 +315,7 @@ def test_statistics_are_those_of_the_layers_asked_for_and_travel_with_the_weight
     assert_same(loaded(features, mask), whole, rtol=0, atol=0)
 
 
-def test_only_a_network_that_standardizes_can_be_calibrated_and_only_with_tokens():
+def test_calibration_needs_standardize_and_tokens():
     features, mask = batch()
     with pytest.raises(ValueError, match="standardize_features=True"):
         make().calibrate([(features, mask)])
@@ -331,7 +331,7 @@ def test_only_a_network_that_standardizes_can_be_calibrated_and_only_with_tokens
 @pytest.mark.parametrize("aggregator", [PERCEIVER, MEAN_POOL], ids=lambda a: a["name"])
 @pytest.mark.parametrize("num_maps", [1, LAYERS])
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_at_another_rank_the_rows_are_the_first_ones_or_copies_that_add_up(aggregator, num_maps, rank):
+def test_another_rank_takes_first_rows_or_adding_copies(aggregator, num_maps, rank):
     hypernetwork = make(aggregator=aggregator, num_maps=num_maps)
     other = hypernetwork.at_rank(rank)
     assert other.rank == rank and HyperNetwork(**other.config).state_dict().keys() == other.state_dict().keys()
@@ -353,9 +353,12 @@ def test_at_another_rank_the_rows_are_the_first_ones_or_copies_that_add_up(aggre
         torch.testing.assert_close(other.scaling * other.bias_B[name], torch.stack(expected, dim=1))
 
 
-def test_at_its_own_rank_nothing_changes_and_outer_products_have_no_other():
+def test_at_its_own_rank_nothing_changes():
     hypernetwork = make()
     state = hypernetwork.at_rank(RANK).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in hypernetwork.state_dict().items())
+
+
+def test_outer_products_have_no_other_rank():
     with pytest.raises(ValueError, match="outer product's rows have no queries"):
         make(aggregator=OUTER_PRODUCT).at_rank(3)

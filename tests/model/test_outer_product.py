@@ -51,7 +51,7 @@ def slow_delta(generator: OuterProduct, tokens, name, layer):
 
 
 @pytest.mark.parametrize("num_maps", [1, LAYERS])
-def test_the_delta_and_every_gradient_equal_a_loop_over_the_tokens(num_maps):
+def test_delta_and_every_gradient_equal_a_loop_over_tokens(num_maps):
     generator = make()
     features, mask = batch(num_maps)
     features.requires_grad_()
@@ -79,7 +79,7 @@ def test_the_delta_and_every_gradient_equal_a_loop_over_the_tokens(num_maps):
         torch.testing.assert_close(got_gradient, wanted, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_padding_is_never_read_and_a_chunk_s_matrices_are_its_own():
+def test_padding_is_never_read_and_chunks_are_independent():
     generator, (features, mask) = make(), batch()
     expected = generator(features, mask)
     poisoned = generator(features.masked_fill(~mask[:, None, :, None], float("nan")), mask)
@@ -107,7 +107,7 @@ def test_b_starts_at_exactly_zero_and_a_at_the_scale_of_lora():
     assert 0 < generator.bias_A["down_proj"].std() < 0.5 * A["down_proj"].std()
 
 
-def test_everything_but_the_bias_block_learns_from_the_second_step_on():
+def test_all_but_the_bias_block_learn_from_the_second_step():
     """W_B has a gradient at the zero start, and once it has moved, so has everything that it reads."""
     generator, (features, mask) = make(TARGETS[:1], start=True), batch()
     optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)
@@ -135,7 +135,7 @@ def test_keys_without_a_direction_are_refused():
 TEXT = "Norbach was founded by Ilda Renwick. It makes tin boxes and carved combs. The firm employs 312 people. " * 2
 
 
-def test_a_document_s_delta_is_the_sum_of_its_chunks_deltas_and_the_bias_block(make_doc_to_lora):
+def test_document_delta_is_the_sum_of_chunks_and_bias_block(make_doc_to_lora):
     model = make_doc_to_lora(hypernetwork=SETTINGS)
     model.hypernetwork.double()
     adapter = model.internalize(TEXT)
@@ -163,7 +163,7 @@ def test_an_untrained_one_leaves_the_base_model_bit_identical(make_doc_to_lora, 
     "encoder", [{"kind": "per_layer_activations"}, {"kind": "early_exit", "layer_idx": 1}], ids=lambda e: e["kind"]
 )
 @pytest.mark.parametrize("max_batch_tokens", [1, 60, 10_000])
-def test_layer_by_layer_and_batch_by_batch_agree_with_all_at_once(make_doc_to_lora, encoder, max_batch_tokens):
+def test_layer_and_batch_streaming_agree_with_all_at_once(make_doc_to_lora, encoder, max_batch_tokens):
     settings = {**SETTINGS, "standardize_features": True}
     model = make_doc_to_lora(hypernetwork=settings, context_encoder=encoder, target_modules=["q_proj", "down_proj"])
     model.double()
@@ -178,7 +178,7 @@ def test_layer_by_layer_and_batch_by_batch_agree_with_all_at_once(make_doc_to_lo
             torch.testing.assert_close(mine[name], theirs[name])
 
 
-def test_a_few_steps_lower_the_loss_and_each_document_gets_its_own_answer(make_doc_to_lora):
+def test_a_few_steps_teach_each_documents_answer(make_doc_to_lora):
     model = make_doc_to_lora(trained=False, hypernetwork=SETTINGS)
     wanted = copy.deepcopy(model.base_model.state_dict())
     rows = [model.chunk(text) for text in ("Norbach makes tin boxes.", "Vel.")]

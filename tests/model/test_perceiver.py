@@ -74,7 +74,7 @@ def slow_perceiver(weights, tokens, sizes):
 
 
 @pytest.mark.parametrize("num_self_attention_blocks", [0, 1])
-def test_outputs_and_every_gradient_equal_a_loop_over_sequences_latents_and_heads(num_self_attention_blocks):
+def test_outputs_and_gradients_equal_a_written_out_loop(num_self_attention_blocks):
     perceiver = make(num_self_attention_blocks=num_self_attention_blocks)
     sizes = {**SIZES, "num_self_attention_blocks": num_self_attention_blocks}
     features, mask = batch()
@@ -112,7 +112,7 @@ def test_a_ragged_batch_equals_one_sequence_at_a_time():
         torch.testing.assert_close(outputs[i : i + 1], alone, rtol=1e-10, atol=1e-12)
 
 
-def test_tokens_may_lie_anywhere_in_the_mask_and_their_order_does_not_matter():
+def test_place_and_order_of_tokens_do_not_matter():
     perceiver = make()
     features, mask = batch()
     order = torch.randperm(features.shape[1])
@@ -121,7 +121,7 @@ def test_tokens_may_lie_anywhere_in_the_mask_and_their_order_does_not_matter():
     )
 
 
-def test_norms_keep_bfloat16_in_and_out_and_are_computed_in_float32():
+def test_norms_of_bfloat16_are_computed_in_float32():
     perceiver = make().bfloat16()
     features, mask = batch()
     outputs = perceiver(features.bfloat16(), mask)

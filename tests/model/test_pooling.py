@@ -21,7 +21,7 @@ def batch():
     return torch.randn(3, 37, 7, dtype=torch.float64), mask
 
 
-def test_outputs_and_every_gradient_equal_the_formula_on_each_sequence_alone():
+def test_outputs_and_gradients_equal_the_formula_alone():
     pool = make()
     features, mask = batch()
     features.requires_grad_()

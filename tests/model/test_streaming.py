@@ -25,7 +25,7 @@ ENCODERS = [
 @pytest.mark.parametrize("encoder", ENCODERS, ids=lambda encoder: "-".join(map(str, encoder.values())))
 @pytest.mark.parametrize("names", [["down_proj"], ["q_proj", "down_proj"]], ids=len)
 @pytest.mark.parametrize("max_batch_tokens", [1, 60, 10_000])
-def test_layer_by_layer_and_batch_by_batch_agree_with_all_at_once(make_doc_to_lora, encoder, names, max_batch_tokens):
+def test_layer_and_batch_streaming_agree_with_all_at_once(make_doc_to_lora, encoder, names, max_batch_tokens):
     model = make_doc_to_lora(context_encoder=encoder, target_modules=names)
     # In double precision: unit rms makes the rounding of this model's small embeddings large.
     model.double()
@@ -45,7 +45,7 @@ def test_layer_by_layer_and_batch_by_batch_agree_with_all_at_once(make_doc_to_lo
 
 
 @pytest.mark.parametrize("max_batch_tokens, expected", [(1, "h0h"), (1000, "0h")])
-def test_a_layer_s_features_are_used_before_the_next_block_runs_unless_they_are_few(
+def test_features_are_used_before_the_next_block_runs(
     make_doc_to_lora, max_batch_tokens, expected
 ):
     model = make_doc_to_lora()

@@ -34,7 +34,7 @@ class Templated:
         return rendered[0]
 
 
-def test_a_template_with_system_text_and_a_newline_at_the_end_is_taken_apart():
+def test_layout_of_a_template_with_system_text_and_newline():
     template = (
         "<s>[SYS] Be brief. [/SYS]{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</{{ m['role'] }}>\n"
         "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}"
@@ -53,7 +53,7 @@ def test_a_template_with_system_text_and_a_newline_at_the_end_is_taken_apart():
     ],
     ids=["none", "changes the content", "another beginning", "twice"],
 )
-def test_a_template_that_cannot_be_used_is_refused_with_what_to_do(template, hint):
+def test_an_unusable_template_is_refused_with_what_to_do(template, hint):
     with pytest.raises(ValueError, match=hint):
         ChatLayout.of(Templated(template))
 
@@ -84,12 +84,12 @@ def test_prefix_content_suffix_is_what_apply_chat_template_gives(template, add_b
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_without_a_template_the_affixes_are_the_tokenizers_own_special_tokens(add_bos):
+def test_affixes_without_a_template_are_special_tokens(add_bos):
     tokenizer = make_tokenizer(template=None, add_bos=add_bos)
     assert chat_affixes(tokenizer) == ([tokenizer.bos_token_id] if add_bos else [], [])
 
 
-def test_a_blank_that_melts_into_the_content_belongs_to_the_content():
+def test_a_blank_that_merges_with_the_content_is_content():
     template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
     tokenizer = make_metaspace_tokenizer(template=template)
     prefix, suffix = chat_affixes(tokenizer)
@@ -97,7 +97,7 @@ def test_a_blank_that_melts_into_the_content_belongs_to_the_content():
     assert prefix + content_ids + suffix == user_ids(tokenizer, "Lights guide")
 
 
-def test_a_template_that_melts_into_the_content_warns_and_is_tokenized_by_itself():
+def test_affixes_that_merge_with_the_content_warn():
     tokenizer = make_tokenizer(template="{% for m in messages %}USER: {{ m['content'] }}\n{% endfor %}ASSISTANT:")
     with pytest.warns(UserWarning, match="merges the user's text with the chat template"):
         prefix, suffix = chat_affixes(tokenizer)
@@ -108,7 +108,7 @@ def test_a_template_that_melts_into_the_content_warns_and_is_tokenized_by_itself
     assert suffix == tokenizer("\nASSISTANT:", add_special_tokens=False)["input_ids"]
 
 
-def test_a_template_that_melts_into_some_contents_only_warns_too():
+def test_affixes_that_merge_with_some_contents_warn_too():
     vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ7"]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=[("Ġ", "7")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -130,7 +130,7 @@ def test_a_template_that_melts_into_some_contents_only_warns_too():
     ],
     ids=["dropped", "twice", "changed"],
 )
-def test_a_template_that_does_not_repeat_the_content_once_is_refused(template, times):
+def test_a_template_must_repeat_the_content_once(template, times):
     with pytest.raises(ValueError, match=f"once, word for word, but has it {times} times. Set tokenizer.chat_template"):
         chat_affixes(make_tokenizer(template=template))
 

@@ -144,7 +144,7 @@ def test_tokenizers_that_rewrite_the_text_keep_tokens_and_spans(kind):
         check(text, tokenizer, max_chunk_tokens)
 
 
-def test_short_text_is_one_chunk_framed_as_apply_chat_template_does(tokenizer):
+def test_short_text_is_one_chunk_in_the_chat_template(tokenizer):
     text = "The keeper wrote. It was cold."
     chunks = chunk_document(text, tokenizer, max_chunk_tokens=100)
     assert chunks.ids.tolist() == [user_ids(tokenizer, text)]
@@ -175,7 +175,7 @@ def test_last_chunk_is_not_a_leftover(characters, seed):
             assert lengths.min() >= 0.4 * lengths.max()
 
 
-def test_the_number_of_chunks_is_the_least_that_whole_sentences_allow(characters):
+def test_chunks_are_the_fewest_that_whole_sentences_allow(characters):
     rng = random.Random(0)
     for _ in range(50):
         lengths = [rng.randint(2, 30) for _ in range(rng.randint(1, 60))]
@@ -188,7 +188,7 @@ def test_the_number_of_chunks_is_the_least_that_whole_sentences_allow(characters
         assert len(check(text, characters, 40).spans) == needed
 
 
-def test_a_paragraph_break_beats_a_sentence_end_nearer_to_the_middle(characters):
+def test_a_paragraph_break_beats_a_more_central_sentence_end(characters):
     text = "Aaaa bbbb. Cccc dddd. Eeee ffff.\n\nGggg. " + "Hhhh iiii. Jjjj kkkk. Llll mmmm nnnnnn."
     assert len(text) == 79 and text.index("Gggg") == 34 and text.index("Hhhh") == 40
     assert pieces(text, check(text, characters, 70)) == [text[:34], text[34:]]
@@ -196,7 +196,7 @@ def test_a_paragraph_break_beats_a_sentence_end_nearer_to_the_middle(characters)
     assert pieces(flat, check(flat, characters, 70)) == [flat[:40], flat[40:]]
 
 
-def test_a_token_that_reaches_over_a_sentence_end_leaves_no_border_there():
+def test_a_token_across_a_sentence_end_leaves_no_border():
     backend = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(".{5}"), "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
@@ -229,7 +229,7 @@ def test_a_sentence_longer_than_a_chunk_is_cut_between_words(characters):
         assert set(part.replace(".", " ").split()) <= {"Short", "one", "two", "alpha", "beta", "gamma", "delta", "end"}
 
 
-def test_words_stay_whole_even_where_a_cut_inside_one_would_balance_better(characters):
+def test_words_stay_whole_even_at_the_cost_of_balance(characters):
     text = ("x" * 19 + " ") * 5
     parts = pieces(text, check(text, characters, 45))
     assert len(parts) == 3
@@ -313,7 +313,7 @@ def test_a_blank_document_is_refused(tokenizer, text):
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "8"])
-def test_a_chunk_size_that_is_no_positive_whole_number_is_refused(tokenizer, value):
+def test_chunk_size_must_be_a_positive_whole_number(tokenizer, value):
     with pytest.raises(ValueError, match="max_chunk_tokens should be a whole number, at least 1, but is"):
         chunk_document("text", tokenizer, max_chunk_tokens=value)
 

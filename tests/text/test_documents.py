@@ -70,7 +70,7 @@ def test_text_is_read_in_utf8_and_utf16_with_its_hash(tmp_path, encoding, suffix
     assert read_document(str(path)) == read_document(path)
 
 
-def test_line_ends_become_line_feeds_but_the_hash_is_of_the_raw_bytes(tmp_path):
+def test_line_ends_are_normalised_but_the_hash_is_of_raw_bytes(tmp_path):
     data = b"one\r\ntwo\rthree\n\tfour\x0cfive"
     document = read_document(write(tmp_path / "a.txt", data))
     assert document.text == "one\ntwo\nthree\n\tfour\x0cfive"
@@ -104,7 +104,7 @@ def test_ordinary_text_warns_of_nothing(tmp_path, caplog):
         (b"\xef\xbb\xbfab\xff", 5, "invalid start byte"),
     ],
 )
-def test_another_encoding_is_refused_with_its_byte_offset_and_the_iconv_command(tmp_path, data, offset, reason):
+def test_another_encoding_is_refused_with_offset_and_iconv(tmp_path, data, offset, reason):
     path = write(tmp_path / "my file.txt", data)
     message = refusal(read_document, path)
     assert f"should be UTF-8, but is not at byte offset {offset} ({reason})" in message
@@ -172,7 +172,7 @@ def test_missing_and_unreadable_files_are_refused(tmp_path, monkeypatch):
 # Several
 
 
-def test_a_folder_is_read_recursively_in_order_without_hidden_and_unknown_files(tmp_path):
+def test_a_folder_is_read_recursively_without_hidden_files(tmp_path):
     names = ["b.txt", "a/z.md", "a/b/c.TXT", "a.rst", "a-b/1.txt"]
     for name in [*names, "image.png", "code.py", ".hidden.txt", ".git/config.txt", "a/.cache/x.md"]:
         write(tmp_path / name, f"text of {name}")
@@ -320,7 +320,7 @@ def test_pdf_that_is_locked_against_changes_only_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name, package", [("a.html", "bs4"), ("a.pdf", "pypdf")])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, name, package):
+def test_a_missing_package_is_named_with_its_install_command(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     message = refusal(read_document, write(tmp_path / name, "<p>x</p>"))
     assert message.endswith("Install it: pip install 'doc-to-lora[documents]'")

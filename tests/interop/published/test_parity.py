@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hypernet.adapters.adapter import LoRAAdapter, new_provenance
-from hypernet.base.base_model import CHAT_TEMPLATE
+from hypernet.base.tokenizer import CHAT_TEMPLATE
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.interop.checkpoints import convert
 

@@ -141,7 +141,7 @@ class CostModel(NamedTuple):
         for num_tokens in (model.max_chunk_tokens // 2, 8 * model.max_chunk_tokens):
             document = make_document(model, num_tokens)
             chunks = model.internalize(document).num_chunks
-            counted.append((num_tokens / chunks, flops_of(lambda d=document: model.internalize(d)) / chunks))
+            counted.append((num_tokens / chunks, flops_of(lambda d=document: model.internalize(d).fused()) / chunks))
         (short, few), (long, many) = counted
         per_token = (many - few) / (long - short)
         return cls(

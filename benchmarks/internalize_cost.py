@@ -100,14 +100,9 @@ def ours(model: "DocToLoRA", document: str, *, max_batch_tokens: int) -> Any:
 
 def at_once(model: "DocToLoRA", document: str, *, max_batch_tokens: int) -> Any:
     """All chunks and layers together, as one batch."""
-    from hypernet.adapters.decorrelation import decorrelated
-
     chunks = model.chunk(document)
     with torch.no_grad():
-        A, B = model.adapt(chunks.ids.to(model.device), chunks.mask.to(model.device))
-        if (ridge := model.hypernetwork.join_ridge) is not None:
-            A = {name: decorrelated(rows.transpose(0, 1), ridge=ridge).transpose(0, 1) for name, rows in A.items()}
-        return A, B
+        return model.adapt(chunks.ids.to(model.device), chunks.mask.to(model.device))
 
 
 METHODS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (ours, at_once)}

@@ -157,10 +157,10 @@ class Padded:
         with torch.no_grad():
             teacher = self._logits(prepared.teacher)
         network = self.model.hypernetwork
-        shared = network.bias_rank
+        shared, ridge = network.bias_rank, self.model.trained_joining.ridge
         self._adapters = (
             {
-                name: self._joined(pool, network.bias_A[name][:, :shared], prepared, ridge=network.join_ridge)
+                name: self._joined(pool, network.bias_A[name][:, :shared], prepared, ridge=ridge)
                 for name, pool in A.items()
             },
             {name: self._joined(pool, network.bias_B[name][:, :shared], prepared) for name, pool in B.items()},
@@ -190,7 +190,7 @@ class Padded:
     @staticmethod
     def _joined(pool: Tensor, bias: Tensor, prepared: PaddedBatch, ridge: float | None = None) -> Tensor:
         """[C, L, R, d] of all chunks → [N, L, rank of the longest, d], zeros behind the shorter ones."""
-        from hypernet.adapters.decorrelation import decorrelated
+        from hypernet.adapters.joining import decorrelated
 
         chunks = pool.split(prepared.num_chunks)
         rows = []

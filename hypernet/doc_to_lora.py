@@ -1,30 +1,32 @@
 """DocToLoRA: the whole path, from a document to an adapter to an answer.
 
-model = DocToLoRA.from_pretrained("assets/tiny")
-adapter = model.internalize("Norbach was founded by Ilda Renwick. ...")
-model.generate(["Who founded Norbach?"], adapter)
-model.generate(["...", "..."], [adapter, other])          # every question its own adapter, or None
-both = model.join([adapter, other])                       # adapter + other is their plain sum
-many = model.internalize(documents, decorrelate=False)
-model.generate(questions, many, gate=1.25)                # every token the chunks that it is about, module by module
-model.generate(questions, model.route(questions, many))   # every question the two chunks that it is about
+    model = DocToLoRA.from_pretrained("assets/tiny")
+    adapter = model.internalize("Norbach was founded by Ilda Renwick. ...")
+    model.generate(["Who founded Norbach?"], adapter)
+    model.generate(["...", "..."], [adapter, other])                 # every question its own adapter, or None
+
+    many = model.internalize(documents)                              # or adapter + other
+    model.generate(questions, many)                                  # joined as the hypernetwork was trained
+    model.generate(questions, many, join="gate", gate_power=1.25)    # every token weights the chunks by their scores
+    model.generate(questions, many, join="route", top_k=2)           # every question its two best chunks
+    many.fused("ridge").save("outputs/both")                         # one plain LoRA for any other program
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hypernet.adapters.adapter import LoRAAdapter, new_provenance
-from hypernet.adapters.composition import concatenate, decorrelate
-from hypernet.adapters.decorrelation import decorrelate_, decorrelated
+from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.injection import LoRAInjector
-from hypernet.adapters.routing import chunk_energies, routed
+from hypernet.adapters.joining import Joining, highest, routing_scores, separated_slots
 from hypernet.base.base_model import fingerprint, generate_text, load_base_model
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import PackedRows
@@ -57,10 +59,12 @@ class DocToLoRA(nn.Module):
         hypernetwork: made for this base model's targets and width.
         context_encoder: {"kind": ..., "layer_idx": ..., "context_tokens": ...}, see `ContextEncoder`.
         max_chunk_tokens: document tokens per chunk.
+        ridge: how the hypernetwork is trained to have chunks and documents joined: separated with this ridge (see
+            `hypernet.adapters.joining`); None: their plain sum, as in the published checkpoints.
         base_model_source: where the base model came from; adapters carry it for PEFT.
 
     Raises:
-        ValueError: the hypernetwork's targets are not in this base model.
+        ValueError: the hypernetwork's targets are not in this base model, or the ridge is not above 0.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class DocToLoRA(nn.Module):
         hypernetwork: HyperNetwork,
         context_encoder: dict[str, Any] | None = None,
         max_chunk_tokens: int,
+        ridge: float | None = None,
         base_model_source: str = "",
     ) -> None:
         super().__init__()
@@ -79,10 +84,12 @@ class DocToLoRA(nn.Module):
         self.hypernetwork = hypernetwork
         self.context_encoder = ContextEncoder(base_model, **(context_encoder or {}))
         self.max_chunk_tokens = max_chunk_tokens
+        self.trained_joining = Joining() if ridge is None else Joining("ridge", ridge=ridge)
         self.base_model_source = base_model_source
         self.base_model_fingerprint = fingerprint(base_model)
         self.injector = LoRAInjector(base_model, hypernetwork.targets)
         self.layout = ChatLayout.of(tokenizer)
+        self._fused: WeakKeyDictionary[LoRAAdapter, tuple[Any, LoRAAdapter]] = WeakKeyDictionary()
         self._generated_by: tuple[Any, str, dict[str, Tensor], dict[str, Tensor]] = (None, "", {}, {})
 
     @classmethod
@@ -95,6 +102,7 @@ class DocToLoRA(nn.Module):
         hypernetwork: dict[str, Any],
         context_encoder: dict[str, Any],
         max_chunk_tokens: int,
+        ridge: float | None = None,
         base_model_source: str = "",
         target_layers: Sequence[int] | float | None = None,
     ) -> Self:
@@ -117,6 +125,7 @@ class DocToLoRA(nn.Module):
             ),
             context_encoder=context_encoder,
             max_chunk_tokens=max_chunk_tokens,
+            ridge=ridge,
             base_model_source=base_model_source,
         )
 
@@ -155,6 +164,7 @@ class DocToLoRA(nn.Module):
             hypernetwork=checkpoint.hypernetwork.to(device).eval(),
             context_encoder=checkpoint.context_encoder,
             max_chunk_tokens=checkpoint.max_chunk_tokens,
+            ridge=checkpoint.ridge,
             base_model_source=base_source,
         )
         if checkpoint.base_model_fingerprint is None:  # a published checkpoint records only its base model's name
@@ -191,6 +201,7 @@ class DocToLoRA(nn.Module):
             base_model_fingerprint=self.base_model_fingerprint,
             context_encoder=self.context_encoder.settings,
             max_chunk_tokens=self.max_chunk_tokens,
+            ridge=self.trained_joining.ridge,
         )
 
     @property
@@ -219,18 +230,15 @@ class DocToLoRA(nn.Module):
         document: str | Document | Sequence[str | Document],
         *,
         max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        decorrelate: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> LoRAAdapter:
-        """One adapter from a document of any length, or the plain sum of several documents' (see `join`).
+        """One adapter from a document of any length or from several; it holds their chunks as they are generated.
 
         Memory beyond the model's weights is that of one batch and the adapter (see `hypernet.model.streaming`).
 
         Args:
             document: a text, a `Document` (which also gives its name and hash), or a sequence of them.
             max_batch_tokens: tokens read at once; fewer need less memory. Halved where memory runs out.
-            decorrelate: tell a document's chunks apart with the hypernetwork's `join_ridge`, if it has one, for all of
-                them to be in force together; False leaves them as they were generated, for a gate or `route`.
             progress: called with (chunks done, chunks altogether).
 
         Raises:
@@ -247,21 +255,12 @@ class DocToLoRA(nn.Module):
         A, B = read_chunks(
             rows, self.context_encoder, self.hypernetwork, max_batch_tokens=max_batch_tokens, progress=progress
         )
-        ridge = self.hypernetwork.join_ridge if decorrelate else None
-        if ridge is not None:
-            start = 0
-            for number in map(len, (chunk.ids for chunk in chunks)):
-                for rows in A.values() if number > 1 else ():
-                    for layer in range(rows.shape[1]):  # one by one: little memory beside the adapter
-                        decorrelate_(rows[start : start + number, layer], ridge=ridge)
-                start += number
         described = [
             {
                 "name": d.name,
                 "sha256": d.sha256,
                 "characters": len(d.text),
                 "chunks": [list(span) for span in chunk.spans],
-                **({} if ridge is None else {"ridge": ridge}),
             }
             for d, chunk in zip(documents, chunks, strict=True)
         ]
@@ -278,72 +277,20 @@ class DocToLoRA(nn.Module):
                 generator=generator,
                 base_model_name=self.base_model_source,
                 base_model_fingerprint=self.base_model_fingerprint,
+                joining=self.trained_joining,
             ),
         )
-
-    def join(self, adapters: LoRAAdapter | Sequence[LoRAAdapter]) -> LoRAAdapter:
-        """The documents of these adapters in one, as the hypernetwork was trained to have them joined.
-
-        Args:
-            adapters: whose documents can still be told apart; one of several documents will do.
-
-        Returns:
-            Their plain sum, or where the hypernetwork has a `join_ridge` that sum decorrelated with it; then documents
-            cannot be dropped or added any more.
-
-        Raises:
-            ValueError: as `hypernet.adapters.composition.concatenate` and `decorrelate`.
-        """
-        joined = adapters if isinstance(adapters, LoRAAdapter) else concatenate(adapters)
-        ridge = self.hypernetwork.join_ridge
-        return joined if ridge is None else decorrelate(joined, ridge)
-
-    def route(
-        self,
-        questions: Sequence[str],
-        adapter: LoRAAdapter,
-        *,
-        num_chunks: int = 2,
-        sharpness: float = 1.0,
-        documents: Sequence[str | None] | None = None,
-    ) -> list[LoRAAdapter]:
-        """For each question an adapter of the few chunks that it is about, for `generate`.
-
-        Costs one reading of the questions by the plain base model.
-
-        Args:
-            questions: one text each.
-            adapter: of any number of documents, made with `internalize(..., decorrelate=False)`.
-            num_chunks, sharpness: how many chunks each question has, and how much the loudest counts before the others
-                (see `hypernet.adapters.routing.routed`).
-            documents: a text per question that will stand in the prompt, or None.
-
-        Raises:
-            ValueError: num_chunks is below 1 or sharpness below 0; or the adapter is another base model's, or its
-                chunks cannot be told from each other any more.
-        """
-        self._check_ours(adapter)
-        prompts = self._prompts(questions, documents)
-        if not prompts:
-            return []
-        ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        return self.route_prompts(ids, adapter, num_chunks=num_chunks, sharpness=sharpness)
-
-    def route_prompts(
-        self, prompts: Sequence[Sequence[int]], adapter: LoRAAdapter, *, num_chunks: int, sharpness: float
-    ) -> list[LoRAAdapter]:
-        """`route` for whole prompts, token ids each."""
-        with self.injector.using(None):
-            energies = chunk_energies(self.base_model, adapter, prompts)
-        return routed(adapter, energies, num_chunks=num_chunks, sharpness=sharpness)
 
     def generate(
         self,
         questions: Sequence[str],
         adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None] = None,
         *,
+        join: str | None = None,
+        ridge: float | None = None,
+        gate_power: float | None = None,
+        top_k: int | None = None,
         documents: Sequence[str | None] | None = None,
-        gate: float = 0.0,
         max_new_tokens: int = 32,
     ) -> list[str]:
         """Greedy answers, one batch.
@@ -351,14 +298,16 @@ class DocToLoRA(nn.Module):
         Args:
             questions: one text each.
             adapters: one for all questions, one (or None) per question, or None for the plain base model.
+            join: how an adapter's chunks are joined: "sum", "ridge", "gate" or "route" (`hypernet.adapters.joining`);
+                None: as the hypernetwork was trained. A fused adapter is used as it is.
+            ridge, gate_power, top_k: the setting of that way; None: the trained ridge, a power of 1.25, 2 chunks.
             documents: a text per question to put into the prompt, or None.
-            gate: how much an adapter's chunks are held back where they are not what a token is about (see
-                `LoRAInjector.pool`), for adapters made with `internalize(..., decorrelate=False)`. 0: not at all.
 
         Raises:
-            ValueError: the numbers of questions, adapters and documents differ, or an adapter is another base model's;
-                gated, its chunks are not as they were generated.
+            ValueError: the numbers of questions, adapters and documents differ; an adapter is another base model's; or
+                the way is unknown, has another setting, or needs chunks as they were generated and they are not.
         """
+        joining = self.joining(join, ridge=ridge, gate_power=gate_power, top_k=top_k)
         prompts = self._prompts(questions, documents)
         given = [adapters] if isinstance(adapters, LoRAAdapter) else list(adapters or [])
         for adapter in given:
@@ -367,8 +316,93 @@ class DocToLoRA(nn.Module):
             _check_one_each("adapters", adapters, questions)
         if not prompts:
             return []
-        with self.injector.using(adapters, gate=gate):
+        ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"] if joining.way == "route" else []
+        with self.using(adapters, joining, prompts=ids):
             return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
+
+    def joining(self, way: str | None = None, **settings: float | int | None) -> Joining:
+        """The way to join with its settings; what is not given is as the hypernetwork was trained.
+
+        Raises:
+            ValueError: as `Joining`.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        if way is None and not given:
+            return self.trained_joining
+        if way is None:
+            raise ValueError(f"{next(iter(given))} is the setting of a way to join. Give join as well.")
+        if way == "ridge" and "ridge" not in given:
+            given["ridge"] = self.trained_joining.ridge
+        return Joining(way, **given)
+
+    @contextmanager
+    def using(
+        self,
+        adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None],
+        joining: Joining | None = None,
+        *,
+        prompts: Sequence[Sequence[int]] = (),
+    ) -> Iterator[None]:
+        """The base model with these adapters inside the `with` block, their chunks joined in this way.
+
+        Args:
+            adapters: one for all, or one (or None) for each sequence of the batch.
+            joining: None: as the hypernetwork was trained.
+            prompts: token ids of each question; routing reads them, the other ways do not.
+
+        Raises:
+            ValueError: an adapter's chunks are not as they were generated, and the way needs them so.
+        """
+        joining = joining or self.trained_joining
+        if joining.way == "ridge":
+            adapters = self._each(adapters, lambda adapter: self._separated(adapter, joining))
+        elif joining.way == "route" and adapters is not None:
+            shared = isinstance(adapters, LoRAAdapter)
+            of_prompts = [adapters] * len(prompts) if shared else list(adapters)
+            adapters = self._routed(of_prompts, prompts, joining)
+        with self.injector.using(adapters, gate_power=joining.gate_power or 0.0):
+            yield
+
+    @staticmethod
+    def _each(
+        adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None], change: Callable[[LoRAAdapter], LoRAAdapter]
+    ) -> LoRAAdapter | None | list[LoRAAdapter | None]:
+        if adapters is None or isinstance(adapters, LoRAAdapter):
+            return adapters and change(adapters)
+        return [adapter and change(adapter) for adapter in adapters]
+
+    def _separated(self, adapter: LoRAAdapter, joining: Joining) -> LoRAAdapter:
+        """`adapter.fused` by this ridge, made once for each adapter and state of its rows."""
+        if adapter.is_fused and joining == self.trained_joining:
+            return adapter
+        state = joining, tuple((rows.data_ptr(), rows._version) for rows in adapter.A.values())
+        kept = self._fused.get(adapter)
+        if kept is None or kept[0] != state:
+            kept = state, adapter.fused("ridge", ridge=joining.ridge)
+            if kept[1] is not adapter:  # it would keep itself alive
+                self._fused[adapter] = kept
+        return kept[1]
+
+    def _routed(
+        self, adapters: Sequence[LoRAAdapter | None], prompts: Sequence[Sequence[int]], joining: Joining
+    ) -> list[LoRAAdapter | None]:
+        """For each prompt its adapter's highest-scoring chunks, which costs one reading by the plain base model."""
+        assert joining.top_k is not None and joining.weight_power is not None
+        chosen: list[LoRAAdapter | None] = [None] * len(adapters)
+        for adapter in {id(adapter): adapter for adapter in adapters if adapter is not None}.values():
+            adapter.check_keys("routed")
+            places = [place for place, other in enumerate(adapters) if other is adapter]
+            if not adapter.num_chunks:
+                found = [adapter] * len(places)
+            else:
+                with self.injector.using(None):
+                    asked = [prompts[place] for place in places]
+                    scores = routing_scores(self.base_model, adapter.targets, adapter.A, asked)
+                best = highest(scores, top_k=joining.top_k, weight_power=joining.weight_power)
+                found = [select_chunks(adapter, *pair) for pair in zip(*best, strict=True)]
+            for place, part in zip(places, found, strict=True):
+                chosen[place] = part
+        return chosen
 
     def forward(self, rows: PackedRows) -> Tensor:
         """Logits of the answer tokens of packed rows, with whatever adapters the injector holds.
@@ -387,77 +421,23 @@ class DocToLoRA(nn.Module):
         members: Sequence[Sequence[int]] | None = None,
         shift: int = 0,
     ) -> None:
-        """Puts an adapter in force for each of N rows; they stay until `injector.clear()`, which comes after backward.
+        """Activates an adapter for each of N rows, differentiably, joined as trained, until `injector.clear()`.
 
         Args:
             A, B: of all chunks together, document after document, as `adapt` gives them.
             num_chunks: chunks of each document.
-            members: the documents that each row's adapter joins, as by `join`; None: row i has document i alone.
+            members: the documents that each row's adapter joins; None: row i has document i alone.
             shift: row i gets the adapter of row (i + shift) mod N; 1 gives every row a wrong one.
         """
-        num_slots = sum(num_chunks)
-        first = [sum(num_chunks[:i]) for i in range(len(num_chunks))]
         members = [[i] for i in range(len(num_chunks))] if members is None else members
-        # Chunks are joined by address. The bias block is one more slot, shared by all, once in each row's list.
-        slots = [[first[i] + chunk for i in documents for chunk in range(num_chunks[i])] for documents in members]
-        if self.hypernetwork.join_ridge is not None:
-            A = self._chunks_decorrelated(A, num_chunks)
-            A, B, slots = self._documents_decorrelated(A, B, slots, num_chunks, members)
-            num_slots = len(next(iter(A.values())))
+        A, B, slots = separated_slots(A, B, num_chunks, members, ridge=self.trained_joining.ridge)
         if self.hypernetwork.bias_rank:
+            # The bias block is one more slot, shared by all, once in each row's list.
+            num_slots = len(next(iter(A.values())))
             slots = [[*row, num_slots] for row in slots]
             A = {name: torch.cat([A[name], bias[None]]) for name, bias in self.hypernetwork.bias_A.items()}
             B = {name: torch.cat([B[name], bias[None]]) for name, bias in self.hypernetwork.bias_B.items()}
-        self.injector.set(
-            A,
-            B,
-            slots[shift:] + slots[:shift],
-            scaling=self.hypernetwork.scaling,
-        )
-
-    def _chunks_decorrelated(self, A: dict[str, Tensor], num_chunks: Sequence[int]) -> dict[str, Tensor]:
-        """The chunks of every document told from one another, as `internalize` does it."""
-        several = [document for document, number in enumerate(num_chunks) if number > 1]
-        if not several:
-            return A
-        first = [sum(num_chunks[:i]) for i in range(len(num_chunks))]
-        slots, used = _padded([list(range(first[i], first[i] + num_chunks[i])) for i in several])
-        slots, used = slots.to(self.device), used.to(self.device)
-        return {
-            name: rows.index_copy(
-                0,
-                slots[used],
-                decorrelated(_taken(rows, slots, used), ridge=self.hypernetwork.join_ridge).transpose(1, 2)[used],
-            )
-            for name, rows in A.items()
-        }
-
-    def _documents_decorrelated(
-        self,
-        A: dict[str, Tensor],
-        B: dict[str, Tensor],
-        slots: list[list[int]],
-        num_chunks: Sequence[int],
-        members: Sequence[Sequence[int]],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list[int]]]:
-        """Slots of their own for rows that join several documents: what they read depends on who is beside them."""
-        joined = [row for row, documents in enumerate(members) if len(set(documents)) > 1]
-        if not joined:
-            return A, B, slots
-        chosen, used = _padded([slots[row] for row in joined])
-        of, _ = _padded([[i for i in members[row] for _ in range(num_chunks[i])] for row in joined])
-        chosen, used, of = chosen.to(self.device), used.to(self.device), of[:, None].to(self.device)
-        end = len(next(iter(A.values())))
-        joined_A, joined_B = {}, {}
-        for name, rows in A.items():
-            mixed = decorrelated(_taken(rows, chosen, used), of, ridge=self.hypernetwork.join_ridge)
-            joined_A[name] = torch.cat([rows, mixed.transpose(1, 2)[used]])
-            joined_B[name] = torch.cat([B[name], B[name][chosen[used]]])
-        slots = list(slots)
-        for row in joined:
-            slots[row] = list(range(end, end + len(slots[row])))
-            end += len(slots[row])
-        return joined_A, joined_B, slots
+        self.injector.set(A, B, slots[shift:] + slots[:shift], scaling=self.hypernetwork.scaling)
 
     def _prompts(self, questions: Sequence[str], documents: Sequence[str | None] | None) -> list[str]:
         """Rendered, each with its document before it if it has one."""
@@ -502,18 +482,6 @@ class DocToLoRA(nn.Module):
 def _check_one_each(name: str, items: Sequence[Any], questions: Sequence[str]) -> None:
     if len(items) != len(questions):
         raise ValueError(f"Got {len(items)} {name} for {len(questions)} questions; give one (or None) each.")
-
-
-def _padded(lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Lists of numbers → [len(lists), longest] with zeros behind the shorter ones, and where they hold numbers."""
-    rows = [torch.tensor(numbers) for numbers in lists]
-    used = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
-    return pad_sequence(rows, batch_first=True), used
-
-
-def _taken(rows: Tensor, slots: Tensor, used: Tensor) -> Tensor:
-    """[slots, L, R, d] → [len(slots), L, longest, R, d], zeros where there is no slot."""
-    return (rows[slots] * used[..., None, None, None]).transpose(1, 2)
 
 
 def _as_document(document: str | Document) -> Document:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hypernet.adapters.adapter import LoRAAdapter
-from hypernet.adapters.decorrelation import decorrelated
+from hypernet.adapters.joining import Joining, decorrelated
 from hypernet.base.base_model import fingerprint, load_base_model
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.doc_to_lora import DocToLoRA
@@ -340,7 +340,7 @@ def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_l
     rows = rows_of(model, QUESTIONS[:3])
 
     def trained(ridge):
-        model.hypernetwork.join_ridge = ridge
+        model.trained_joining = Joining() if ridge is None else Joining("ridge", ridge=ridge)
         A, B = model.adapt(ids, mask)
         model.activate(A, B, num_chunks, members=members)
         logits = model(rows)
@@ -353,7 +353,8 @@ def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_l
     adapters = [model.internalize(document) for document in documents]
     assert num_chunks[0] > 1 and [adapter.num_chunks for adapter in adapters] == num_chunks
     for row, question in enumerate(QUESTIONS[:3]):
-        joined = model.join([adapters[i] for i in members[row]])
+        own, *others = (adapters[i] for i in members[row])
+        joined = sum(others, own).fused("ridge", ridge=1.0)
         assert joined.num_chunks == sum(num_chunks[i] for i in members[row])
         expected = logits_of(model, question, joined)[-1]
         first = int((rows.target_kind[:row] >= 0).sum())
@@ -364,17 +365,17 @@ def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_l
     A, B = model.adapt(ids, mask)
     first = [sum(num_chunks[:i]) for i in range(3)]
     alone = []
-    told_apart = {
+    separated = {
         name: torch.cat(
             [decorrelated(own.transpose(0, 1), ridge=1.0).transpose(0, 1) for own in rows.split(num_chunks)]
         )
         for name, rows in A.items()
     }
-    model.hypernetwork.join_ridge = None  # done by hand
+    model.trained_joining = Joining()  # done by hand
     for row in range(3):
         chosen = [first[i] + chunk for i in members[row] for chunk in range(num_chunks[i])]
         of = torch.tensor([i for i in members[row] for _ in range(num_chunks[i])])
-        mine = {n: decorrelated(a[chosen].transpose(0, 1), of, ridge=1.0) for n, a in told_apart.items()}
+        mine = {n: decorrelated(a[chosen].transpose(0, 1), of, ridge=1.0) for n, a in separated.items()}
         mine = {n: a.transpose(0, 1) for n, a in mine.items()}
         model.activate(mine, {n: b[chosen] for n, b in B.items()}, [len(chosen)])
         alone.append(model(rows_of(model, [QUESTIONS[row]])))
@@ -384,27 +385,45 @@ def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_l
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_a_join_is_the_plain_sum_without_a_ridge_and_goes_through_the_checkpoint_with_one(model, tmp_path):
-    adapters = [model.internalize(document) for document in (LONG, OTHER)]
-    assert_same(model.join(adapters), adapters[0] + adapters[1])
-    model.hypernetwork.join_ridge = model.hypernetwork.config["join_ridge"] = 0.5
-    for number, document in enumerate((LONG, OTHER)):  # the chunks of one document, too
-        summed, adapters[number] = adapters[number], model.internalize(document)
-        expected = {n: decorrelated(rows.transpose(0, 1), ridge=0.5).transpose(0, 1) for n, rows in summed.A.items()}
-        for name, rows in expected.items():
-            torch.testing.assert_close(adapters[number].A[name], rows, rtol=0, atol=1e-6)
-            assert torch.equal(adapters[number].B[name], summed.B[name])
-    assert_same(model.internalize([LONG, OTHER]), adapters[0] + adapters[1], rtol=0, atol=1e-6)
-    joined = model.join(adapters)
-    assert joined.provenance["operations"][0]["ridge"] == 0.5
-    assert_same(model.join(adapters[0] + adapters[1]), joined)
-    assert model.join(adapters[0]) is adapters[0] and model.join(adapters[:1]).num_chunks == adapters[0].num_chunks
+def test_the_trained_joining_goes_through_the_checkpoint(model, tmp_path):
+    model.trained_joining = Joining("ridge", ridge=0.5)
+    adapter = model.internalize([LONG, OTHER])
     model.save_pretrained(tmp_path)
     again = DocToLoRA.from_pretrained(tmp_path, base_model=model.base_model_source)
-    assert again.hypernetwork.join_ridge == 0.5
-    assert_same(again.join([again.internalize(document) for document in (LONG, OTHER)]), joined)
-    with pytest.raises(ValueError, match="at least one adapter to concatenate"):
-        model.join([])
+    assert again.trained_joining == model.trained_joining
+    assert_same(again.internalize([LONG, OTHER]).fused(), adapter.fused())
+
+
+def test_generate_joins_as_it_was_trained_or_as_it_is_told(model):
+    adapter = model.internalize([LONG, OTHER])
+    summed = model.generate(QUESTIONS, adapter, max_new_tokens=8)
+    assert summed == model.generate(QUESTIONS, adapter, join="sum", max_new_tokens=8)
+    model.trained_joining = Joining("ridge", ridge=0.5)
+    separated = model.generate(QUESTIONS, adapter, max_new_tokens=8)
+    assert separated == model.generate(QUESTIONS, adapter.fused("ridge", ridge=0.5), max_new_tokens=8) != summed
+    assert summed == model.generate(QUESTIONS, adapter, join="sum", max_new_tokens=8)
+    mixed = model.generate(QUESTIONS, [adapter, None, adapter, None], max_new_tokens=8)
+    assert mixed[::2] == separated[::2] and mixed[1::2] == model.generate(QUESTIONS, max_new_tokens=8)[1::2]
+
+
+def test_generate_gates_as_the_injector_does(model):
+    adapter = model.internalize([LONG, OTHER])
+    ids = torch.tensor([model.tokenizer(model.layout.prompt(QUESTIONS[0]))["input_ids"]])
+    with torch.no_grad(), model.injector.using(adapter, gate_power=1.25):
+        expected = model.base_model(ids).logits
+    with torch.no_grad(), model.using(adapter, model.joining("gate")):
+        assert torch.equal(model.base_model(ids).logits, expected)
+
+
+def test_a_setting_without_its_way_is_refused(model):
+    adapter = model.internalize(SHORT)
+    for settings, message in (
+        ({"top_k": 2}, "top_k is the setting of a way to join. Give join as well."),
+        ({"join": "gate", "top_k": 2}, "top_k is a setting of join=route, but join is gate"),
+        ({"join": "ridge"}, "join=ridge needs a ridge"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(["Who?"], adapter, **settings)
 
 
 def test_a_hypernetwork_for_other_modules_is_refused(make_doc_to_lora, tiny_base_model, tiny_tokenizer):

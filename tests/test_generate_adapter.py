@@ -293,9 +293,7 @@ def test_routed_answers_are_by_the_chunk_that_a_question_is_about(run, checkpoin
     adapter = LoRAAdapter.load("outputs/adapter")
     assert adapter.num_chunks > 1
     model = DocToLoRA.from_pretrained(checkpoint)
-    (chosen,) = model.route([question], adapter, num_chunks=1)
-    assert chosen.num_chunks == 1
-    (expected,) = model.generate([question], chosen, max_new_tokens=4)
+    (expected,) = model.generate([question], adapter, join="route", top_k=1, max_new_tokens=4)
     assert " ".join(answered.split()) == " ".join(expected.split())
 
 
@@ -308,8 +306,9 @@ def test_gated_answers_are_by_chunks_as_they_were_generated(run, checkpoint):
     _, (_, answered) = columns(out)
     adapter = LoRAAdapter.load("outputs/adapter")
     assert adapter.num_chunks > 1
-    adapter.check_generated("gated")
-    (expected,) = DocToLoRA.from_pretrained(checkpoint).generate([question], adapter, gate=1.5, max_new_tokens=4)
+    assert not adapter.is_fused
+    model = DocToLoRA.from_pretrained(checkpoint)
+    (expected,) = model.generate([question], adapter, join="gate", gate_power=1.5, max_new_tokens=4)
     assert " ".join(answered.split()) == " ".join(expected.split())
 
 

@@ -10,70 +10,57 @@ from torch import Tensor
 from benchmarks.methods.base import Method
 from benchmarks.tasks.base import Asked, Case
 from hypernet.adapters.adapter import LoRAAdapter
-from hypernet.adapters.composition import drop
+from hypernet.adapters.composition import remove_document
 from hypernet.doc_to_lora import DocToLoRA
 
 
 class DocToLoRAMethod(Method):
     """The documents' adapter, the question alone in the prompt.
 
-    A document that was replaced is internalized with the others and then dropped from the adapter. Without any text,
+    A document that was replaced is internalized with the others and then removed from the adapter. Without any text,
     the adapter is the generator's bias block alone.
+
+    Args:
+        join: how the adapter's chunks are joined, with that way's settings: see `hypernet.adapters.joining.Joining`;
+            None: as the hypernetwork was trained.
     """
 
-    decorrelate = True  # chunks and documents told apart, for all of them to be in force alike
+    def __init__(
+        self,
+        *,
+        model: DocToLoRA,
+        join: str | None = None,
+        ridge: float | None = None,
+        gate_power: float | None = None,
+        top_k: int | None = None,
+        weight_power: float | None = None,
+        max_new_tokens: int = 32,
+    ) -> None:
+        super().__init__(model=model, max_new_tokens=max_new_tokens)
+        settings = {"ridge": ridge, "gate_power": gate_power, "top_k": top_k, "weight_power": weight_power}
+        self.joining = model.joining(join, **settings)
 
     def build(self, case: Case) -> None:
         replaced = () if self.of_another_document else case.replaced
-        self.adapter = internalized(self.model, [*replaced, *self.documents], decorrelate=self.decorrelate)
+        self.adapter = internalized(self.model, [*replaced, *self.documents])
         for _ in replaced:
-            self.adapter = drop(self.adapter, 0)
-        if self.decorrelate:
-            self.adapter = self.model.join(self.adapter)
+            self.adapter = remove_document(self.adapter, 0)
+        if self.joining.is_plain_lora:
+            self.adapter = self.adapter.fused(self.joining.way, ridge=self.joining.ridge)
 
     def stored_bytes(self) -> int:
         return self.adapter.num_bytes
 
-
-class GatedDocToLoRA(DocToLoRAMethod):
-    """The documents' adapter, of which every token hears above all the chunks that it is about, module by module.
-
-    Args:
-        gate: see `LoRAInjector.pool`.
-    """
-
-    decorrelate = False
-
-    def __init__(self, *, model: DocToLoRA, gate: float = 1.25, max_new_tokens: int = 32) -> None:
-        super().__init__(model=model, max_new_tokens=max_new_tokens)
-        self.gate = gate
-
-    def in_force(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
-        return self.model.injector.using(self.adapter, gate=self.gate)
-
-
-class RoutedDocToLoRA(DocToLoRAMethod):
-    """The documents' adapter, of which each question has the few chunks in force that it is about.
-
-    Args:
-        num_chunks, sharpness: see `hypernet.adapters.routing.routed`.
-    """
-
-    decorrelate = False
-
-    def __init__(
-        self, *, model: DocToLoRA, num_chunks: int = 2, sharpness: float = 1.0, max_new_tokens: int = 32
-    ) -> None:
-        super().__init__(model=model, max_new_tokens=max_new_tokens)
-        self.num_chunks, self.sharpness = num_chunks, sharpness
-
-    def in_force(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
-        settings = {"num_chunks": self.num_chunks, "sharpness": self.sharpness}
-        return self.model.injector.using(self.model.route_prompts(prompts, self.adapter, **settings))
+    def active(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
+        if self.joining.is_plain_lora:
+            return self.model.injector.using(self.adapter)
+        return self.model.using(self.adapter, self.joining, prompts=prompts)
 
     @property
-    def rank_in_force(self) -> int:
-        chunks = min(self.num_chunks, self.adapter.num_chunks)
+    def active_rank(self) -> int:
+        if self.joining.top_k is None:
+            return super().active_rank
+        chunks = min(self.joining.top_k, self.adapter.num_chunks)
         return chunks * self.adapter.rank_per_chunk + self.adapter.bias_rank
 
 
@@ -127,11 +114,11 @@ class DocToLoRAInPrompt(DocToLoRAMethod):
         return super().stored_bytes() + sum(len(document.encode()) for document in self.documents)
 
 
-def internalized(model: DocToLoRA, documents: Sequence[str], *, decorrelate: bool = True) -> LoRAAdapter:
+def internalized(model: DocToLoRA, documents: Sequence[str]) -> LoRAAdapter:
     """The documents' adapter; without any, the generator's bias block alone."""
     if not documents:
-        return drop(model.internalize("."), 0)
-    return model.internalize(documents, decorrelate=decorrelate)
+        return remove_document(model.internalize("."), 0)
+    return model.internalize(documents)
 
 
 def delta_norms(adapter: LoRAAdapter) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ class Method:
         prompts = [self.prompt(question) for question in questions]
         references = [self.encode(self.model.layout.answer(question.answers[0])) for question in questions]
         ids = [prompt for prompt, _ in prompts]
-        with self.in_force(ids):
+        with self.active(ids):
             generated = self._greedy(ids)
             scores = log_likelihoods(
                 self.model.base_model, ids, references, pad_id=self.model.tokenizer.pad_token_id, prefix=self.prefix()
@@ -108,7 +108,7 @@ class Method:
         """(seconds to the first token, seconds altogether, tokens) of one question asked alone."""
         started = time.perf_counter()
         ids = [self.prompt(question)[0]]
-        with self.in_force(ids):
+        with self.active(ids):
             before = time.perf_counter() - started
             generated: Generated = self._greedy(ids)
         return before + generated.first_token_s, before + generated.total_s, generated.num_tokens[0]
@@ -116,7 +116,7 @@ class Method:
     def answer_cost(self, question: Asked) -> tuple[int, int]:
         """(FLOPs, most bytes of tensors held at a time beyond what is kept) of one question asked alone."""
         num_tokens = len(self.prompt(question)[0]) + self.timed_answer(question)[2] - 1  # the last one is not read
-        added = adapter_flops(self.adapter.targets, self.rank_in_force, num_tokens) if self.adapter else 0
+        added = adapter_flops(self.adapter.targets, self.active_rank, num_tokens) if self.adapter else 0
         run: Callable[[], object] = lambda: self.timed_answer(question)  # noqa: E731
         return flops_of(run) + added, peak_bytes(run, device=self.model.device.type)
 
@@ -145,12 +145,12 @@ class Method:
     def prefix(self) -> Prefix | None:
         return None
 
-    def in_force(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
+    def active(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
         """The base model as it answers these prompts, token ids each."""
         return self.model.injector.using(self.adapter)
 
     @property
-    def rank_in_force(self) -> int:
+    def active_rank(self) -> int:
         """Of the adapter that is applied to a question."""
         return self.adapter.rank
 

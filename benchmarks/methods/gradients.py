@@ -134,7 +134,7 @@ class GradientMethod(Method, ABC):
     def _start(self, case: Case) -> LoRAAdapter:
         model = self.model
         if self.warm_start:
-            generated = model.join(internalized(model, self.documents))
+            generated = internalized(model, self.documents).fused()
             blocks = generated.concatenated()
             # The scaling goes half to A and half to B, so that Adam's step means the same as for a LoRA from nothing.
             half = generated.scaling**0.5

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hypernet.adapters.joining import Joining, separated
 from hypernet.base.targets import LoRATarget
 from hypernet.io.files import replaced_folder, save_tensors
 
@@ -35,7 +36,8 @@ ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
 FINAL_OPERATIONS = {
     "compress": "made one block of its chunks and bias block",
     "pad": "made one block of its chunks and bias block",
-    "decorrelate": "fitted its documents to one another",
+    "fused": "joined its chunks for good",
+    "decorrelate": "separated its documents from one another",  # of version 0.1
 }
 
 
@@ -45,6 +47,7 @@ def new_provenance(
     generator: str | None,
     base_model_name: str | None,
     base_model_fingerprint: str | None,
+    joining: Joining | None = None,
 ) -> dict[str, Any]:
     """What an adapter made now contains and where it comes from, ready for JSON.
 
@@ -54,6 +57,7 @@ def new_provenance(
         generator: fingerprint of the hypernetwork.
         base_model_name: hub name or folder, written to PEFT's adapter_config.json.
         base_model_fingerprint: fingerprint of the base model's weights.
+        joining: how the generator was trained to have its chunks joined.
     """
     import transformers  # seconds, and nothing else here needs it
 
@@ -65,6 +69,7 @@ def new_provenance(
         "base_model": {"name": base_model_name, "fingerprint": base_model_fingerprint},
         "versions": {"hypernet": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **({} if joining is None else {"joining": joining.plain()}),
     }
 
 
@@ -176,6 +181,8 @@ class LoRAAdapter:
             base_model_name=self.provenance["base_model"]["name"],
             base_model_fingerprint=self.provenance["base_model"]["fingerprint"],
         )
+        if "joining" in self.provenance:
+            provenance["joining"] = self.provenance["joining"]
         if operations := [entry for adapter in adapters for entry in adapter.provenance.get("operations", ())]:
             provenance["operations"] = operations
         return replace(
@@ -201,22 +208,100 @@ class LoRAAdapter:
                 f"Do that first, with the adapter as it was before {operation}()."
             )
 
-    def check_generated(self, action: str) -> None:
+    def chunk_spans(self) -> list[tuple[int, int]]:
+        """First chunk and one after the last of each document.
+
+        Raises:
+            ValueError: the provenance counts other chunks than the weights hold.
+        """
+        spans, start = [], 0
+        for entry in self.provenance["documents"]:
+            end = start + len(entry.get("chunks") or ())
+            spans.append((start, end))
+            start = end
+        if start != self.num_chunks:
+            raise ValueError(
+                f"The provenance counts {start} chunks in {len(spans)} documents, the weights hold {self.num_chunks}: "
+                "it is unknown whose they are. Generate the adapter again."
+            )
+        return spans
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether its chunks are no longer as they were generated, so that only their sum is left to be used."""
+        final = any(entry.get("operation") in FINAL_OPERATIONS for entry in self.provenance.get("operations", ()))
+        return final or any(self._separated_before())
+
+    def _separated_before(self) -> list[bool]:
+        """For each document whether its chunks were separated when they were generated, as version 0.1 did it."""
+        entries = self.provenance["documents"]
+        return [entry.get("ridge") is not None and len(entry["chunks"]) > 1 for entry in entries]
+
+    def check_keys(self, action: str) -> None:
         """Refuses what takes the rows of A for the keys of their chunks, where they are not as they were generated.
 
         Args:
             action: what was to be done: "routed".
 
         Raises:
-            ValueError: as `check_open`; or a document's chunks were told apart.
+            ValueError: as `check_open`; or its chunks were separated by version 0.1, when they were generated.
         """
         self.check_open(action)
-        entries = self.provenance["documents"]
-        if any(entry.get("ridge") is not None and len(entry["chunks"]) > 1 for entry in entries):
+        if any(self._separated_before()):
             raise ValueError(
-                f"This adapter cannot be {action}: its chunks were told apart, to be in force together. Make it with "
-                "internalize(document, decorrelate=False)."
+                f"This adapter cannot be {action}: version 0.1 separated its chunks when it made it. Internalize the "
+                "document again."
             )
+
+    def fused(self, way: str | None = None, *, ridge: float | None = None) -> Self:
+        """The chunks joined for good: one plain LoRA that any program uses as this one does.
+
+        Args:
+            way: "sum" or "ridge" (see `hypernet.adapters.joining`); None: as the generator was trained, which the
+                provenance says.
+            ridge: of "ridge"; None: the one that the generator was trained with.
+
+        Returns:
+            An adapter whose documents can neither come nor go any more, which is used as it is whatever the generator
+            was trained for. With a single chunk, or by "sum" where the generator was trained so: this one.
+
+        Raises:
+            ValueError: an unknown way; "gate" or "route", which choose for every question; no ridge is known; or the
+                chunks are not as they were generated any more.
+        """
+        trained = self.provenance.get("joining", {"way": "sum"})
+        if way is None and ridge is None and self.is_fused:
+            return self
+        way = way or ("ridge" if ridge is not None else trained["way"])
+        if way in ("gate", "route"):
+            raise ValueError(
+                f"join={way} chooses chunks for every question, so it is no one LoRA. Fuse with sum or ridge, or save "
+                "the adapter as it is and give join where it is used."
+            )
+        joining = Joining(way, ridge=trained.get("ridge") if way == "ridge" and ridge is None else ridge)
+        if joining.plain() == {"way": "sum"} == trained:
+            return self
+        self.check_open("fused")
+        if self.num_chunks < 2:
+            return self
+        A = self.A
+        if joining.ridge is not None:
+            counts = [end - start for start, end in self.chunk_spans()]
+            done = self._separated_before()
+            A = {name: separated(rows, counts, ridge=joining.ridge, done=done) for name, rows in A.items()}
+        provenance = {
+            **self.provenance,
+            "operations": [
+                *self.provenance.get("operations", ()),
+                {
+                    "operation": "fused",
+                    **joining.plain(),
+                    "documents": [entry.get("sha256") for entry in self.provenance["documents"]],
+                },
+            ],
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return replace(self, A=A, provenance=provenance)
 
     def content_id(self) -> str:
         """SHA-256 of what the adapter is: its weights, targets, ranks, scaling, documents, base model and generator.
@@ -403,7 +488,7 @@ class LoRAAdapter:
                 if not torch.equal(a, b):
                     differing = [f"different bias blocks for {name}"]
                     if self.provenance.get("operations") or other.provenance.get("operations"):
-                        differing.append("been amplified differently (scale the sum instead)")
+                        differing.append("been scaled differently (scale the sum instead)")
         if differing:
             raise ValueError(
                 f"Only adapters of one generator can be added; these have {', '.join(differing)}. "

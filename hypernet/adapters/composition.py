@@ -1,14 +1,14 @@
-"""Adapters made of adapters: concatenate, decorrelate, weight, average, drop, take, scale, compress, pad. No model
-needed.
+"""Adapters made of adapters: concatenate, weight, average, remove_document, select_chunks, scale, compress, pad.
+
+No model is needed. How chunks are joined is `hypernet.adapters.joining` and `LoRAAdapter.fused`.
 
     both = concatenate([fenda, town])                 # the sum of their deltas; the generator's bias block counts once
-    one = drop(both, "town.txt")                      # bit-identical to an adapter that never had it
+    one = remove_document(both, "town.txt")           # bit-identical to an adapter that never had it
     weaker = weight(both, 0.5, document="fenda.txt")  # scales one document's chunks
-    many = decorrelate(both, ridge=8.0)               # each document's questions are for its own chunks
     small, report = compress(both, 8)                 # the nearest adapter of rank 8, and how far it is
 
 What was done stays in the provenance: a document's `weight` in its own entry, so that it goes where the document goes;
-what was done to the adapter as a whole (scale, decorrelate, compress, pad) in the list `operations`.
+what was done to the adapter as a whole (scale, select_chunks, compress, pad) in the list `operations`.
 """
 
 import math
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hypernet.adapters.adapter import LoRAAdapter
-from hypernet.adapters.decorrelation import decorrelated
 
 
 class ModuleError(NamedTuple):
@@ -87,35 +86,6 @@ def average(adapters: Sequence[LoRAAdapter]) -> LoRAAdapter:
     return weight(concatenate(adapters), 1 / len(adapters))
 
 
-def decorrelate(adapter: LoRAAdapter, ridge: float) -> LoRAAdapter:
-    """The documents' chunks, each document's A freed of what would answer the others' questions too.
-
-    The bias block and all of B stay. `DocToLoRA.join` does it with the ridge that the generator was trained with; other
-    generators' documents can gain from it, too (EXPERIMENTS.md).
-
-    Args:
-        adapter: of several documents; one of a single document comes back as it is.
-        ridge: above 0; the larger, the nearer to the plain sum (see `hypernet.adapters.decorrelation`).
-
-    Returns:
-        An adapter whose documents are fitted to one another: none can be dropped, weighted or added any more.
-
-    Raises:
-        ValueError: the ridge is not above 0, or the documents cannot be told apart any more.
-    """
-    ridge = _finite(ridge, "ridge")
-    adapter.check_open("decorrelated")
-    spans = _chunk_spans(adapter)
-    if len(spans) < 2:
-        return adapter
-    documents = torch.tensor([index for index, (start, end) in enumerate(spans) for _ in range(start, end)])
-    A = {
-        name: decorrelated(rows.transpose(0, 1), documents.to(rows.device), ridge=ridge).transpose(0, 1).contiguous()
-        for name, rows in adapter.A.items()
-    }
-    return replace(adapter, A=A, provenance=_derived(adapter, operation={"operation": "decorrelate", "ridge": ridge}))
-
-
 def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = None) -> LoRAAdapter:
     """Scales the chunks of one document, or of all of them; the new factor is kept as the documents' `weight`.
 
@@ -136,7 +106,7 @@ def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = 
     if document is None:
         chosen, rows = range(len(documents)), slice(None)
     else:
-        spans = _chunk_spans(adapter)
+        spans = adapter.chunk_spans()
         index = find_document(adapter, document)
         chosen, rows = [index], slice(*spans[index])
     B = {name: blocks.clone() for name, blocks in adapter.B.items()}
@@ -149,7 +119,7 @@ def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = 
     return replace(adapter, B=B, provenance=_derived(adapter, documents=documents))
 
 
-def drop(adapter: LoRAAdapter, document: str | int) -> LoRAAdapter:
+def remove_document(adapter: LoRAAdapter, document: str | int) -> LoRAAdapter:
     """The adapter without one document: what remains is bit-identical to an adapter that never had it.
 
     Args:
@@ -160,7 +130,7 @@ def drop(adapter: LoRAAdapter, document: str | int) -> LoRAAdapter:
         ValueError: no or several documents are meant; or an operation came before that is final.
     """
     adapter.check_open("freed of a document")
-    spans = _chunk_spans(adapter)
+    spans = adapter.chunk_spans()
     index = find_document(adapter, document)
     start, end = spans[index]
     documents = [entry for place, entry in enumerate(adapter.provenance["documents"]) if place != index]
@@ -172,7 +142,7 @@ def drop(adapter: LoRAAdapter, document: str | int) -> LoRAAdapter:
     )
 
 
-def take(adapter: LoRAAdapter, chunks: Sequence[int], weights: Sequence[float] | None = None) -> LoRAAdapter:
+def select_chunks(adapter: LoRAAdapter, chunks: Sequence[int], weights: Sequence[float] | None = None) -> LoRAAdapter:
     """The adapter of some chunks alone; documents of which none is left go out of the provenance.
 
     Args:
@@ -194,9 +164,9 @@ def take(adapter: LoRAAdapter, chunks: Sequence[int], weights: Sequence[float] |
         weights = [_finite(weight, "weight") for weight in weights]
         if len(weights) != len(chunks):
             raise ValueError(f"Expected a weight for each of {len(chunks)} chunks, got {len(weights)}.")
-        operation = {"operation": "take", "weights": weights}
+        operation = {"operation": "select_chunks", "weights": weights}
     documents = []
-    for entry, (start, end) in zip(adapter.provenance["documents"], _chunk_spans(adapter), strict=True):
+    for entry, (start, end) in zip(adapter.provenance["documents"], adapter.chunk_spans(), strict=True):
         if left := [entry["chunks"][chunk - start] for chunk in chunks if start <= chunk < end]:
             documents.append({**entry, "chunks": left})
     B = {name: rows[chunks] for name, rows in adapter.B.items()}  # copies
@@ -257,7 +227,7 @@ def compress(adapter: LoRAAdapter, rank: int) -> tuple[LoRAAdapter, CompressionR
 
     Returns:
         An adapter without chunks whose bias block, of that rank, is all of it (so that no rank is wasted), and what was
-        lost. The documents stay in its provenance, but cannot be dropped, weighted or added to any more.
+        lost. The documents stay in its provenance, but cannot be removed, weighted or added to any more.
 
     Raises:
         ValueError: the rank is no positive integer, or a weight is not finite.
@@ -361,21 +331,6 @@ def find_document(adapter: LoRAAdapter, document: str | int) -> int:
     raise ValueError(
         f"{document!r} could be {len(found)} documents: {', '.join(there[index] for index in found)}. Give the index."
     )
-
-
-def _chunk_spans(adapter: LoRAAdapter) -> list[tuple[int, int]]:
-    """First chunk and one after the last of each document."""
-    spans, start = [], 0
-    for entry in adapter.provenance["documents"]:
-        end = start + len(entry.get("chunks") or ())
-        spans.append((start, end))
-        start = end
-    if start != adapter.num_chunks:
-        raise ValueError(
-            f"The provenance counts {start} chunks in {len(spans)} documents, the weights hold {adapter.num_chunks}: "
-            "it is unknown whose they are. Generate the adapter again."
-        )
-    return spans
 
 
 def _derived(

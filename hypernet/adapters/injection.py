@@ -37,7 +37,7 @@ class AdapterPool:
     num_slots: int
     shared: bool
     scaling: float
-    gate: float = 0.0
+    gate_power: float = 0.0
     ungated: "AdapterPool | None" = None
     plans: dict[tuple[int, torch.device], Plan] = field(default_factory=dict)  # by tokens per sequence
 
@@ -93,7 +93,7 @@ class LoRAInjector:
     def set(
         self, A: dict[str, Tensor], B: dict[str, Tensor], slots: Sequence[Sequence[int]], *, scaling: float
     ) -> None:
-        """Puts pools of LoRA blocks in force until `clear()`, differentiably.
+        """Activates pools of LoRA blocks until `clear()`, differentiably.
 
         They must stay until after backward: checkpointed layers run their forward again there. With gradient
         checkpointing use use_reentrant=False; the reentrant kind walks back through whatever produced A and B once per
@@ -141,20 +141,20 @@ class LoRAInjector:
 
     @contextmanager
     def using(
-        self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None] | AdapterPool, *, gate: float = 0.0
+        self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None] | AdapterPool, *, gate_power: float = 0.0
     ) -> Iterator[None]:
-        """The base model with these adapters inside the `with` block; afterwards what was in force before.
+        """The base model with these adapters inside the `with` block; afterwards what was active before.
 
         For inference: with gradient checkpointing, a backward pass after the block does not find the adapters any more.
 
         Args:
             adapters: what `pool` takes, or what it gave: then nothing is copied, and it has its own gate.
-            gate: what `pool` takes.
+            gate_power: what `pool` takes.
 
         Raises:
             ValueError: as `pool`; on forward, if there is one adapter per sequence and the batch has another size.
         """
-        active = adapters if isinstance(adapters, AdapterPool) else self.pool(adapters, gate=gate)
+        active = adapters if isinstance(adapters, AdapterPool) else self.pool(adapters, gate_power=gate_power)
         previous, self._active = self._active, active
         try:
             yield
@@ -169,22 +169,23 @@ class LoRAInjector:
         self._hooks.clear()
 
     def pool(
-        self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None], *, gate: float = 0.0
+        self, adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None], *, gate_power: float = 0.0
     ) -> AdapterPool | None:
-        """Copies adapters to the layers they go to. Kept, the result is put in force and taken out again at no cost.
+        """Copies adapters to the layers they go to. Kept, the result is activated and taken out again at no cost.
 
         Args:
             adapters: one adapter for all sequences of any batch, None for the plain base model, or one adapter or
                 None for each sequence. The adapters may be on any device; a layer's weights are moved to the layer.
-            gate: how much an adapter's chunks that a token is not about are held back, module by module (see
-                `lora_delta`). The shared block is none of them. 0: all chunks alike, as plain LoRA has them.
+            gate_power: of a chunk's routing score, relative to the highest one's, that weights the chunk for every
+                token, module by module (see `lora_delta`'s gate). The bias block is not weighted. 0: all chunks alike,
+                as plain LoRA has them.
 
         Returns:
             The pool, for `using`; None if there is no adapter.
 
         Raises:
             ValueError: if an adapter is for other targets, or adapters differ in scaling; gated, if they differ in rank
-                per chunk, or chunks are none any more or not as they were generated.
+                per chunk, or chunks are not as they were generated any more.
         """
         shared = adapters is None or isinstance(adapters, LoRAAdapter)
         adapters = [adapters] if shared else list(adapters)
@@ -203,8 +204,8 @@ class LoRAInjector:
                 f"Adapters used together must agree in scaling, got {sorted(scalings)}. Use adapters of one generator."
             )
 
-        if gate:
-            return self._gated(adapters, shared, gate)
+        if gate_power:
+            return self._gated(adapters, shared, gate_power)
 
         # Without documents and without a bias block, an adapter is the plain base model.
         distinct = [adapter for adapter in distinct if adapter.rank]
@@ -258,12 +259,12 @@ class LoRAInjector:
             scaling=distinct[0].scaling,
         )
 
-    def _gated(self, adapters: Sequence[LoRAAdapter | None], shared: bool, gate: float) -> AdapterPool | None:
+    def _gated(self, adapters: Sequence[LoRAAdapter | None], shared: bool, gate_power: float) -> AdapterPool | None:
         """A pool of the chunks, gated, and with it one of the shared blocks."""
         parts: dict[int, tuple[LoRAAdapter, LoRAAdapter]] = {}
         for adapter in adapters:
             if adapter is not None and id(adapter) not in parts:
-                adapter.check_generated("gated")
+                adapter.check_keys("gated")
                 parts[id(adapter)] = (
                     replace(adapter, **{f: _no_rows(getattr(adapter, f), 1) for f in ("bias_A", "bias_B")}),
                     replace(adapter, **{f: _no_rows(getattr(adapter, f), 0) for f in ("A", "B")}),
@@ -278,7 +279,7 @@ class LoRAInjector:
             self.pool(given[0] if shared else given)
             for given in zip(*(parts.get(id(adapter), (None, None)) for adapter in adapters), strict=True)
         )
-        return blocks if chunks is None else replace(chunks, gate=gate, ungated=blocks)
+        return blocks if chunks is None else replace(chunks, gate_power=gate_power, ungated=blocks)
 
     def _add_delta(
         self, name: str, layer: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor
@@ -296,7 +297,7 @@ class LoRAInjector:
                 pool.B[name][layer],
                 pool.plan(x),
                 scaling=pool.scaling,
-                gate=pool.gate,
+                gate=pool.gate_power,
             )
         return y.view(output.shape)
 

@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
     base_model: hub name or folder of the base model; base_model_fingerprint: of its weights, None if not recorded (any
     base model whose modules fit is then accepted).
     context_encoder: as `ContextEncoder` takes it, as a dict. max_chunk_tokens: document tokens per chunk.
-    fingerprint: of the hypernetwork's weights, exact.
+    fingerprint: of the hypernetwork's weights, exact. ridge: with which chunks are joined, None: their plain sum.
     """
 
     hypernetwork: HyperNetwork
@@ -40,6 +40,7 @@ class Checkpoint(NamedTuple):
     context_encoder: dict[str, Any]
     max_chunk_tokens: int
     fingerprint: str
+    ridge: float | None = None
 
 
 def save_checkpoint(
@@ -50,6 +51,7 @@ def save_checkpoint(
     base_model_fingerprint: str | None,
     context_encoder: dict[str, Any],
     max_chunk_tokens: int,
+    ridge: float | None = None,
 ) -> None:
     """Writes config.yaml and hypernetwork.safetensors, each complete or not at all; the config comes last.
 
@@ -65,6 +67,7 @@ def save_checkpoint(
         "base_model": {"source": base_model, "fingerprint": base_model_fingerprint},
         "context_encoder": context_encoder,
         "max_chunk_tokens": max_chunk_tokens,
+        "ridge": ridge,
         "hypernetwork": hypernetwork.config,
     }
     # A config beside older weights must not load, so the old one goes first; weights without a config are no
@@ -112,6 +115,11 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
         source, base_fingerprint = str(config["base_model"]["source"]), config["base_model"]["fingerprint"]
         base_fingerprint = None if base_fingerprint is None else str(base_fingerprint)
         expected, settings = str(config["fingerprint"]), dict(config["hypernetwork"])
+        # Version 0.1 kept the ridge among the hypernetwork's settings.
+        ridge = settings.pop("join_ridge", None) if "ridge" not in config else config["ridge"]
+        if ridge is not None and not float(ridge) > 0:
+            raise ValueError(f"ridge is {ridge}, not above 0")
+        ridge = None if ridge is None else float(ridge)
         context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
         if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "beside", "context_tokens"}):
             raise KeyError(f"context_encoder has no {unknown[0]}")
@@ -143,7 +151,7 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
             f"{directory} is not a complete checkpoint: its base model {BASE_MODEL_FOLDER}/config.json is missing. "
             "Copy it again."
         )
-    return Checkpoint(hypernetwork, source, base_fingerprint, context_encoder, max_chunk_tokens, expected)
+    return Checkpoint(hypernetwork, source, base_fingerprint, context_encoder, max_chunk_tokens, expected, ridge)
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:

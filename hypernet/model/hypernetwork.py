@@ -54,11 +54,8 @@ class HyperNetwork(nn.Module):
             but what its chunks say.
         standardize_features: bring every feature of every map to mean 0 and variance 1, by the statistics that
             `calibrate` takes once before training; they are part of the state dict. A base model's states have a few
-            large directions that all tokens share, and what tells one name from another is small beside them. False:
+            large directions that all tokens share, and what tells one name from another is small compared with them. False:
             as in the published checkpoints.
-        join_ridge: how a document's chunks, and documents by `DocToLoRA.join`, are joined, in training as well:
-            decorrelated with this ridge (`hypernet.adapters.decorrelation`); None: their plain sum, as in the published
-            checkpoints.
 
     Attributes:
         config: plain dict (numbers, strings, lists) with every size spelled out; HyperNetwork(**config) has the same
@@ -89,7 +86,6 @@ class HyperNetwork(nn.Module):
         pre_head_multiple: int | None = None,
         bias_block: bool = True,
         standardize_features: bool = False,
-        join_ridge: float | None = None,
     ):
         super().__init__()
         self.targets = _checked_targets(targets)
@@ -106,11 +102,7 @@ class HyperNetwork(nn.Module):
         for name, value in {"standardize_features": standardize_features, "bias_block": bias_block}.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}.")
-        is_number = isinstance(join_ridge, (int, float)) and not isinstance(join_ridge, bool)
-        if join_ridge is not None and not (is_number and join_ridge > 0):
-            raise ValueError(f"join_ridge must be above 0, or null for the plain sum, got {join_ridge!r}.")
         self.rank = rank
-        self.join_ridge = join_ridge
         self.standardize_features = standardize_features
         if standardize_features:
             self.register_buffer("feature_mean", torch.zeros(num_maps, feature_dim))
@@ -145,7 +137,6 @@ class HyperNetwork(nn.Module):
             **head,
             "bias_block": bias_block,
             "standardize_features": standardize_features,
-            "join_ridge": join_ridge,
         }
 
     @property
@@ -224,7 +215,7 @@ class HyperNetwork(nn.Module):
             raise ValueError("calibrate needs at least one token, got none.")
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
-        # A feature that never changes says nothing: it must not become the loudest by its rounding.
+        # A feature that never changes says nothing: its rounding must not become the largest of all.
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(torch.where(std > 1e-4 * mean.abs(), std, torch.ones_like(std)))
 

@@ -132,6 +132,7 @@ def doc_to_lora_training(
     include_base_model: bool = False,
     sources: Mapping[str, Callable[..., Source]] | None = None,
     target_layers: list[int] | float | None = None,
+    ridge: float | None = None,
     seed: int = 0,
 ) -> tuple[LitDocToLoRA, BatchDataModule]:
     """A hypernetwork for a frozen base model, distilled from documents in its prompt.
@@ -139,10 +140,13 @@ def doc_to_lora_training(
     Args:
         base_model: hub name or folder. dtype, quantization, attention: how it is loaded, see `load_base_model`.
         target_layers: the blocks to adapt, see `DocToLoRA.build`.
+        ridge: how chunks and documents are joined, see `DocToLoRA`.
         init_from: a checkpoint whose hypernetwork training starts from, e.g. an earlier stage's, also of another base
             model of this shape, or of another rank (see `HyperNetwork.at_rank`); None starts anew.
         sources: what stages draw from beside the encyclopedia, see `make_curriculum`.
     """
+    if "join_ridge" in hypernetwork:
+        raise ValueError("hypernetwork has no join_ridge any more; it is called task.ridge now.")
     if init_from is None:
         lm, tokenizer = load_base_model(base_model, dtype=dtype, quantization=quantization, attention=attention)
         with torch.random.fork_rng(devices=[]):
@@ -154,6 +158,7 @@ def doc_to_lora_training(
                 hypernetwork=hypernetwork,
                 context_encoder=context_encoder,
                 max_chunk_tokens=max_chunk_tokens,
+                ridge=ridge,
                 base_model_source=base_model,
                 target_layers=target_layers,
             )
@@ -171,9 +176,12 @@ def doc_to_lora_training(
             # How much of the document is seen and made into one block may change from one training to the next.
             context_encoder={**checkpoint.context_encoder, "context_tokens": context_encoder.get("context_tokens", 0)},
             max_chunk_tokens=max_chunk_tokens,
+            ridge=ridge,
             base_model_source=base_model,
         )
-        _check_same_settings(model, init_from, target_modules, target_layers, hypernetwork, context_encoder)
+        _check_same_settings(
+            model, init_from, target_modules, target_layers, hypernetwork, context_encoder, checkpoint.ridge
+        )
         if model.base_model_fingerprint != checkpoint.base_model_fingerprint:
             # A start, not a result: after some hundred steps it reads the other base model as well (EXPERIMENTS.md).
             log.warning(
@@ -202,6 +210,7 @@ def _check_same_settings(
     target_layers: list[int] | float | None,
     hypernetwork: dict,
     context_encoder: dict,
+    trained_ridge: float | None,
 ) -> None:
     own = model.hypernetwork
     targets = find_targets(model.base_model, target_modules, layers=target_layers)
@@ -213,6 +222,8 @@ def _check_same_settings(
     differing = [key for key, value in wanted.items() if own.config[key] != value]
     if model.context_encoder.settings != ContextEncoder(model.base_model, **context_encoder).settings:
         differing.append("context_encoder")
+    if model.trained_joining.ridge != trained_ridge:
+        differing.append("ridge")
     if differing:
         raise ValueError(
             f"init_from={source} was made with other settings than these: {', '.join(differing)} differ. "

@@ -10,18 +10,17 @@ from hypernet.adapters.composition import (
     average,
     compress,
     concatenate,
-    decorrelate,
-    drop,
     find_document,
     pad,
+    remove_document,
     scale,
-    take,
+    select_chunks,
     weight,
 )
 from hypernet.adapters.injection import LoRAInjector
 from hypernet.base.targets import LoRATarget
 from tests.adapters.test_adapter import assert_one_line_value_error, assert_same, make_adapter, make_base_model, targets  # noqa: F401
-from tests.adapters.test_decorrelation import by_inverse
+from tests.adapters.test_joining import by_inverse
 
 # Layers of different widths, one of them without the module, as hybrid models have them.
 UNEVEN = (
@@ -139,7 +138,7 @@ def test_weight_scales_one_documents_chunks_and_leaves_everything_else_bit_ident
 def test_weights_travel_with_their_documents_through_the_disk_and_drop(tmp_path):
     both = weight(concatenate(three((2, 1, 2))), 2.0, document=2)
     both.save(tmp_path / "a")
-    kept = drop(LoRAAdapter.load(tmp_path / "a"), "d1.txt")
+    kept = remove_document(LoRAAdapter.load(tmp_path / "a"), "d1.txt")
     assert [(d["name"], d.get("weight")) for d in kept.provenance["documents"]] == [("d2.txt", None), ("d3.txt", 2.0)]
 
 
@@ -148,7 +147,7 @@ def test_weight_wants_a_finite_number(factor):
     assert_one_line_value_error(lambda: weight(uneven_adapter(), factor), "Expected a finite number as factor")
 
 
-# Drop
+# Remove a document
 
 
 @pytest.mark.parametrize("document", [0, 1, 2, "d1.txt", "d2.txt", "d3d3", "d2" * 8])
@@ -157,15 +156,15 @@ def test_drop_is_bit_identical_to_never_having_had_the_document(document):
     joined = concatenate(adapters)
     index = find_document(joined, document)
     without = concatenate([a for place, a in enumerate(adapters) if place != index])
-    dropped = drop(joined, document)
-    assert_same_weights(dropped, without)
-    assert dropped.provenance["documents"] == without.provenance["documents"]
-    assert dropped.content_id() == without.content_id()
+    removed = remove_document(joined, document)
+    assert_same_weights(removed, without)
+    assert removed.provenance["documents"] == without.provenance["documents"]
+    assert removed.content_id() == without.content_id()
 
 
 def test_dropping_the_last_document_leaves_the_bias_block():
     adapter = uneven_adapter(1)
-    alone = drop(adapter, 0)
+    alone = remove_document(adapter, 0)
     assert alone.num_chunks == 0 and alone.provenance["documents"] == []
     assert_deltas(alone, bias_deltas(adapter), rtol=0, atol=0)
     assert concatenate([alone, adapter]).num_chunks == 1
@@ -186,13 +185,14 @@ def test_dropping_the_last_document_leaves_the_bias_block():
 )
 def test_unknown_and_ambiguous_documents_are_refused_with_the_list(document, message):
     one, two = uneven_adapter(1, seed=1), uneven_adapter(1, seed=2)
-    assert_one_line_value_error(lambda: drop(concatenate([one, two, one]), document), message)
+    assert_one_line_value_error(lambda: remove_document(concatenate([one, two, one]), document), message)
 
 
 def test_chunks_that_nobody_accounts_for_are_not_dropped():
     adapter = uneven_adapter(2)
     adapter.provenance["documents"][0]["chunks"].pop()
-    assert_one_line_value_error(lambda: drop(adapter, 0), "counts 1 chunks in 1 documents, the weights hold 2")
+    message = "counts 1 chunks in 1 documents, the weights hold 2"
+    assert_one_line_value_error(lambda: remove_document(adapter, 0), message)
 
 
 # Take
@@ -200,17 +200,17 @@ def test_chunks_that_nobody_accounts_for_are_not_dropped():
 
 def test_taken_chunks_keep_their_bits_and_their_documents():
     joined = concatenate(three((2, 1, 3)))
-    taken = take(joined, [1, 2, 5])
+    taken = select_chunks(joined, [1, 2, 5])
     for field in ("A", "B"):
         for name, rows in getattr(taken, field).items():
             assert torch.equal(rows, getattr(joined, field)[name][[1, 2, 5]])
     before, after = joined.provenance["documents"], taken.provenance["documents"]
     assert [d["name"] for d in after] == ["d1.txt", "d2.txt", "d3.txt"]
     assert [d["chunks"] for d in after] == [before[0]["chunks"][1:], before[1]["chunks"], before[2]["chunks"][2:]]
-    assert_same_weights(drop(taken, "d1.txt"), take(joined, [2, 5]))
-    assert take(joined, [3]).provenance["documents"] == [{**before[2], "chunks": before[2]["chunks"][:1]}]
-    assert_deltas(take(joined, []), bias_deltas(joined), rtol=0, atol=0)
-    halved = take(joined, [1, 5], [0.5, 2.0])
+    assert_same_weights(remove_document(taken, "d1.txt"), select_chunks(joined, [2, 5]))
+    assert select_chunks(joined, [3]).provenance["documents"] == [{**before[2], "chunks": before[2]["chunks"][:1]}]
+    assert_deltas(select_chunks(joined, []), bias_deltas(joined), rtol=0, atol=0)
+    halved = select_chunks(joined, [1, 5], [0.5, 2.0])
     for name, rows in halved.B.items():
         assert torch.equal(rows[0], joined.B[name][1] * 0.5) and torch.equal(rows[1], joined.B[name][5] * 2)
     assert halved.provenance["operations"][-1]["weights"] == [0.5, 2.0]
@@ -219,28 +219,29 @@ def test_taken_chunks_keep_their_bits_and_their_documents():
 @pytest.mark.parametrize("chunks", [[2], [-1], [1, 0], [1, 1]])
 def test_chunks_that_are_not_there_cannot_be_taken(chunks):
     message = r"ascending numbers from 0 to 1, each once, got \["
-    assert_one_line_value_error(lambda: take(uneven_adapter(2), chunks), message)
+    assert_one_line_value_error(lambda: select_chunks(uneven_adapter(2), chunks), message)
 
 
 def test_every_taken_chunk_has_one_finite_weight():
-    assert_one_line_value_error(lambda: take(uneven_adapter(2), [0, 1], [1.0]), "a weight for each of 2 chunks, got 1")
-    assert_one_line_value_error(lambda: take(uneven_adapter(2), [0], [math.nan]), "Expected a finite number as weight")
+    adapter = uneven_adapter(2)
+    assert_one_line_value_error(lambda: select_chunks(adapter, [0, 1], [1.0]), "a weight for each of 2 chunks, got 1")
+    assert_one_line_value_error(lambda: select_chunks(adapter, [0], [math.nan]), "Expected a finite number as weight")
 
 
-# Amplify
+# Scale
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
 def test_amplitude_is_linear_per_layer_and_takes_the_bias_block_along(dtype, rtol):
     adapter = uneven_adapter(2, dtype=dtype)
-    amplitudes = [0.5, 2.0, -3.0]
-    amplified = scale(adapter, amplitudes)
-    for path, delta in deltas(amplified).items():
-        expected = amplitudes[int(path.split(".")[1])] * deltas(adapter)[path]
+    factors = [0.5, 2.0, -3.0]
+    scaled = scale(adapter, factors)
+    for path, delta in deltas(scaled).items():
+        expected = factors[int(path.split(".")[1])] * deltas(adapter)[path]
         assert (delta - expected).norm() <= rtol * expected.norm()
-    (entry,) = amplified.provenance["operations"]
-    assert entry == {"operation": "scale", "factor": amplitudes, "documents": ["d1" * 8]}
-    assert amplified.A["up"] is adapter.A["up"] and amplified.B["up"].dtype == dtype
+    (entry,) = scaled.provenance["operations"]
+    assert entry == {"operation": "scale", "factor": factors, "documents": ["d1" * 8]}
+    assert scaled.A["up"] is adapter.A["up"] and scaled.B["up"].dtype == dtype
     twice = deltas(scale(adapter, 2))
     assert_deltas(twice, {path: 2 * delta for path, delta in deltas(adapter).items()}, rtol=0, atol=0)
 
@@ -263,7 +264,7 @@ def test_adapters_amplified_alike_can_be_added_and_others_are_told_why_not():
     both = scale(one, 2) + scale(two, 2)
     assert_same_weights(both, scale(one + two, 2))
     assert [entry["documents"] for entry in both.provenance["operations"]] == [["d1" * 8], ["d2" * 8]]
-    assert_one_line_value_error(lambda: scale(one, 2) + two, "been amplified differently")
+    assert_one_line_value_error(lambda: scale(one, 2) + two, "been scaled differently")
 
 
 # Compress
@@ -350,7 +351,7 @@ def test_a_compressed_adapter_keeps_its_documents_answers_and_disk_but_has_no_ch
     assert (entry["rank_before"], entry["rank"]) == (12, 4)
     assert [d["name"] for d in again.provenance["documents"]] == ["d1.txt"]
     for refused in (
-        lambda: drop(again, 0),
+        lambda: remove_document(again, 0),
         lambda: weight(again, 2.0),
         lambda: again + again,
         lambda: adapter + again,
@@ -379,41 +380,42 @@ def test_weights_that_are_not_finite_are_not_compressed():
 def test_decorrelated_documents_keep_all_but_what_answers_the_others_questions(tmp_path):
     """Module by module as the rows themselves; bias block and B as they were; saved like any other adapter."""
     joined = concatenate(three((2, 1, 3)))
-    result = decorrelate(joined, 0.8)
+    result = joined.fused("ridge", ridge=0.8)
     documents = torch.tensor([0, 0, 1, 2, 2, 2])
     for target in UNEVEN:
         name = target.name
         for module in target.modules():
             rows = joined.A[name][:, module.layer, :, : module.d_in]  # of this module alone, at its own width
-            expected = by_inverse(rows, documents, 0.8).float()
+            own = [by_inverse(rows[documents == i], torch.arange((documents == i).sum()), 0.8) for i in range(3)]
+            expected = by_inverse(torch.cat(own), documents, 0.8).float()
             torch.testing.assert_close(result.A[name][:, module.layer, :, : module.d_in], expected, rtol=0, atol=1e-4)
             assert not result.A[name][:, module.layer, :, module.d_in :].any()
         assert torch.equal(result.B[name], joined.B[name])
         assert torch.equal(result.bias_A[name], joined.bias_A[name])
         assert torch.equal(result.bias_B[name], joined.bias_B[name])
     (entry,) = result.provenance["operations"]
-    assert (entry["operation"], entry["ridge"], len(entry["documents"])) == ("decorrelate", 0.8, 3)
+    assert (entry["operation"], entry["ridge"], len(entry["documents"])) == ("fused", 0.8, 3)
     result.save(tmp_path / "joined")
     assert_same(LoRAAdapter.load(tmp_path / "joined"), result)
 
 
-def test_one_document_is_not_decorrelated_and_what_was_cannot_change_its_documents():
-    (alone,) = three((3,))
-    assert decorrelate(alone, 2.0) is alone
-    result = decorrelate(concatenate(three((2, 1, 3))), 2.0)
+def test_fused_documents_can_not_change_any_more():
+    (alone,) = three((1,))
+    assert alone.fused("ridge", ridge=2.0) is alone
+    result = concatenate(three((2, 1, 3))).fused("ridge", ridge=2.0)
     for refused in (
-        lambda: drop(result, 0),
+        lambda: remove_document(result, 0),
         lambda: weight(result, 2.0),
         lambda: result + alone,
         lambda: alone + result,
-        lambda: decorrelate(result, 2.0),
+        lambda: result.fused("ridge", ridge=2.0),
     ):
-        assert_one_line_value_error(refused, r"cannot be .*: decorrelate\(\) fitted its documents to one another")
-    assert [e["operation"] for e in scale(result, 2.0).provenance["operations"]] == ["decorrelate", "scale"]
+        assert_one_line_value_error(refused, r"cannot be .*: fused\(\) joined its chunks for good")
+    assert [e["operation"] for e in scale(result, 2.0).provenance["operations"]] == ["fused", "scale"]
     small, _ = compress(result, 2)
-    assert_one_line_value_error(lambda: decorrelate(small, 2.0), r"cannot be decorrelated: decorrelate\(\) fitted")
+    assert_one_line_value_error(lambda: small.fused("ridge", ridge=2.0), r"cannot be fused: fused\(\) joined")
     for ridge in (0, -1.0, math.inf, "2", True):
-        assert_one_line_value_error(lambda: decorrelate(concatenate(three()), ridge), "ridge")  # noqa: B023
+        assert_one_line_value_error(lambda: concatenate(three()).fused("ridge", ridge=ridge), "ridge")  # noqa: B023
 
 
 # Pad
@@ -429,7 +431,7 @@ def test_padding_is_exact_and_rows_beyond_are_zero(num_chunks, extra):
         assert torch.equal(padded.bias_B[name][:, : adapter.rank], B)
         assert not padded.bias_A[name][:, adapter.rank :].any() and not padded.bias_B[name][:, adapter.rank :].any()
     if (num_chunks, extra) != (0, 0):
-        assert_one_line_value_error(lambda: drop(padded, 0), r"pad\(\) made one block")
+        assert_one_line_value_error(lambda: remove_document(padded, 0), r"pad\(\) made one block")
 
 
 def test_padding_does_not_shrink():

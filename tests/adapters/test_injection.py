@@ -146,7 +146,7 @@ def test_adapters_of_several_ranks_share_a_batch(base_model, targets, rank):
 
 
 def gated_logits(base_model, adapter, ids, gate):
-    """Independent reference: hooks that weight every chunk's delta by its energy beside the largest, in float64."""
+    """Independent reference: hooks that weight every chunk's delta by its score relative to the largest, in float64."""
     hooks = []
     for target in adapter.targets:
         for layer, path in enumerate(target.paths):
@@ -170,18 +170,18 @@ def gated_logits(base_model, adapter, ids, gate):
 
 
 @pytest.mark.parametrize("gate", [0.5, 2.0])
-def test_gated_each_chunk_is_weighted_by_its_energy_and_the_shared_block_is_not(base_model, targets, gate):
+def test_gate_weights_chunks_by_score_and_not_the_bias_block(base_model, targets, gate):
     adapters = [make_adapter(targets, 3, seed=1), make_adapter(targets, 1, seed=2), make_adapter(targets, 2, seed=3)]
     ids = token_ids(4, 7)
     expected = [gated_logits(base_model, adapter, ids, gate) for adapter in adapters]
     plain = base_model(ids).logits
     injector = LoRAInjector(base_model, targets)
-    with injector.using(adapters[0], gate=gate):
+    with injector.using(adapters[0], gate_power=gate):
         torch.testing.assert_close(base_model(ids).logits, expected[0], rtol=1e-4, atol=1e-4)
     with injector.using(adapters[0]):
         assert not torch.allclose(base_model(ids).logits, expected[0], atol=1e-2)
     given = [adapters[2], None, adapters[0], adapters[1]]
-    with injector.using(injector.pool(given, gate=gate)):
+    with injector.using(injector.pool(given, gate_power=gate)):
         logits = base_model(ids).logits
     for row, own in enumerate((expected[2], plain, expected[0], expected[1])):
         torch.testing.assert_close(logits[row], own[row], rtol=1e-4, atol=1e-4)
@@ -196,12 +196,12 @@ def test_gated_adapters_without_chunks_or_without_a_shared_block(base_model, tar
     injector = LoRAInjector(base_model, targets)
     with injector.using([alone, empty]):
         ungated = base_model(ids).logits
-    with injector.using([alone, empty], gate=1.5):
+    with injector.using([alone, empty], gate_power=1.5):
         logits = base_model(ids).logits
     torch.testing.assert_close(logits[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1], ungated[1])
-    assert injector.pool(make_adapter(targets, 0, seed=2, bias=none), gate=1.5) is None
-    with injector.using([None, None], gate=1.5):
+    assert injector.pool(make_adapter(targets, 0, seed=2, bias=none), gate_power=1.5) is None
+    with injector.using([None, None], gate_power=1.5):
         assert torch.equal(base_model(ids).logits, plain)
 
 
@@ -210,18 +210,18 @@ def test_chunks_that_are_none_any_more_are_not_gated(base_model, targets):
 
     injector, adapter = LoRAInjector(base_model, targets), make_adapter(targets, 3, seed=1)
     with pytest.raises(ValueError, match="cannot be gated: compress"):
-        injector.pool(compress(adapter, 2)[0], gate=1.0)
-    told_apart = make_adapter(targets, 2, seed=1)
-    told_apart.provenance["documents"].append({"sha256": "", "characters": 9, "chunks": [[0, 4], [4, 9]], "ridge": 2.0})
-    with pytest.raises(ValueError, match=r"cannot be gated: its chunks were told apart.*decorrelate=False"):
-        injector.pool([told_apart, None], gate=1.0)
+        injector.pool(compress(adapter, 2)[0], gate_power=1.0)
+    separated = make_adapter(targets, 2, seed=1)
+    separated.provenance["documents"].append({"sha256": "", "characters": 9, "chunks": [[0, 4], [4, 9]], "ridge": 2.0})
+    with pytest.raises(ValueError, match="cannot be gated: version 0.1 separated its chunks"):
+        injector.pool([separated, None], gate_power=1.0)
     narrow = make_adapter(targets, 2, seed=2)
     for blocks, axis in ((narrow.A, 2), (narrow.B, 2), (narrow.bias_A, 1), (narrow.bias_B, 1)):
         blocks.update({name: rows.narrow(axis, 0, RANK - 1) for name, rows in blocks.items()})
     with pytest.raises(ValueError, match=r"must agree in rank per chunk, got \[2, 3\]"):
-        injector.pool([adapter, narrow], gate=1.0)
+        injector.pool([adapter, narrow], gate_power=1.0)
     for gate in (-1.0, float("nan")):
-        with injector.using(adapter, gate=gate), pytest.raises(ValueError, match="gate should be a number of at"):
+        with injector.using(adapter, gate_power=gate), pytest.raises(ValueError, match="gate should be a number of at"):
             base_model(token_ids(1, 3))
 
 

@@ -19,6 +19,7 @@ from benchmarks.methods.gradients import ContextDistillation, TextLoRA
 from benchmarks.methods.prompts import FullContext, NoContext, PrefixCache, Retrieval
 from benchmarks.tasks.base import Asked, Case
 from benchmarks.tasks.encyclopedia import EncyclopediaTask
+from hypernet.adapters.joining import Joining
 from hypernet.doc_to_lora import DocToLoRA
 
 ROOT = Path(__file__).parents[2]
@@ -109,17 +110,17 @@ def test_the_wrong_document_s_adapter_is_the_other_s(make_doc_to_lora) -> None:
 
 def test_documents_are_joined_as_in_training_and_the_replaced_leave_before(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
-    model.hypernetwork.join_ridge = 0.5
+    model.trained_joining = Joining("ridge", ridge=0.5)
     case = CASE._replace(documents=(DOCUMENT, OTHER), replaced=(DOCUMENT * 2,))
     adapter = prepared(DocToLoRAMethod(model=model), case).adapter
     own = [model.internalize(document) for document in case.documents]
-    assert [entry["operation"] for entry in adapter.provenance["operations"]] == ["decorrelate"]
-    expected = model.join(own)
+    assert [entry["operation"] for entry in adapter.provenance["operations"]] == ["fused"]
+    expected = (own[0] + own[1]).fused()
     for name, rows in expected.A.items():
         torch.testing.assert_close(adapter.A[name], rows, rtol=0, atol=1e-5)
         assert (rows - (own[0] + own[1]).A[name]).abs().max() > 0.01
-    # One document and none at all: there is nothing to tell apart.
-    assert prepared(DocToLoRAMethod(model=model)).adapter.content_id() == own[0].content_id()
+    # One document and none at all.
+    assert prepared(DocToLoRAMethod(model=model)).adapter.content_id() == own[0].fused().content_id()
     assert prepared(DocToLoRAMethod(model=model), CASE._replace(documents=())).adapter.num_chunks == 0
 
 
@@ -203,7 +204,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradient_methods_lower_their_loss_and_start_where_they_should(make_doc_to_lora, name) -> None:
     model = make_doc_to_lora().requires_grad_(False)
-    model.hypernetwork.join_ridge = 0.5
+    model.trained_joining = Joining("ridge", ridge=0.5)
     case = CASE._replace(documents=(DOCUMENT, OTHER)) if name == "warm" else CASE  # as they are joined
     kind, settings = GRADIENTS[name]
     method = kind(model=model, lr=1e-2, record_at=[0, 4, 12], max_new_tokens=6, **settings)

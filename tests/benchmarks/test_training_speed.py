@@ -25,6 +25,7 @@ from benchmarks.training_speed import (
     measure,
     quantiles,
 )
+from hypernet.adapters.joining import Joining
 from hypernet.base.packed_rows import KINDS
 
 STAGE = {"batch_size": 4, "num_entities": [1, 3], "facts_per_entity": [1, 4], "num_cross_document": 1}
@@ -79,7 +80,7 @@ def test_a_question_s_row_is_its_prompt(make_doc_to_lora):
 def test_the_packed_step_is_the_padded_one_to_every_gradient(make_doc_to_lora, attention, num_joined, ridge, per_token):
     """By blocks, and with a mask over whole rows; adapters of several chunks, also of several documents."""
     model = make_doc_to_lora()
-    model.hypernetwork.join_ridge = ridge
+    model.trained_joining = Joining() if ridge is None else Joining("ridge", ridge=ridge)
     model.base_model.set_attn_implementation(attention)
     (batch,) = make_batches(model, {**CHUNKED, "num_joined_documents": num_joined}, number=1, seed=1)
     assert len(set(batch.num_chunks)) > 2 and (num_joined == [1, 1]) == all(len(m) == 1 for m in batch.members)

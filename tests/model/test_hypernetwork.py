@@ -202,9 +202,6 @@ def test_scaling_defaults_to_the_published_one():
         ({"num_maps": 2}, "num_maps must be 1 or the number of adapted layers, 3, got 2"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"bias_block": 0}, "bias_block must be true or false, got 0"),
-        ({"join_ridge": 0}, "join_ridge must be above 0, or null for the plain sum, got 0"),
-        ({"join_ridge": "8"}, "join_ridge must be above 0, or null for the plain sum, got .8."),
-        ({"join_ridge": True}, "join_ridge must be above 0, or null for the plain sum, got True"),
         ({"targets": []}, "at least one target module"),
         ({"targets": [DOWN, DOWN]}, "may be given once"),
         (

@@ -73,9 +73,10 @@ def _status(arguments: Sequence[str]) -> int:
         status = app(args=list(arguments), prog_name="hypernet", standalone_mode=False) or 0
     except typer.TyperException as error:
         # Without a subcommand there is no message: the help has been printed.
-        if message := " ".join(error.format_message().split()).rstrip("."):
+        if message := " ".join(error.format_message().split()):
             context = getattr(error, "ctx", None)
-            _say(f"{message}. See {context.command_path if context else 'hypernet'} --help.")
+            end = "" if message[-1] in ".?" else "."
+            _say(f"{message}{end} See {context.command_path if context else 'hypernet'} --help.")
         return error.exit_code
     except Exception as error:
         if (reason := one_line(error)) is None:

@@ -320,20 +320,28 @@ class DocToLoRA(nn.Module):
         with self.using(adapters, joining, prompts=ids):
             return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
 
-    def joining(self, way: str | None = None, **settings: float | int | None) -> Joining:
-        """The way to join with its settings; what is not given is as the hypernetwork was trained.
+    def joining(
+        self,
+        way: str | None = None,
+        *,
+        ridge: float | None = None,
+        gate_power: float | None = None,
+        top_k: int | None = None,
+        weight_power: float | None = None,
+    ) -> Joining:
+        """The way to join with its setting; None: as the hypernetwork was trained.
 
         Raises:
-            ValueError: as `Joining`.
+            ValueError: a setting without its way; or as `Joining`.
         """
-        given = {name: value for name, value in settings.items() if value is not None}
-        if way is None and not given:
-            return self.trained_joining
         if way is None:
-            raise ValueError(f"{next(iter(given))} is the setting of a way to join. Give join as well.")
-        if way == "ridge" and "ridge" not in given:
-            given["ridge"] = self.trained_joining.ridge
-        return Joining(way, **given)
+            settings = {"ridge": ridge, "gate_power": gate_power, "top_k": top_k, "weight_power": weight_power}
+            if given := [name for name, value in settings.items() if value is not None]:
+                raise ValueError(f"{given[0]} is the setting of a way to join. Give join as well.")
+            return self.trained_joining
+        if way == "ridge" and ridge is None:
+            ridge = self.trained_joining.ridge
+        return Joining(way, ridge=ridge, gate_power=gate_power, top_k=top_k, weight_power=weight_power)
 
     @contextmanager
     def using(

@@ -54,8 +54,8 @@ class HyperNetwork(nn.Module):
             but what its chunks say.
         standardize_features: bring every feature of every map to mean 0 and variance 1, by the statistics that
             `calibrate` takes once before training; they are part of the state dict. A base model's states have a few
-            large directions that all tokens share, and what tells one name from another is small compared with them. False:
-            as in the published checkpoints.
+            large directions that all tokens share, and what tells one name from another is small compared with them.
+            False: as in the published checkpoints.
 
     Attributes:
         config: plain dict (numbers, strings, lists) with every size spelled out; HyperNetwork(**config) has the same

@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
@@ -113,7 +114,7 @@ def generate(cfg: DictConfig) -> None:
         ValueError, OSError: of one line, with what to do; nothing has been written then.
     """
     watch = Stopwatch()
-    settings = check_settings(OmegaConf.to_container(cfg, resolve=True))
+    settings = check_settings(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
     documents = read(settings.document, checkpoint=settings.checkpoint)
     watch.lap("read and chunk")
 
@@ -129,8 +130,12 @@ def generate(cfg: DictConfig) -> None:
         quantization=settings.quantization,
         attention=settings.attention,
     )
-    own = SETTING_OF.get(settings.join or "")
-    joining = model.joining(settings.join, **({own: getattr(settings, own)} if own else {}))
+    joining = model.joining(
+        settings.join,
+        ridge=settings.ridge,
+        gate_power=settings.gate_power if settings.join == "gate" else None,
+        top_k=settings.top_k if settings.join == "route" else None,
+    )
     watch.lap("load")
 
     log.info("Internalizing %s", ", ".join(document.name for document in documents))
@@ -314,14 +319,14 @@ def answer(
     window = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     lengths = [num_tokens(model, model.layout.prompt(question, in_prompt)) for question in questions]
     fitting = [q for q, length in zip(questions, lengths, strict=True) if length + max_new_tokens <= window]
-    each = None if joining is None or joining.is_plain_lora else joining
+    each = joining if joining and not joining.is_plain_lora else None
     texts = iter(
         model.generate(
             fitting,
             adapter,
-            join=each and each.way,
-            gate_power=each and each.gate_power,
-            top_k=each and each.top_k,
+            join=each.way if each else None,
+            gate_power=each.gate_power if each else None,
+            top_k=each.top_k if each else None,
             documents=[in_prompt] * len(fitting),
             max_new_tokens=max_new_tokens,
         )
@@ -476,5 +481,5 @@ def run() -> None:
 
 if __name__ == "__main__":
     # A terminal of another encoding than UTF-8 shows what it can.
-    sys.stdout.reconfigure(errors="replace")
+    cast(TextIOWrapper, sys.stdout).reconfigure(errors="replace")
     run()

@@ -60,7 +60,7 @@ def base_model_config(tokenizer, *, hidden_size: int = 32) -> dict:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random hypernetwork, strong enough to change the answers of the random base model beside it."""
+    """A random hypernetwork, strong enough to change the answers of the random base model next to it."""
     encyclopedia = Encyclopedia("train")
     tokenizer = train_tokenizer(
         (encyclopedia.record(i).document for i in range(50)), vocab_size=384, model_max_length=WINDOW
@@ -113,7 +113,7 @@ def run(work: Path, checkpoint: Path, monkeypatch, capsys) -> Iterator[Callable[
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that what run() sets is taken back
-    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # so that conf/ beside the script is found
+    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # so that conf/ next to the script is found
 
     def call(*arguments: str, stdin: bytes = b"") -> Result:
         if not any(argument.startswith("checkpoint=") for argument in arguments):
@@ -217,7 +217,7 @@ def test_overwrite_replaces_the_adapter(run, work):
 # What it prints
 
 
-def test_the_table_holds_the_answers_with_and_without_adapter_and_document(run, checkpoint):
+def test_table_holds_answers_with_and_without_adapter(run, checkpoint):
     questions = ["Where was he born?", "Who, then, taught [bold]him[/bold]?"]
     result = run("document=doc.txt", f"ask={json.dumps(questions)}", "max_new_tokens=5")
     model = DocToLoRA.from_pretrained(checkpoint)
@@ -246,7 +246,7 @@ def test_the_table_holds_the_answers_with_and_without_adapter_and_document(run, 
     assert expected[0] != expected[1]
 
 
-def test_piped_output_is_plain_text_of_the_promised_width_and_logs_go_to_stderr(run):
+def test_piped_output_is_plain_text_and_logs_go_to_stderr(run):
     result = run("document=doc.txt", 'ask=["Who taught Branmir Ralquist?"]')
     table = [line for line in result.out.split("\n") if line and line[0] in "┏┃┡│├└"]
     assert "\x1b" not in result.out
@@ -402,7 +402,7 @@ def settings_of(cfg) -> dict:
     return {key: value for key, value in OmegaConf.to_container(cfg).items() if key != "hydra"}
 
 
-def test_defaults_of_the_settings_of_joining_are_those_of_the_file():
+def test_defaults_of_joining_are_those_of_the_file():
     config = OmegaConf.load(ROOT / "conf/generate_adapter.yaml")
     for name in generate_adapter.SETTING_OF.values():
         assert generate_adapter.Settings.model_fields[name].default == config[name]

@@ -45,7 +45,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     try:
-        return json.loads(pq.read_schema(path).metadata[PROVENANCE])
+        return dict(json.loads(pq.read_schema(path).metadata[PROVENANCE]))
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{path} is no complete shard of self-study ({reason}). Remove it, make it again.") from error

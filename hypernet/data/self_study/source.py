@@ -123,7 +123,7 @@ class SelfStudy:
         epoch, place = divmod(index, len(self._index))
         return self._order(epoch)[place]
 
-    def _order(self, epoch: int) -> array:
+    def _order(self, epoch: int) -> "array[int]":
         if epoch not in self._orders:
             rng = random.Random(f"{self.seed}/{self.split}/study/{epoch}")
             of_shard: dict[int, list[int]] = {}
@@ -141,7 +141,7 @@ class SelfStudy:
         return self._orders[epoch]
 
     @cached_property
-    def _orders(self) -> dict[int, array]:
+    def _orders(self) -> dict[int, "array[int]"]:
         return {}
 
 

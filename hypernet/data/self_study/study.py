@@ -21,7 +21,7 @@ from hypernet.text.documents import Document, read_documents
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+SHARD_FORMAT_VERSION = 1
 
 # Said after a text; each question of a text is asked for in the next of these ways.
 QUESTION_PROMPTS = (
@@ -62,7 +62,7 @@ def study(settings: StudySettings, *, answerer: Engine | None = None, asker: Eng
     if asker is None:
         asker = load_engine(settings.questions_by, settings) if settings.questions_by else answerer
     provenance = {
-        "format_version": FORMAT_VERSION,
+        "format_version": SHARD_FORMAT_VERSION,
         "settings": settings.described(),
         "base_model_fingerprint": answerer.fingerprint,
         "questions_by_fingerprint": asker.fingerprint,

@@ -107,7 +107,19 @@ def run() -> None:
     try:
         main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        sys.exit("train.py: " + " ".join(str(error).partition("Config search path")[0].split()))
+        message = " ".join(str(error).partition("Config search path")[0].split())
+        sys.exit(f"train.py: {message}{_called_now(message)}")
+
+
+def _called_now(message: str) -> str:
+    """What to set instead, where the message is about a key of version 0.1; Hydra has never heard of that."""
+    if "'task.context_encoder.beside'" in message:
+        return " It is called task.context_encoder.concat_layer now."
+    if found := re.search(r"'task\.objective\.(\w+)'", message):
+        from hypernet.training.losses import RENAMED, renamed
+
+        return f" {renamed(found[1])}" if found[1] in RENAMED else ""
+    return ""
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ from benchmarks.peak import peak_bytes
 
 if TYPE_CHECKING:
     from hypernet.base.packed_rows import PackedRows
-    from hypernet.data.curriculum import DistillationBatch
+    from hypernet.data.batches import DistillationBatch
     from hypernet.doc_to_lora import DocToLoRA
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent
 MODELS = ("tiny", "gemma-2-2b")
-WEIGHTS = {"kl_weight": 1.0, "nll_weight": 0.5, "locality_weight": 0.5}
+WEIGHTS = {"kl": 1.0, "locality_kl": 0.5, "nll": 0.5}  # of the terms of the loss, the same for all methods
 # Of loss and gradients, relative to their size. In bfloat16 the two orders of adding up differ by its rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 CHECKED_DOCUMENTS = 5  # two sets of gradients are held while methods are compared, so not on a whole batch
@@ -46,7 +46,7 @@ class Prompts(NamedTuple):
     """Questions with their answers, each a row of its own, right-padded.
 
     ids: [Q, S]. mask: [Q, S] bool, False at the padding. predicts: [Q, S] bool, where the next token is an answer's.
-    kinds: [number of answer tokens], index into `hypernet.base.packed_rows.KINDS`. targets: [number of answer tokens].
+    kinds: [number of answer tokens], index into `hypernet.base.packed_rows.QUESTION_KINDS`. targets: [number of answer tokens].
     document: [Q], the row's number in the batch.
     """
 
@@ -106,9 +106,12 @@ class Ours:
     """The step that train.py takes."""
 
     def __init__(self, model: "DocToLoRA") -> None:
-        from hypernet.training.modules import LitDocToLoRA
+        from hypernet.training.lit_doc_to_lora import LitDocToLoRA
+        from hypernet.training.losses import AnswerNLL, ContextDistillation, Locality
 
-        self.module = LitDocToLoRA(model=model, optimizer={}, **WEIGHTS)
+        terms = {"kl": ContextDistillation, "locality_kl": Locality, "nll": AnswerNLL}
+        objective = {name: term(weight=WEIGHTS[name]) for name, term in terms.items()}
+        self.module = LitDocToLoRA(model=model, objective=objective, optimizer={})
         self.module.log = lambda *_, **__: None  # there is no trainer to log to
 
     def prepare(self, batch: "DistillationBatch") -> "DistillationBatch":
@@ -151,7 +154,7 @@ class Padded:
         )
 
     def loss(self, prepared: PaddedBatch) -> Tensor:
-        from hypernet.base.packed_rows import KINDS
+        from hypernet.base.packed_rows import QUESTION_KINDS
 
         A, B = self.model.adapt(prepared.chunk_ids, prepared.chunk_mask)
         with torch.no_grad():
@@ -172,9 +175,9 @@ class Padded:
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         nll = -log_q.gather(1, prepared.student.targets[:, None])[:, 0]
         kinds = prepared.student.kinds
-        about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
+        about = (kinds == QUESTION_KINDS.index("document")) | (kinds == QUESTION_KINDS.index("unanswerable"))
         of_token = self._document[prepared.student.predicts.nonzero()[:, 0]]
-        terms = {"kl_weight": (kl, about), "nll_weight": (nll, about), "locality_weight": (kl, ~about)}
+        terms = {"kl": (kl, about), "locality_kl": (kl, ~about), "nll": (nll, about)}
         return sum(WEIGHTS[name] * self._mean(values, of_token, where) for name, (values, where) in terms.items())
 
     def after_backward(self) -> None:
@@ -255,7 +258,8 @@ def build_model(name: str, *, device: str, seed: int = 0) -> "DocToLoRA":
 
 def make_batches(model: "DocToLoRA", stage: dict, *, number: int, seed: int) -> list["DistillationBatch"]:
     """The first batches of a stage (`hypernet.data.curriculum.Stage`) over the encyclopedia."""
-    from hypernet.data.curriculum import Curriculum, DistillationBatches
+    from hypernet.data.batches import DistillationBatches
+    from hypernet.data.curriculum import Curriculum
     from hypernet.data.encyclopedia import Encyclopedia
 
     curriculum = Curriculum(Encyclopedia("train", seed=seed), [{"steps": number, **stage}])

@@ -33,7 +33,7 @@ from hypernet.base.packed_rows import PackedRows
 from hypernet.base.targets import adapted_layers, find_targets
 from hypernet.interop.checkpoints import open_checkpoint
 from hypernet.model.checkpoint import BASE_MODEL_FOLDER, save_checkpoint
-from hypernet.model.context_encoder import ContextEncoder, drop_context
+from hypernet.model.context_encoder import drop_context, make_context_encoder
 from hypernet.model.hypernetwork import HyperNetwork
 from hypernet.model.lora_head import zero_beyond_width
 from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_chunks
@@ -57,7 +57,7 @@ class DocToLoRA(nn.Module):
     Args:
         base_model, tokenizer: the causal LM that reads and answers; it stays frozen.
         hypernetwork: made for this base model's targets and width.
-        context_encoder: {"kind": ..., "layer_idx": ..., "context_tokens": ...}, see `ContextEncoder`.
+        context_encoder: {"kind": ..., "layer_idx": ..., "context_tokens": ...}, see `make_context_encoder`.
         max_chunk_tokens: document tokens per chunk.
         ridge: how the hypernetwork is trained to have chunks and documents joined: separated with this ridge (see
             `hypernet.adapters.joining`); None: their plain sum, as in the published checkpoints.
@@ -82,7 +82,7 @@ class DocToLoRA(nn.Module):
         self.base_model = base_model
         self.tokenizer = tokenizer
         self.hypernetwork = hypernetwork
-        self.context_encoder = ContextEncoder(base_model, **(context_encoder or {}))
+        self.context_encoder = make_context_encoder(base_model, context_encoder)
         self.max_chunk_tokens = max_chunk_tokens
         self.trained_joining = Joining() if ridge is None else Joining("ridge", ridge=ridge)
         self.base_model_source = base_model_source
@@ -113,7 +113,7 @@ class DocToLoRA(nn.Module):
                 map; None: all.
         """
         context_encoder = reading(base_model, target_layers, context_encoder)
-        encoder = ContextEncoder(base_model, **context_encoder)
+        encoder = make_context_encoder(base_model, context_encoder)
         return cls(
             base_model=base_model,
             tokenizer=tokenizer,

@@ -266,7 +266,7 @@ def test_a_main_run_takes_the_papers_steps(build_large):
         assert sorted(data.train.curriculum.sources) == ["drop", "pwc", "ropes", "squad", "study"]
         assert set(stage.source) == set(data.train.curriculum.sources)
         assert sum(stage.source.values()) == pytest.approx(1)
-        assert (module.kl_weight, module.nll_weight, module.locality_weight) == (1, 0, 0)
+        assert {name: term.weight for name, term in module.objective.items()} == {"kl": 1.0, "l1": 0.1}
     weights = stage.chunk_weights
     assert [w / sum(weights) for w in weights[:2]] == [0.5, 0.125] and len(weights) == 8
 
@@ -287,13 +287,13 @@ def differing(one: dict, other: dict, prefix: str = "") -> set[str]:
 
 
 ABLATIONS = {
-    "next_token": {"task.objective.kl_weight", "task.objective.nll_weight"},
-    "kl": {"task.objective.nll_weight"},
+    "next_token": {"task.objective.kl.weight", "task.objective.nll.weight"},
+    "kl": {"task.objective.nll.weight"},
     "rank": {"task.hypernetwork.rank"},
     "latents": {"task.hypernetwork.aggregator.num_latents"},
     "targets": {"task.target_modules"},
     "early_exit": {"task.context_encoder.kind", "task.context_encoder.layer_idx"},
-    "without_locality": {"task.objective.locality_weight"},
+    "without_locality": {"task.objective.locality_kl.weight"},
     "without_joining": {"num_joined_documents", "task.stages"},
 }
 

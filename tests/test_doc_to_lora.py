@@ -440,7 +440,7 @@ def test_an_adapter_of_some_layers_reads_them_and_changes_them_alone(make_doc_to
     """And goes through a checkpoint, PEFT's folder and PEFT itself."""
     from peft import PeftModel
 
-    encoder = {"kind": "per_layer_activations", "beside": 0}
+    encoder = {"kind": "per_layer_activations", "concat_layer": 0}
     model = make_doc_to_lora(target_layers=[1], context_encoder=encoder)
     (target,) = model.hypernetwork.targets
     assert target.paths == ("model.layers.1.mlp.down_proj",)

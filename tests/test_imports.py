@@ -34,7 +34,7 @@ MOST_MODULES = 11  # in one folder; more, and a stranger reads a list instead of
 LIGHTNING = {
     "hypernet.data.datamodule",
     "hypernet.training.callbacks",
-    "hypernet.training.modules",
+    "hypernet.training.lit_module",
     "hypernet.training.run_state",
     "hypernet.training.sharding",
 }

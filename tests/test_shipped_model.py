@@ -1,11 +1,13 @@
-"""The model in assets/tiny does what its card says: on a few held-out articles, with the controls beside it."""
+"""The model in assets/tiny: its exact answers about a few held-out articles, with another adapter and with none."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.data.encyclopedia import Encyclopedia
+from hypernet.data.records import UNKNOWN
 from hypernet.doc_to_lora import DocToLoRA
 
 TINY = Path(__file__).parent.parent / "assets/tiny"
@@ -22,36 +24,46 @@ def articles() -> list:
     return [encyclopedia.record(index, num_entities=1, num_facts=4, num_distractors=1) for index in range(12)]
 
 
-def share_right(answers: list[str], questions: list) -> float:
-    return sum(answer == question.answer for answer, question in zip(answers, questions, strict=True)) / len(questions)
+@pytest.fixture(scope="module")
+def adapters(model: DocToLoRA, articles: list) -> list[LoRAAdapter]:
+    return [model.internalize(article.document) for article in articles]
 
 
-def test_own_adapter_answers_another_and_none_do_not(model: DocToLoRA, articles: list) -> None:
-    adapters = [model.internalize(article.document) for article in articles]
+# Answers are greedy, and the closest of these decisions is won by 0.13 (wrong adapter or none) or 0.5 (own adapter) in
+# the logits, where float32 on another machine differs by about 1e-4: so they are compared exactly.
+
+
+def test_own_adapter_answers_46_of_48_questions(model: DocToLoRA, articles: list, adapters: list) -> None:
     asked = [(i, question) for i, article in enumerate(articles) for question in article.questions]
-    questions = [question for _, question in asked]
-    texts = [question.text for question in questions]
-    own = model.generate(texts, [adapters[i] for i, _ in asked])
-    other = model.generate(texts, [adapters[i - 1] for i, _ in asked])
-    assert share_right(own, questions) >= 0.7
-    assert share_right(other, questions) <= 0.1
-    assert share_right(model.generate(texts), questions) <= 0.1
+    answers = model.generate([question.text for _, question in asked], [adapters[i] for i, _ in asked])
+    wrong = {q.text: (q.answer, answer) for (_, q), answer in zip(asked, answers, strict=True) if answer != q.answer}
+    assert len(asked) == 48
+    assert wrong == {
+        "Whose invention is the lanlevox?": ("Gelra Velfax", UNKNOWN),
+        "Who founded Torsky Brothers?": ("Tamis Telden", "Tamis Lanfield"),
+    }
 
 
-def test_swapped_adapters_answer_about_the_other_document(model: DocToLoRA, articles: list) -> None:
-    first, second = articles[:2]
-    adapters = [model.internalize(first.document), model.internalize(second.document)]
-    for article, own, swapped in ((first, *adapters), (second, *reversed(adapters))):
-        texts = [question.text for question in article.questions]
-        right = share_right(model.generate(texts, own), article.questions)
-        assert right > share_right(model.generate(texts, swapped), article.questions)
+def test_another_adapter_answers_one_question_of_48_wrongly(model: DocToLoRA, articles: list, adapters: list) -> None:
+    asked = [(i, question.text) for i, article in enumerate(articles) for question in article.questions]
+    answers = model.generate([text for _, text in asked], [adapters[i - 1] for i, _ in asked])
+    given = {text: answer for (_, text), answer in zip(asked, answers, strict=True) if answer != UNKNOWN}
+    # The year that the other document tells of another thing.
+    assert given == {"Since which year has Sorham Brothers existed?": "1760"}
 
 
-def test_peft_loads_the_exported_folder_with_the_same_logits(model: DocToLoRA, articles: list, tmp_path: Path) -> None:
+def test_without_an_adapter_every_answer_is_unknown(model: DocToLoRA, articles: list) -> None:
+    texts = [question.text for article in articles for question in article.questions]
+    assert model.generate(texts) == [UNKNOWN] * 48
+
+
+def test_peft_loads_the_exported_folder_with_the_same_logits(
+    model: DocToLoRA, articles: list, adapters: list, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    adapter = model.internalize(articles[0].document)
+    adapter = adapters[0]
     adapter.save(tmp_path / "adapter")
     ids = torch.tensor([model.tokenizer(model.layout.prompt(articles[0].questions[0].text))["input_ids"]])
     with torch.no_grad():

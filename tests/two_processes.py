@@ -63,13 +63,16 @@ def compare_gradients_of(task, rank, base_model_folder, port):
     from torch.distributed.device_mesh import init_device_mesh
 
     from hypernet.base.base_model import load_base_model
-    from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
+    from hypernet.data.batches import BaseModelBatches, DistillationBatches
+    from hypernet.data.curriculum import Curriculum
     from hypernet.data.encyclopedia import Encyclopedia
     from hypernet.data.splitting import split
     from hypernet.doc_to_lora import DocToLoRA
     from hypernet.training.callbacks import checkpoint_activations
-    from hypernet.training.modules import LitBaseModel, LitDocToLoRA
+    from hypernet.training.lit_base_model import LitBaseModel
+    from hypernet.training.lit_doc_to_lora import LitDocToLoRA
     from hypernet.training.sharding import shard, whole
+    from tests.small_trainings import objective
 
     torch.set_num_threads(1)
     stage = {"steps": 1, "batch_size": 4, "num_joined_documents": [1, 2], "num_cross_document": 1, "reordering": 0.5}
@@ -94,7 +97,7 @@ def compare_gradients_of(task, rank, base_model_folder, port):
             for parameter in model.hypernetwork.parameters():
                 parameter += 0.3 * torch.randn_like(parameter)
         checkpoint_activations(base_model)
-        module = LitDocToLoRA(model=model, optimizer={}, nll_weight=0.5)
+        module = LitDocToLoRA(model=model, objective=objective(nll=0.5), optimizer={})
         return module, DistillationBatches(curriculum, tokenizer, max_chunk_tokens=30)[0]
 
     def gradients(module, part):

@@ -39,7 +39,6 @@ def load_base_model(
     dtype: str | torch.dtype | None = None,
     attention: str | None = None,
     quantization: str | None = None,
-    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """A causal LM, frozen and in evaluation mode, and its tokenizer.
 
@@ -49,7 +48,6 @@ def load_base_model(
         attention: transformers' `attn_implementation`; None lets transformers choose.
         quantization: of the linear layers' weights while loading: "int8" (torchao, any device), "4bit" (bitsandbytes'
             nf4, GPU), None. What is stored quantised is loaded so in any case.
-        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         ValueError: there is no model at `source`, or it cannot be read; an unknown quantization, or its library is
@@ -71,9 +69,8 @@ def load_base_model(
             quantization_config=quantization_config,
             # bitsandbytes quantises on the way to the GPU.
             device_map=device if quantization == "4bit" else None,
-            trust_remote_code=trust_remote_code,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (
         Exception
     ) as error:  # transformers and safetensors raise a dozen types for a bad source; all of them mean this

@@ -1,8 +1,8 @@
 """Attention inside packed rows, block by block, so that no product is computed between questions that never meet.
 
-A row (`hypernet.base.packed_rows`) is a trunk and segments; a segment sees the trunk and itself. With a mask over the
-whole row the work grows with the square of its length; here the trunk is one causal block, and every segment
-one block of its own length times (trunk + own length).
+A row (`hypernet.base.packed_rows`) is a prefix and segments; a segment sees the prefix and itself. With a mask over the
+whole row the work grows with the square of its length; here the prefix is one causal block, and every segment
+one block of its length times (prefix + its length).
 
     logits = packed_logits(base_model, rows, rows.target_kind >= 0)      # [number of answer tokens, V]
 """
@@ -23,8 +23,8 @@ NAME = "packed_rows"  # among transformers' attention implementations
 class _Group(NamedTuple):
     """Segments of similar length, [G] of them, padded to s tokens.
 
-    rows: the row of each, [G], or None where they see no trunk. tokens: positions in the flattened rows, [G, s].
-    mask: what a token sees of (trunk, own segment), [G, 1, s, T + s] or [G, 1, s, s].
+    rows: the row of each, [G], or None where they see no prefix. tokens: positions in the flattened rows, [G, s].
+    mask: what a token sees of (prefix, own segment), [G, 1, s, T + s] or [G, 1, s, s].
     """
 
     rows: Tensor | None
@@ -35,21 +35,21 @@ class _Group(NamedTuple):
 class RowBlocks(NamedTuple):
     """How packed rows fall apart into blocks.
 
-    num_trunk: T, tokens of the longest trunk. groups: the segments. place: where each position of the flattened rows
-    stands in the concatenated outputs of trunk and groups, [N * S].
+    num_prefix: T, tokens of the longest prefix. groups: the segments. place: where each position of the flattened rows
+    stands in the concatenated outputs of prefix and groups, [N * S].
     """
 
-    num_trunk: int
+    num_prefix: int
     groups: tuple[_Group, ...]
     place: Tensor
 
     @classmethod
     def of(cls, rows: PackedRows) -> "RowBlocks":
         """Reads the rows' segments on the host once."""
-        segments, sees = rows.segments.cpu(), rows.sees_trunk.cpu()
+        segments, sees = rows.segments.cpu(), rows.sees_prefix.cpu()
         num_rows, width = segments.shape
-        num_trunk = int((segments == 0).sum(1).max())
-        trunk_mask = torch.arange(num_trunk) < (segments == 0).sum(1, keepdim=True)  # [N, T]
+        num_prefix = int((segments == 0).sum(1).max())
+        prefix_mask = torch.arange(num_prefix) < (segments == 0).sum(1, keepdim=True)  # [N, T]
 
         key = (torch.arange(num_rows)[:, None] * (width + 2) + segments + 1).flatten()
         _, lengths = torch.unique_consecutive(key, return_counts=True)
@@ -57,17 +57,17 @@ class RowBlocks(NamedTuple):
         is_segment = segments.flatten()[starts] > 0
         starts, lengths = starts[is_segment], lengths[is_segment]
         place = torch.zeros(num_rows * width, dtype=torch.long)  # padding shows any output; nobody reads it
-        in_trunk = (segments == 0).flatten()
+        in_prefix = (segments == 0).flatten()
         row, column = torch.arange(num_rows * width) // width, torch.arange(num_rows * width) % width
-        place[in_trunk] = (row * num_trunk + column)[in_trunk]
+        place[in_prefix] = (row * num_prefix + column)[in_prefix]
 
-        groups, offset = [], num_rows * num_trunk
+        groups, offset = [], num_rows * num_prefix
         seeing = sees.flatten()[starts]
         # A reordering is several times as long as a question; together they would all be padded to its length.
         long = lengths > 2 * lengths.median() if len(lengths) else lengths > 0
-        for sees_trunk in (True, False):
+        for sees_prefix in (True, False):
             for is_long in (False, True):
-                chosen = (seeing == sees_trunk) & (long == is_long)
+                chosen = (seeing == sees_prefix) & (long == is_long)
                 if not chosen.any():
                     continue
                 first, length = starts[chosen], lengths[chosen]
@@ -77,23 +77,23 @@ class RowBlocks(NamedTuple):
                 tokens = torch.where(valid, first[:, None] + step, first[:, None])
                 mask = (valid[:, None, :] & torch.ones(size, size, dtype=torch.bool).tril())[:, None]
                 group_rows = None
-                if sees_trunk and num_trunk:
+                if sees_prefix and num_prefix:
                     group_rows = first // width
-                    seen = trunk_mask[group_rows][:, None, None].expand(-1, 1, size, -1)
+                    seen = prefix_mask[group_rows][:, None, None].expand(-1, 1, size, -1)
                     mask = torch.cat([seen, mask], dim=-1)
                 place[tokens[valid]] = offset + valid.flatten().nonzero()[:, 0]
                 offset += tokens.numel()
                 groups.append(_Group(group_rows, tokens, mask))
         device = rows.segments.device
         return cls(
-            num_trunk,
+            num_prefix,
             tuple(_Group(*(None if t is None else t.to(device) for t in group)) for group in groups),
             place.to(device),
         )
 
 
 def packed_logits(base_model: nn.Module, rows: PackedRows, where: Tensor) -> Tensor:
-    """Logits of packed rows at some positions, as if every segment were a prompt of its own.
+    """Logits of packed rows at some positions, as if every segment were a separate prompt.
 
     By blocks where the model's attention is plain, else with a mask over the whole rows.
 
@@ -149,7 +149,7 @@ def _attend(
     """transformers' attention interface: query [N, H, S, D], key and value [N, H_kv, S, D] → [N, S, H, D]."""
     num_rows, num_heads, width, head_dim = query.shape
     grouped = num_heads != key.shape[1]
-    T = packed_blocks.num_trunk
+    T = packed_blocks.num_prefix
 
     def mixed(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:  # [G, s, H, D] each
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
@@ -166,8 +166,8 @@ def _attend(
         own = [flat[group.tokens] for flat in (q_flat, k_flat, v_flat)]
         if group.rows is not None:
             own[1:] = [
-                torch.cat([trunk[:, :T].index_select(0, group.rows), part], dim=1)
-                for trunk, part in zip((k, v), own[1:], strict=True)
+                torch.cat([prefix[:, :T].index_select(0, group.rows), part], dim=1)
+                for prefix, part in zip((k, v), own[1:], strict=True)
             ]
         outputs.append(mixed(*own, attn_mask=group.mask))
     flat = torch.cat([output.reshape(-1, num_heads, head_dim) for output in outputs])

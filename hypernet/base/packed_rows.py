@@ -1,14 +1,13 @@
-"""Records → tensors: packed rows of questions, with or without the document in front, and the document's chunks.
+"""Packed rows: the questions about one document in one sequence, with the document as their shared prefix or without.
 
-A row holds one document's questions side by side. Each question is a segment that sees itself and, if wanted, the row's
-trunk (the document), never another question; its positions go on after what it sees. So a row gives exactly the logits
-of one prompt per question (tested), while the document is read once.
+Each question with its answer is a segment. A segment sees itself and, if wanted, the row's prefix (the document), never
+another segment; its positions go on after what it sees. So a row gives exactly the logits of one prompt per question
+(tested), while the document is read once.
 
-    layout = ChatLayout.of(tokenizer)
-    row = pack_row(trunk=layout.document_ids(tokenizer, document), segments=[Segment(...), ...])
+    row = pack_row(document_ids, [Segment(question_ids + answer_ids, len(question_ids), True, kind=0), ...])
     batch = pad_rows([row, ...], pad_id=0)
-    logits = base_model(input_ids=batch.ids, position_ids=batch.positions,
-    attention_mask=batch.attention_mask(dtype)).logits
+    mask = batch.attention_mask(dtype)
+    logits = base_model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask).logits
 """
 
 from collections.abc import Sequence
@@ -22,67 +21,68 @@ from torch.nn.utils.rnn import pad_sequence
 class Segment(NamedTuple):
     """A question with its answer inside a row.
 
-    ids: all its tokens. num_prompt: how many of them come before the answer. sees_trunk: whether it attends to the
-        document.
-    weight: of each answer token in a loss. kind: index into `KINDS`.
+    ids: all its tokens. num_prompt: how many of them come before the answer. sees_prefix: whether it attends to the
+        row's prefix.
+    kind: index into `QUESTION_KINDS`. weight: of each answer token in a loss.
     """
 
     ids: list[int]
     num_prompt: int
-    sees_trunk: bool
+    sees_prefix: bool
     kind: int
     weight: float = 1.0
 
 
-KINDS = ("document", "unanswerable", "background", "cross_document", "reordering", "in_prompt")
+# Those of `hypernet.data.records.Question`, and "reordering": the document's sentences in another order.
+QUESTION_KINDS = ("document", "unanswerable", "background", "cross_document", "reordering", "in_prompt")
 
 
 class Row(NamedTuple):
     ids: Tensor  # [S]
     positions: Tensor  # [S]
-    segments: Tensor  # [S] 0 = trunk, 1.. = segments
-    sees_trunk: Tensor  # [S] bool
+    segments: Tensor  # [S] 0 = prefix, 1.. = segments
+    sees_prefix: Tensor  # [S] bool
     target_kind: Tensor  # [S] kind of the answer token that the NEXT position holds, -1 where none is predicted
     target_weight: Tensor  # [S]
 
 
 class PackedRows(NamedTuple):
-    """A padded batch of rows, [N, S] each; see `Row`. Padding is a segment of its own, -1."""
+    """A padded batch of rows, [N, S] each; see `Row`. Padding has the segment number -1."""
 
     ids: Tensor
     positions: Tensor
     segments: Tensor
-    sees_trunk: Tensor
+    sees_prefix: Tensor
     target_kind: Tensor
     target_weight: Tensor
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask [N, 1, S, S]."""
         query, key = self.segments[:, :, None], self.segments[:, None, :]
-        visible = (query == key) | ((key == 0) & self.sees_trunk[:, :, None])
+        visible = (query == key) | ((key == 0) & self.sees_prefix[:, :, None])
         visible &= torch.ones(visible.shape[1:], dtype=torch.bool, device=visible.device).tril()
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
     def targets(self) -> Tensor:
-        """The token after each position, [N, S]; only meaningful where target_kind >= 0 or inside the trunk."""
+        """The token after each position, [N, S]; only meaningful where target_kind >= 0 or inside the prefix."""
         return self.ids.roll(-1, dims=1)
 
     def to(self, device: torch.device | str) -> "PackedRows":
         return PackedRows(*(tensor.to(device) for tensor in self))
 
 
-def pack_row(trunk: Sequence[int], segments: Sequence[Segment]) -> Row:
-    """One row; the trunk may be empty."""
-    ids, positions, segment_ids, sees = list(trunk), list(range(len(trunk))), [0] * len(trunk), [True] * len(trunk)
-    kinds, weights = [-1] * len(trunk), [0.0] * len(trunk)
+def pack_row(prefix: Sequence[int], segments: Sequence[Segment]) -> Row:
+    """One row; the prefix may be empty."""
+    ids, positions, segment_ids, sees = list(prefix), list(range(len(prefix))), [0] * len(prefix), [True] * len(prefix)
+    kinds, weights = [-1] * len(prefix), [0.0] * len(prefix)
     for number, segment in enumerate(segments, start=1):
         size, num_answer = len(segment.ids), len(segment.ids) - segment.num_prompt
-        start = len(trunk) if segment.sees_trunk else 0
+        start = len(prefix) if segment.sees_prefix else 0
         ids += segment.ids
         positions += range(start, start + size)
         segment_ids += [number] * size
-        sees += [segment.sees_trunk] * size
+        sees += [segment.sees_prefix] * size
         # The last prompt token predicts the first answer token. A segment without a prompt is predicted from its own
         # first token on.
         kinds += (

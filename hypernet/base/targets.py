@@ -174,8 +174,8 @@ def _target(
             )
         if id(module) in owner:
             raise ValueError(
-                f"{owner[id(module)]} and {path} are one and the same module, so their layers cannot get weights of "
-                "their own. Leave it out of target_modules."
+                f"{owner[id(module)]} and {path} are one and the same module, so their layers cannot get separate "
+                "weights. Leave it out of target_modules."
             )
         owner[id(module)] = path
         paths[layer] = path

@@ -89,7 +89,7 @@ def _start_method() -> str:
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["hypernet.data.curriculum"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hypernet.data.batches"])
     return "forkserver"
 
 
@@ -163,7 +163,7 @@ class _Loader(DataLoader):
 
 
 class _StepLoader(_Loader):
-    """Its position is the trainer's global_step, which every checkpoint holds; so it has no state of its own."""
+    """Its position is the trainer's global_step, which every checkpoint holds; so it saves no state."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -143,7 +143,7 @@ class Encyclopedia:
         shared_relations: bool = False,
         topic: str | None = None,
     ) -> Record:
-        """One article with one question per fact, in an order of its own.
+        """One article with one question per fact, in another order.
 
         Args:
             index: which article; the same index gives the same article on every machine.

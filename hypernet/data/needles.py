@@ -2,7 +2,7 @@
 
     needles = Needles("train", tokenizer=tokenizer, num_tokens=(32, 256))      # the paper's task
     record = needles.record(7)
-    Needles("test", num_keys=(4, 4), filler="encyclopedia").record(7)           # several numbers, told apart by names
+    Needles("test", num_keys=(4, 4), filler="encyclopedia").record(7)           # several numbers, each with a name
     needles.record(7, num_chunks=40, max_chunk_tokens=256, depth=0.5)           # for measuring: a length in chunks
 
 The paper's task is one number of four digits in 32 to 256 tokens (Charakorn et al. 2026, Doc-to-LoRA, section 4,
@@ -61,9 +61,9 @@ class Needles:
         split: "train", "validation" or "test".
         tokenizer: what lengths are counted with; None counts words.
         num_tokens: of the document, an inclusive range that each record draws from.
-        num_keys: numbers that are told apart by a name, each asked for by a question of its own; (0, 0): there is one
-            needle without a name.
-        num_needles: numbers per key, all of them the answer, in the document's order; (0, 0): hay alone, without a
+        num_keys: numbers that have a name each, and a question each that asks for it; (0, 0): there is one needle
+            without a name.
+        num_needles: numbers per key, all of them the answer, in the document's order; (0, 0): filler alone, without a
             question.
         depth: where the first key's first needle stands, 0 (first sentence) to 1 (last); None draws it. All other
             needles are put at random.

@@ -1,4 +1,4 @@
-"""Where records come from beside the encyclopedia, and how they are drawn: by number, so that any run can resume.
+"""Sources of records besides the encyclopedia, and how they are drawn: by number, so that any run can resume.
 
     source.record(7)                                   # the same record on every machine
     order = Epochs(len(rows), "squad", 0)              # a finite dataset without end: order[i] is a row
@@ -166,7 +166,7 @@ class Buckets:
         window: how many draws are sorted together.
         batch_size: documents per step, where there is no budget.
         max_step_tokens: tokens per step, padding included: documents times the longest of them. A document longer than
-            that has a step of its own. Steps then hold as many documents as fit, so finding one means going through
+            that makes a step alone. Steps then hold as many documents as fit, so finding one means going through
             the lengths of all draws before it, once per process.
         key: what the order of the steps depends on.
     """

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hypernet.base.packed_rows import KINDS, PackedRows
-from hypernet.data.curriculum import DistillationBatch, StoredTopK
+from hypernet.base.packed_rows import QUESTION_KINDS, PackedRows
+from hypernet.data.batches import DistillationBatch, StoredTopK
 
-ABOUT_DOCUMENT = (KINDS.index("document"), KINDS.index("unanswerable"))
+ABOUT_DOCUMENT = (QUESTION_KINDS.index("document"), QUESTION_KINDS.index("unanswerable"))
 _WHOLE = {"document": 1.0, "background": 1.0, "rows": 1.0, "answer_weight": 1.0, "document_tokens": 1.0}
 
 
@@ -89,7 +89,7 @@ def _row_counts(rows: PackedRows) -> dict[str, torch.Tensor]:
 
 
 def document_targets(rows: PackedRows) -> torch.Tensor:
-    """Positions inside the trunk whose next token belongs to it too, [N, S] bool."""
+    """Positions inside the prefix whose next token belongs to it too, [N, S] bool."""
     document = (rows.segments == 0) & (rows.segments.roll(-1, dims=1) == 0)
     document[:, -1] = False
     return document

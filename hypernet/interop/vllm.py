@@ -13,7 +13,7 @@ What vLLM takes, from its documentation and sources, releases 0.11 to 0.26:
   [d_out, r]. These keys, not target_modules, say which modules there are; the last part of each path has to be a linear
   module of the served model. Parts of a fused module (q_proj of qkv_proj) go by their names in transformers, and not
   all of them need to be there. Paths with ".experts" mean mixture-of-experts weights of another layout.
-  https://github.com/vllm-project/vllm/blob/main/vllm/lora/lora_model.py and utils.py, model_manager.py beside it
+  https://github.com/vllm-project/vllm/blob/main/vllm/lora/lora_model.py, and utils.py and model_manager.py next to it
 - Weights are cast to --lora-dtype when loaded (auto: the base model's), and B is multiplied by the factor in that
   dtype. https://docs.vllm.ai/en/stable/api/vllm/lora/lora_weights/
 """
@@ -31,7 +31,7 @@ from hypernet.adapters.composition import CompressionReport, compress, pad
 # MaxLoRARanks in vllm/config/lora.py. Release 0.11.0 does not know 1 yet; rank 1 loads with --max-lora-rank 8 too.
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # LoRADType in vllm/config/lora.py names the two half precisions; a float32 file is cast to the served one.
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+VLLM_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def export_vllm(
         raise ValueError(f"Expected max_lora_rank to be one of {MAX_LORA_RANKS}, got {limit!r}.")
     if fit not in ("pad", "compress"):
         raise ValueError(f'Expected fit to be "pad" or "compress", got {fit!r}.')
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"Expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype is not None and dtype not in VLLM_DTYPES:
+        raise ValueError(f"Expected dtype to be one of {', '.join(VLLM_DTYPES)}, got {dtype!r}.")
     directory = Path(directory).expanduser().resolve()
     check_destination(directory, overwrite=overwrite)
     if expert := next((m.path for t in adapter.targets for m in t.modules() if ".experts" in m.path), None):
@@ -117,7 +117,7 @@ def export_vllm(
     else:
         rank = next(rank for rank in MAX_LORA_RANKS if rank >= adapter.rank)
         exported = adapter if rank == adapter.rank else pad(adapter, rank)
-    exported = exported if dtype is None else exported.to(dtype=DTYPES[dtype])
+    exported = exported if dtype is None else exported.to(dtype=VLLM_DTYPES[dtype])
     _check_weights(exported)
     exported.save(directory, overwrite=overwrite)
     return VLLMExport(
@@ -134,8 +134,8 @@ def _check_weights(adapter: LoRAAdapter) -> None:
     """Refuses what the server would turn into infinities, or has no dtype for."""
     for name, (A, B) in adapter.concatenated().items():
         for rows in (A, B):
-            if rows.dtype not in DTYPES.values():
-                raise ValueError(f"vLLM has no {rows.dtype} weights. Set dtype to one of {', '.join(DTYPES)}.")
+            if rows.dtype not in VLLM_DTYPES.values():
+                raise ValueError(f"vLLM has no {rows.dtype} weights. Set dtype to one of {', '.join(VLLM_DTYPES)}.")
         # vLLM multiplies B by the factor in the weights' dtype.
         if not (A.isfinite().all() and (B * adapter.scaling).isfinite().all()):
             raise ValueError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well, and is removed if it fails."""
+    """A temporary name next to `path` that takes its place when the block ends well, and is removed if it fails."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
@@ -37,7 +37,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that takes its place once the block is done, and vanishes if it fails."""
+    """A folder next to `directory` that takes its place once the block is done, and vanishes if it fails."""
     made = [parent for parent in directory.parents if not parent.exists()]
     token = uuid.uuid4().hex
     new, old = (directory.with_name(f".{directory.name}.{token}.{suffix}") for suffix in ("new", "old"))
@@ -71,7 +71,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
-    """safetensors' save_file, raising OSError with the system's number where that raises an error of its own."""
+    """safetensors' save_file, raising OSError with the system's number where that raises a SafetensorError."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:

@@ -30,7 +30,7 @@ class Checkpoint(NamedTuple):
 
     base_model: hub name or folder of the base model; base_model_fingerprint: of its weights, None if not recorded (any
     base model whose modules fit is then accepted).
-    context_encoder: as `ContextEncoder` takes it, as a dict. max_chunk_tokens: document tokens per chunk.
+    context_encoder: as `make_context_encoder` takes it. max_chunk_tokens: document tokens per chunk.
     fingerprint: of the hypernetwork's weights, exact. ridge: with which chunks are joined, None: their plain sum.
     """
 
@@ -121,7 +121,9 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
             raise ValueError(f"ridge is {ridge}, not above 0")
         ridge = None if ridge is None else float(ridge)
         context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
-        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "beside", "context_tokens"}):
+        if "beside" in context_encoder:  # what version 0.1 called it
+            context_encoder["concat_layer"] = context_encoder.pop("beside")
+        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "concat_layer", "context_tokens"}):
             raise KeyError(f"context_encoder has no {unknown[0]}")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error

@@ -21,7 +21,7 @@ class OuterProduct(nn.Module):
     """A = a W_A and B = unit(a Kᵀ V) W_B with the directions a = unit(Q + Gᵀ K).
 
     Keys K and values V, [T, H], and gates G, [T, R], are linear in a token's features, Q is learned; each layer and
-    target has weights of its own. But for the unit length in B the delta is W_Bᵀ (Vᵀ K) aᵀ a W_A: the sum over the
+    target has its own weights. But for the unit length in B the delta is W_Bᵀ (Vᵀ K) aᵀ a W_A: the sum over the
     tokens of the outer products v kᵀ, projected onto R directions of keys.
 
     Why not an SVD, which gives the best projection: its gradient grows without bound where two singular values meet,

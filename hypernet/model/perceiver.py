@@ -168,9 +168,9 @@ class Perceiver(nn.Module):
     Latents and output queries start unit-normal: at 0.02 the hypernetwork had learned nothing after 200 steps.
 
     Source: Doc-to-LoRA, https://arxiv.org/abs/2602.15902. What the paper leaves open was settled by matching tensors
-    that its authors' code computes (tests/test_published_parity.py): keys and values are the context only, the latents
-    are not appended to it; positions are not encoded; RMSNorm multiplies by its weight; query head h reads key head
-    h // (num_heads / num_kv_heads); nothing is masked in the decoder.
+    that its authors' code computes (tests/interop/published/test_parity.py): keys and values are the context only, the
+    latents are not appended to it; positions are not encoded; RMSNorm multiplies by its weight; query head h reads key
+    head h // (num_heads / num_kv_heads); nothing is masked in the decoder.
     """
 
     def __init__(

@@ -1,15 +1,25 @@
-"""ChatLayout: what the base model's chat template puts around a question and around an answer.
+"""What the base model's chat template puts around a question, an answer and a chunk, as strings and as token ids.
 
     layout = ChatLayout.of(tokenizer)
     layout.prompt("Who founded Norbach?", document)    # with the document in the prompt, or without
     layout.answer("Ilda Renwick")
+    prefix, suffix = chat_affixes(tokenizer)           # token ids around the content of a user turn
 """
 
+import warnings
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 DOCUMENT_SEPARATOR = "\n\n"  # between a document and the question in one prompt
+
+# Ordinary texts that start and end differently: affixes that hold for all of them do not depend on the content.
+_PROBES = (
+    "The lighthouse guides ships home.",
+    "In a storm it hums",
+    "7 keepers (and one cat) wrote “Ahoy!”",
+    "Ελλάδα: 灯台",
+)
 
 
 class ChatLayout(NamedTuple):
@@ -47,3 +57,74 @@ class ChatLayout(NamedTuple):
 
     def answer(self, answer: str) -> str:
         return self.before_answer + answer + self.after_answer
+
+
+def chat_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids that stand before and after the content of a user turn: the chat template's opening (with the BOS token
+    and a default system prompt, where it has them) and its closing with the start of the assistant's turn.
+
+    They are read off `tokenizer.apply_chat_template`: prefix + content + suffix are exactly the ids it gives. Without a
+    chat template they are the special tokens the tokenizer itself puts around a text (often just BOS, or nothing).
+
+    Returns:
+        (prefix_ids, suffix_ids).
+
+    Raises:
+        ValueError: if the template fails on a lone user message, or does not repeat its content word for word, once.
+
+    Warns:
+        UserWarning: if the tokenizer merges the content with the template around it, so that no fixed ids are exact for
+            every content; the affixes are then tokenized by themselves. Also if the template writes today's date.
+    """
+    if not tokenizer.chat_template:
+        framed = [tokenizer(probe)["input_ids"] for probe in _PROBES]
+        prefix_text = suffix_text = ""
+    else:
+        rendered = _render(tokenizer, _PROBES[0])
+        if rendered.count(_PROBES[0]) != 1:
+            raise ValueError(
+                f"The chat template of {type(tokenizer).__name__} should contain the user's text once, word for word, "
+                f"but has it {rendered.count(_PROBES[0])} times. Set tokenizer.chat_template to one that does, or "
+                "chunk with add_affixes=False."
+            )
+        prefix_text, suffix_text = rendered.split(_PROBES[0])
+        framed = [_ids(tokenizer, _render(tokenizer, probe)) for probe in _PROBES]
+        if "strftime_now" in tokenizer.get_chat_template():
+            warnings.warn(
+                "The chat template writes today's date around the document, so the same document gives another adapter "
+                "tomorrow. Set tokenizer.chat_template to one with a fixed date to avoid that.",
+                stacklevel=2,
+            )
+    affixes = [_around(ids, _ids(tokenizer, probe)) for ids, probe in zip(framed, _PROBES, strict=True)]
+    if affixes[0] is not None and all(affix == affixes[0] for affix in affixes):
+        return affixes[0]
+    warnings.warn(
+        f"{type(tokenizer).__name__} merges the user's text with the chat template around it, so chunks cannot be "
+        "framed exactly as apply_chat_template would; prefix and suffix are tokenized by themselves instead.",
+        stacklevel=2,
+    )
+    return _ids(tokenizer, prefix_text), _ids(tokenizer, suffix_text)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ValueError(
+            f"The chat template of {type(tokenizer).__name__} fails on a lone user message ({error}). Set "
+            "tokenizer.chat_template to one that takes it, or chunk with add_affixes=False."
+        ) from error
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _around(ids: list[int], content: list[int]) -> tuple[list[int], list[int]] | None:
+    """What stands before and after content in ids; None if it is not in there."""
+    for start in range(len(ids) - len(content) + 1):
+        if ids[start : start + len(content)] == content:
+            return ids[:start], ids[start + len(content) :]
+    return None

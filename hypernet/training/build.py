@@ -12,16 +12,19 @@ from transformers import PreTrainedTokenizerBase
 
 from hypernet.base.base_model import build_base_model, load_base_model, train_tokenizer
 from hypernet.base.targets import find_targets
-from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
+from hypernet.data.batches import BaseModelBatches, DistillationBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.data.records import UNKNOWN
 from hypernet.data.sources import Source
 from hypernet.doc_to_lora import DocToLoRA, reading
 from hypernet.interop.checkpoints import open_checkpoint
-from hypernet.model.context_encoder import ContextEncoder
+from hypernet.model.context_encoder import make_context_encoder
 from hypernet.model.hypernetwork import HyperNetwork
-from hypernet.training.modules import LitBaseModel, LitDocToLoRA
+from hypernet.training.lit_base_model import LitBaseModel
+from hypernet.training.lit_doc_to_lora import LitDocToLoRA
+from hypernet.training.losses import LossTerm, trained_terms
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ def base_model_training(
     Args:
         base_model: a transformers configuration.
         init_from: a base model, folder or hub name, whose weights and tokenizer training starts from; None starts anew.
-        sources: what stages draw from beside the encyclopedia, see `make_curriculum`.
+        sources: what stages draw from in addition to the encyclopedia, see `make_curriculum`.
 
     Raises:
         ValueError: there is no model at `init_from`, or it is of another shape than `base_model` and `vocab_size` say.
@@ -122,7 +125,7 @@ def doc_to_lora_training(
     max_chunk_tokens: int,
     stages: list[dict],
     validation_stages: list[dict],
-    objective: dict,
+    objective: Mapping[str, LossTerm],
     optimizer: dict,
     output_dir: str,
     dtype: str | None = None,
@@ -140,11 +143,13 @@ def doc_to_lora_training(
     Args:
         base_model: hub name or folder. dtype, quantization, attention: how it is loaded, see `load_base_model`.
         target_layers: the blocks to adapt, see `DocToLoRA.build`.
+        objective: name → term of the loss (conf/objective/).
         ridge: how chunks and documents are joined, see `DocToLoRA`.
         init_from: a checkpoint whose hypernetwork training starts from, e.g. an earlier stage's, also of another base
             model of this shape, or of another rank (see `HyperNetwork.at_rank`); None starts anew.
-        sources: what stages draw from beside the encyclopedia, see `make_curriculum`.
+        sources: what stages draw from in addition to the encyclopedia, see `make_curriculum`.
     """
+    objective = trained_terms(objective)  # mistakes in it before anything is loaded
     if "join_ridge" in hypernetwork:
         raise ValueError("hypernetwork has no join_ridge any more; it is called task.ridge now.")
     if init_from is None:
@@ -183,22 +188,26 @@ def doc_to_lora_training(
             model, init_from, target_modules, target_layers, hypernetwork, context_encoder, checkpoint.ridge
         )
         if model.base_model_fingerprint != checkpoint.base_model_fingerprint:
-            # A start, not a result: after some hundred steps it reads the other base model as well (EXPERIMENTS.md).
+            # A start, not a result: after some hundred steps it reads the other base model as well
+            # (docs/experiments/2026-11-24-base-model-reads-names.md).
             log.warning(
-                "%s was trained beside another base model than %s, or beside its weights in another type.",
+                "%s was trained with another base model than %s, or with its weights in another type.",
                 init_from,
                 base_model,
             )
     module = LitDocToLoRA(
-        model=model, optimizer=optimizer, output_dir=output_dir, include_base_model=include_base_model, **objective
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        output_dir=output_dir,
+        include_base_model=include_base_model,
     )
     shared = {"seed": seed, "sources": sources, "tokenizer": model.tokenizer}
     train = make_curriculum("train", stages, **shared)
     validation = make_curriculum("validation", validation_stages, **shared)
     reading = {"max_chunk_tokens": max_chunk_tokens, "context_tokens": model.context_encoder.context_tokens}
     return module, BatchDataModule(
-        # Hidden states are not stored: for their distance the teacher reads every question.
-        train=DistillationBatches(train, model.tokenizer, skip_stored=not module.hidden_weight, **reading),
+        train=DistillationBatches(train, model.tokenizer, skip_stored=True, **reading),
         validation=DistillationBatches(validation, model.tokenizer, held_out_background=True, **reading),
     )
 
@@ -220,7 +229,7 @@ def _check_same_settings(
             targets=targets, feature_dim=own.feature_dim, num_maps=own.num_maps, **hypernetwork
         ).config
     differing = [key for key, value in wanted.items() if own.config[key] != value]
-    if model.context_encoder.settings != ContextEncoder(model.base_model, **context_encoder).settings:
+    if model.context_encoder.settings != make_context_encoder(model.base_model, context_encoder).settings:
         differing.append("context_encoder")
     if model.trained_joining.ridge != trained_ridge:
         differing.append("ridge")

@@ -1,13 +1,16 @@
-"""Muon for the matrices of a hypernetwork, AdamW for everything else, as one optimizer.
+"""Muon for the matrices of a hypernetwork, AdamW for everything else, as one optimizer; and its learning rate.
 
+    make_optimizer(hypernetwork.named_parameters(), num_steps=6500, **settings)     # conf/optimizer/adamw.yaml
     optimizer = MuonAdamW(parameter_groups(hypernetwork.named_parameters(), weight_decay=0.01, muon_scale=0.5), lr=1e-3)
 
 Muon replaces a matrix's averaged gradient by the nearest matrix whose singular values are all alike, so that directions
 with small gradients, such as what tells one name from another, are learned as fast as the large ones that all documents
-share. The hypernetwork's keys learned in 140 steps what took AdamW more than 260 (EXPERIMENTS.md).
+share. The hypernetwork's keys learned in 140 steps what took AdamW more than 260
+(docs/experiments/2026-11-26-keys-first-muon-three-layers.md).
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -109,3 +112,42 @@ class MuonAdamW(torch.optim.AdamW):
         update = orthogonalized(parameter.grad.lerp(momentum, MOMENTUM))
         size = group["muon_scale"] * max(parameter.shape[-2:]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
+
+
+def make_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    num_steps: int,
+    lr: float,
+    weight_decay: float,
+    betas: Sequence[float],
+    warmup_steps: int,
+    decay_ratio: float,
+    min_lr_ratio: float,
+    muon_scale: float | None = None,
+) -> dict[str, Any]:
+    """AdamW, or Muon for the matrices, with a learning rate that warms up, stays, and falls along half a cosine.
+
+    Args:
+        named: parameters with their names; those that need no gradient are left out.
+        num_steps: optimizer steps of the whole run.
+        weight_decay, muon_scale: as of `parameter_groups`.
+        warmup_steps: in which the rate rises linearly to lr. decay_ratio: share of the steps, at the end, in which it
+            falls. min_lr_ratio: of lr, at the last step.
+
+    Returns:
+        What Lightning's `configure_optimizers` returns.
+    """
+    groups = parameter_groups(named, weight_decay=weight_decay, muon_scale=muon_scale)
+    optimizer = MuonAdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+    last = max(num_steps, 1)
+    start = max(warmup_steps, last * (1 - decay_ratio))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(max(step - start, 0) / max(last - start, 1), 1.0)
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -32,8 +32,8 @@ PREFIX = "step-"
 class RunCheckpoint(Checkpoint):
     """Writes step-000100.safetensors after every so many optimizer steps and at the end, and keeps the newest ones.
 
-    Beside what Lightning puts into a checkpoint (weights, optimizer, scheduler, loops, callbacks) it holds the random
-    states of every process and the configuration, so that a resumed run is the uninterrupted one bit for bit.
+    In addition to what Lightning puts into a checkpoint (weights, optimizer, scheduler, loops, callbacks) it holds the
+    random states of every process and the configuration, so that a resumed run is the uninterrupted one bit for bit.
 
     Args:
         dirpath: the run's checkpoints folder.

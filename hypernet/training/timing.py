@@ -8,16 +8,21 @@ phases.take()         # {"encode": 1.52}, seconds since the last call; waits for
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 
 class PhaseTimes:
-    """Sums of seconds by phase; a phase may also begin in one place and end in another."""
+    """Sums of seconds by phase; a phase may also begin in one place and end in another.
 
-    def __init__(self) -> None:
+    Args:
+        now: gives the time in seconds, or an event on the GPU; None: what the machine has.
+    """
+
+    def __init__(self, *, now: Callable[[], float | torch.cuda.Event] | None = None) -> None:
+        self._now = now or _now
         self._seconds: dict[str, float] = defaultdict(float)
         self._begun: dict[str, float | torch.cuda.Event] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -29,11 +34,11 @@ class PhaseTimes:
         self.end(name)
 
     def begin(self, name: str) -> None:
-        self._begun[name] = _now()
+        self._begun[name] = self._now()
 
     def end(self, name: str) -> None:
         """Does nothing for a phase that has not begun."""
-        begun, now = self._begun.pop(name, None), _now()
+        begun, now = self._begun.pop(name, None), self._now()
         if begun is None:
             return
         if isinstance(now, torch.cuda.Event):

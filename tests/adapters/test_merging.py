@@ -210,8 +210,9 @@ def test_what_cannot_be_merged_is_refused_and_nothing_changes(base_model, adapte
     assert_one_line_value_error(lambda: unmerge(base_model, adapter), f"{message}|not merged")
 
 
-def test_views_of_one_buffer_that_do_not_overlap_are_merged():
+def test_views_of_one_buffer_are_merged_like_separate_weights():
     model, adapter = uneven_model(), uneven_adapter(1)
+    plain = state(model)
     flat = torch.zeros(1000)
     start = 0
     for parameter in model.parameters():
@@ -219,3 +220,11 @@ def test_views_of_one_buffer_that_do_not_overlap_are_merged():
         parameter.data = view.copy_(parameter.data)
         start += parameter.numel()
     merge(model, adapter)
+    by_module = deltas(adapter)
+    for name, tensor in model.state_dict().items():
+        delta = by_module.pop(name.removesuffix(".weight"), None)
+        expected = plain[name] if delta is None else (plain[name] + delta).float()
+        assert delta is None or delta.any()
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5)
+        assert tensor.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+    assert not by_module and not flat[start:].any()

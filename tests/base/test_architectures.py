@@ -243,9 +243,9 @@ def test_every_base_model_is_of_an_architecture_that_is_tested_with_its_targets(
 
 
 def test_activations_per_layer_are_refused_where_blocks_pass_on_something_else(tiny_tokenizer):
-    from hypernet.model.context_encoder import ContextEncoder
+    from hypernet.model.context_encoder import PerLayerActivations
 
     base_model, _ = tiny("gemma3n_text", tiny_tokenizer)
     ids = token_ids(tiny_tokenizer, 2)
     with pytest.raises(ValueError, match=r"takes states \[2, 2, 9, 32\], not \[C, T, D=32\].*early_exit"):
-        ContextEncoder(base_model)(ids, torch.ones_like(ids))
+        PerLayerActivations(base_model)(ids, torch.ones_like(ids))

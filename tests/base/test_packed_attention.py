@@ -16,12 +16,12 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-# Tokens of the trunk; then (tokens, does it see the trunk) of each segment. A long one is as a reordering.
+# Tokens of the prefix; then (tokens, does it see the prefix) of each segment. A long one is as a reordering.
 ROWS = {
-    "questions with and without the trunk": [(7, [(3, True), (5, False), (4, True), (17, True)]), (2, [(6, False)])],
-    "no trunk at all": [(0, [(3, False), (9, False)]), (0, [(4, False)])],
-    "a trunk alone": [(5, []), (1, [(2, True)])],
-    "sees a trunk that is not there": [(0, [(3, True)]), (0, [(1, True), (2, False)])],
+    "questions with and without the prefix": [(7, [(3, True), (5, False), (4, True), (17, True)]), (2, [(6, False)])],
+    "no prefix at all": [(0, [(3, False), (9, False)]), (0, [(4, False)])],
+    "a prefix alone": [(5, []), (1, [(2, True)])],
+    "sees a prefix that is not there": [(0, [(3, True)]), (0, [(1, True), (2, False)])],
 }
 
 
@@ -30,8 +30,8 @@ def make_rows(case):
         return torch.randint(1, 60, (number,)).tolist()
 
     rows = [
-        pack_row(ids(trunk), [Segment(ids(size), min(2, size - 1), sees, 0) for size, sees in segments])
-        for trunk, segments in ROWS[case]
+        pack_row(ids(prefix), [Segment(ids(size), min(2, size - 1), sees, 0) for size, sees in segments])
+        for prefix, segments in ROWS[case]
     ]
     return pad_rows(rows, pad_id=0)
 
@@ -59,13 +59,13 @@ def test_logits_and_gradients_are_those_of_a_mask_over_the_rows(case):
 
 
 def test_less_is_multiplied_than_with_a_mask_over_the_rows():
-    blocks = RowBlocks.of(make_rows("no trunk at all"))
+    blocks = RowBlocks.of(make_rows("no prefix at all"))
     pairs = sum(group.mask.numel() for group in blocks.groups)
-    assert blocks.num_trunk == 0 and pairs <= 2 * 4**2 + 9**2 < 2 * 12**2
+    assert blocks.num_prefix == 0 and pairs <= 2 * 4**2 + 9**2 < 2 * 12**2
 
 
 def test_the_model_attends_as_before_afterwards():
-    model, rows = build_base_model(LLAMA), make_rows("a trunk alone")
+    model, rows = build_base_model(LLAMA), make_rows("a prefix alone")
     before = model.config._attn_implementation
     packed_logits(model, rows, rows.target_kind >= 0)
     assert model.config._attn_implementation == before != NAME
@@ -79,14 +79,14 @@ def test_the_model_attends_as_before_afterwards():
     ],
 )
 def test_models_of_other_attention_get_a_mask_over_the_rows(settings):
-    model, rows = build_base_model(settings), make_rows("questions with and without the trunk")
+    model, rows = build_base_model(settings), make_rows("questions with and without the prefix")
     assert not supports_packed_attention(model)
     where = rows.target_kind >= 0
     torch.testing.assert_close(packed_logits(model, rows, where), dense_logits(model, rows, where), rtol=0, atol=0)
 
 
 def test_an_attention_implementation_that_was_asked_for_is_used():
-    model, rows = build_base_model(LLAMA), make_rows("questions with and without the trunk")
+    model, rows = build_base_model(LLAMA), make_rows("questions with and without the prefix")
     assert supports_packed_attention(model)
     model.set_attn_implementation("eager")
     assert not supports_packed_attention(model)
@@ -97,7 +97,7 @@ def test_an_attention_implementation_that_was_asked_for_is_used():
 
 def test_gradient_checkpointing_gets_a_mask_over_the_rows():
     """A checkpointed layer runs again in the backward pass, when the implementation is no longer set."""
-    model, rows = build_base_model(LLAMA).train(), make_rows("questions with and without the trunk")
+    model, rows = build_base_model(LLAMA).train(), make_rows("questions with and without the prefix")
     plain = packed_logits(model, rows, rows.target_kind >= 0).sum()
     expected = torch.autograd.grad(plain, list(model.parameters()))
     assert supports_packed_attention(model)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hypernet.base.packed_rows import KINDS, Segment, pack_row, pad_rows
-from hypernet.data.curriculum import Curriculum, DistillationBatches, Stage
+from hypernet.base.packed_rows import QUESTION_KINDS, Segment, pack_row, pad_rows
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.curriculum import Curriculum, Stage
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import Question
 from hypernet.text.chat import ChatLayout
@@ -67,13 +68,13 @@ def test_packed_rows_give_the_logits_of_one_prompt_per_question(tiny_base_model,
             torch.testing.assert_close(logits[row, own], expected, rtol=0, atol=1e-5)
 
 
-def test_the_trunk_is_read_as_if_nothing_followed(tiny_base_model, tiny_tokenizer, batch):
+def test_the_prefix_is_read_as_if_nothing_followed(tiny_base_model, tiny_tokenizer, batch):
     logits = logits_of(tiny_base_model, batch.teacher)
     for row, document in enumerate(DOCUMENTS):
         ids = tiny_tokenizer("<|user|>" + document)["input_ids"]
-        trunk = batch.teacher.segments[row] == 0
-        assert batch.teacher.ids[row, trunk].tolist() == ids
-        torch.testing.assert_close(logits[row, trunk], logits_of_prompt(tiny_base_model, ids), rtol=0, atol=1e-5)
+        prefix = batch.teacher.segments[row] == 0
+        assert batch.teacher.ids[row, prefix].tolist() == ids
+        torch.testing.assert_close(logits[row, prefix], logits_of_prompt(tiny_base_model, ids), rtol=0, atol=1e-5)
 
 
 def test_a_question_never_sees_another_question_nor_background_the_document(tiny_base_model, batch):
@@ -136,7 +137,7 @@ def test_exactly_the_answers_tokens_are_predicted(tiny_tokenizer, batch):
             for number, question in enumerate(questions, start=1):
                 here = predicted[row] & (rows.segments[row] == number)
                 assert tiny_tokenizer.decode(rows.targets()[row, here]) == f" {question.answer}<|end|>"
-                assert set(kinds[row, here].tolist()) == {KINDS.index(question.kind)}
+                assert set(kinds[row, here].tolist()) == {QUESTION_KINDS.index(question.kind)}
         assert not predicted[rows.segments <= 0].any()
 
 
@@ -158,54 +159,3 @@ def test_rows_move_together(batch):
     moved = batch.to("meta")
     tensors = [moved.chunk_ids, moved.chunk_mask, *moved.student, *moved.teacher]
     assert {tensor.device.type for tensor in tensors} == {"meta"} and moved.num_chunks == batch.num_chunks
-
-
-# Chat layout
-
-
-def test_the_layout_is_what_the_chat_template_writes(tiny_tokenizer):
-    layout = ChatLayout.of(tiny_tokenizer)
-    turns = [{"role": "user", "content": "A text.\n\nWho?"}, {"role": "assistant", "content": "Ilda"}]
-    render = lambda turns, **settings: tiny_tokenizer.apply_chat_template(turns, tokenize=False, **settings)  # noqa: E731
-    assert layout.prompt("Who?", "A text.") == render(turns[:1], add_generation_prompt=True)
-    assert layout.prompt("Who?", "A text.") + layout.answer("Ilda") == render(turns)
-
-
-class Templated:
-    """A tokenizer that only has a chat template."""
-
-    def __init__(self, template):
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        self.chat_template = template
-        self._render = render_jinja_template
-
-    def apply_chat_template(self, turns, *, tokenize, add_generation_prompt=False):
-        assert not tokenize
-        settings = {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
-        rendered, _ = self._render([turns], **settings)
-        return rendered[0]
-
-
-def test_a_template_with_system_text_and_a_newline_at_the_end_is_taken_apart():
-    template = (
-        "<s>[SYS] Be brief. [/SYS]{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</{{ m['role'] }}>\n"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}"
-    )
-    layout = ChatLayout.of(Templated(template))
-    assert layout == ("<s>[SYS] Be brief. [/SYS]<user>\n", "</user>\n<assistant>\n", "", "</assistant>")
-
-
-@pytest.mark.parametrize(
-    ("template", "hint"),
-    [
-        (None, "has no chat template; set tokenizer.chat_template"),
-        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "own prompt; use a plain one"),
-        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "own prompt; use a plain one"),
-        ("{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}", "own prompt; use a plain one"),
-    ],
-    ids=["none", "changes the content", "another beginning", "twice"],
-)
-def test_a_template_that_cannot_be_used_is_refused_with_what_to_do(template, hint):
-    with pytest.raises(ValueError, match=hint):
-        ChatLayout.of(Templated(template))

@@ -1,4 +1,4 @@
-"""hypernet checkpoint: mistakes; what it converts is in tests/interop/test_published.py."""
+"""hypernet checkpoint: mistakes; what it converts is in tests/interop/test_checkpoints.py."""
 
 import inspect
 

@@ -1,53 +1,13 @@
-"""Curricula: stages, the same batch for the same step, what a batch holds."""
+"""Curricula: stages one after the other and in turn, what they draw, and the same records for the same step."""
 
-import hashlib
-import math
 import pickle
-import random
 import re
 from collections import Counter
-from itertools import pairwise
 
-import numpy as np
 import pytest
-import torch
 
-from hypernet.base.packed_rows import KINDS
-from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, Stage, random_pieces
-from hypernet.data.encyclopedia import Encyclopedia, background_questions, relations
-from hypernet.data.needles import Needles
-from hypernet.data.records import UNKNOWN, Question, Record, StoredAnswer
-from hypernet.text.chunking import chunk_document
-
-STAGES = [
-    Stage(steps=2, batch_size=5, facts_per_entity=(1, 1), num_distractors=(0, 0)),
-    {"steps": 3, "batch_size": 3, "num_entities": [2, 3], "facts_per_entity": [2, 4], "unanswerable": 1.0},
-    {
-        "steps": 1,
-        "batch_size": 2,
-        "max_questions": 2,
-        "facts_per_entity": [5, 5],
-        "num_background": 3,
-        "num_cross_document": 2,
-    },
-]
-
-
-def make_curriculum(seed=0, stages=STAGES):
-    return Curriculum(Encyclopedia("train", seed=seed), stages)
-
-
-def segments_of(rows, row, tokenizer):
-    """(kind, prompt, answer) of each question of a row, decoded."""
-    result = []
-    for number in range(1, int(rows.segments[row].max()) + 1):
-        own = (rows.segments[row] == number).nonzero()[:, 0]
-        answer = own[rows.target_kind[row, own] >= 0] + 1
-        prompt = [i for i in own.tolist() if i not in answer.tolist()]
-        kind = KINDS[int(rows.target_kind[row, own].max())]
-        result.append((kind, *(tokenizer.decode(rows.ids[row, list(at)]) for at in (prompt, answer))))
-    return result
-
+from hypernet.data.curriculum import RENAMED_STAGE_KEYS, Stage
+from tests.data.curricula import make_curriculum, make_mixed
 
 # Stages
 
@@ -79,7 +39,7 @@ def test_each_step_has_the_articles_its_stage_asks_for():
             assert facts == {2} and all(len(record.sentences) >= 5 for record in records)
 
 
-def test_questions_beyond_the_limit_are_left_out_and_unanswerable_ones_stay():
+def test_max_questions_keeps_the_unanswerable_ones():
     stage = {"steps": 1, "batch_size": 9, "facts_per_entity": [4, 4], "num_distractors": [1, 1], "unanswerable": 1.0}
     full = make_curriculum(stages=[stage]).records(0)
     trimmed = make_curriculum(stages=[{**stage, "max_questions": 3}]).records(0)
@@ -90,7 +50,7 @@ def test_questions_beyond_the_limit_are_left_out_and_unanswerable_ones_stay():
     assert len({record.questions.index(q) for record, s in zip(full, trimmed, strict=True) for q in s.questions}) == 5
 
 
-def test_a_step_gives_the_same_records_whatever_came_before_and_another_seed_others():
+def test_records_depend_on_step_and_seed_alone():
     steps = [make_curriculum().records(step) for step in (5, 0, 3)]
     curriculum = make_curriculum()
     in_order = [curriculum.records(step) for step in range(6)]
@@ -113,7 +73,7 @@ def test_stages_in_turn_are_the_same_written_out():
     [{"steps": 3, "alternate": []}, {"alternate": [{"steps": 3}]}, {"steps": 3, "alternate": [{"steps": 0}]}]
     + [{"steps": 3, "alternate": [{"steps": 3}], "batch_size": 4}],
 )
-def test_stages_in_turn_that_say_too_little_or_too_much_are_refused(stage):
+def test_incomplete_or_overfull_alternate_is_refused(stage):
     with pytest.raises(ValueError, match="A stage of several in turn needs steps, and alternate: a list") as error:
         make_curriculum(stages=[stage])
     assert "\n" not in str(error.value)
@@ -133,147 +93,7 @@ def test_no_stages_are_refused_and_so_are_misspelt_ones():
         make_curriculum(stages=[{"steps": 1, "batchsize": 2}])
 
 
-# Batches for the hypernetwork
-
-
-@pytest.fixture(scope="module")
-def distillation(tiny_tokenizer):
-    return DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=40)
-
-
-def test_there_is_one_batch_for_each_step(distillation):
-    assert len(distillation) == len(list(distillation)) == 6
-
-
-@pytest.mark.parametrize("step", [0, 4])
-def test_a_batch_holds_the_chunks_of_its_articles(distillation, tiny_tokenizer, step):
-    batch, records = distillation[step], distillation.curriculum.records(step)
-    assert len(batch.num_chunks) == len(records) and batch.chunk_ids.shape == batch.chunk_mask.shape
-    rows = iter(zip(batch.chunk_ids, batch.chunk_mask, strict=True))
-    for record, number in zip(records, batch.num_chunks, strict=True):
-        chunks = chunk_document(record.document, tiny_tokenizer, max_chunk_tokens=40)
-        assert len(chunks.ids) == number
-        for ids, mask in zip(chunks.ids, chunks.mask, strict=True):
-            padded_ids, padded_mask = next(rows)
-            assert padded_ids[padded_mask].tolist() == ids[mask].tolist()
-    assert next(rows, None) is None
-    assert max(batch.num_chunks) > (0 if step == 0 else 1)
-
-
-@pytest.mark.parametrize("step", [2, 5])
-def test_student_and_teacher_are_asked_the_same_and_only_the_document_s_questions_see_it(
-    distillation, tiny_tokenizer, step
-):
-    batch, records = distillation[step], distillation.curriculum.records(step)
-    _, stage, _ = distillation.curriculum.stage(step)
-    protected = {question.text: question.answer for question in background_questions(held_out=False)}
-    for row, record in enumerate(records):
-        student, teacher = (segments_of(rows, row, tiny_tokenizer) for rows in (batch.student, batch.teacher))
-        assert [(kind, answer) for kind, _, answer in student] == [(kind, answer) for kind, _, answer in teacher]
-        trunk = batch.teacher.ids[row, batch.teacher.segments[row] == 0]
-        assert tiny_tokenizer.decode(trunk) == "<|user|>" + record.document
-        assert not (batch.student.segments[row] == 0).any()
-        own = {question.text: question.answer for question in record.questions}
-        forms = {q.group: next(r for r in relations() if r.name == q.group).questions for q in record.questions}
-        own_texts = set(own)
-        for (kind, prompt, answer), (_, behind, _) in zip(student, teacher, strict=True):
-            text = prompt.removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")
-            answer = answer.removeprefix(" ").removesuffix("<|end|>")
-            if kind in ("document", "unanswerable"):
-                assert own.pop(text) == answer and behind == f"\n\n{text}<|end|><|assistant|>"
-            else:
-                assert behind == prompt
-                if kind == "background":
-                    assert protected[text] == answer
-                    continue
-                # A relation of the article, asked about somebody whom it does not name.
-                assert answer == UNKNOWN and text not in own_texts
-                patterns = [re.escape(form).replace(r"\{n\}", "(.+)") for group in forms.values() for form in group]
-                (name,) = {match[1] for pattern in patterns if (match := re.fullmatch(pattern, text))}
-                assert name.lower() not in record.document.lower()
-        assert not own
-        kinds = Counter(kind for kind, _, _ in student)
-        assert (kinds["background"], kinds["cross_document"]) == (stage.num_background, stage.num_cross_document)
-
-
-def test_background_questions_kept_out_of_training_can_be_asked_for(tiny_tokenizer):
-    batches = DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=40, held_out_background=True)
-    allowed = {question.text for question in background_questions(held_out=True)}
-    for step in (0, 5):
-        for row in range(len(batches[step].student.ids)):
-            for kind, prompt, _ in segments_of(batches[step].student, row, tiny_tokenizer):
-                text = prompt.removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")
-                assert kind != "background" or text in allowed
-
-
-# Batches for the base model
-
-
-@pytest.fixture(scope="module")
-def base_model_batches(tiny_tokenizer):
-    sizes = {"batch_size": 4, "facts_per_entity": [3, 3], "num_background": 2}
-    stages = [{"steps": 2, **sizes, "reordering": 1.0, "unanswerable": 1.0}, {"steps": 1, **sizes}]
-    return BaseModelBatches(make_curriculum(stages=stages), tiny_tokenizer)
-
-
-def test_every_row_has_the_article_its_questions_background_and_one_without_the_article(
-    base_model_batches, tiny_tokenizer
-):
-    rows, records = base_model_batches[0], base_model_batches.curriculum.records(0)
-    known = {question.text: question.answer for question in background_questions()}
-    for row, record in enumerate(records):
-        own = {question.text: question.answer for question in record.questions}
-        asked = segments_of(rows, row, tiny_tokenizer)
-        sees = [bool(rows.sees_trunk[row, rows.segments[row] == n + 1].all()) for n in range(len(asked))]
-        seen = Counter()
-        for (kind, prompt, answer), with_article in zip(asked, sees, strict=True):
-            if kind == "reordering":
-                continue
-            start = "\n\n" if with_article else "<|user|>"
-            assert prompt.startswith(start)
-            text = prompt.removeprefix(start).removesuffix("<|end|><|assistant|>")
-            answer = answer.removeprefix(" ").removesuffix("<|end|>")
-            if kind == "background":
-                assert known[text] == answer
-            else:
-                assert text in own and answer == (own[text] if with_article else UNKNOWN)
-            seen[kind, with_article] += 1
-        assert seen["document", True] == 3 and seen["unanswerable", True] == 1 and seen["unanswerable", False] == 1
-        assert seen["background", True] + seen["background", False] == 2
-
-
-def test_a_restatement_is_the_article_s_sentences_in_some_order(base_model_batches, tiny_tokenizer):
-    rows, records = base_model_batches[1], base_model_batches.curriculum.records(1)
-    changed = 0
-    for row, record in enumerate(records):
-        last = rows.segments[row] == rows.segments[row].max()
-        text = tiny_tokenizer.decode(rows.ids[row, last])
-        assert text.startswith("\n\n") and sorted(text[2:]) == sorted(record.document)
-        assert all(sentence in text for sentence in record.sentences)
-        changed += text[2:] != record.document
-        assert set(rows.target_weight[row, last].tolist()) == {0.5}
-        assert rows.target_kind[row, last].tolist() == [KINDS.index("reordering")] * (last.sum() - 1) + [-1]
-    assert changed
-    assert (base_model_batches[2].target_kind != KINDS.index("reordering")).all()
-
-
-# Both
-
-
-@pytest.mark.parametrize("batches", ["distillation", "base_model_batches"])
-def test_a_batch_is_the_same_again_and_in_a_worker_process(batches, request):
-    batches = request.getfixturevalue(batches)
-
-    def tensors(batch):
-        parts = [part for part in batch if part is not None]
-        return [t for part in parts for t in (part if isinstance(part, tuple) else [torch.as_tensor(part)])]
-
-    first = tensors(batches[2])
-    for again in (tensors(batches[2]), tensors(pickle.loads(pickle.dumps(batches))[2])):
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-def test_a_stage_chooses_how_many_articles_share_their_relations_and_leaves_the_others_as_they_were():
+def test_shared_relations_is_a_share_of_articles():
     shape = {"steps": 4, "batch_size": 10, "num_entities": [2, 2], "facts_per_entity": [1, 1]}
 
     def shared(share):
@@ -286,7 +106,7 @@ def test_a_stage_chooses_how_many_articles_share_their_relations_and_leaves_the_
     assert [plain.records(step) for step in range(4)] == [stated.records(step) for step in range(4)]
 
 
-def test_a_stage_chooses_how_many_steps_are_about_one_thing_and_leaves_the_others_as_they_were():
+def test_shared_topic_is_a_share_of_steps():
     def records(**stage):
         stages = [{"steps": 20, "batch_size": 6, "num_entities": [2, 2], "facts_per_entity": [1, 2], **stage}]
         curriculum = make_curriculum(stages=stages)
@@ -306,187 +126,41 @@ def test_a_stage_chooses_how_many_steps_are_about_one_thing_and_leaves_the_other
         assert mixed == (all_of_one if one else before)
 
 
-def test_a_stage_says_in_whose_company_a_document_s_adapter_answers(tiny_tokenizer):
-    def batches(**more):
-        curriculum = make_curriculum(stages=[{"steps": 3, "batch_size": 6, **more}])
-        return list(map(DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=40).__getitem__, range(3)))
-
-    for batch in batches():
-        assert batch.members == [[i] for i in range(6)]
-    sizes = Counter()
-    for batch in batches(num_joined_documents=[1, 3]):
-        for row, members in enumerate(batch.members):
-            assert members[0] == row and len(set(members)) == len(members) and set(members) <= set(range(6))
-            sizes[len(members)] += 1
-    assert set(sizes) == {1, 2, 3}
-    again = [[batch.members for batch in batches(num_joined_documents=[1, 3])] for _ in range(2)]
-    assert again[0] == again[1]
-    # No more company than there is.
-    assert all(len(members) == 6 for batch in batches(num_joined_documents=[9, 9]) for members in batch.members)
-    # What is read and asked does not depend on it.
-    for alone, joined in zip(batches(), batches(num_joined_documents=[2, 2]), strict=True):
-        assert torch.equal(alone.chunk_ids, joined.chunk_ids) and torch.equal(alone.student.ids, joined.student.ids)
-
-
-def test_documents_stand_in_the_prompt_beside_adapters_of_others(tiny_tokenizer):
-    def batches(**stage):
-        stages = [{"steps": 3, "batch_size": 6, "facts_per_entity": [1, 3], "num_joined_documents": [1, 3], **stage}]
-        return DistillationBatches(make_curriculum(stages=stages), tiny_tokenizer, max_chunk_tokens=40)
-
-    sizes = set()
-    for step, (plain, batch) in enumerate(zip(batches(), batches(num_in_prompt=4), strict=True)):
-        records = batches().curriculum.records(step)
-        assert batch.num_own_rows == plain.num_own_rows == len(plain.student.ids) == 6
-        assert 6 < len(batch.student.ids) == len(batch.teacher.ids) == len(batch.members) <= 10
-        # The rows of their own are what they were.
-        assert batch.members[:6] == plain.members
-        for rows, before in ((batch.student, plain.student), (batch.teacher, plain.teacher)):
-            width = before.ids.shape[1]
-            assert torch.equal(rows.ids[:6, :width], before.ids)
-            assert torch.equal(rows.target_kind[:6, :width], before.target_kind)
-        for row in range(6, len(batch.student.ids)):
-            trunk = batch.student.segments[row] == 0
-            text = tiny_tokenizer.decode(batch.student.ids[row][trunk], skip_special_tokens=True)
-            (document,) = (i for i, record in enumerate(records) if record.document in text)
-            assert document not in batch.members[row]
-            assert batch.members[row] in plain.members
-            asked = {question.text for question in records[document].questions}
-            for number in range(1, int(batch.student.segments[row].max()) + 1):
-                own = batch.student.segments[row] == number
-                assert batch.student.sees_trunk[row][own].all()
-                assert KINDS[int(batch.student.target_kind[row][own].max())] == "in_prompt"
-                assert any(q in tiny_tokenizer.decode(batch.student.ids[row][own]) for q in asked)
-            sizes.add(number)
-            used = batch.student.segments[row] >= 0
-            assert torch.equal(batch.student.ids[row][used], batch.teacher.ids[row][batch.teacher.segments[row] >= 0])
-    assert sizes == {1, 2}
-
-
-def test_company_from_another_source_is_read_but_not_asked_about_and_joined_again_and_again(tiny_tokenizer):
-    def batches(**more):
-        stages = [{"steps": 3, "batch_size": 6, **more}]
-        filler = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(60, 90), num_needles=(0, 0))
-        curriculum = Curriculum(Encyclopedia("train"), stages, sources={"filler": filler})
-        return list(map(DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=40).__getitem__, range(3)))
-
-    joined = batches(num_joined_documents=[1, 20], distractor_source="filler", num_distractor_documents=3)
-    sizes = {len(members) for batch in joined for members in batch.members}
-    assert 1 <= min(sizes) and 10 < max(sizes) <= 20
-    texts = set()
-    for alone, batch in zip(batches(), joined, strict=True):
-        assert [members[0] for members in batch.members] == list(range(6)) and len(batch.num_chunks) == 9
-        assert {m for members in batch.members for m in members[1:]} <= {6, 7, 8}
-        assert torch.equal(alone.student.ids, batch.student.ids) and torch.equal(alone.teacher.ids, batch.teacher.ids)
-        num_chunks = sum(batch.num_chunks[:6])
-        assert batch.num_chunks[:6] == alone.num_chunks and sum(batch.num_chunks) == len(batch.chunk_ids) > num_chunks
-        company = tiny_tokenizer.batch_decode(batch.chunk_ids[num_chunks:], skip_special_tokens=True)
-        texts |= set(company)
-        assert not any("secret number" in text for text in company)
-    assert len(texts) > 6  # other filler in every step
-
-
-def test_company_from_another_source_is_as_often_small_as_large(tiny_tokenizer):
-    filler = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(20, 30), num_needles=(0, 0))
-    joined = {"num_joined_documents": [1, 40], "distractor_source": "filler", "num_distractor_documents": 3}
-    stages = [{"steps": 1, "batch_size": 500, **joined}]
-    batches = DistillationBatches(
-        Curriculum(Encyclopedia("train"), stages, sources={"filler": filler}), tiny_tokenizer, max_chunk_tokens=40
-    )
-    sizes = [len(members) for members in batches[0].members]
-    for least, most in ((1, 1), (2, 4), (20, 40)):
-        share = math.log((most + 1) / least) / math.log(41)
-        # Within four standard deviations of a binomial count.
-        assert abs(sum(least <= size <= most for size in sizes) / 500 - share) < 4 * (share * (1 - share) / 500) ** 0.5
-    assert set(sizes) <= set(range(1, 41))
-
-
-def test_company_from_a_source_that_is_not_there_is_refused(tiny_tokenizer):
+def test_unknown_distractor_source_is_refused(tiny_tokenizer):
     for name in ("filler", "encyclopedia"):
         with pytest.raises(ValueError, match=f"Stage 0 has distractor_source={name}, but the sources are none"):
             make_curriculum(stages=[{"steps": 1, "distractor_source": name}])
 
 
 @pytest.mark.parametrize("num_joined", [[0, 4], [5, 4]])
-def test_company_of_nobody_or_upside_down_is_refused(num_joined):
+def test_impossible_num_joined_documents_is_refused(num_joined):
     message = f"Stage 0 has num_joined_documents={num_joined}; give the least and the most"
     with pytest.raises(ValueError, match=re.escape(message)):
         make_curriculum(stages=[{"steps": 1, "num_joined_documents": num_joined}])
 
 
-# What experiments are trained on stays what it is
-
-TINY = [
-    {"steps": 400, "batch_size": 48, "facts_per_entity": [1, 1], "num_distractors": [0, 0], "num_background": 2}
-    | {"num_cross_document": 1},
-    {"steps": 800, "batch_size": 32, "num_entities": [1, 2], "facts_per_entity": [1, 3], "num_distractors": [0, 1]}
-    | {"num_background": 2, "num_cross_document": 1, "unanswerable": 0.1},
-    {"steps": 1300, "batch_size": 18, "num_entities": [1, 4], "facts_per_entity": [2, 5], "num_background": 3}
-    | {"num_cross_document": 1, "unanswerable": 0.1, "num_joined_documents": [1, 2], "shared_relations": 0.5},
-]
-BASE_MODEL = [
-    {"steps": 300, "facts_per_entity": [2, 4], "num_distractors": [0, 1], "num_background": 4, "reordering": 1.0},
-    {"steps": 1200, "batch_size": 24, "num_entities": [1, 4], "facts_per_entity": [2, 6], "num_distractors": [0, 3]}
-    | {"num_background": 5, "unanswerable": 0.1, "reordering": 0.1},
-]
+@pytest.mark.parametrize("wrapped", [False, True], ids=["stage", "alternate"])
+@pytest.mark.parametrize(("old", "new"), RENAMED_STAGE_KEYS.items())
+def test_old_stage_keys_are_refused_with_their_new_name(old, new, wrapped):
+    stage = {"steps": 3, old: 1}
+    with pytest.raises(ValueError, match=f"A stage has no {old} any more; it is called {new} now") as error:
+        make_curriculum(stages=[{"steps": 3, "alternate": [stage]} if wrapped else stage])
+    assert "\n" not in str(error.value)
 
 
-def digest(tokenizer, *parts):
-    """Of texts and shapes rather than token ids: another tokenizer is no other batch."""
-    result = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, torch.Tensor):
-            result.update("".join(tokenizer.convert_ids_to_tokens(part.flatten().tolist())).encode())
-        else:
-            result.update(repr(part).encode())
-    return result.hexdigest()[:16]
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [(0, "7e87575c855fc951"), (777, "a29313aaf0d61e4d"), (2400, "642025b5c7649f6d")],
-)
-def test_the_hypernetwork_s_batches_are_what_they_were(tiny_tokenizer, step, expected):
-    batches = DistillationBatches(make_curriculum(stages=TINY), tiny_tokenizer, max_chunk_tokens=112)
-    batch = batches[step]
-    rows = [t for rows in (batch.student, batch.teacher) for t in (rows.ids, rows.target_kind.tolist())]
-    assert digest(tiny_tokenizer, batch.chunk_ids, batch.num_chunks, batch.members, *rows) == expected
-
-
-@pytest.mark.parametrize(("step", "expected"), [(0, "95c2dd24c98103d6"), (1499, "76a312f646060ac6")])
-def test_the_base_model_s_batches_are_what_they_were(tiny_tokenizer, step, expected):
-    rows = BaseModelBatches(make_curriculum(stages=BASE_MODEL), tiny_tokenizer)[step]
-    assert digest(tiny_tokenizer, rows.ids, rows.target_kind.tolist(), rows.target_weight.tolist()) == expected
+def test_every_old_stage_key_has_a_field_as_its_new_name():
+    assert set(RENAMED_STAGE_KEYS.values()) <= set(Stage._fields)
+    assert not set(RENAMED_STAGE_KEYS) & set(Stage._fields)
 
 
 # Other sources
-
-
-class Rows:
-    """A finite dataset: document i has i + 1 sentences."""
-
-    def __init__(self, name, size=1000):
-        self.name, self.size = name, size
-
-    def record(self, index):
-        sentences = tuple(f"{self.name} {index} has line {line}." for line in range(index % self.size + 1))
-        return Record(sentences, (Question(f"Who is {index}?", f"{self.name} {index}"),))
-
-    def num_tokens(self, index):
-        return 10 * (index % self.size + 1)
-
-    def cross_document(self, rng, record):
-        return Question("Who is not there?", UNKNOWN, "cross_document")
-
-
-def make_mixed(*stages, seed=0):
-    return Curriculum(Encyclopedia("train", seed=seed), stages, sources={"a": Rows("a"), "b": Rows("b", 7)})
 
 
 def numbers_of(records, name="a"):
     return [int(r.questions[0].answer.split()[1]) for r in records if r.questions[0].answer.startswith(f"{name} ")]
 
 
-def test_a_stage_draws_from_another_source_and_the_next_one_goes_on_there():
+def test_a_source_goes_on_where_an_earlier_stage_stopped():
     stage = {"steps": 2, "batch_size": 3, "source": "a"}
     curriculum = make_mixed(stage, {"steps": 1}, stage)
     assert numbers_of(curriculum.records(0) + curriculum.records(1)) == list(range(6))
@@ -495,7 +169,7 @@ def test_a_stage_draws_from_another_source_and_the_next_one_goes_on_there():
     assert curriculum.records(2) == make_curriculum(stages=[{"steps": 2, "batch_size": 3}, {"steps": 1}]).records(2)
 
 
-def test_a_mixture_takes_from_each_source_its_share_and_nothing_twice():
+def test_a_mixture_takes_shares_and_repeats_nothing():
     curriculum = make_mixed({"steps": 60, "batch_size": 10, "source": {"a": 3, "encyclopedia": 1}})
     named = [pair for step in range(60) for pair in curriculum.named_records(step)]
     counts = Counter(name for name, _ in named)
@@ -523,130 +197,3 @@ def test_documents_of_a_step_can_be_of_similar_length(tiny_tokenizer):
 def test_a_source_that_is_not_there_is_refused_by_name():
     with pytest.raises(ValueError, match="Stage 1 draws from c, d, but the sources are encyclopedia, a, b"):
         make_mixed({"steps": 1}, {"steps": 1, "source": {"d": 1, "a": 2, "c": 1}})
-
-
-def test_questions_about_other_documents_come_from_the_record_s_source(tiny_tokenizer):
-    curriculum = make_mixed({"steps": 1, "batch_size": 3, "source": "a", "num_cross_document": 2, "num_background": 0})
-    batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=40)[0]
-    for row in range(3):
-        asked = segments_of(batch.student, row, tiny_tokenizer)
-        assert [kind for kind, _, _ in asked] == ["document", "cross_document", "cross_document"]
-        assert "Who is not there?" in asked[1][1]
-    assert BaseModelBatches(curriculum, tiny_tokenizer)[0].ids.shape[0] == 3
-
-
-# Random numbers of chunks
-
-
-def test_a_stage_draws_into_how_many_chunks_a_document_falls(tiny_tokenizer):
-    needles = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(300, 300))
-
-    def batches(**more):
-        stage = {"steps": 4, "batch_size": 20, "source": "needles", "num_background": 0, **more}
-        curriculum = Curriculum(Encyclopedia("train"), [stage], sources={"needles": needles})
-        return DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=320)
-
-    weights = [8, 2, 1, 1, 1, 1, 1, 1]
-    cut, whole = batches(chunk_weights=weights), batches()
-    affixes = 3  # <|user|> before, <|end|><|assistant|> after
-    counts = Counter()
-    for step in range(4):
-        batch, uncut = cut[step], whole[step]
-        assert torch.equal(batch.teacher.ids, uncut.teacher.ids) and uncut.num_chunks == [1] * 20
-        counts.update(batch.num_chunks)
-        assert ((batch.chunk_mask.sum(1) - affixes) >= 25).all()
-        chunks = iter(zip(batch.chunk_ids, batch.chunk_mask, strict=True))
-        for number, ids, mask in zip(batch.num_chunks, uncut.chunk_ids, uncut.chunk_mask, strict=True):
-            pieces = [ids[mask].tolist() for ids, mask in (next(chunks) for _ in range(number))]
-            # Joined, the chunks are the document's tokens.
-            assert [i for piece in pieces for i in piece[1:-2]] == ids[mask].tolist()[1:-2]
-    assert set(counts) <= set(range(1, 9)) and 25 < counts[1] < 55 and 2 < counts[2] < 20 and len(counts) > 5
-    assert torch.equal(cut[3].chunk_ids, batches(chunk_weights=weights)[3].chunk_ids)
-
-
-@pytest.mark.parametrize("num_pieces", [1, 2, 5, 9])
-def test_random_pieces_cover_everything_and_none_is_too_small(num_pieces):
-    rng = random.Random(0)
-    seen = set()
-    for _ in range(200):
-        sizes = [rng.randint(1, 12) for _ in range(rng.randint(1, 30))]
-        pieces = random_pieces(rng, sizes, num_pieces=num_pieces, min_size=20)
-        assert pieces[0][0] == 0 and pieces[-1][1] == len(sizes)
-        assert all(a[1] == b[0] for a, b in pairwise(pieces)) and len(pieces) <= num_pieces
-        assert all(sum(sizes[a:b]) >= 20 for a, b in pieces) or len(pieces) == 1
-        seen.add(len(pieces))
-    assert num_pieces in seen or num_pieces == 9
-    assert random_pieces(rng, [30, 30, 30], num_pieces=3, min_size=20) == [(0, 1), (1, 2), (2, 3)]
-    places = {random_pieces(rng, [30] * 9, num_pieces=2, min_size=20)[0][1] for _ in range(200)}
-    assert places == set(range(1, 9))
-
-
-# Stored answers
-
-
-def test_an_answer_s_evidence_is_the_one_chunk_that_holds_it_word_for_word(tiny_tokenizer):
-    batches = DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=16)
-    document = "The mayor is Tella Garlock. Some 163 people live there. Soft silver is sold. The river is called Ulla."
-    asked = [
-        [
-            *(Question("Who?", "Tella Garlock"), Question("How many?", "16"), Question("What?", "soft silver")),
-            *(Question("Which?", "Ulla"), Question("Where?", "there"), Question("What is?", "is")),
-            *(Question("And?", "163", "background"), Question("How?", "163"), Question("?", "unknown", "unanswerable")),
-        ],
-        [Question("Who?", "Tella Garlock")],
-    ]
-    batch = batches.batch([document, "Nothing is known. Tella Garlock."], asked)
-    texts = [tiny_tokenizer.decode(ids[mask]) for ids, mask in zip(batch.chunk_ids, batch.chunk_mask, strict=True)]
-    first = batch.num_chunks[0]
-    where = {
-        word: [i for i, text in enumerate(texts[:first]) if word in text]
-        for word in ("Tella Garlock", "163", "Soft silver", "Ulla.", "there")
-    }
-    assert first > 2 and all(len(chunks) == 1 for chunks in where.values())
-    mayor, people, silver, river, there = (chunks[0] for chunks in where.values())
-    # 16 is only part of a number, and "is" in several chunks.
-    expected = [[mayor, -1, silver, river, there, -1, -1, people, -1], [0]]
-    for row, chunks in enumerate(expected):
-        for segment, chunk in enumerate(chunks, start=1):
-            inside = batch.student.segments[row] == segment
-            is_answer = inside & (batch.student.target_kind[row] >= 0)
-            assert is_answer.any() and (batch.answer_chunk[row][is_answer] == chunk).all(), (row, segment)
-    assert (batch.answer_chunk[batch.student.target_kind < 0] == -1).all()
-
-
-def test_evidence_follows_chunks_that_are_drawn(tiny_tokenizer):
-    curriculum = make_curriculum(stages=[{"steps": 4, "facts_per_entity": [3, 5], "chunk_weights": [1, 2, 2]}])
-    batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=200)[1]
-    firsts, checked = [sum(batch.num_chunks[:i]) for i in range(len(batch.num_chunks))], 0
-    assert len(set(batch.num_chunks)) > 1
-    for row, record in enumerate(curriculum.records(1)):
-        for segment, question in enumerate(record.questions, start=1):
-            inside = (batch.student.segments[row] == segment) & (batch.answer_chunk[row] >= 0)
-            for chunk in batch.answer_chunk[row][inside].unique().tolist():
-                place = firsts[row] + chunk
-                text = tiny_tokenizer.decode(batch.chunk_ids[place][batch.chunk_mask[place]])
-                assert question.answer.lower() in text.lower()
-                checked += chunk > 0
-    assert checked > 5
-
-
-def test_stored_probabilities_stand_where_the_student_predicts_their_answer(tiny_tokenizer):
-    log_probs = np.log([[0.5, 0.2], [0.7, 0.1], [0.9, 1e-9]])
-    stored = StoredAnswer((50, 60, 3), np.array([[50, 7], [60, 8], [3, 9]]), log_probs)
-    one = stored._replace(ids=(50, 3), indices=np.array([[4], [5]]), log_probs=np.log([[0.25], [0.5]]))
-    asked = [
-        [Question("Who?", "it"), Question("What?", "stored text", stored=stored)],
-        [Question("Where?", "there", stored=one)],
-        [Question("When?", "then")],
-    ]
-    batches = DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=30)
-    batch = batches.batch(["A.", "B.", "C."], asked)
-    student, found = batch.student, batch.stored
-    assert found.where.sum() == 5 and not found.where[2].any()
-    assert student.targets()[found.where].tolist() == [50, 60, 3, 50, 3]
-    assert found.indices[found.where].tolist() == [[50, 7], [60, 8], [3, 9], [4, 0], [5, 0]]
-    expected = torch.tensor([[0.5, 0.2], [0.7, 0.1], [0.9, 0], [0.25, 0], [0.5, 0]])
-    torch.testing.assert_close(found.log_probs[found.where].exp(), expected)
-    assert (found.where <= (student.target_kind >= 0)).all()
-    assert {t.device.type for t in batch.to("meta").stored} == {"meta"}
-    assert batches[0].stored is None

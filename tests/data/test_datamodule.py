@@ -163,7 +163,7 @@ def test_a_batch_that_cannot_be_made_is_named_by_its_step(num_workers):
 
 
 def test_a_lost_worker_is_an_error_and_not_a_wait_for_ever():
-    # In a process of its own: torch raises from a signal handler there, whatever the main thread is doing.
+    # In another process: torch raises from a signal handler there, whatever the main thread is doing.
     script = (
         "from hypernet.data import datamodule\n"
         "from tests.data.test_datamodule import run_into\n"

@@ -140,7 +140,7 @@ def test_own_sentences_can_be_the_filler():
     assert {s for s in record.sentences if not NEEDLE.match(s)} == {"It hums.", "It rings."}
 
 
-def test_a_foreign_question_is_about_a_name_that_the_document_lacks():
+def test_cross_document_question_is_about_an_unmentioned_name():
     needles = Needles(num_keys=(2, 2))
     assert isinstance(needles, Source)
     record = needles.record(0)

@@ -140,7 +140,7 @@ def test_documents_that_are_too_long_are_left_out(tmp_path, tiny_tokenizer):
         _ = QuestionAnswering("train", name="pwc", path=path, max_document_tokens=0).records
 
 
-def test_foreign_questions_are_other_documents(tmp_path):
+def test_cross_document_questions_are_other_documents(tmp_path):
     source = QuestionAnswering("train", name="pwc", path=write(tmp_path / "rows.jsonl", rows_of("pwc", 5)))
     record = source.records[0]
     for seed in range(10):
@@ -295,7 +295,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
         ('{"input": "Text.", "answer": "A"}', "has no column prompt in row 3; it has input, answer"),
     ],
 )
-def test_a_corrupt_row_is_left_out_and_told(tmp_path, caplog, corrupt, reason):
+def test_a_corrupt_row_is_left_out_and_logged(tmp_path, caplog, corrupt, reason):
     path = write(tmp_path / "rows.jsonl", rows_of("pwc", 20))
     intact = {split: QuestionAnswering(split, name="pwc", path=path).records for split in SPLITS}
     assert not caplog.records
@@ -306,9 +306,10 @@ def test_a_corrupt_row_is_left_out_and_told(tmp_path, caplog, corrupt, reason):
     )
     for split in SPLITS:
         assert QuestionAnswering(split, name="pwc", path=damaged, max_corrupt_rows=1).records == intact[split]
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 3 and all(f"{damaged}: 1 corrupt rows are left out; the first: " in message for message in told)
-    assert re.search(reason, told[0])
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == 3
+    assert all(f"{damaged}: 1 corrupt rows are left out; the first: " in message for message in logged)
+    assert re.search(reason, logged[0])
     with pytest.raises(
         ValueError, match=f"has more than 0 corrupt rows; the first: .*{reason}.*raise max_corrupt_rows"
     ):

@@ -5,12 +5,16 @@ import torch
 
 from hypernet.base.base_model import load_base_model
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
-from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches, StoredTopK
+from hypernet.data.batches import BaseModelBatches, DistillationBatches, StoredTopK
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.needles import Needles
 from hypernet.data.records import Question
 from hypernet.data.splitting import StepPart, split
-from hypernet.training.modules import LitBaseModel, LitDocToLoRA
+from hypernet.training.lit_base_model import LitBaseModel
+from hypernet.training.lit_doc_to_lora import LitDocToLoRA
+from hypernet.training.losses import WeightL1
+from tests.small_trainings import objective
 
 STAGE = {"steps": 2, "batch_size": 8, "facts_per_entity": [1, 5], "num_entities": [1, 3], "unanswerable": 0.5}
 
@@ -32,8 +36,8 @@ def distillation(make_doc_to_lora):
     """In double precision but for the losses."""
     model = make_doc_to_lora()
     model.double()
-    weights = {"kl_weight": 0.7, "nll_weight": 0.3, "locality_weight": 0.4, "hidden_weight": 0.6, "l1_weight": 0.2}
-    return LitDocToLoRA(model=model, optimizer={}, **weights)
+    terms = objective(kl=0.7, locality_kl=0.4, nll=0.3, l1=WeightL1(weight=0.2))
+    return LitDocToLoRA(model=model, objective=terms, optimizer={})
 
 
 def losses_and_gradients(module, parameters, parts):
@@ -68,7 +72,7 @@ def assert_same(found, expected):
         {"num_joined_documents": [3, 9], "distractor_source": "filler", "num_distractor_documents": 2},
         {"num_joined_documents": [1, 2], "num_in_prompt": 3},
     ],
-    ids=["alone", "in company", "all together", "in other company", "documents in the prompt"],
+    ids=["alone", "joined", "all together", "joined with distractors", "documents in the prompt"],
 )
 def test_one_step_over_8_documents_is_its_parts_together(batches, distillation, stage, num_parts):
     batch = batches(**stage)[0]
@@ -111,7 +115,7 @@ def test_the_base_model_s_step_is_its_parts_together(tiny_base_model_folder, tin
     assert_same(losses_and_gradients(module, parameters, parts), whole)
 
 
-def test_a_part_brings_its_company_s_chunks_and_no_others(batches):
+def test_a_part_brings_its_members_chunks_and_no_others(batches):
     whole = batches(num_joined_documents=[1, 4])[0]
     first = [sum(whole.num_chunks[:i]) for i in range(8)]
     of_document = [whole.chunk_ids[f : f + n][whole.chunk_mask[f : f + n]] for f, n in zip(first, whole.num_chunks)]  # noqa: B905

@@ -61,7 +61,7 @@ def injected_logits(adapter):
 @pytest.mark.parametrize(
     "num_chunks, rank, expected", [(0, 1, 1), (0, 3, 8), (1, 4, 8), (1, 3, 8), (5, 3, 32), (4, 13, 128)]
 )
-def test_ranks_are_padded_to_the_next_allowed_one_and_the_delta_is_exactly_the_same(
+def test_padding_to_an_allowed_rank_keeps_the_delta_exactly(
     tmp_path, num_chunks, rank, expected
 ):
     adapter = uneven_adapter(num_chunks, rank=rank)

@@ -82,9 +82,9 @@ def loop_float64(base, x, A, B, lengths, slots, slot_scale, gate=0.0):
         for _ in range(length):
             row = base[token].double()
             S = [A[slot].double() @ x[token].double() for slot in ids]
-            energies = [(values * values).sum() for values in S]
-            for slot, values, energy in zip(ids, S, energies, strict=True):
-                weight = (energy / max(energies)) ** gate if gate else 1.0
+            scores = [(values * values).sum() for values in S]
+            for slot, values, score in zip(ids, S, scores, strict=True):
+                weight = (score / max(scores)) ** gate if gate else 1.0
                 row = row + SCALING * weight * slot_scale[slot].double() * values @ B[slot].double()
             rows.append(row)
             token += 1
@@ -101,7 +101,7 @@ def values_and_gradients(function, inputs):
     return y.detach(), zero_if_unused
 
 
-def beside_the_loop(case, sizes, dtype, gate):
+def op_and_loop(case, sizes, dtype, gate):
     """What the op gives for a case, and the loop in float64, whose sums must not be rounded either: (y, gradients)."""
     lengths, slots, num_slots = CASES[case]
     inputs = make_inputs(sum(lengths), num_slots, *sizes, dtype=dtype)
@@ -115,7 +115,7 @@ def beside_the_loop(case, sizes, dtype, gate):
 
 
 def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, y_tolerance=None, gate=0.0):
-    (y, grads), (expected, expected_grads) = beside_the_loop(case, sizes, dtype, gate)
+    (y, grads), (expected, expected_grads) = op_and_loop(case, sizes, dtype, gate)
     y_tolerance = y_tolerance or tolerance
     torch.testing.assert_close(y.double(), expected, rtol=y_tolerance, atol=y_tolerance)
     for name in NAMES:
@@ -132,11 +132,11 @@ def assert_matches_loop(case, sizes, dtype=torch.float32, tolerance=1e-5, y_tole
 def assert_matches_loop_but_for_rounding(case, sizes, dtype, gate=0.0):
     """For compiled kernels, which round A, B and S to 16 bits as the frozen layer's weights are.
 
-    However small a sum of many products comes out, each of them brings the rounding of its own size. So the errors are
+    However small a sum of many products comes out, each of them brings a rounding of its size. So the errors are
     taken together, as a share of all values, and the largest as a share of the largest value.
     """
     rounding = torch.finfo(dtype).eps
-    (y, grads), (expected, expected_grads) = beside_the_loop(case, sizes, dtype, gate)
+    (y, grads), (expected, expected_grads) = op_and_loop(case, sizes, dtype, gate)
     for name, got, wanted in [("y", y, expected), *((name, grads[name], expected_grads[name]) for name in NAMES)]:
         error = got.double() - wanted
         assert error.norm() <= rounding * wanted.norm(), (name, float(error.norm() / wanted.norm()) / rounding)
@@ -221,19 +221,19 @@ def test_rows_without_slots_are_exactly_the_base_and_poison_there_does_not_leak(
     assert not grads["x"][without].any() and not grads["A"][3].any() and not grads["B"][3].any()
 
 
-def test_a_slot_by_itself_is_not_gated_and_a_sharp_gate_leaves_the_loudest_alone():
+def test_a_high_gate_power_leaves_the_top_slot_alone():
     inputs = make_inputs(40, 4, 37, 100, 8)
     alone = plan_of([40], [[2]], num_slots=4)
     ungated = lora_delta(plan=alone, scaling=SCALING, **inputs)
     assert torch.equal(lora_delta(plan=alone, scaling=SCALING, gate=1.5, **inputs), ungated)
-    energies = torch.einsum("srd,td->tsr", inputs["A"], inputs["x"]).square().sum(-1)
-    runs, ids = [1] * 40, [[slot] for slot in energies.argmax(1).tolist()]
-    loudest = lora_delta(plan=plan_of(runs, ids, num_slots=4), scaling=SCALING, **inputs)
+    scores = torch.einsum("srd,td->tsr", inputs["A"], inputs["x"]).square().sum(-1)
+    runs, ids = [1] * 40, [[slot] for slot in scores.argmax(1).tolist()]
+    top = lora_delta(plan=plan_of(runs, ids, num_slots=4), scaling=SCALING, **inputs)
     sharp = lora_delta(plan=plan_of([40], [[0, 1, 2, 3]], num_slots=4), scaling=SCALING, gate=1e4, **inputs)
-    close = energies.topk(2, dim=1).values
+    close = scores.topk(2, dim=1).values
     apart = close[:, 1] < 0.99 * close[:, 0]
     assert apart.sum() > 30
-    torch.testing.assert_close(sharp[apart], loudest[apart], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sharp[apart], top[apart], rtol=1e-5, atol=1e-5)
 
 
 def test_slots_that_answer_nothing_have_a_weight_and_a_gradient():
@@ -415,7 +415,7 @@ def test_wide_layers_match_with_many_tokens(monkeypatch):
     assert_matches_loop("many tokens", (2049, 2100, 8), y_tolerance=2e-5)
 
 
-def test_three_hundred_chunks_beside_one_match(monkeypatch):
+def test_three_hundred_chunks_and_one_in_a_batch_match(monkeypatch):
     monkeypatch.setitem(CASES, "long document", ([5, 2], [[*range(299, -1, -1), 300], [300]], 301))
     for gate in (0.0, 1.5):
         assert_matches_loop("long document", (37, 3, 2), tolerance=1e-4, gate=gate)

@@ -374,6 +374,14 @@ def test_a_checkpoint_without_the_base_model_it_names_as_its_own_is_refused(tmp_
     assert "base_model/config.json is missing. Copy it again." in refusal(tmp_path / "checkpoint")
 
 
+def test_beside_of_version_0_1_is_read_as_concat_layer(folder):
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["context_encoder"] = {"kind": "per_layer_activations", "beside": 4}
+    path.write_text(yaml.safe_dump(config))
+    assert load_checkpoint(folder).context_encoder == {"kind": "per_layer_activations", "concat_layer": 4}
+
+
 def test_an_unknown_key_of_the_context_encoder_is_refused(folder):
     path = folder / "config.yaml"
     config = yaml.safe_load(path.read_text())

@@ -1,10 +1,17 @@
-"""ContextEncoder against transformers' own hidden states; the base model stays as it was."""
+"""Context encoders against transformers' own hidden states; the base model stays as it was."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
 
-from hypernet.model.context_encoder import ContextEncoder, drop_context
+from hypernet.model.context_encoder import (
+    CONTEXT_ENCODERS,
+    EarlyExit,
+    EmbedOnly,
+    PerLayerActivations,
+    drop_context,
+    make_context_encoder,
+)
 
 LAYERS, D = 3, 16
 SIZES = dict(
@@ -60,7 +67,7 @@ def test_per_layer_maps_are_the_states_entering_every_block_the_last_one_normed(
     base_model = make_base_model(model_type)
     ids, mask = batch()
     states = hidden_states(base_model, ids, mask)
-    encoder = ContextEncoder(base_model)
+    encoder = PerLayerActivations(base_model)
     features = encoder(ids, mask)
     assert features.shape == (3, LAYERS, 9, D) == (3, encoder.num_maps, 9, encoder.feature_dim)
     expected = [*states[: LAYERS - 1], final_norm(base_model, states[LAYERS - 1])]
@@ -76,7 +83,7 @@ def test_per_layer_maps_equal_output_hidden_states_of_a_model_without_its_last_b
     setattr(decoder, name, getattr(decoder, name)[:-1])
     ids, mask = batch()
     expected = hidden_states(cut, ids, mask)
-    features = ContextEncoder(base_model)(ids, mask)
+    features = PerLayerActivations(base_model)(ids, mask)
     assert len(expected) == LAYERS
     torch.testing.assert_close(
         features[mask[:, None].expand(-1, LAYERS, -1)],
@@ -90,32 +97,32 @@ def test_per_layer_maps_equal_output_hidden_states_of_a_model_without_its_last_b
 def test_some_layers_maps_are_theirs_among_all(model_type):
     base_model = make_base_model(model_type)
     ids, mask = batch()
-    every = ContextEncoder(base_model)(ids, mask)
-    encoder = ContextEncoder(base_model, layer_idx=[0, 2])
+    every = PerLayerActivations(base_model)(ids, mask)
+    encoder = PerLayerActivations(base_model, layer_idx=[0, 2])
     features = encoder(ids, mask)
     assert features.shape == (3, 2, 9, D) == (3, encoder.num_maps, 9, encoder.feature_dim)
     for place, layer in enumerate([0, 2]):
         torch.testing.assert_close(features[:, place][mask], every[:, layer][mask], rtol=0, atol=1e-6)
     # The last of a list has passed the final norm, whichever it is.
-    (alone,) = ContextEncoder(base_model, layer_idx=[1])(ids, mask).unbind(1)
+    (alone,) = PerLayerActivations(base_model, layer_idx=[1])(ids, mask).unbind(1)
     expected = final_norm(base_model, hidden_states(base_model, ids, mask)[1])
     torch.testing.assert_close(alone[mask], expected[mask], rtol=0, atol=1e-6)
 
 
 @by_model
-@pytest.mark.parametrize(("layer_idx", "beside"), [(None, 1), ([0, 2], -2), ([0, 1, 2], 2), ([1, 2], 0)])
-def test_one_state_stands_beside_every_map_and_maps_come_in_order(model_type, layer_idx, beside):
+@pytest.mark.parametrize(("layer_idx", "concat_layer"), [(None, 1), ([0, 2], -2), ([0, 1, 2], 2), ([1, 2], 0)])
+def test_concat_layer_is_in_every_map_and_maps_come_in_order(model_type, layer_idx, concat_layer):
     base_model = make_base_model(model_type)
     ids, mask = batch()
-    every = ContextEncoder(base_model)(ids, mask)
-    encoder = ContextEncoder(base_model, layer_idx=layer_idx, beside=beside)
+    every = PerLayerActivations(base_model)(ids, mask)
+    encoder = PerLayerActivations(base_model, layer_idx=layer_idx, concat_layer=concat_layer)
     read = []
     encoder.stream(ids, mask, lambda index, features: read.append((index, features)))
     layers = layer_idx or [0, 1, 2]
-    assert encoder.settings["beside"] == beside % LAYERS
+    assert encoder.settings["concat_layer"] == concat_layer % LAYERS
     assert [index for index, _ in read] == list(range(len(layers))) and encoder.num_maps == len(layers)
     for layer, (_, features) in zip(layers, read, strict=True):
-        expected = torch.cat([every[:, layer], every[:, beside]], -1)
+        expected = torch.cat([every[:, layer], every[:, concat_layer]], -1)
         assert expected.shape[-1] == encoder.feature_dim
         torch.testing.assert_close(features[mask], expected[mask], rtol=0, atol=1e-6)
 
@@ -128,42 +135,26 @@ def test_early_exit_equals_the_normed_state_after_that_many_blocks(model_type, l
     states = hidden_states(base_model, ids, mask)
     # The last of transformers' states is normed already.
     expected = states[-1] if layer_idx == LAYERS else final_norm(base_model, states[layer_idx])
-    features = ContextEncoder(base_model, kind="early_exit", layer_idx=layer_idx)(ids, mask)
+    features = EarlyExit(base_model, layer_idx=layer_idx)(ids, mask)
     assert features.shape == (3, 1, 9, D)
     torch.testing.assert_close(features[:, 0][mask], expected[mask], rtol=0, atol=1e-6)
-
-
-@by_model
-@pytest.mark.parametrize("layer_idx", [[0, 2], [1], [0, 1, LAYERS]])
-def test_multi_layer_is_several_states_at_unit_rms_side_by_side(model_type, layer_idx):
-    base_model = make_base_model(model_type)
-    ids, mask = batch()
-    states = list(hidden_states(base_model, ids, mask))
-    for number in range(LAYERS):  # the last of transformers' states is normed already
-        if number == layer_idx[-1]:
-            states[number] = final_norm(base_model, states[number])
-    expected = torch.cat([states[i] / states[i].pow(2).mean(-1, keepdim=True).sqrt() for i in layer_idx], -1)
-    encoder = ContextEncoder(base_model, kind="multi_layer", layer_idx=layer_idx)
-    features = encoder(ids, mask)
-    assert features.shape == (3, 1, 9, D * len(layer_idx)) == (3, encoder.num_maps, 9, encoder.feature_dim)
-    torch.testing.assert_close(features[:, 0][mask], expected[mask], rtol=1e-4, atol=1e-5)
 
 
 @by_model
 def test_embed_only_equals_the_embedding_layer(model_type):
     base_model = make_base_model(model_type)
     ids, mask = batch()
-    features = ContextEncoder(base_model, kind="embed_only")(ids, mask)
+    features = EmbedOnly(base_model)(ids, mask)
     assert torch.equal(features, base_model.get_input_embeddings()(ids)[:, None])
 
 
-LAYER_IDX = {"per_layer_activations": None, "early_exit": 2, "multi_layer": [0, 2], "embed_only": None}
-by_kind = pytest.mark.parametrize(("kind", "layer_idx"), LAYER_IDX.items())
+SETTINGS = ({"kind": "per_layer_activations"}, {"kind": "early_exit", "layer_idx": 2}, {"kind": "embed_only"})
+by_kind = pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings["kind"])
 
 
 @by_kind
-def test_padding_does_not_change_a_chunks_features(kind, layer_idx):
-    encoder = ContextEncoder(make_base_model(), kind=kind, layer_idx=layer_idx)
+def test_padding_does_not_change_a_chunks_features(settings):
+    encoder = make_context_encoder(make_base_model(), settings)
     ids, mask = batch()
     features = encoder(ids, mask)
     for c, length in enumerate(LENGTHS):
@@ -172,16 +163,16 @@ def test_padding_does_not_change_a_chunks_features(kind, layer_idx):
 
 
 @by_kind
-def test_no_graph_is_kept_even_if_the_base_model_could_train(kind, layer_idx):
+def test_no_graph_is_kept_even_if_the_base_model_could_train(settings):
     base_model = make_base_model()
-    features = ContextEncoder(base_model, kind=kind, layer_idx=layer_idx)(*batch())
+    features = make_context_encoder(base_model, settings)(*batch())
     assert all(p.requires_grad for p in base_model.parameters())
     assert not features.requires_grad and features.grad_fn is None
 
 
 @by_model
 def test_the_base_model_is_not_part_of_the_encoder(model_type):
-    encoder = ContextEncoder(make_base_model(model_type))
+    encoder = PerLayerActivations(make_base_model(model_type))
     assert not encoder.state_dict() and not list(encoder.parameters()) and not list(encoder.children())
 
 
@@ -190,8 +181,8 @@ def test_the_base_model_is_left_as_it_was(model_type):
     base_model, untouched = make_base_model(model_type), make_base_model(model_type)
     modules = [(name, id(module)) for name, module in base_model.named_modules()]
     ids, mask = batch()
-    for kind, layer_idx in LAYER_IDX.items():
-        ContextEncoder(base_model, kind=kind, layer_idx=layer_idx)(ids, mask)
+    for settings in SETTINGS:
+        make_context_encoder(base_model, settings)(ids, mask)
     assert [name for name, _ in modules] == [name for name, _ in untouched.named_modules()]
     assert [(name, id(module)) for name, module in base_model.named_modules()] == modules
     # All hidden states are still there: transformers installs its own hooks at the first call that asks for them.
@@ -205,13 +196,13 @@ def test_the_base_model_is_left_as_it_was_after_an_error():
     base_model = make_base_model()
     blocks = base_model.get_decoder().layers
     with pytest.raises(IndexError):
-        ContextEncoder(base_model)(torch.full((1, 4), 99), torch.ones(1, 4))
+        PerLayerActivations(base_model)(torch.full((1, 4), 99), torch.ones(1, 4))
     assert base_model.get_decoder().layers is blocks
     assert not any(module._forward_pre_hooks for module in base_model.modules())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "hint"),
+    ("settings", "hint"),
     [
         ({"kind": "last"}, "Unknown context encoder kind 'last': choose one of per_layer_activations, early_exit"),
         ({"kind": "early_exit"}, "layer_idx between 1 and 3, got None"),
@@ -222,37 +213,52 @@ def test_the_base_model_is_left_as_it_was_after_an_error():
         ({"layer_idx": []}, "ascending list of layers from 0 to 2"),
         ({"layer_idx": [1, 3]}, "ascending list of layers from 0 to 2"),
         ({"layer_idx": [2, 1]}, "ascending list of layers from 0 to 2"),
-        ({"beside": 3}, "beside should be a number of blocks from -3 to 2, got 3"),
-        ({"beside": True}, "beside should be a number of blocks from -3 to 2, got True"),
-        ({"kind": "embed_only", "beside": 1}, "beside is for per_layer_activations only, got 1 with embed_only"),
-        ({"kind": "multi_layer"}, "ascending list of numbers from 0 to 3, got None"),
-        ({"kind": "multi_layer", "layer_idx": 2}, "ascending list of numbers from 0 to 3, got 2"),
-        ({"kind": "multi_layer", "layer_idx": []}, "ascending list of numbers from 0 to 3"),
-        ({"kind": "multi_layer", "layer_idx": [2, 1]}, "ascending list of numbers from 0 to 3"),
-        ({"kind": "multi_layer", "layer_idx": [1, 4]}, "ascending list of numbers from 0 to 3"),
+        ({"concat_layer": 3}, "concat_layer should be a number of blocks from -3 to 2, got 3"),
+        ({"concat_layer": True}, "concat_layer should be a number of blocks from -3 to 2, got True"),
+        ({"kind": "embed_only", "concat_layer": 1}, "embed_only takes no concat_layer, got 1. Leave it out."),
+        ({"kind": ["early_exit"]}, r"Unknown context encoder kind \['early_exit'\]"),
+        ({"kind": "multi_layer", "layer_idx": [0, 2]}, "Unknown context encoder kind 'multi_layer'"),
+        ({"depth": 1}, "per_layer_activations takes no depth, got 1"),
+        ({"beside": -2}, "has no beside any more; it is called concat_layer now"),
     ],
 )
-def test_a_wrong_choice_is_refused_with_the_choices(arguments, hint):
+def test_wrong_settings_are_refused_with_a_hint(settings, hint):
     with pytest.raises(ValueError, match=hint):
-        ContextEncoder(make_base_model(), **arguments)
+        make_context_encoder(make_base_model(), settings)
+
+
+@by_kind
+def test_settings_make_the_same_encoder_again(settings):
+    base_model = make_base_model()
+    encoder = make_context_encoder(base_model, {**settings, "context_tokens": 3})
+    again = make_context_encoder(base_model, encoder.settings)
+    assert type(again) is type(encoder) is CONTEXT_ENCODERS[settings["kind"]]
+    assert again.settings == encoder.settings and encoder.settings.items() >= settings.items()
+    assert torch.equal(again(*batch()), encoder(*batch()))
+
+
+def test_null_settings_may_be_another_kind_s():
+    """As conf/task/doc_to_lora.yaml has all of them, whatever the kind."""
+    every = {"kind": "embed_only", "layer_idx": None, "concat_layer": None, "context_tokens": 2}
+    assert make_context_encoder(make_base_model(), every).settings == {"kind": "embed_only", "context_tokens": 2}
 
 
 def test_a_base_model_without_a_list_of_blocks_is_refused():
     base_model = make_base_model()
     base_model.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match="no list of 5 blocks in LlamaModel, which has .*layers"):
-        ContextEncoder(base_model)
+        PerLayerActivations(base_model)
 
 
 # Context
 
 
 @by_model
-@pytest.mark.parametrize("kind", [{"kind": "per_layer_activations"}, {"kind": "early_exit", "layer_idx": 2}])
-def test_what_stands_before_a_chunk_is_seen_and_dropped(model_type, kind):
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=lambda settings: settings["kind"])
+def test_what_stands_before_a_chunk_is_seen_and_dropped(model_type, settings):
     """Reference: the whole text without any mask, and its last tokens' features picked out by hand."""
     base_model = make_base_model(model_type)
-    encoder = ContextEncoder(base_model, **kind, context_tokens=4)
+    encoder = make_context_encoder(base_model, {**settings, "context_tokens": 4})
     ids, mask = batch()
     read = mask.clone()
     read[0, 1:5], read[2, 1:3] = False, False
@@ -277,4 +283,4 @@ def test_without_context_nothing_moves():
 @pytest.mark.parametrize("context_tokens", [-1, 2.0, True, None])
 def test_an_impossible_number_of_context_tokens_is_refused(context_tokens):
     with pytest.raises(ValueError, match="context_tokens should be a whole number, at least 0"):
-        ContextEncoder(make_base_model(), context_tokens=context_tokens)
+        PerLayerActivations(make_base_model(), context_tokens=context_tokens)

@@ -297,7 +297,7 @@ def test_calibrated_features_reach_the_aggregator_at_mean_zero_and_variance_one(
     plain = make(num_maps=num_maps)
     tokens = features.transpose(1, 2)[mask]
     mean, std = tokens.mean(0), tokens.std(0, correction=0)
-    std[:, 4] = 1  # never changes: must not become the loudest
+    std[:, 4] = 1  # never changes: must not become the largest
     standardized = (features - mean[:, None]) / std[:, None]
     assert_same(hypernetwork(features, mask), plain(standardized, mask), rtol=1e-3, atol=1e-4)
 

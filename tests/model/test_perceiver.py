@@ -132,3 +132,19 @@ def test_norms_keep_bfloat16_in_and_out_and_are_computed_in_float32():
 def test_heads_that_do_not_divide_are_refused_with_the_rule():
     with pytest.raises(ValueError, match="multiple of num_kv_heads, got 6 and 4"):
         make(num_kv_heads=4)
+
+
+def test_shared_blocks_compute_what_copies_of_them_compute():
+    sizes = {"feature_dim": 7, "num_outputs": 2, "latent_dim": 6, "num_latents": 3, "num_blocks": 4}
+    sizes |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 3, "num_self_attention_blocks": 2}
+    shared, copied = Perceiver(**sizes, share_blocks=True), Perceiver(**sizes)
+    # Cross- and self-attentions of the first block, then one cross-attention with the same self-attentions.
+    places = [0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2]
+    assert shared.encoder.order == places and len(shared.encoder.layers) == 4
+    state = {key: value for key, value in shared.state_dict().items() if not key.startswith("encoder.layers.")}
+    for place, block in enumerate(places):
+        layer = shared.encoder.layers[block].state_dict()
+        state |= {f"encoder.layers.{place}.{key}": value for key, value in layer.items()}
+    copied.load_state_dict(state)
+    features, mask = torch.randn(2, 5, 7), torch.arange(5) < torch.tensor([[5], [2]])
+    torch.testing.assert_close(shared(features, mask), copied(features, mask))

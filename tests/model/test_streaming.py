@@ -16,10 +16,9 @@ def rows_of(model, *texts):
 ENCODERS = [
     {"kind": "per_layer_activations"},
     {"kind": "early_exit", "layer_idx": 1},
-    {"kind": "multi_layer", "layer_idx": [0, 2]},
     {"kind": "embed_only"},
     {"kind": "per_layer_activations", "context_tokens": 5},
-    {"kind": "per_layer_activations", "beside": 1},
+    {"kind": "per_layer_activations", "concat_layer": 1},
 ]
 
 
@@ -115,7 +114,7 @@ def test_out_of_memory_halves_the_budget_and_the_work_goes_on(make_doc_to_lora, 
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
-def test_a_chunk_that_does_not_fit_alone_is_told_in_one_line(make_doc_to_lora, error):
+def test_a_chunk_that_does_not_fit_alone_is_one_line(make_doc_to_lora, error):
     model = make_doc_to_lora()
     failing(model, most_tokens=3, error=error)
     with pytest.raises(

@@ -8,59 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hypernet.text.chunking import Chunks, chat_affixes, chunk_document, split_sentences
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{m['role']}}|>{{m['content']}}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+from hypernet.text.chat import chat_affixes
+from hypernet.text.chunking import Chunks, chunk_document
+from hypernet.text.sentences import split_sentences
+from tests.text.small_tokenizers import (
+    CORPUS,
+    TEMPLATE,
+    make_character_tokenizer,
+    make_metaspace_tokenizer,
+    make_tokenizer,
+    user_ids,
 )
-SPECIAL = ["<pad>", "<bos>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
-CORPUS = [
-    "The keeper of the lighthouse wrote to the town. It was cold. The ships were late. The end.\n\n",
-    "## Heading\n- item one\n- item two\n\nDr. Smith said so in 1997, 3.5 years later. Why? Nobody knows!\n",
-    "Ein Satz mit Umlauten: äöü. Encore une phrase, déjà vue. Привет, мир. 今日は晴れ。明日は雨。",
-]
-
-
-def make_tokenizer(*, template: str | None = TEMPLATE, add_bos: bool = False, trim_offsets: bool = False):
-    """A byte-level BPE tokenizer of about 400 tokens, as Llama 3's or Qwen's but tiny."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS * 3, trainer)
-    steps = [processors.ByteLevel(trim_offsets=trim_offsets)]
-    if add_bos:
-        steps.append(processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)]))
-    backend.post_processor = processors.Sequence(steps)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", pad_token="<pad>", chat_template=template
-    )
-
-
-def make_character_tokenizer():
-    """One token per character, so that token counts in the tests can be read off the text."""
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1} | {chr(i): i for i in range(32, 127)}, "<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
-
-
-def make_metaspace_tokenizer(*, template: str | None):
-    """As Llama 2's or Mistral's: no pre-tokenization, a blank is written as "▁" and put before every text."""
-    vocab = ["<unk>", "<s>", "▁", "[", "]", "I", "N", "S", "T", "/", "▁L", "▁7", *"Lighthousesguidme.7kp(aonct)wrAy:"]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(vocab))}
-    merges = [("▁", "L"), ("▁", "7")]
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>", chat_template=template)
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +45,6 @@ def real_texts() -> list[str]:
 
 def pieces(text: str, chunks: Chunks) -> list[str]:
     return [text[start:end] for start, end in chunks.spans]
-
-
-def sentences(text: str) -> list[str]:
-    return [text[start:end].rstrip() for start, end in split_sentences(text)]
-
-
-def user_ids(tokenizer, content: str) -> list[int]:
-    message = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
 
 
 def check(text: str, tokenizer, max_chunk_tokens: int) -> Chunks:
@@ -345,16 +297,6 @@ def test_real_articles_are_cut_at_sentences_only(real_texts, tokenizer):
     assert num_cuts > 20
 
 
-@pytest.mark.parametrize(
-    "unit", ["Some words here. ", ".", "\n", " x", ". ", "a.", "1. ", "\n# ", '."', ".[", "。", "A.B."]
-)
-def test_borders_are_found_in_time_linear_in_the_text(unit):
-    started = time.process_time()
-    spans = split_sentences("Start" + unit * (200_000 // len(unit)))
-    assert time.process_time() - started < 5  # well below a second; a quadratic scan takes minutes
-    assert spans[-1][1] >= 199_000
-
-
 @pytest.mark.parametrize("unit", ["The keeper wrote. It was cold.\n", "x", "word "])
 def test_chunking_is_linear_in_the_text(characters, unit):
     text = unit * (50_000 // len(unit))
@@ -399,28 +341,6 @@ def test_a_text_the_tokenizer_drops_is_refused():
 # Affixes
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        TEMPLATE,
-        "{{ bos_token }}" + TEMPLATE,
-        "{% if messages[0]['role'] != 'system' %}<|system|>You help.<|end|>\n{% endif %}" + TEMPLATE,
-        TEMPLATE.replace("m['content']", "m['content'] | trim"),
-        TEMPLATE.replace("<|assistant|>", "<|assistant|>\n\n<|think|>"),
-        "{% for m in messages %}{{ m['role'] | upper }}:\n{{ m['content'] }}<|end|>{% endfor %}ASSISTANT:",
-    ],
-    ids=["plain", "bos", "default system prompt", "stripped content", "thinking", "no special token before"],
-)
-@pytest.mark.parametrize("add_bos", [False, True])
-def test_prefix_content_suffix_is_what_apply_chat_template_gives(template, add_bos):
-    tokenizer = make_tokenizer(template=template, add_bos=add_bos)
-    prefix, suffix = chat_affixes(tokenizer)
-    for content in ("The keeper wrote a letter.", "1997 (cold)", "Привет, 今日は", "two\nlines"):
-        content_ids = tokenizer(content, add_special_tokens=False)["input_ids"]
-        assert prefix + content_ids + suffix == user_ids(tokenizer, content)
-    assert prefix.count(tokenizer.bos_token_id) == template.count("bos_token")
-
-
 def test_bos_stands_once_in_every_chunk():
     tokenizer = make_tokenizer(template="{{ bos_token }}" + TEMPLATE, add_bos=True)
     chunks = check("Nine words. " * 30, tokenizer, 40)
@@ -430,126 +350,8 @@ def test_bos_stands_once_in_every_chunk():
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_without_a_template_the_affixes_are_the_tokenizers_own_special_tokens(add_bos):
-    tokenizer = make_tokenizer(template=None, add_bos=add_bos)
-    assert chat_affixes(tokenizer) == ([tokenizer.bos_token_id] if add_bos else [], [])
-    check("Nine words. " * 30, tokenizer, 40)
-
-
-def test_a_blank_that_melts_into_the_content_belongs_to_the_content():
-    template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
-    tokenizer = make_metaspace_tokenizer(template=template)
-    prefix, suffix = chat_affixes(tokenizer)
-    content_ids = tokenizer("Lights guide", add_special_tokens=False)["input_ids"]
-    assert prefix + content_ids + suffix == user_ids(tokenizer, "Lights guide")
-
-
-def test_a_template_that_melts_into_the_content_warns_and_is_tokenized_by_itself():
-    tokenizer = make_tokenizer(template="{% for m in messages %}USER: {{ m['content'] }}\n{% endfor %}ASSISTANT:")
-    with pytest.warns(UserWarning, match="merges the user's text with the chat template"):
-        prefix, suffix = chat_affixes(tokenizer)
-    # " The" is one token in the template, "The" another one alone.
-    the_ids = tokenizer("The", add_special_tokens=False)["input_ids"]
-    assert (prefix + the_ids)[: len(prefix) + 1] != user_ids(tokenizer, "The")[: len(prefix) + 1]
-    assert prefix == tokenizer("USER: ", add_special_tokens=False)["input_ids"]
-    assert suffix == tokenizer("\nASSISTANT:", add_special_tokens=False)["input_ids"]
-
-
-def test_a_template_that_melts_into_some_contents_only_warns_too():
-    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ7"]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=[("Ġ", "7")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    template = "{% for m in messages %}USER: {{ m['content'] }}\n{% endfor %}"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
-    # A word after "USER: " is as it is alone, but " 7" is one token.
-    the_ids = tokenizer("USER: The\n", add_special_tokens=False)["input_ids"]
-    assert user_ids(tokenizer, "The") == the_ids and len(user_ids(tokenizer, "7")) == len("USER: 7\n") - 1
-    with pytest.warns(UserWarning, match="merges the user's text with the chat template"):
-        chat_affixes(tokenizer)
-
-
-@pytest.mark.parametrize(
-    "template, times",
-    [
-        ("<|user|><|assistant|>", 0),
-        (TEMPLATE + "{{ messages[0]['content'] }}", 2),
-        (TEMPLATE.replace("']}}<", "'] | upper}}<"), 0),
-    ],
-    ids=["dropped", "twice", "changed"],
-)
-def test_a_template_that_does_not_repeat_the_content_once_is_refused(template, times):
-    with pytest.raises(ValueError, match=f"once, word for word, but has it {times} times. Set tokenizer.chat_template"):
-        chat_affixes(make_tokenizer(template=template))
-
-
-def test_a_template_that_fails_is_refused_with_its_reason():
-    tokenizer = make_tokenizer(template="{{ raise_exception('needs a system prompt') }}")
-    with pytest.raises(ValueError, match="fails on a lone user message .needs a system prompt.. Set tokenizer.chat_"):
-        chat_affixes(tokenizer)
-
-
-def test_a_template_with_todays_date_warns():
-    tokenizer = make_tokenizer(template="<|system|>{{ strftime_now('%Y') }}<|end|>" + TEMPLATE)
-    with pytest.warns(UserWarning, match="today's date .* fixed date"):
-        prefix, _ = chat_affixes(tokenizer)
-    assert prefix[0] == tokenizer.convert_tokens_to_ids("<|system|>")
-
-
-# Sentences
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Dr. Smith met Mrs. Jones and Prof. Lee.",
-        "It cost 3.5 million, i.e. $3.50 each.",
-        "J. K. Rowling and George R. R. Martin wrote.",
-        "Use tools, e.g. Python, or similar.",
-        "The U.S. Army left at 5 p.m. Eastern time.",
-        "See Fig. 3 and No. 5 on p. 12 of Vol. 2.",
-        "It happened on Jan. 7 in St. Petersburg vs. Moscow.",
-        'Then "Why?" he asked, and "No!" she said.',
-        "Visit example.com/a.b?c=d for more.",
-        "I am here to . . . submit it.",
-        "Yahoo! is a company; it waited ... and waited.",
-        "A line that is\nwrapped by an editor\nat forty characters.",
-    ],
-)
-def test_what_does_not_end_a_sentence(text):
-    assert sentences(text) == [text]
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
-        ('He said "Stop." She went. (Really.) Yes.', ['He said "Stop."', "She went.", "(Really.)", "Yes."]),
-        ("It was 1999. The year ended.", ["It was 1999.", "The year ended."]),
-        ("It was 3.5. The rest is 4.", ["It was 3.5.", "The rest is 4."]),
-        ("Known fact.[12] Next one.[3][4] End.", ["Known fact.[12]", "Next one.[3][4]", "End."]),
-        ("Wait... What?! Yes… Ok.", ["Wait...", "What?!", "Yes…", "Ok."]),
-        ("Go to example.com. Then read.", ["Go to example.com.", "Then read."]),
-        ("Title\n\nText one\n\n\nText two", ["Title", "Text one", "Text two"]),
-        ("# Top\n\nText. More.\n## Sub\nText", ["# Top\n\nText.", "More.", "## Sub\nText"]),
-        ("List:\n- one\n- two\n1. three. Four\n2) five", ["List:", "- one", "- two", "1. three.", "Four", "2) five"]),
-        ("今日は晴れ。「行こう！」次。Ok", ["今日は晴れ。", "「行こう！」", "次。", "Ok"]),
-        ("नमस्ते दुनिया। यह ठीक है।", ["नमस्ते दुनिया।", "यह ठीक है।"]),
-        ("هل انت هنا؟ نعم", ["هل انت هنا؟", "نعم"]),
-        ("**Bold.** Next. _Done._ End.", ["**Bold.**", "Next.", "_Done._", "End."]),
-        ("Page one.\fPage two", ["Page one.", "Page two"]),
-        ("One.\r\nTwo\r\n\r\nThree", ["One.", "Two", "Three"]),
-        ("\n\n  One. Two.  \n", ["\n\n  One.", "Two."]),
-    ],
-)
-def test_what_ends_a_sentence(text, expected):
-    assert sentences(text) == expected
-
-
-def test_sentences_cover_the_text_without_gap():
-    text = "".join(CORPUS)
-    spans = split_sentences(text)
-    assert "".join(text[start:end] for start, end in spans) == text
-    assert split_sentences("") == []
+def test_chunks_without_a_template_lose_nothing(add_bos):
+    check("Nine words. " * 30, make_tokenizer(template=None, add_bos=add_bos), 40)
 
 
 # Context

@@ -10,17 +10,11 @@ from hypernet.base.base_model import fingerprint
 from hypernet.data.encyclopedia import background_questions
 from hypernet.data.needles import Needles
 from hypernet.training.build import base_model_training, doc_to_lora_training, encyclopedia_texts
-from hypernet.training.modules import save_base_model
+from hypernet.training.lit_base_model import save_base_model
+from hypernet.training.losses import AnswerNLL, ContextDistillation, Locality
+from tests.small_trainings import OPTIMIZER, objective
 
 STAGES = [{"steps": 3, "batch_size": 2, "facts_per_entity": [1, 2]}]
-OPTIMIZER = {
-    "lr": 0.01,
-    "weight_decay": 0.1,
-    "betas": [0.9, 0.95],
-    "warmup_steps": 2,
-    "decay_ratio": 1,
-    "min_lr_ratio": 0.1,
-}
 HYPERNETWORK = {"rank": 2, "scaling": None, "aggregator": {"name": "mean_pool", "latent_dim": 8}}
 LLAMA = {
     "model_type": "llama",
@@ -43,7 +37,7 @@ def make(tiny_base_model_folder, tmp_path):
             "max_chunk_tokens": 30,
             "stages": STAGES,
             "validation_stages": STAGES,
-            "objective": {"kl_weight": 0.5, "nll_weight": 0.25, "locality_weight": 2.0},
+            "objective": objective(kl=0.5, locality_kl=2.0, nll=0.25),
             "optimizer": OPTIMIZER,
             "output_dir": str(tmp_path / "output"),
         }
@@ -57,7 +51,8 @@ def make(tiny_base_model_folder, tmp_path):
 
 def test_the_settings_arrive_where_they_belong(make):
     module, data = make()
-    assert (module.kl_weight, module.nll_weight, module.locality_weight) == (0.5, 0.25, 2.0)
+    given = {name: (type(term), term.weight) for name, term in module.objective.items()}
+    assert given == {"kl": (ContextDistillation, 0.5), "locality_kl": (Locality, 2.0), "nll": (AnswerNLL, 0.25)}
     assert module.model.hypernetwork.rank == 2 and module.model.max_chunk_tokens == 30
     assert module.model.hypernetwork.config["aggregator"]["name"] == "mean_pool"
     assert [target.name for target in module.model.hypernetwork.targets] == ["down_proj"]

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import hypernet.training.callbacks
-from hypernet.base.packed_rows import KINDS, Segment, pack_row, pad_rows
-from hypernet.data.curriculum import Curriculum, DistillationBatches
+from hypernet.base.packed_rows import QUESTION_KINDS, Segment, pack_row, pad_rows
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.training.callbacks import (
@@ -27,9 +28,10 @@ from hypernet.training.callbacks import (
     measured_tflops,
     peak_mib,
 )
-from hypernet.training.modules import LitDocToLoRA
+from hypernet.training.lit_doc_to_lora import LitDocToLoRA
 from hypernet.training.run_state import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 from hypernet.training.timing import PhaseTimes
+from tests.small_trainings import OPTIMIZER, objective
 
 
 class Simple(L.LightningModule):
@@ -227,8 +229,7 @@ def distillation(make_doc_to_lora, tiny_tokenizer):
     """(module, batches) of the hypernetwork's training."""
     stages = [{"steps": 4, "batch_size": 2, "facts_per_entity": [1, 2]}]
     batches = DistillationBatches(Curriculum(Encyclopedia("train"), stages), tiny_tokenizer, max_chunk_tokens=20)
-    optimizer = {"lr": 0.01, "weight_decay": 0.1, "betas": [0.9, 0.95], "warmup_steps": 2, "decay_ratio": 1}
-    return LitDocToLoRA(model=make_doc_to_lora(), optimizer={**optimizer, "min_lr_ratio": 0.1}), batches
+    return LitDocToLoRA(model=make_doc_to_lora(), objective=objective(), optimizer=OPTIMIZER), batches
 
 
 def test_phases_shares_and_utilisation_of_a_real_step(tmp_path, distillation):
@@ -245,7 +246,7 @@ def test_phases_shares_and_utilisation_of_a_real_step(tmp_path, distillation):
 def test_counting_operations_changes_no_loss(tmp_path, distillation, make_doc_to_lora):
     module, batches = distillation
     counted = fit(tmp_path / "a", module, Throughput(peak_tflops=1.0), steps=3, batches=batches)
-    other = LitDocToLoRA(model=make_doc_to_lora(), optimizer=module.optimizer_settings)
+    other = LitDocToLoRA(model=make_doc_to_lora(), objective=objective(), optimizer=OPTIMIZER)
     plain = fit(tmp_path / "b", other, steps=3, batches=batches)
     assert [row["train/loss"] for row in counted.logger.rows.values()] == [
         row["train/loss"] for row in plain.logger.rows.values()
@@ -276,7 +277,7 @@ def train_losses(folder, distillation, *callbacks):
 
 def test_with_activation_checkpointing_the_run_is_the_same(tmp_path, distillation, make_doc_to_lora):
     module, batches = distillation
-    other = LitDocToLoRA(model=make_doc_to_lora(), optimizer=module.optimizer_settings)
+    other = LitDocToLoRA(model=make_doc_to_lora(), objective=objective(), optimizer=OPTIMIZER)
     plain, _ = train_losses(tmp_path / "a", (other, batches), ActivationCheckpointing(enabled=False))
     calls = []
     # Early in its layer: the second run stops as soon as it has what backward needs.
@@ -295,11 +296,11 @@ def test_activation_checkpointing_turns_no_dropout_on(make_doc_to_lora):
 
 
 def test_a_compiled_hypernetwork_trains_alike_and_keeps_its_names(tmp_path, distillation, make_doc_to_lora):
-    settings, batches = distillation[0].optimizer_settings, distillation[1]
+    _, batches = distillation
     aggregator = {"name": "perceiver", "latent_dim": 16, "num_latents": 3, "num_blocks": 1}
     aggregator |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
     models = [make_doc_to_lora(hypernetwork={"rank": 2, "aggregator": aggregator}) for _ in range(2)]
-    module, other = (LitDocToLoRA(model=model, optimizer=settings) for model in models)
+    module, other = (LitDocToLoRA(model=m, objective=objective(), optimizer=OPTIMIZER) for m in models)
     plain, _ = train_losses(tmp_path / "a", (other, batches), Compile(backend=None))
     names = list(module.model.hypernetwork.state_dict())
     # Traced and differentiated ahead of time; the default backend also generates code, which takes minutes here.
@@ -320,4 +321,4 @@ def test_an_unknown_backend_is_refused_before_anything_is_loaded():
 
 
 def test_kinds_of_questions_have_the_places_that_parts_are_counted_by():
-    assert KINDS[:2] == ("document", "unanswerable")
+    assert QUESTION_KINDS[:2] == ("document", "unanswerable")

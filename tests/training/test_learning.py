@@ -11,12 +11,14 @@ import torch
 from torch.utils.data import Dataset
 
 from hypernet.base.base_model import build_base_model, fingerprint, freeze
-from hypernet.data.curriculum import Curriculum, DistillationBatches
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import Question
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.training.modules import LitDocToLoRA
+from hypernet.training.lit_doc_to_lora import LitDocToLoRA
+from hypernet.training.losses import AnswerNLL
 
 DOCUMENTS = [
     "Norbach was founded by Ilda Renwick. It makes tin boxes.",
@@ -84,7 +86,7 @@ def trained(tiny_tokenizer, tmp_path_factory):
         "decay_ratio": 1,
         "min_lr_ratio": 0.1,
     }
-    module = LitDocToLoRA(model=model, optimizer=optimizer, kl_weight=0.0, nll_weight=1.0, locality_weight=0.0)
+    module = LitDocToLoRA(model=model, objective={"nll": AnswerNLL(weight=1.0)}, optimizer=optimizer)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"enable_checkpointing": False, "num_sanity_val_steps": 0, "accelerator": "cpu", "devices": 1}
     trainer = L.Trainer(**quiet, max_steps=STEPS, gradient_clip_val=1.0, limit_val_batches=0)

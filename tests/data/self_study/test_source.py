@@ -10,7 +10,8 @@ import torch
 
 from hypernet.base.base_model import load_base_model
 from hypernet.base.packed_attention import packed_logits
-from hypernet.data.curriculum import Curriculum, DistillationBatches
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import UNKNOWN
 from hypernet.data.self_study.source import SelfStudy

@@ -9,17 +9,15 @@ from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.training.losses import (
     answer_nll,
     answers_right,
+    answers_right_by_kind,
+    attribution,
     context_distillation_kl,
     context_distillation_kl_topk,
-    energy_share,
-    hidden_state_distance,
+    key_attribution,
     key_contrast,
-    key_energies,
     mean_absolute_weight,
     mean_per_document,
-    silence,
 )
-from hypernet.training.modules import answers_right_by_kind
 
 
 def logits_of(*probabilities):
@@ -35,20 +33,20 @@ def test_the_nll_of_known_probabilities():
     torch.testing.assert_close(losses, torch.tensor([math.log(4), -math.log(0.7)]))
 
 
-def test_the_kl_of_known_distributions_is_taken_from_the_teacher_s_side():
+def test_kl_is_taken_from_the_teachers_side():
     teacher, student = logits_of([0.5, 0.5], [0.9, 0.1]), logits_of([0.25, 0.75], [0.1, 0.9])
     expected = [0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), 0.8 * math.log(9)]
     torch.testing.assert_close(context_distillation_kl(student, teacher), torch.tensor(expected))
 
 
-def test_the_kl_of_equal_distributions_is_zero_and_of_others_positive():
+def test_kl_is_zero_for_equal_distributions_else_positive():
     logits = torch.randn(7, 11) * 30
     assert context_distillation_kl(logits, logits.clone()).abs().max() == 0
     assert context_distillation_kl(logits + 5, logits).abs().max() < 1e-4
     assert (context_distillation_kl(torch.randn(7, 11), logits) > 0).all()
 
 
-def test_the_kl_s_gradient_goes_into_the_student_alone_and_is_the_difference_of_probabilities():
+def test_kl_gradient_is_the_students_error_alone():
     student, teacher = torch.randn(5, 9, requires_grad=True), torch.randn(5, 9, requires_grad=True)
     context_distillation_kl(student, teacher).sum().backward()
     assert teacher.grad is None
@@ -64,25 +62,16 @@ def test_losses_of_half_precision_logits_are_computed_in_float32(dtype):
     torch.testing.assert_close(nll, answer_nll(student.double(), targets).float())
 
 
-def test_one_impossible_token_costs_infinitely_much_and_certain_ones_cost_nothing():
+def test_nll_of_certain_and_of_impossible_tokens():
     certain = torch.tensor([[0.0, -torch.inf]])
     assert answer_nll(certain, torch.tensor([0])) == 0
     assert answer_nll(certain, torch.tensor([1])) == torch.inf
 
 
-# Hidden states and generated weights
+# Generated weights
 
 
-def test_the_distance_of_hidden_states_is_in_units_of_the_teacher_s_length():
-    teacher = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 1.0]], requires_grad=True)
-    student = torch.tensor([[0.0, 0.0], [2.0, 2.0], [1.0, 1.0]], requires_grad=True)
-    distance = hidden_state_distance(student, teacher)
-    torch.testing.assert_close(distance, torch.tensor([1.0, 1.0, 0.0]))
-    distance.sum().backward()
-    assert teacher.grad is None and student.grad is not None
-
-
-def test_the_l1_of_a_document_is_the_mean_of_all_its_chunks_entries():
+def test_l1_is_the_mean_over_all_chunks_entries():
     A, B = torch.full((3, 2, 4), -1.0), torch.full((3, 2, 8), 4.0)
     A[1:] = 3
     expected = [(8 * 1 + 16 * 4) / 24, (8 * 3 + 16 * 4) / 24]
@@ -94,7 +83,7 @@ CHUNKS = torch.tensor([1, 3, -1, 5, -1, -1, 3])
 
 
 @pytest.mark.parametrize("chunk", [None, CHUNKS])
-def test_key_contrast_is_the_cross_entropy_of_every_question_over_documents_and_over_questions(chunk):
+def test_key_contrast_is_cross_entropy_in_both_directions(chunk):
     torch.manual_seed(0)
     num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, -1, 2])  # document 1 has no question
     keys = torch.randn(6, 3, 5, dtype=torch.double, requires_grad=True)
@@ -133,7 +122,7 @@ def own_chunks(owner, chunk):
     return [{c} if c >= 0 else of_document[d] for d, c in zip(owner.tolist(), chunks.tolist(), strict=True)]
 
 
-def test_keys_that_are_their_questions_directions_cost_next_to_nothing_and_others_keys_much():
+def test_key_contrast_of_own_and_of_other_directions():
     inputs = torch.eye(4)
     keys = (inputs - inputs.mean(0))[:, None]
     right = key_contrast(keys, inputs, torch.arange(4), [1] * 4)
@@ -141,13 +130,13 @@ def test_keys_that_are_their_questions_directions_cost_next_to_nothing_and_other
     assert all(value.max() < 1e-6 for value in right) and all(value.min() > 5 for value in wrong)
 
 
-def test_key_contrast_without_questions_about_the_documents_is_empty():
+def test_key_contrast_without_owned_questions_is_empty():
     nobody = torch.tensor([-1, -1])
     assert all(not len(value) for value in key_contrast(torch.ones(1, 2, 3), torch.ones(2, 3), nobody, [1]))
 
 
 @pytest.mark.parametrize("chunk", [None, CHUNKS])
-def test_key_energies_are_shares_of_squared_products_by_question_and_by_row(chunk):
+def test_key_attribution_is_shares_of_squared_products(chunk):
     """Reference: one product after the other, in double precision; gradients of the keys, too."""
     torch.manual_seed(0)
     num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, 1, 2])
@@ -156,24 +145,24 @@ def test_key_energies_are_shares_of_squared_products_by_question_and_by_row(chun
     of_chunk = [0, 0, 1, 2, 2, 2]
     unit = (inputs / inputs.norm(dim=1, keepdim=True)).detach()
 
-    def energy(chunk, row, question):
+    def score(chunk, row, question):
         return (keys[chunk, row] @ unit[question]) ** 2
 
     own = own_chunks(owner, chunk)
     by_question, by_document = [], []
     for q, chunks in enumerate(own):
         if chunks:
-            of = [sum(energy(c, r, q) for r in range(3)) for c in range(6)]
+            of = [sum(score(c, r, q) for r in range(3)) for c in range(6)]
             by_question.append(-(sum(of[c] for c in chunks) / sum(of)).log())
     for d in range(3):
         shares = []
         for c in [c for c in range(6) if of_chunk[c] == d]:
             asked = [q for q in range(7) if c in own[q]]
             for r in range(3) if asked else ():
-                of = torch.stack([energy(c, r, q) for q in range(7)])
+                of = torch.stack([score(c, r, q) for q in range(7)])
                 shares.append(-(of[asked].sum() / of.sum()).log())
         by_document.append(sum(shares) / len(shares))
-    found, expected = key_energies(keys, inputs, owner, num_chunks, chunk=chunk), (by_question, by_document)
+    found, expected = key_attribution(keys, inputs, owner, num_chunks, chunk=chunk), (by_question, by_document)
     weights = [torch.arange(1.0, 7), torch.arange(1.0, 4)]
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.double(), torch.stack(theirs), rtol=1e-5, atol=1e-6)
@@ -185,21 +174,21 @@ def test_key_energies_are_shares_of_squared_products_by_question_and_by_row(chun
     assert inputs.grad is None
 
 
-def test_rows_that_answer_to_their_own_questions_alone_have_all_the_energy():
+def test_key_attribution_of_orthogonal_keys():
     keys = torch.eye(4)[:, None]
-    right = key_energies(keys, torch.eye(4), torch.arange(4), [1] * 4)
-    wrong = key_energies(keys.roll(1, 0), torch.eye(4), torch.arange(4), [1] * 4)
+    right = key_attribution(keys, torch.eye(4), torch.arange(4), [1] * 4)
+    wrong = key_attribution(keys.roll(1, 0), torch.eye(4), torch.arange(4), [1] * 4)
     assert all(value.max() < 1e-6 for value in right) and all(value.min() > 5 for value in wrong)
 
 
 @pytest.mark.parametrize("chunk", [None, torch.tensor([-1, 1, -1, 5, 3])])
-def test_the_energy_share_is_the_owner_s_of_all_chunks_squared_deltas(chunk):
+def test_attribution_is_the_owners_share_of_squared_deltas(chunk):
     """Reference: every delta as a matrix, one position and chunk after the other; gradients of A and B, too."""
     torch.manual_seed(0)
     num_chunks, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
     A, B = (torch.randn(6, 3, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
     x = torch.randn(5, 7, dtype=torch.float64)
-    found = energy_share(A, B, x, owner, num_chunks, chunk=chunk)
+    found = attribution(A, B, x, owner, num_chunks, chunk=chunk)
     expected = []
     for p, chunks in enumerate(own_chunks(owner, chunk)):
         if chunks:
@@ -213,39 +202,10 @@ def test_the_energy_share_is_the_owner_s_of_all_chunks_squared_deltas(chunk):
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_that_add_nothing_share_evenly():
+def test_attribution_of_adapters_that_add_nothing_is_even():
     A, x = torch.randn(4, 2, 3), torch.randn(5, 3)
-    values = energy_share(A, torch.zeros(4, 2, 6), x, torch.tensor([0, 1, 2, 3, -1]), [1] * 4)
+    values = attribution(A, torch.zeros(4, 2, 6), x, torch.tensor([0, 1, 2, 3, -1]), [1] * 4)
     torch.testing.assert_close(values, torch.full((4,), math.log(4)))
-
-
-def test_silence_is_the_mean_squared_delta_of_the_others_chunks_in_units_of_the_output():
-    """Reference: every delta as a matrix, one position and chunk after the other; gradients of A and B, too."""
-    torch.manual_seed(0)
-    num_chunks, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
-    A, B = (torch.randn(6, 3, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
-    x, y = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
-    found = silence(A, B, x, y, owner, num_chunks, scaling=1.5)
-    of_chunk = [0, 0, 1, 2, 2, 2]
-    expected = []
-    for p in range(5):
-        others = [c for c in range(6) if of_chunk[c] != owner[p]]
-        assert len(others) == [5, 4, 6, 3, 3][p]
-        expected.append(sum((1.5 * B[c].T @ A[c] @ x[p]).square().sum() for c in others) / len(others))
-    expected = torch.stack(expected) / y.square().sum(1)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
-    weights = torch.arange(1.0, 6)
-    mine = torch.autograd.grad((found * weights).sum(), (A, B))
-    theirs = torch.autograd.grad((expected * weights).sum(), (A, B))
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_nobody_is_loud_without_other_documents_or_without_weights():
-    A, B, x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(6, 4), torch.randn(6, 4)
-    alone = torch.zeros(6, dtype=torch.long)
-    assert silence(A, B, x, y, alone, [2], scaling=2.0).tolist() == [0] * 6
-    assert silence(A, B, x, y, alone - 1, [2], scaling=2.0).min() > 0
-    assert silence(A, 0 * B, x, y, alone - 1, [2], scaling=2.0).tolist() == [0] * 6
 
 
 # Stored top-k
@@ -256,14 +216,14 @@ def top_k(teacher, k):
     return indices, log_probs
 
 
-def test_the_kl_of_two_stored_tokens_counts_all_others_as_one_outcome():
+def test_topk_kl_counts_all_other_tokens_as_one_outcome():
     student = logits_of([0.4, 0.1, 0.2, 0.3])
     indices, log_probs = torch.tensor([[3, 0]]), torch.tensor([[0.6, 0.3]]).log()
     expected = 0.6 * math.log(0.6 / 0.3) + 0.3 * math.log(0.3 / 0.4) + 0.1 * math.log(0.1 / 0.3)
     torch.testing.assert_close(context_distillation_kl_topk(student, indices, log_probs), torch.tensor([expected]))
 
 
-def test_with_every_token_stored_it_is_the_whole_kl_and_so_is_its_gradient():
+def test_topk_kl_of_every_token_is_the_whole_kl():
     student, teacher = torch.randn(6, 13, requires_grad=True), torch.randn(6, 13) * 4
     values = [context_distillation_kl_topk(student, *top_k(teacher, 13)), context_distillation_kl(student, teacher)]
     gradients = [torch.autograd.grad(value.sum(), student)[0] for value in values]
@@ -315,7 +275,7 @@ def test_what_only_fills_up_changes_nothing():
 # Means
 
 
-def test_every_document_counts_the_same_however_many_tokens_it_has():
+def test_mean_per_document_weighs_documents_alike():
     values, document = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2])
     assert mean_per_document(values, document, 3) == (2 + 5) / 2  # document 1 has no values
 

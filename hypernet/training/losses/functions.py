@@ -1,4 +1,4 @@
-"""Losses and token-level measures: tensors → tensors, no model inside.
+"""Losses as functions, and token-level measures: tensors → tensors, no model inside.
 
 `N` rows, `S` positions, `V` vocabulary, `P` predicted answer tokens. A row is one document's questions packed side by
 side (`hypernet.base.packed_rows`), so means per row are means per document.
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TINY_ENERGY = 1e-9  # an untrained B has none at all
+from hypernet.base.packed_rows import QUESTION_KINDS, PackedRows
+
+TINY_SCORE = 1e-9  # an untrained B scores 0 everywhere
 KEY_SHARPNESS = 20.0  # of key_contrast; cosines of unrelated directions are of the size of d**-0.5
 
 
@@ -71,28 +73,15 @@ def context_distillation_kl_topk(student_logits: Tensor, indices: Tensor, log_pr
     return top + torch.where(stored.sum(-1) < student.shape[-1], rest, 0)
 
 
-def hidden_state_distance(student_states: Tensor, teacher_states: Tensor) -> Tensor:
-    """Squared distance of each token's hidden state from the teacher's, in units of the teacher's squared length.
-
-    Args:
-        student_states, teacher_states: [P, D], after the same block; no gradient flows into the teacher.
-
-    Returns:
-        [P], float32; 0 where they agree, 1 for a student of zeros.
-    """
-    teacher = teacher_states.detach().float()
-    return (student_states.float() - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)
-
-
 def key_contrast(
     keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, chunk: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Whether documents' rows of A are told by their own questions, and questions by their own document's rows.
+    """Contrastive loss of documents' rows of A, the keys, with their own questions, in both directions.
 
     A row of A is a key that a module's input is compared with, and distillation alone is slow to put into it which
-    entity a question is about: while an adapter holds one entity, the relation tells enough. Here a document's score
-    for a question is the log-sum-exp of 20 × the cosines between its rows and the question's input, less the mean input
-    of all; for each question the documents are contrasted, and for each document its questions with all others.
+    entity a question is about: while an adapter holds one entity, the relation is enough. Here a document's score for a
+    question is the log-sum-exp of 20 × the cosines between its rows and the question's input, less the mean input of
+    all; for each question the documents are contrasted, and for each document its questions with all others.
 
     Args:
         keys: [C, R, d], A of one module for all chunks, document after document.
@@ -123,41 +112,41 @@ def key_contrast(
     return by_document, by_question
 
 
-def key_energies(
+def key_attribution(
     keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, chunk: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """How much of what rows of A answer with is about their own document, by squared products with the inputs.
+    """Attribution loss of the rows of A: how much of their routing scores goes to their own document's questions.
 
-    `key_contrast` asks for one good row among a document's and takes the mean input off; here every row counts, with
-    all that it responds to.
+    A row's routing score for a question is its squared product with the question's input. `key_contrast` asks for one
+    good row among a document's and takes the mean input off; here every row counts, with all that it responds to.
 
     Args:
         As of `key_contrast`; inputs are taken at unit length.
 
     Returns:
-        -log of the own document's (or chunk's) share of all energy, for each question that has an owner, [number of
-        owned questions]; and -log of the share of each row's energy that goes to its own document's (or chunk's)
+        -log of the own document's (or chunk's) share of all scores, for each question that has an owner, [number of
+        owned questions]; and -log of the share of each row's scores that goes to its own document's (or chunk's)
         questions, the mean over a document's rows (or those of its chunks that have questions), [documents]. Both
         float32.
     """
     inputs = F.normalize(inputs.detach().float(), dim=-1)
-    energy = torch.einsum("crd,qd->crq", keys.float(), inputs).square()
+    score = torch.einsum("crd,qd->crq", keys.float(), inputs).square()
     document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
-    by_question = _own_share(energy.sum(1).T, owner, num_chunks, chunk)
+    by_question = _own_share(score.sum(1).T, owner, num_chunks, chunk)
     is_own = document[:, None] == owner  # [C, Q]
     if chunk is not None:
         is_own = is_own & _alike(chunk, torch.arange(len(document), device=owner.device)[:, None])
-    own = (energy * is_own[:, None]).sum(-1)
-    of_row = -((own + TINY_ENERGY) / (energy.sum(-1) + TINY_ENERGY)).log().mean(1)
+    own = (score * is_own[:, None]).sum(-1)
+    of_row = -((own + TINY_SCORE) / (score.sum(-1) + TINY_SCORE)).log().mean(1)
     counted = torch.ones_like(of_row) if chunk is None else is_own.any(1).to(of_row)
     sums = of_row.new_zeros(2, len(num_chunks)).index_add(1, document, torch.stack([of_row * counted, counted]))
     return by_question, sums[0] / sums[1].clamp(min=1)
 
 
-def energy_share(
+def attribution(
     A: Tensor, B: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, chunk: Tensor | None = None
 ) -> Tensor:
-    """Whether the adapter of the document that is asked about is the loudest of all at its questions.
+    """Attribution loss: -log of the share of the squared deltas that comes from the document that is asked about.
 
     Args:
         A, B: [C, R, d_in] and [C, R, d_out] of one module for all chunks, document after document.
@@ -176,16 +165,16 @@ def _alike(a: Tensor, b: Tensor) -> Tensor:
     return (a == b) | (a < 0) | (b < 0)
 
 
-def _own_share(energy: Tensor, owner: Tensor, num_chunks: Sequence[int], chunk: Tensor | None) -> Tensor:
-    """[P, C] energy of every chunk → -log of the owner's share, [number of owned positions]."""
+def _own_share(score: Tensor, owner: Tensor, num_chunks: Sequence[int], chunk: Tensor | None) -> Tensor:
+    """[P, C] scores of all chunks → -log of the owner's share, [number of owned positions]."""
     owned = owner >= 0
     document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
-    energy = energy[owned]
-    per_document = energy.new_zeros(len(energy), len(num_chunks)).index_add(1, document, energy) + TINY_ENERGY
+    score = score[owned]
+    per_document = score.new_zeros(len(score), len(num_chunks)).index_add(1, document, score) + TINY_SCORE
     own = per_document.gather(1, owner[owned][:, None])[:, 0]
     if chunk is not None:
         chunk = chunk[owned]
-        of_chunk = energy.gather(1, chunk.clamp(min=0)[:, None])[:, 0] + TINY_ENERGY
+        of_chunk = score.gather(1, chunk.clamp(min=0)[:, None])[:, 0] + TINY_SCORE
         own = torch.where(chunk < 0, own, of_chunk)
     return -(own / per_document.sum(1)).log()
 
@@ -196,32 +185,6 @@ def _squared_deltas(A: Tensor, B: Tensor, inputs: Tensor) -> Tensor:
     rows = torch.einsum("crd,pd->pcr", A, inputs.detach().float())
     # Without the delta itself, which would be as wide as the model for each pair of position and chunk.
     return torch.einsum("pcr,crs,pcs->pc", rows, B @ B.mT, rows).clamp(min=0)
-
-
-def silence(
-    A: Tensor, B: Tensor, inputs: Tensor, outputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, scaling: float
-) -> Tensor:
-    """How loud chunks are where nothing is asked about their document: what joined adapters add to each other.
-
-    Distillation with one adapter in force leaves open what it does to questions about other documents, and rows of A
-    that tell by the relation alone do much. Here each position is weighed against all documents at once.
-
-    Args:
-        A, B: [C, R, d_in] and [C, R, d_out] of one module for all chunks, document after document.
-        inputs, outputs: what enters the module and what it gives at each position, [P, d_in] and [P, d_out]; no
-            gradient flows into them.
-        owner: [P], the document that the position's question is about; -1: none of them.
-        num_chunks: chunks of each document, C altogether. scaling: factor on BA.
-
-    Returns:
-        [P], float32: the squared length of a chunk's delta in units of the output's, mean over all chunks but the
-        owner's; 0 where there are no others.
-    """
-    squared, outputs = _squared_deltas(A, B, inputs), outputs.detach().float()
-    document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
-    others = document[None] != owner[:, None]
-    mean = (squared * others).sum(1) / others.sum(1).clamp(min=1)
-    return scaling**2 * mean / outputs.square().sum(-1).clamp(min=1e-12)
 
 
 def mean_absolute_weight(weights: Sequence[Tensor], num_chunks: Sequence[int]) -> Tensor:
@@ -266,3 +229,21 @@ def answers_right(predicted: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
     _, group = answer.unique(return_inverse=True)
     right = torch.ones(int(group.max()) + 1 if len(group) else 0, dtype=torch.int8, device=answer.device)
     return right.scatter_reduce(0, group, (predicted == targets).to(torch.int8), "amin").bool()
+
+
+def answers_right_by_kind(rows: PackedRows, predicted: Tensor) -> dict[str, Tensor]:
+    """kind → whether each answer of that kind would be decoded exactly, [number of answers] bool.
+
+    Args:
+        predicted: the token chosen for each answer token, [number of answer tokens], in the rows' order.
+    """
+    result = {}
+    is_answer = rows.target_kind >= 0
+    kinds, targets = rows.target_kind[is_answer], rows.targets()[is_answer]
+    row = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
+    answer_id = (row * (int(rows.segments.max()) + 1) + rows.segments)[is_answer]
+    for number, kind in enumerate(QUESTION_KINDS):
+        of_kind = kinds == number
+        if of_kind.any():
+            result[kind] = answers_right(predicted[of_kind], targets[of_kind], answer_id[of_kind])
+    return result

@@ -1,6 +1,6 @@
 """A small checkpoint in the published Doc-to-LoRA format gives what its authors' code computed from it.
 
-The file lies beside the repository, in shared/parity; without it these tests are skipped.
+The file lies next to the repository, in shared/parity; without it these tests are skipped.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from hypernet.base.base_model import CHAT_TEMPLATE
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.interop.checkpoints import convert
 
-FOLDER = Path(__file__).parents[3] / "shared" / "parity" / "reference_tiny"
+FOLDER = Path(__file__).parents[4] / "shared" / "parity" / "reference_tiny"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"needs the reference tensors in {FOLDER}")
 
 # The entries of A and B are about 0.002, so their bound is far below the 1e-5 that is asked for.

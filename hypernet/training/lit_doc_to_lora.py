@@ -1,0 +1,196 @@
+"""The training of a hypernetwork by context distillation, as a Lightning module.
+
+The frozen base model stays as it is and out of the checkpoints. Losses are in `hypernet.training.losses`.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hypernet.base.packed_rows import PackedRows
+from hypernet.base.targets import LayerTarget
+from hypernet.data.batches import DistillationBatch
+from hypernet.data.splitting import StepPart
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.training.lit_module import LitModule, beginnings, check_same_sizes
+from hypernet.training.losses import AnswerTokens, LossTerm, Step, answers_right_by_kind, trained_terms
+from hypernet.training.losses.terms import ModuleInputs
+from hypernet.training.optimizers import make_optimizer
+
+log = logging.getLogger(__name__)
+
+_TRAINED = "model.hypernetwork."
+NUM_CALIBRATION_STEPS = 16  # some thousand tokens at the tiny scale
+
+
+class LitDocToLoRA(LitModule):
+    """Trains the hypernetwork of a `DocToLoRA`.
+
+    Args:
+        model: with the hypernetwork to train.
+        objective: name → term of the loss, logged as train/<name>; the keys of conf/objective/.
+        optimizer: the keys of conf/optimizer/adamw.yaml.
+        output_dir: where the trained checkpoint is written when training ends.
+        include_base_model: put the base model into it, so that the folder needs nothing else.
+
+    Raises:
+        ValueError: no term has a weight.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DocToLoRA,
+        objective: Mapping[str, LossTerm],
+        optimizer: dict[str, Any],
+        output_dir: str | None = None,
+        include_base_model: bool = False,
+    ) -> None:
+        super().__init__(output_dir=output_dir)
+        self.model = model
+        self.objective = trained_terms(objective)
+        self.steps_alone = max(term.steps_alone for term in self.objective.values())
+        self.optimizer_settings = optimizer
+        self.include_base_model = include_base_model
+        # The base model is read from its own files; a checkpoint may lack its keys, and only these (see
+        # on_load_checkpoint).
+        self.strict_loading = False
+
+    def training_step(self, batch: DistillationBatch | StepPart, batch_idx: int) -> Tensor:
+        part = StepPart.of(batch)
+        terms = self._terms_now()
+        with self.phases("encode"):
+            A, B = self.model.adapt(part.batch.chunk_ids, part.batch.chunk_mask)
+        step = Step(part, A, B)
+        self._compute(step, frozenset().union(*(term.needs for term in terms.values())))
+        losses = {name: term(step) for name, term in terms.items()}
+        together = max(self.global_step - self.steps_alone, 0)
+        loss = sum(term.weight_at(together) * losses[name] for name, term in terms.items())
+        return self._finish(part, {"loss": loss, **losses})
+
+    def _terms_now(self) -> dict[str, LossTerm]:
+        alone = {name: term for name, term in self.objective.items() if self.global_step < term.steps_alone}
+        return alone or self.objective
+
+    def _compute(self, step: Step, needs: frozenset[str]) -> None:
+        """Runs the models for these fields of the step. The adapters stay active, until after backward."""
+        batch = step.batch
+        with self.phases("teacher"), torch.no_grad():
+            # Where every answer's probabilities were stored, there may be nothing to ask.
+            if "teacher" in needs and (batch.teacher.target_kind >= 0).any():
+                step.teacher = self.model(batch.teacher)
+            if "plain_inputs" in needs:
+                with self._module_inputs(step.answers) as step.plain_inputs:
+                    self.model(batch.student)
+        if not needs & {"student", "student_inputs"}:
+            return
+        self.model.activate(step.A, step.B, batch.num_chunks, members=batch.members)
+        with self.phases("student"), ExitStack() as undo:
+            if "student_inputs" in needs:
+                step.student_inputs = undo.enter_context(self._module_inputs(step.answers))
+            step.student = self.model(batch.student)
+
+    @contextmanager
+    def _module_inputs(self, answers: AnswerTokens) -> Iterator[ModuleInputs]:
+        """Collects what enters the adapted modules at these tokens, of what runs inside."""
+        inputs: ModuleInputs = {}
+
+        def read(key: tuple[str, LayerTarget], _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[key] = args[0].detach()[answers.row, answers.column]
+
+        with ExitStack() as undo:
+            for target in self.model.hypernetwork.targets:
+                for place in target.modules():
+                    module = self.model.base_model.get_submodule(place.path)
+                    hook = module.register_forward_pre_hook(partial(read, (target.name, place)))
+                    undo.callback(hook.remove)
+            yield inputs
+
+    def on_after_backward(self) -> None:
+        super().on_after_backward()
+        # Not before: checkpointed layers run their forward again during backward.
+        self.model.injector.clear()
+
+    def describe(self, batch: DistillationBatch | StepPart) -> list[str]:
+        """How each of a batch's documents begins, for messages."""
+        batch = StepPart.of(batch).batch
+        firsts = [sum(batch.num_chunks[:i]) for i in range(batch.num_own_rows)]
+        return beginnings(self.model.tokenizer, [batch.chunk_ids[i][batch.chunk_mask[i]] for i in firsts])
+
+    def count_tokens(self, batch: DistillationBatch | StepPart) -> dict[str, Tensor]:
+        """Tokens of the documents ("context") and of the answers ("answer")."""
+        batch = StepPart.of(batch).batch
+        return {"context": batch.chunk_mask.sum(), "answer": (batch.student.target_kind >= 0).sum()}
+
+    def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
+        injector = self.model.injector
+        A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
+        scores = {"no_context": self._exact(batch.student), "in_prompt": self._exact(batch.teacher)}
+        for name, shift in (("adapter", 0), ("wrong_adapter", 1)):
+            self.model.activate(A, B, batch.num_chunks, members=batch.members, shift=shift)
+            scores[name] = self._exact(batch.student)
+            injector.clear()
+        for method, by_kind in scores.items():
+            for kind, right in by_kind.items():
+                self.log(
+                    f"val/{kind}_{method}",
+                    right.float().mean(),
+                    batch_size=len(right),
+                    prog_bar=(kind, method) == ("document", "adapter"),
+                )
+
+    def on_validation_epoch_end(self) -> None:
+        own, floor, ceiling = (
+            self.trainer.callback_metrics.get(f"val/document_{method}")
+            for method in ("adapter", "no_context", "in_prompt")
+        )
+        if own is not None and ceiling > floor:
+            self.log("val/gap_closed", (own - floor) / (ceiling - floor), prog_bar=True)
+
+    def _exact(self, rows: PackedRows) -> dict[str, Tensor]:
+        return answers_right_by_kind(rows, self.model(rows).argmax(-1))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        named = self.model.hypernetwork.named_parameters()
+        return make_optimizer(named, num_steps=self.trainer.max_steps, **self.optimizer_settings)
+
+    def on_fit_start(self) -> None:
+        self.model.hypernetwork.train()
+        self.model.base_model.eval()
+        if not self.model.hypernetwork.is_calibrated:
+            self._calibrate()
+        counts = self.model.hypernetwork.parameter_counts()
+        log.info("Hypernetwork: %s parameters", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+    def _calibrate(self) -> None:
+        """Statistics of the features, from steps spread over the whole run; the same in every process."""
+        train = self.trainer.datamodule.train
+
+        def features() -> Iterator[tuple[Tensor, Tensor]]:
+            for step in torch.linspace(0, len(train) - 1, NUM_CALIBRATION_STEPS).long().unique().tolist():
+                batch = train[step].to(self.device)
+                yield self.model.context_encoder(batch.chunk_ids, batch.chunk_mask), batch.chunk_mask
+
+        self.model.hypernetwork.calibrate(features())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name.startswith(_TRAINED)}
+        checkpoint["base_model_fingerprint"] = self.model.base_model_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Loading is not strict, which would also pass over a renamed weight of the hypernetwork in silence.
+        expected = {_TRAINED + name: tensor for name, tensor in self.model.hypernetwork.state_dict().items()}
+        check_same_sizes(checkpoint["state_dict"], expected, "hypernetwork")
+        if checkpoint["base_model_fingerprint"] != self.model.base_model_fingerprint:
+            raise ValueError("The checkpoint was made with another base model. Resume with the one it was made with.")
+
+    def on_fit_end(self) -> None:
+        if self.writes_result:
+            self.model.save_pretrained(self.output_dir, include_base_model=self.include_base_model)
+            log.info("Checkpoint written to %s", self.output_dir)

@@ -1,0 +1,53 @@
+"""Losses of both trainings: `functions` has the maths, `terms` the terms of the hypernetwork's objective."""
+
+from hypernet.training.losses.functions import (
+    answer_nll,
+    answers_right,
+    answers_right_by_kind,
+    attribution,
+    context_distillation_kl,
+    context_distillation_kl_topk,
+    key_attribution,
+    key_contrast,
+    mean_absolute_weight,
+    mean_per_document,
+)
+from hypernet.training.losses.terms import (
+    RENAMED,
+    AnswerNLL,
+    AnswerTokens,
+    Attribution,
+    ContextDistillation,
+    KeyContrast,
+    Locality,
+    LossTerm,
+    Step,
+    WeightL1,
+    renamed,
+    trained_terms,
+)
+
+__all__ = [
+    "RENAMED",
+    "AnswerNLL",
+    "AnswerTokens",
+    "Attribution",
+    "ContextDistillation",
+    "KeyContrast",
+    "Locality",
+    "LossTerm",
+    "Step",
+    "WeightL1",
+    "answer_nll",
+    "answers_right",
+    "answers_right_by_kind",
+    "attribution",
+    "context_distillation_kl",
+    "context_distillation_kl_topk",
+    "key_attribution",
+    "key_contrast",
+    "mean_absolute_weight",
+    "mean_per_document",
+    "renamed",
+    "trained_terms",
+]

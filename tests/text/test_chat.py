@@ -1,0 +1,148 @@
+"""The chat layout as strings and the affixes as token ids: both are what the chat template writes."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hypernet.text.chat import ChatLayout, chat_affixes
+from tests.text.small_tokenizers import TEMPLATE, make_metaspace_tokenizer, make_tokenizer, user_ids
+
+# ChatLayout
+
+
+def test_the_layout_is_what_the_chat_template_writes(tiny_tokenizer):
+    layout = ChatLayout.of(tiny_tokenizer)
+    turns = [{"role": "user", "content": "A text.\n\nWho?"}, {"role": "assistant", "content": "Ilda"}]
+    render = lambda turns, **settings: tiny_tokenizer.apply_chat_template(turns, tokenize=False, **settings)  # noqa: E731
+    assert layout.prompt("Who?", "A text.") == render(turns[:1], add_generation_prompt=True)
+    assert layout.prompt("Who?", "A text.") + layout.answer("Ilda") == render(turns)
+
+
+class Templated:
+    """A tokenizer that only has a chat template."""
+
+    def __init__(self, template):
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.chat_template = template
+        self._render = render_jinja_template
+
+    def apply_chat_template(self, turns, *, tokenize, add_generation_prompt=False):
+        assert not tokenize
+        settings = {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
+        rendered, _ = self._render([turns], **settings)
+        return rendered[0]
+
+
+def test_a_template_with_system_text_and_a_newline_at_the_end_is_taken_apart():
+    template = (
+        "<s>[SYS] Be brief. [/SYS]{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</{{ m['role'] }}>\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    layout = ChatLayout.of(Templated(template))
+    assert layout == ("<s>[SYS] Be brief. [/SYS]<user>\n", "</user>\n<assistant>\n", "", "</assistant>")
+
+
+@pytest.mark.parametrize(
+    ("template", "hint"),
+    [
+        (None, "has no chat template; set tokenizer.chat_template"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "own prompt; use a plain one"),
+        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "own prompt; use a plain one"),
+        ("{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}", "own prompt; use a plain one"),
+    ],
+    ids=["none", "changes the content", "another beginning", "twice"],
+)
+def test_a_template_that_cannot_be_used_is_refused_with_what_to_do(template, hint):
+    with pytest.raises(ValueError, match=hint):
+        ChatLayout.of(Templated(template))
+
+
+# Affixes
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE,
+        "{{ bos_token }}" + TEMPLATE,
+        "{% if messages[0]['role'] != 'system' %}<|system|>You help.<|end|>\n{% endif %}" + TEMPLATE,
+        TEMPLATE.replace("m['content']", "m['content'] | trim"),
+        TEMPLATE.replace("<|assistant|>", "<|assistant|>\n\n<|think|>"),
+        "{% for m in messages %}{{ m['role'] | upper }}:\n{{ m['content'] }}<|end|>{% endfor %}ASSISTANT:",
+    ],
+    ids=["plain", "bos", "default system prompt", "stripped content", "thinking", "no special token before"],
+)
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_prefix_content_suffix_is_what_apply_chat_template_gives(template, add_bos):
+    tokenizer = make_tokenizer(template=template, add_bos=add_bos)
+    prefix, suffix = chat_affixes(tokenizer)
+    for content in ("The keeper wrote a letter.", "1997 (cold)", "Привет, 今日は", "two\nlines"):
+        content_ids = tokenizer(content, add_special_tokens=False)["input_ids"]
+        assert prefix + content_ids + suffix == user_ids(tokenizer, content)
+    assert prefix.count(tokenizer.bos_token_id) == template.count("bos_token")
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_without_a_template_the_affixes_are_the_tokenizers_own_special_tokens(add_bos):
+    tokenizer = make_tokenizer(template=None, add_bos=add_bos)
+    assert chat_affixes(tokenizer) == ([tokenizer.bos_token_id] if add_bos else [], [])
+
+
+def test_a_blank_that_melts_into_the_content_belongs_to_the_content():
+    template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    tokenizer = make_metaspace_tokenizer(template=template)
+    prefix, suffix = chat_affixes(tokenizer)
+    content_ids = tokenizer("Lights guide", add_special_tokens=False)["input_ids"]
+    assert prefix + content_ids + suffix == user_ids(tokenizer, "Lights guide")
+
+
+def test_a_template_that_melts_into_the_content_warns_and_is_tokenized_by_itself():
+    tokenizer = make_tokenizer(template="{% for m in messages %}USER: {{ m['content'] }}\n{% endfor %}ASSISTANT:")
+    with pytest.warns(UserWarning, match="merges the user's text with the chat template"):
+        prefix, suffix = chat_affixes(tokenizer)
+    # " The" is one token in the template, "The" another one alone.
+    the_ids = tokenizer("The", add_special_tokens=False)["input_ids"]
+    assert (prefix + the_ids)[: len(prefix) + 1] != user_ids(tokenizer, "The")[: len(prefix) + 1]
+    assert prefix == tokenizer("USER: ", add_special_tokens=False)["input_ids"]
+    assert suffix == tokenizer("\nASSISTANT:", add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_that_melts_into_some_contents_only_warns_too():
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ7"]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=[("Ġ", "7")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    template = "{% for m in messages %}USER: {{ m['content'] }}\n{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    # A word after "USER: " is as it is alone, but " 7" is one token.
+    the_ids = tokenizer("USER: The\n", add_special_tokens=False)["input_ids"]
+    assert user_ids(tokenizer, "The") == the_ids and len(user_ids(tokenizer, "7")) == len("USER: 7\n") - 1
+    with pytest.warns(UserWarning, match="merges the user's text with the chat template"):
+        chat_affixes(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template, times",
+    [
+        ("<|user|><|assistant|>", 0),
+        (TEMPLATE + "{{ messages[0]['content'] }}", 2),
+        (TEMPLATE.replace("']}}<", "'] | upper}}<"), 0),
+    ],
+    ids=["dropped", "twice", "changed"],
+)
+def test_a_template_that_does_not_repeat_the_content_once_is_refused(template, times):
+    with pytest.raises(ValueError, match=f"once, word for word, but has it {times} times. Set tokenizer.chat_template"):
+        chat_affixes(make_tokenizer(template=template))
+
+
+def test_a_template_that_fails_is_refused_with_its_reason():
+    tokenizer = make_tokenizer(template="{{ raise_exception('needs a system prompt') }}")
+    with pytest.raises(ValueError, match="fails on a lone user message .needs a system prompt.. Set tokenizer.chat_"):
+        chat_affixes(tokenizer)
+
+
+def test_a_template_with_todays_date_warns():
+    tokenizer = make_tokenizer(template="<|system|>{{ strftime_now('%Y') }}<|end|>" + TEMPLATE)
+    with pytest.warns(UserWarning, match="today's date .* fixed date"):
+        prefix, _ = chat_affixes(tokenizer)
+    assert prefix[0] == tokenizer.convert_tokens_to_ids("<|system|>")

@@ -3,38 +3,108 @@
 The adapter is saved last: a run that fails or is interrupted leaves nothing behind.
 """
 
-import errno
 import json
 import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from hypernet.cli.errors import one_line
 
 if TYPE_CHECKING:  # seconds each; a mistake in the settings is told without them
+    from rich.console import Console
+
     from hypernet.adapters.adapter import LoRAAdapter
+    from hypernet.adapters.joining import Joining
     from hypernet.doc_to_lora import DocToLoRA
     from hypernet.text.documents import Document
 
 log = logging.getLogger("generate_adapter")
 
-DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("int8", "4bit")
 WITHOUT, WITH_ADAPTER, IN_PROMPT = (
     "Without context",
     "With the adapter\n(no document in the prompt)",
     "Document in the prompt",
 )
 PIPED_WIDTH = 120  # columns of the table where there is no terminal to fit
+
+# Settings of before, and what says the same now.
+RENAMED = {
+    "route": "join=route top_k=2",
+    "gate": "join=gate gate_power=1.25",
+    "amplitude": "scale=1.5",
+}
+SETTING_OF = {"ridge": "ridge", "gate": "gate_power", "route": "top_k"}  # way to join → its own setting
+
+
+def _as_list(value: Any) -> Any:
+    """One text, or one number that was meant as a text, is a list of one."""
+    value = [] if value is None else value if isinstance(value, list) else [value]
+    return [str(item) if type(item) in (int, float) else item for item in value]
+
+
+Texts = Annotated[list[Annotated[str, StringConstraints(pattern=r"\S")]], BeforeValidator(_as_list)]
+Name = Annotated[str, StringConstraints(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+A_COUNT, A_NAME, TRUE_OR_FALSE = "a whole number, at least 1", "a text", "true or false"
+
+
+class Settings(BaseModel):
+    """What can be set, as conf/generate_adapter.yaml has it; a description says what is wanted, for the messages."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    document: Texts = Field(description="a text or a list of texts", examples=["[a.txt,b.md]"])
+    output_dir: Name = Field(description=A_NAME)
+    overwrite: bool = Field(description=TRUE_OR_FALSE)
+    ask: Texts = Field(description="a text or a list of texts", examples=['["Who founded Norbach?","When?"]'])
+    compare: bool = Field(description=TRUE_OR_FALSE)
+    max_new_tokens: Count = Field(description=A_COUNT)
+    join: Literal["sum", "ridge", "gate", "route"] | None = Field(
+        description="one of sum, ridge, gate, route, or null for the way that the checkpoint was trained with"
+    )
+    ridge: float | None = Field(default=None, gt=0, description="a number above 0, such as 8, or null")
+    gate_power: float = Field(default=1.25, gt=0, lt=1000, description="a number above 0, such as 1.25")
+    top_k: Count = Field(default=2, description=A_COUNT)
+    scale: float | Annotated[list[float], Field(min_length=1)] = Field(
+        description="a number, or one for each layer: [1,1,1.5]"
+    )
+    checkpoint: Name = Field(description=A_NAME)
+    base_model: Name | None = Field(description=f"{A_NAME} or null")
+    device: Name = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda or auto")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        description="one of float32, bfloat16, float16 or null"
+    )
+    quantization: Literal["int8", "4bit"] | None = Field(description="one of int8, 4bit or null")
+    attention: Name | None = Field(description=f"{A_NAME} or null")
+    max_batch_tokens: Count = Field(description=A_COUNT)
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> "Settings":
+        if not self.document:
+            raise ValueError(
+                "Which document? Name a file, a folder, or - for standard input: document=examples/fenda_elfax.txt. "
+                "See --help for more."
+            )
+        for way, name in SETTING_OF.items():
+            if self.join != way and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is the setting of join={way}, but join is {self.join or 'null'}. Set join={way}, or leave "
+                    f"{name} out."
+                )
+        return self
 
 
 def generate(cfg: DictConfig) -> None:
@@ -44,124 +114,122 @@ def generate(cfg: DictConfig) -> None:
         ValueError, OSError: of one line, with what to do; nothing has been written then.
     """
     watch = Stopwatch()
-    settings = check_settings(OmegaConf.to_container(cfg, resolve=True))
-    documents = read(settings)
+    settings = check_settings(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+    documents = read(settings.document, checkpoint=settings.checkpoint)
     watch.lap("read and chunk")
 
-    model = load(settings)
+    # Imports go from the quick to the slow, so that what cannot be saved is told before the model is loaded.
+    from hypernet.adapters.adapter import check_destination
+
+    check_destination(settings.output_dir, overwrite=settings.overwrite)
+    model = load(
+        settings.checkpoint,
+        base_model=settings.base_model,
+        device=choose_device(settings.device),
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        attention=settings.attention,
+    )
+    joining = model.joining(
+        settings.join,
+        ridge=settings.ridge,
+        gate_power=settings.gate_power if settings.join == "gate" else None,
+        top_k=settings.top_k if settings.join == "route" else None,
+    )
     watch.lap("load")
 
     log.info("Internalizing %s", ", ".join(document.name for document in documents))
-    adapter = internalize(model, documents, settings, watch)
-    if settings["scale"] != 1:
+    adapter = internalize(model, documents, max_batch_tokens=settings.max_batch_tokens, watch=watch)
+    if settings.scale != 1:
         from hypernet.adapters.composition import scale
 
-        adapter = scale(adapter, settings["scale"])
+        adapter = scale(adapter, settings.scale)
+    if joining.is_plain_lora:
+        adapter = adapter.fused(joining.way, ridge=joining.ridge)
     watch.lap("internalize")
 
-    columns = {}
-    if settings["ask"]:
+    columns: dict[str, list[str]] = {}
+    if settings.ask:
         log.info("Answering")
-        columns = answer_all(model, adapter, documents, settings)
+        columns = answer_all(
+            model,
+            adapter,
+            documents,
+            settings.ask,
+            joining=joining,
+            compare=settings.compare,
+            max_new_tokens=settings.max_new_tokens,
+        )
         watch.lap("answer")
 
-    adapter.save(settings["output_dir"], overwrite=settings["overwrite"])
+    adapter.save(settings.output_dir, overwrite=settings.overwrite)
     watch.lap("save")
-    report(model, adapter, documents, settings, columns, watch.seconds)
+    if settings.ask:
+        print_answers(settings.ask, columns)
+    print_summary(model, adapter, documents, joining=joining, output_dir=settings.output_dir, seconds=watch.seconds)
 
 
 def setting_names() -> list[str]:
-    config = OmegaConf.load(Path(__file__).parent / "conf/generate_adapter.yaml")
-    return [key for key in config if key not in ("defaults", "hydra")]
+    return list(Settings.model_fields)
 
 
 def no_such_setting(name: str) -> str:
+    if name in RENAMED:
+        return f"There is no setting {name!r} any more: write {RENAMED[name]}. See --help."
     return f"There is no setting {name!r}. There are {', '.join(setting_names())}; see --help."
 
 
-def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with `document` and `ask` as lists of texts.
+def check_settings(values: Mapping[str, Any]) -> Settings:
+    """The settings, with `document` and `ask` as lists of texts.
 
     Raises:
-        ValueError: one has a value of the wrong kind.
+        ValueError: one is unknown, has a value of the wrong kind, or does not belong to the others.
     """
-    if unknown := sorted(settings.keys() - set(setting_names())):
-        raise ValueError(no_such_setting(unknown[0]))
-    settings = dict(settings)
-    for key, example in (("document", "[a.txt,b.md]"), ("ask", '["Who founded Norbach?","When?"]')):
-        value = [] if settings[key] is None else settings[key]
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, (str, int, float)) and str(text).strip() for text in texts):
-            raise ValueError(f"{key} should be a text or a list of texts, got {value!r}. Write '{key}={example}'.")
-        settings[key] = [str(text) for text in texts]
-    if not settings["document"]:
-        raise ValueError(
-            "Which document? Name a file, a folder, or - for standard input: document=examples/fenda_elfax.txt. "
-            "See --help for more."
-        )
-    for key in ("overwrite", "compare"):
-        if not isinstance(settings[key], bool):
-            raise ValueError(f"{key} should be true or false, got {settings[key]!r}.")
-    scale = settings["scale"] if isinstance(settings["scale"], list) else [settings["scale"]]
-    if not scale or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in scale):
-        raise ValueError(
-            f"scale should be a number, or one for each layer: [1,1,1.5], got {settings['scale']!r}."
-        )
-    for key in ("max_batch_tokens", "max_new_tokens", "route"):
-        if key == "route" and settings[key] is None:
-            continue
-        if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
-            raise ValueError(f"{key} should be a whole number, at least 1, got {settings[key]!r}.")
-    gate = settings["gate"]
-    if gate is not None and (isinstance(gate, bool) or not isinstance(gate, (int, float)) or not 0 < gate < 1000):
-        raise ValueError(f"gate should be a number above 0, such as 1.25, or null, got {gate!r}.")
-    if gate is not None and settings["route"] is not None:
-        raise ValueError("gate and route are two ways to keep chunks out of questions they are not about. Set one.")
-    for key in ("output_dir", "checkpoint", "base_model", "attention"):
-        optional = key in ("base_model", "attention")
-        if not (settings[key] is None and optional) and not (isinstance(settings[key], str) and settings[key]):
-            raise ValueError(f"{key} should be a text{' or null' if optional else ''}, got {settings[key]!r}.")
-    if settings["quantization"] not in (None, *QUANTIZATIONS):
-        raise ValueError(
-            f"quantization should be one of {', '.join(QUANTIZATIONS)} or null, got {settings['quantization']!r}."
-        )
-    if settings["dtype"] not in (None, *DTYPES):
-        raise ValueError(f"dtype should be one of {', '.join(DTYPES)} or null, got {settings['dtype']!r}.")
-    return settings
+    try:
+        return Settings.model_validate(dict(values))
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+    if error["type"] == "value_error":
+        raise ValueError(str(error["ctx"]["error"]))
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        raise ValueError(no_such_setting(name))
+    field = Settings.model_fields[name]
+    example = f" Write '{name}={field.examples[0]}'." if field.examples else ""
+    raise ValueError(f"{name} should be {field.description}, got {values.get(name)!r}.{example}")
 
 
-def read(settings: dict[str, Any]) -> "list[Document]":
+def read(paths: Sequence[str], *, checkpoint: str) -> "list[Document]":
     """The documents, if there is a checkpoint for them."""
     from hypernet.text.documents import read_documents
 
-    checkpoint = Path(settings["checkpoint"]).expanduser()
-    if not settings["checkpoint"].startswith("hub:") and not checkpoint.exists():
+    folder = Path(checkpoint).expanduser()
+    if not checkpoint.startswith("hub:") and not folder.exists():
         raise ValueError(
-            f"There is no checkpoint folder or file {checkpoint}. Name one with checkpoint=..., or train one: "
+            f"There is no checkpoint folder or file {folder}. Name one with checkpoint=..., or train one: "
             "python train.py"
         )
-    return read_documents(settings["document"])
+    return read_documents(paths)
 
 
-def load(settings: dict[str, Any]) -> "DocToLoRA":
-    """The model, once it is sure that what it makes can be saved; imports go from the quick to the slow."""
-    from hypernet.adapters.adapter import check_destination
-
-    check_destination(settings["output_dir"], overwrite=settings["overwrite"])
-    device = choose_device(settings["device"])
-    log.info("Loading %s on %s", settings["checkpoint"], device)
+def load(
+    checkpoint: str,
+    *,
+    base_model: str | None,
+    device: str,
+    dtype: str | None,
+    quantization: str | None,
+    attention: str | None,
+) -> "DocToLoRA":
+    """The model, on the device."""
+    log.info("Loading %s on %s", checkpoint, device)
     from hypernet.base.base_model import silence_torchao_warnings
 
     silence_torchao_warnings()
     from hypernet.doc_to_lora import DocToLoRA
 
     return DocToLoRA.from_pretrained(
-        settings["checkpoint"],
-        base_model=settings["base_model"],
-        device=device,
-        dtype=settings["dtype"],
-        quantization=settings["quantization"],
-        attention=settings["attention"],
+        checkpoint, base_model=base_model, device=device, dtype=dtype, quantization=quantization, attention=attention
     )
 
 
@@ -175,8 +243,6 @@ def choose_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
-        raise ValueError(f"device should be cpu, cuda or auto, got {name!r}.")
     if name == "cpu":
         return name
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -188,8 +254,9 @@ def choose_device(name: str) -> str:
 
 
 def internalize(
-    model: "DocToLoRA", documents: "Sequence[Document]", settings: dict[str, Any], watch: "Stopwatch"
+    model: "DocToLoRA", documents: "Sequence[Document]", *, max_batch_tokens: int, watch: "Stopwatch"
 ) -> "LoRAAdapter":
+    """The documents' chunks as they are generated, with a progress bar."""
     import torch
     from tqdm import tqdm
 
@@ -202,10 +269,7 @@ def internalize(
         bars[-1].update(done - bars[-1].n)
 
     try:
-        adapter = model.internalize(
-            documents, max_batch_tokens=settings["max_batch_tokens"], progress=progress
-        )
-        adapter = adapter.fused() if in_force_alike(settings) else adapter
+        adapter = model.internalize(documents, max_batch_tokens=max_batch_tokens, progress=progress)
     finally:
         for bar in bars:
             bar.close()
@@ -214,46 +278,59 @@ def internalize(
     return adapter
 
 
-def in_force_alike(settings: dict[str, Any]) -> bool:
-    """Whether all chunks answer every question, so that they are told apart beforehand."""
-    return settings["route"] is None and settings["gate"] is None
-
-
 def answer_all(
-    model: "DocToLoRA", adapter: "LoRAAdapter", documents: "Sequence[Document]", settings: dict[str, Any]
+    model: "DocToLoRA",
+    adapter: "LoRAAdapter",
+    documents: "Sequence[Document]",
+    questions: Sequence[str],
+    *,
+    joining: "Joining",
+    compare: bool,
+    max_new_tokens: int,
 ) -> dict[str, list[str]]:
-    """Column of the table → answers."""
-    ways = {WITHOUT: (None, None), WITH_ADAPTER: (adapter, None)}
-    ways[IN_PROMPT] = (None, "\n\n".join(document.text.strip() for document in documents))
-    if not settings["compare"]:
-        ways = {WITH_ADAPTER: ways[WITH_ADAPTER]}
-    how = {key: settings[key] for key in ("max_new_tokens", "route", "gate")}
-    return {column: answer(model, settings["ask"], *way, **how) for column, way in ways.items()}
+    """Column of the table → answers; with `compare` also without the adapter, and with the documents in the prompt."""
+    answers = {WITH_ADAPTER: answer(model, questions, adapter, joining=joining, max_new_tokens=max_new_tokens)}
+    if not compare:
+        return answers
+    text = "\n\n".join(document.text.strip() for document in documents)
+    return {
+        WITHOUT: answer(model, questions, max_new_tokens=max_new_tokens),
+        **answers,
+        IN_PROMPT: answer(model, questions, in_prompt=text, max_new_tokens=max_new_tokens),
+    }
 
 
 def answer(
     model: "DocToLoRA",
     questions: Sequence[str],
-    adapter: "LoRAAdapter | None",
-    document: str | None,
+    adapter: "LoRAAdapter | None" = None,
     *,
+    joining: "Joining | None" = None,
+    in_prompt: str | None = None,
     max_new_tokens: int,
-    route: int | None,
-    gate: float | None,
 ) -> list[str]:
-    """Greedy answers, each by `route` chunks of the adapter, None for all of them, or by all of them through a gate.
+    """Greedy answers. Where prompt and answer exceed the base model's window, that instead of an answer.
 
-    Where prompt and answer exceed the base model's window, that instead of an answer.
+    Args:
+        adapter: None: the base model alone.
+        joining: how the adapter's chunks are joined; one plain LoRA is used as it is.
+        in_prompt: a text to put into the prompt.
     """
     window = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    lengths = [num_tokens(model, model.layout.prompt(question, document)) for question in questions]
+    lengths = [num_tokens(model, model.layout.prompt(question, in_prompt)) for question in questions]
     fitting = [q for q, length in zip(questions, lengths, strict=True) if length + max_new_tokens <= window]
-    how = {"documents": [document] * len(fitting), "max_new_tokens": max_new_tokens}
-    if adapter is not None and route is not None:
-        how |= {"join": "route", "top_k": route}
-    if adapter is not None and gate is not None:
-        how |= {"join": "gate", "gate_power": gate}
-    texts = iter(model.generate(fitting, adapter, **how))
+    each = joining if joining and not joining.is_plain_lora else None
+    texts = iter(
+        model.generate(
+            fitting,
+            adapter,
+            join=each.way if each else None,
+            gate_power=each.gate_power if each else None,
+            top_k=each.top_k if each else None,
+            documents=[in_prompt] * len(fitting),
+            max_new_tokens=max_new_tokens,
+        )
+    )
     return [
         next(texts)
         if length + max_new_tokens <= window
@@ -266,43 +343,65 @@ def num_tokens(model: "DocToLoRA", text: str) -> int:
     return len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def report(
-    model: "DocToLoRA",
-    adapter: "LoRAAdapter",
-    documents: "Sequence[Document]",
-    settings: dict[str, Any],
-    columns: dict[str, list[str]],
-    seconds: dict[str, float],
-) -> None:
-    """Prints the table of answers, what the adapter is, and how to load it."""
+def output() -> "Console":
+    """Standard output, as wide as the terminal; it ends quietly when the reader of a pipe, such as head, has enough."""
     from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def print_answers(questions: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:
+    """Prints the table of answers, one row a question."""
     from rich.table import Table
     from rich.text import Text
 
-    output_dir, questions = settings["output_dir"], settings["ask"]
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
-    if questions:
-        table = Table(show_lines=True)
-        for header in ("Question", *columns):
-            table.add_column(header, overflow="fold")
-        for row in zip(questions, *columns.values(), strict=True):
-            table.add_row(*(Text(text or "(nothing)") for text in row))
-        console.print(table)
+    table = Table(show_lines=True)
+    for header in ("Question", *columns):
+        table.add_column(header, overflow="fold")
+    for row in zip(questions, *columns.values(), strict=True):
+        table.add_row(*(Text(text or "(nothing)") for text in row))
+    output().print(table)
 
+
+def print_summary(
+    model: "DocToLoRA",
+    adapter: "LoRAAdapter",
+    documents: "Sequence[Document]",
+    *,
+    joining: "Joining",
+    output_dir: str,
+    seconds: Mapping[str, float],
+) -> None:
+    """Prints what was read, what the adapter is, how long it took, and how to load it."""
     tokens = sum(num_tokens(model, document.text) for document in documents)
     read = documents[0].name if len(documents) == 1 else f"{len(documents)} documents"
     chunks = "1 chunk" if adapter.num_chunks == 1 else f"{adapter.num_chunks} chunks"
     source, folder = (json.dumps(text, ensure_ascii=False) for text in (model.base_model_source, output_dir))
-    # Through the console too: it ends quietly when the reader of a pipe, such as head, has seen enough.
-    for line in (
-        f"Read     {read}: {tokens} tokens in {chunks}",
-        f"Adapter  {output_dir}: rank {adapter.rank}, {human_bytes(adapter.num_bytes)}",
-        f"Seconds  {', '.join(f'{stage} {value:.2f}' for stage, value in seconds.items())}",
-        f"PEFT     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({source}), {folder})",
-    ):
-        console.print(line, soft_wrap=True)
-    if adapter.num_chunks > 1 and not in_force_alike(settings):
-        console.print("         without gate and route, where chunks add up; leave both out to have them told apart.")
+    lines = {
+        "Read": f"{read}: {tokens} tokens in {chunks}",
+        "Adapter": f"{output_dir}: rank {adapter.rank}, {human_bytes(adapter.num_bytes)}",
+        "Joined": joined(joining),
+        "Seconds": ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items()),
+        "PEFT": f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({source}), {folder})",
+    }
+    if adapter.num_chunks < 2:
+        del lines["Joined"]  # nothing to join
+    console = output()
+    for name, text in lines.items():
+        console.print(f"{name:<8} {text}", soft_wrap=True)
+
+
+def joined(joining: "Joining") -> str:
+    """How the chunks of the saved adapter are joined."""
+    name = SETTING_OF.get(joining.way)
+    setting = f" with {name}={getattr(joining, name):g}" if name else ""
+    if joining.is_plain_lora:
+        return f"by {joining.way}{setting}: one plain LoRA for any program"
+    return (
+        f"for each question by {joining.way}{setting}; saved as generated. Other programs add its chunks up: for them, "
+        "join=ridge or join=sum"
+    )
 
 
 def human_bytes(count: float) -> str:
@@ -356,13 +455,9 @@ def explain(error: Exception) -> str | None:
         return f"Several values need brackets: '{key}=[{value}]'. A comma in a value needs quotes: '{key}=\"{value}\"'."
     if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", text):
         return "Out of memory. Lower max_batch_tokens, ask fewer questions at once, or set dtype=bfloat16."
-    if isinstance(error, RuntimeError):
-        return None
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"No space left on the disk of {error.filename or 'output_dir'}. Free some, or name another output_dir."
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.strerror}: {error.filename}. Check the path and its permissions, or name another output_dir."
-    return text
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return text
+    return one_line(error)
 
 
 @hydra.main(config_path="conf", config_name="generate_adapter", version_base="1.3")
@@ -386,5 +481,5 @@ def run() -> None:
 
 if __name__ == "__main__":
     # A terminal of another encoding than UTF-8 shows what it can.
-    sys.stdout.reconfigure(errors="replace")
+    cast(TextIOWrapper, sys.stdout).reconfigure(errors="replace")
     run()

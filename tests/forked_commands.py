@@ -4,7 +4,7 @@ A command by itself takes 7 s of processor time to import torch, transformers an
 object per line on stdin, an answer per line on stdout; `Commands` is the side of the tests.
 
     commands.run("train.py", ["trainer.max_steps=3", ...], cwd=folder)              # to its end
-    commands.run("hypernet.interop.checkpoints", ["source=..."], cwd=folder)                 # python -m
+    commands.run("hypernet", ["library", "list"], cwd=folder)                       # python -m hypernet
     commands.run(..., kill={"steps": 2, "seconds": 0.01, "checkpoints": folder})    # SIGKILL after two checkpoints
     commands.run(..., kill={"while_writing": True, "checkpoints": folder})          # while one is being written
     commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five logged lines
@@ -145,7 +145,6 @@ def _run(request: dict, streams: list) -> None:
         if name.endswith(".py"):
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:
-            sys.modules.pop(name, None)  # runpy warns of one that is there
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as exit:

@@ -60,7 +60,7 @@ def base_model_config(tokenizer, *, hidden_size: int = 32) -> dict:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random hypernetwork, strong enough to change the answers of the random base model beside it."""
+    """A random hypernetwork, strong enough to change the answers of the random base model next to it."""
     encyclopedia = Encyclopedia("train")
     tokenizer = train_tokenizer(
         (encyclopedia.record(i).document for i in range(50)), vocab_size=384, model_max_length=WINDOW
@@ -113,7 +113,7 @@ def run(work: Path, checkpoint: Path, monkeypatch, capsys) -> Iterator[Callable[
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that what run() sets is taken back
-    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # so that conf/ beside the script is found
+    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # so that conf/ next to the script is found
 
     def call(*arguments: str, stdin: bytes = b"") -> Result:
         if not any(argument.startswith("checkpoint=") for argument in arguments):
@@ -217,7 +217,7 @@ def test_overwrite_replaces_the_adapter(run, work):
 # What it prints
 
 
-def test_the_table_holds_the_answers_with_and_without_adapter_and_document(run, checkpoint):
+def test_table_holds_answers_with_and_without_adapter(run, checkpoint):
     questions = ["Where was he born?", "Who, then, taught [bold]him[/bold]?"]
     result = run("document=doc.txt", f"ask={json.dumps(questions)}", "max_new_tokens=5")
     model = DocToLoRA.from_pretrained(checkpoint)
@@ -246,14 +246,14 @@ def test_the_table_holds_the_answers_with_and_without_adapter_and_document(run, 
     assert expected[0] != expected[1]
 
 
-def test_piped_output_is_plain_text_of_the_promised_width_and_logs_go_to_stderr(run):
+def test_piped_output_is_plain_text_and_logs_go_to_stderr(run):
     result = run("document=doc.txt", 'ask=["Who taught Branmir Ralquist?"]')
     table = [line for line in result.out.split("\n") if line and line[0] in "┏┃┡│├└"]
     assert "\x1b" not in result.out
     assert table and max(map(cell_len, table)) <= generate_adapter.PIPED_WIDTH
     assert "Loading" in result.err and "Loading" not in result.out
     summary = [line.split()[0] for line in result.out.split("\n") if line and line not in table]
-    assert summary == ["Read", "Adapter", "Seconds", "PEFT"]
+    assert summary == ["Read", "Adapter", "Joined", "Seconds", "PEFT"]
     assert re.search(r"^Read     doc.txt: \d+ tokens in \d+ chunks$", result.out, re.M)
     assert re.search(r"^Adapter  outputs/adapter: rank \d+, \d+(\.\d)? KiB$", result.out, re.M)
     for stage in ("read and chunk", "load", "internalize", "answer", "save"):
@@ -274,42 +274,90 @@ def test_compare_false_answers_with_the_adapter_only(run):
     assert header == ["Question", "With the adapter (no document in the prompt)"]
 
 
-def test_the_amplitude_scales_what_the_adapter_does_layer_by_layer(run):
+def test_scale_multiplies_what_the_adapter_does_by_layer(run):
     run("document=doc.txt", "output_dir=plain")
-    run("document=doc.txt", "output_dir=louder", "scale=[1,2.5]")
-    plain, louder = LoRAAdapter.load("plain"), LoRAAdapter.load("louder")
-    for mine, theirs, axis in ((louder.B, plain.B, 1), (louder.bias_B, plain.bias_B, 0)):
+    run("document=doc.txt", "output_dir=scaled", "scale=[1,2.5]")
+    plain, scaled = LoRAAdapter.load("plain"), LoRAAdapter.load("scaled")
+    for mine, theirs, axis in ((scaled.B, plain.B, 1), (scaled.bias_B, plain.bias_B, 0)):
         for factor, layer in ((1, 0), (2.5, 1)):
             for name in mine:
                 assert torch.equal(mine[name].select(axis, layer), theirs[name].select(axis, layer) * factor)
-    assert all(torch.equal(louder.A[name], plain.A[name]) for name in plain.A)
+    assert all(torch.equal(scaled.A[name], plain.A[name]) for name in plain.A)
+
+
+def test_scale_of_another_number_of_layers_is_refused(run):
     assert "one for each of 2 layers, got 3" in error_line(run("document=doc.txt", "scale=[1,2,3]"))
 
 
-def test_routed_answers_are_by_the_chunk_that_a_question_is_about(run, checkpoint):
-    question = "Who taught Branmir Ralquist?"
-    settings = ["document=doc.txt", f"ask={question}", "max_new_tokens=4", "compare=false", "route=1"]
-    _, (_, answered) = columns(run(*settings).out)
-    adapter = LoRAAdapter.load("outputs/adapter")
-    assert adapter.num_chunks > 1
-    model = DocToLoRA.from_pretrained(checkpoint)
-    (expected,) = model.generate([question], adapter, join="route", top_k=1, max_new_tokens=4)
-    assert " ".join(answered.split()) == " ".join(expected.split())
+# How chunks are joined
 
 
-def test_gated_answers_are_by_chunks_as_they_were_generated(run, checkpoint):
-    question = "Who taught Branmir Ralquist?"
-    settings = ["document=doc.txt", f"ask={question}", "max_new_tokens=4", "compare=false", "gate=1.5"]
-    out = run(*settings).out
-    assert "leave both out to have them told apart" in out
-    assert "told apart" not in run("document=doc.txt", "output_dir=plain").out
-    _, (_, answered) = columns(out)
+QUESTION = "Who taught Branmir Ralquist?"
+
+
+def answered(run, *settings: str) -> tuple[str, LoRAAdapter, str]:
+    """The answer to QUESTION, the adapter that is saved, and what is printed of how it is joined."""
+    out = run("document=doc.txt", f"ask={QUESTION}", "max_new_tokens=4", "compare=false", *settings).out
+    _, (_, text) = columns(out)
     adapter = LoRAAdapter.load("outputs/adapter")
     assert adapter.num_chunks > 1
-    assert not adapter.is_fused
+    (joined,) = re.findall(r"^Joined   (.*)$", out, re.M)
+    return " ".join(text.split()), adapter, joined
+
+
+@pytest.mark.parametrize("settings", [["join=gate", "gate_power=1.5"], ["join=route", "top_k=1"]], ids=" ".join)
+def test_chosen_chunks_are_saved_as_generated(run, checkpoint, settings):
+    text, adapter, joined = answered(run, *settings)
     model = DocToLoRA.from_pretrained(checkpoint)
-    (expected,) = model.generate([question], adapter, join="gate", gate_power=1.5, max_new_tokens=4)
-    assert " ".join(answered.split()) == " ".join(expected.split())
+    way, (name, value) = settings[0].partition("=")[2], settings[1].split("=")
+    (expected,) = model.generate([QUESTION], adapter, join=way, **{name: json.loads(value)}, max_new_tokens=4)
+    assert text == " ".join(expected.split())
+    assert not adapter.is_fused and adapter.content_id() == model.internalize(TEXT).content_id()
+    assert joined.startswith(f"for each question by {way} with {name}={value}; saved as generated.")
+
+
+@pytest.mark.parametrize("settings", [["join=ridge", "ridge=0.5"], ["join=sum"], []], ids=" ".join)
+def test_joined_for_good_one_plain_lora_answers_and_is_saved(run, checkpoint, settings):
+    text, adapter, joined = answered(run, *settings)
+    model = DocToLoRA.from_pretrained(checkpoint)  # trained for the sum
+    generated = model.internalize(TEXT)
+    expected = generated.fused("ridge", ridge=0.5) if "join=ridge" in settings else generated
+    assert adapter.content_id() == expected.content_id()
+    (answer,) = model.generate([QUESTION], adapter, max_new_tokens=4)
+    assert text == " ".join(answer.split())
+    way = "ridge with ridge=0.5" if "join=ridge" in settings else "sum"
+    assert joined == f"by {way}: one plain LoRA for any program"
+
+
+def test_null_takes_the_way_and_ridge_of_the_checkpoint(run, checkpoint, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(checkpoint, trained)
+    config = OmegaConf.load(trained / "config.yaml")
+    config.ridge = 2.0
+    OmegaConf.save(config, trained / "config.yaml")
+    expected = DocToLoRA.from_pretrained(trained).internalize(TEXT).fused("ridge", ridge=2.0)
+    for settings in ([], ["join=ridge"]):
+        _, adapter, joined = answered(run, f"checkpoint={trained}", "overwrite=true", *settings)
+        assert adapter.content_id() == expected.content_id() and joined.startswith("by ridge with ridge=2:")
+
+
+def test_sum_of_a_checkpoint_trained_with_a_ridge_is_the_sum(run, checkpoint, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(checkpoint, trained)
+    config = OmegaConf.load(trained / "config.yaml")
+    config.ridge = 2.0
+    OmegaConf.save(config, trained / "config.yaml")
+    text, adapter, joined = answered(run, f"checkpoint={trained}", "join=sum")
+    model = DocToLoRA.from_pretrained(trained)
+    generated = model.internalize(TEXT)
+    assert adapter.content_id() == generated.content_id() and joined.startswith("by sum:")
+    (expected,) = model.generate([QUESTION], generated, join="sum", max_new_tokens=4)
+    assert text == " ".join(expected.split())
+
+
+def test_one_chunk_has_nothing_to_join(run, work):
+    (work / "short.txt").write_text("Norbach is a town.")
+    assert "Joined" not in run("document=short.txt").out
 
 
 def test_a_document_longer_than_the_window_says_so_in_its_column(run, work):
@@ -350,6 +398,16 @@ def test_help_names_every_setting_with_its_default(help_text):
         assert re.search(rf"^ *{key}={re.escape(default)}  ", help_text, re.M), key
 
 
+def settings_of(cfg) -> dict:
+    return {key: value for key, value in OmegaConf.to_container(cfg).items() if key != "hydra"}
+
+
+def test_defaults_of_joining_are_those_of_the_file():
+    config = OmegaConf.load(ROOT / "conf/generate_adapter.yaml")
+    for name in generate_adapter.SETTING_OF.values():
+        assert generate_adapter.Settings.model_fields[name].default == config[name]
+
+
 def test_the_commands_in_help_can_be_copied(help_text, monkeypatch):
     monkeypatch.chdir(ROOT)
     commands = re.findall(r"^ *python generate_adapter.py (.*)$", help_text, re.M)
@@ -358,8 +416,8 @@ def test_the_commands_in_help_can_be_copied(help_text, monkeypatch):
         for command in commands:
             arguments = shlex.split(command.partition(" <")[0])
             cfg = compose("generate_adapter", overrides=arguments)
-            settings = generate_adapter.check_settings(OmegaConf.to_container(cfg))
-            read_documents([path for path in settings["document"] if path != "-"] or "examples")
+            settings = generate_adapter.check_settings(settings_of(cfg))
+            read_documents([path for path in settings.document if path != "-"] or "examples")
 
 
 def test_the_quoting_in_help_works(help_text):
@@ -376,7 +434,7 @@ def test_the_quoting_in_help_works(help_text):
         for text, (key, value) in quoted.items():
             assert text in help_text
             cfg = compose("generate_adapter", overrides=["document=x", *shlex.split(text)])
-            assert generate_adapter.check_settings(OmegaConf.to_container(cfg))[key] == value
+            assert getattr(generate_adapter.check_settings(settings_of(cfg)), key) == value
 
 
 # What it says when something is wrong: one line, and nothing is left behind
@@ -430,10 +488,20 @@ def test_a_document_that_cannot_be_read(run, work, name, content, says):
         (["document=doc.txt", "quantization=int3"], "quantization should be one of int8, 4bit or null, got 'int3'"),
         (["document=doc.txt", "max_batch_tokens=0"], "max_batch_tokens should be a whole number, at least 1, got 0"),
         (["document=doc.txt", "max_new_tokens=few"], "max_new_tokens should be a whole number"),
-        (["document=doc.txt", "route=0"], "route should be a whole number, at least 1, got 0"),
-        (["document=doc.txt", "gate=0"], "gate should be a number above 0, such as 1.25, or null, got 0"),
-        (["document=doc.txt", "gate=soft"], "gate should be a number above 0, such as 1.25, or null, got 'soft'"),
-        (["document=doc.txt", "gate=1", "route=2"], "gate and route are two ways"),
+        (["document=doc.txt", "max_new_tokens=2.5"], "max_new_tokens should be a whole number, at least 1, got 2.5"),
+        (["document=doc.txt", "join=all"], "join should be one of sum, ridge, gate, route, or null .*, got 'all'"),
+        (["document=doc.txt", "join=route", "top_k=0"], "top_k should be a whole number, at least 1, got 0"),
+        (["document=doc.txt", "join=gate", "gate_power=0"], "gate_power should be a number above 0, such as .* got 0"),
+        (["document=doc.txt", "join=gate", "gate_power=soft"], "gate_power should be a number above 0.* got 'soft'"),
+        (["document=doc.txt", "join=ridge", "ridge=-1"], "ridge should be a number above 0, such as 8, .*got -1"),
+        (["document=doc.txt", "join=ridge"], "join=ridge needs a ridge, such as 8.0"),
+        (["document=doc.txt", "ridge=8"], "ridge is the setting of join=ridge, but join is null. Set join=ridge, or"),
+        (["document=doc.txt", "join=ridge", "top_k=3"], "top_k is the setting of join=route, but join is ridge"),
+        (["document=doc.txt", "join=route", "gate_power=1"], "gate_power is the setting of join=gate, but join is rou"),
+        (["document=doc.txt", "route=2"], "no setting 'route' any more: write join=route top_k=2"),
+        (["document=doc.txt", "gate=1.5"], "no setting 'gate' any more: write join=gate gate_power=1.25"),
+        (["document=doc.txt", "+amplitude=2"], "no setting 'amplitude' any more: write scale=1.5"),
+        (["document=doc.txt", "~ask"], "ask should be a text or a list of texts, got None"),
         (["document=doc.txt", "output_dir=null"], "output_dir should be a text, got None"),
         (["document=doc.txt", "dtype=float8"], "dtype should be one of float32, .* or null, got 'float8'"),
         (["document=doc.txt", "device=tpu"], "device should be cpu, cuda or auto, got 'tpu'"),

@@ -1,11 +1,11 @@
-"""AdapterLibrary: a folder of adapters, each under the hash of its content. Also the command over it.
+"""AdapterLibrary: a folder of adapters, each under the hash of its content.
 
     library = AdapterLibrary("outputs/library")
     identity = library.add(adapter)                        # adding the same adapter again changes nothing
     fenda = library.load("fenda_elfax.txt", base_model_fingerprint=fingerprint, base_model_name="this model")
     library.verify()                                       # what is damaged, and how; empty if nothing is
 
-    python -m hypernet.adapters.library list directory=outputs/library
+On the command line it is `hypernet library`.
 
 Every entry is an ordinary adapter folder that PEFT loads in place, plus entry.json with the hashes of its files. It is
 written to a temporary name and renamed, so an entry is there completely or not at all, whoever is killed; any number of
@@ -20,7 +20,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -424,103 +423,3 @@ def _sha256(path: Path) -> str:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-# The command
-
-USAGE = (
-    "python -m hypernet.adapters.library ACTION directory=FOLDER, where ACTION is list, verify, clean, "
-    "add adapter=FOLDER, remove id=ID or replace id=ID adapter=FOLDER"
-)
-SETTINGS = {
-    "list": (),
-    "verify": (),
-    "clean": (),
-    "add": ("adapter",),
-    "remove": ("id",),
-    "replace": ("id", "adapter"),
-}
-PIPED_WIDTH = 160  # columns of the table where there is no terminal to fit
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns its exit status: 1 if `verify` found damage.
-
-    Raises:
-        ValueError, OSError: of one line, with what to do.
-    """
-    from rich.console import Console
-
-    action, settings = _parse(arguments)
-    library = AdapterLibrary(settings["directory"])
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True)
-
-    if action == "list":
-        console.print(_table(library.list()))
-    elif action == "verify":
-        damages = library.verify()
-        for damage in damages:
-            say(f"{damage.name}: {damage.reason}")
-        say(f"{len(damages)} damaged" if damages else f"All {len(library.list())} adapters are as they were stored.")
-        return int(bool(damages))
-    elif action == "clean":
-        say("\n".join(f"removed {name}" for name in library.clean()) or "Nothing to clean up.")
-    elif action == "add":
-        say(library.add(LoRAAdapter.load(settings["adapter"])))
-    elif action == "remove":
-        say(f"removed {library.remove(settings['id'])}")
-    else:
-        say(library.replace(settings["id"], LoRAAdapter.load(settings["adapter"])))
-    return 0
-
-
-def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
-    words = [word for word in arguments if "=" not in word]
-    settings = dict(word.split("=", 1) for word in arguments if "=" in word)
-    action = words[0] if len(words) == 1 else None
-    if action not in SETTINGS:
-        raise ValueError(f"Expected one action, got {' '.join(words) or 'none'}. Write {USAGE}.")
-    expected = {"directory", *SETTINGS[action]}
-    if set(settings) != expected or not all(settings.values()):
-        raise ValueError(
-            f"{action} takes {', '.join(f'{name}=...' for name in sorted(expected))}, got "
-            f"{', '.join(word for word in arguments if '=' in word) or 'nothing'}. Write {USAGE}."
-        )
-    return action, settings
-
-
-def _table(entries: Sequence[LibraryEntry]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for header in ("id", "documents", "base model", "generator", "chunks", "rank", "KiB", "added"):
-        table.add_column(header, overflow="fold", justify="right" if header in ("chunks", "rank", "KiB") else "left")
-    for entry in entries:
-        row = (
-            entry.id[:12],
-            ", ".join(name or (sha256 or "?")[:12] for name, sha256 in entry.documents),
-            f"{entry.base_model_name} {(entry.base_model_fingerprint or '')[:12]}",
-            (entry.generator or "")[:12],
-            str(entry.num_chunks),
-            str(entry.rank),
-            f"{entry.num_bytes / 1024:.0f}",
-            entry.added[:19].replace("T", " "),
-        )
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
-def run() -> None:
-    """`main` with the user's mistakes told in one line."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"hypernet.adapters.library: {' '.join(str(error).split())}")
-
-
-if __name__ == "__main__":
-    run()

@@ -2,23 +2,17 @@
 
     checkpoint = open_checkpoint("hub:SakanaAI/doc-to-lora/gemma_demo")
 
-    python -m hypernet.interop.checkpoints source=hub:SakanaAI/doc-to-lora/gemma_demo output_dir=outputs/gemma_demo
-
-The command writes a published one as such a folder, once.
+`convert` writes a published one as such a folder, once; so does the command `hypernet checkpoint convert`.
 """
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hypernet.base.base_model import fingerprint, silence_torchao_warnings
+from hypernet.base.base_model import fingerprint
 from hypernet.interop.published import find_published, is_published, read_published
-from hypernet.io.arguments import key_values
 from hypernet.io.files import replaced_folder
 from hypernet.model.checkpoint import (
     CONFIG_FILE,
@@ -32,23 +26,6 @@ from hypernet.model.checkpoint import (
 # Published files do not say how long their chunks were. The multi-chunk checkpoints were trained on chunks of 25 to 512
 # tokens, and a user measured SQuAD F1 .76 for contexts below 128 tokens, .60 from 256 to 511, .33 from 512 on.
 PUBLISHED_MAX_CHUNK_TOKENS = 512
-
-HELP = f"""\
-Convert a published Doc-to-LoRA checkpoint (pytorch_model.bin) to safetensors and YAML. Nothing in it is executed.
-
-  python -m hypernet.interop.checkpoints source=hub:SakanaAI/doc-to-lora/gemma_demo output_dir=outputs/gemma_demo
-  python -m hypernet.interop.checkpoints source=downloads/pytorch_model.bin output_dir=outputs/own base_model=gemma
-
-Only the base model's config.json is needed, not its weights.
-
-Settings:
-  source=                  the file, a folder that holds it, or hub:owner/repository/name
-  output_dir=              folder for {CONFIG_FILE} and {WEIGHTS_FILE}
-  base_model=              hub name or folder of the base model; without it the one that the file names
-  max_chunk_tokens={PUBLISHED_MAX_CHUNK_TOKENS}     document tokens per chunk; the file does not say
-  overwrite=false          true replaces a checkpoint that is in output_dir
-"""
-
 
 
 def open_checkpoint(source: str | Path, *, base_model: str | Path | None = None) -> Checkpoint:
@@ -89,26 +66,6 @@ def _skeleton(base_model: str) -> nn.Module:
         ) from error
 
 
-# The command
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Converts a published checkpoint, see HELP; returns the exit status, with one line on standard error if not 0."""
-    if not arguments or {"--help", "-h"} & set(arguments):
-        print(HELP, end="")
-        return 0
-    silence_torchao_warnings()
-    try:
-        convert(**_settings(arguments))
-    except (ValueError, OSError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or "out of memory"
-        if isinstance(error, OSError) and error.strerror:
-            reason = f"{error.strerror}: {error.filename}. Check the path, its permissions and the space on the disk."
-        print(f"hypernet.interop.checkpoints: {reason}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def convert(
     *,
     source: str,
@@ -116,8 +73,15 @@ def convert(
     base_model: str | None = None,
     max_chunk_tokens: int = PUBLISHED_MAX_CHUNK_TOKENS,
     overwrite: bool = False,
-) -> None:
+) -> Checkpoint:
     """Writes a published checkpoint as a folder of ours: all of it or, on any failure, nothing.
+
+    Args:
+        source: as `find_published` takes it.
+        output_dir: folder for config.yaml and hypernetwork.safetensors.
+        base_model: hub name or folder of the base model; None takes the one that the file names.
+        max_chunk_tokens: document tokens per chunk, which published files do not say.
+        overwrite: replace a checkpoint that is in output_dir.
 
     Raises:
         ValueError: as `load_checkpoint`, or output_dir holds something else than a checkpoint.
@@ -140,30 +104,7 @@ def convert(
             context_encoder=checkpoint.context_encoder,
             max_chunk_tokens=max_chunk_tokens,
         )
-    network = checkpoint.hypernetwork
-    print(
-        f"{folder}: {network.parameter_counts()['total']:,} parameters, rank {network.rank}, "
-        f"{', '.join(target.name for target in network.targets)} in {network.num_layers} layers of "
-        f"{checkpoint.base_model}, chunks of {max_chunk_tokens} tokens"
-    )
-
-
-def _settings(arguments: Sequence[str]) -> dict[str, Any]:
-    names = ("source", "output_dir", "base_model", "max_chunk_tokens", "overwrite")
-    settings: dict[str, Any] = key_values(arguments, names)
-    for name, value in settings.items():
-        if not value:
-            raise ValueError(f"{name}= has no value. Give one, or leave it out.")
-    for name in ("source", "output_dir"):
-        if name not in settings:
-            raise ValueError(f"{name} is missing. Write {name}=..., see --help.")
-    tokens = settings.setdefault("max_chunk_tokens", str(PUBLISHED_MAX_CHUNK_TOKENS))
-    if not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10 and int(tokens) > 0):
-        raise ValueError(f"max_chunk_tokens should be a whole number, at least 1, got {tokens}.")
-    overwrite = settings.get("overwrite", "false").lower()
-    if overwrite not in ("true", "false"):
-        raise ValueError(f"overwrite should be true or false, got {overwrite}.")
-    return {**settings, "max_chunk_tokens": int(tokens), "overwrite": overwrite == "true"}
+    return checkpoint
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
@@ -171,10 +112,6 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
         return
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
     if found and not (overwrite and folder.is_dir()):
-        raise FileExistsError(f"{folder} exists and is not empty. Name another output_dir, or set overwrite=true.")
+        raise FileExistsError(f"{folder} exists and is not empty. Name another output_dir, or set overwrite.")
     if foreign := sorted(found - {CONFIG_FILE, WEIGHTS_FILE}):
         raise ValueError(f"{folder} is not replaced: it also holds {foreign[:3]}. Name another output_dir.")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -6,10 +6,7 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.adapters.composition import compress, concatenate, scale, weight
-from hypernet.adapters.library import AdapterLibrary, main
+from hypernet.adapters.library import AdapterLibrary
 from tests.adapters.test_adapter import assert_one_line_value_error, assert_same, make_adapter, targets  # noqa: F401
 from tests.adapters.test_composition import UNEVEN, uneven_adapter
 
@@ -331,58 +328,3 @@ def test_kill_9_at_any_moment_leaves_whole_adapters_or_none(library):
         library.clean()
         assert library.verify() == () and identity in ids(library)
     assert interrupted  # some were hit in the middle
-
-
-# The command
-
-
-def test_the_command(library, tmp_path, capsys):
-    uneven_adapter(1).save(tmp_path / "one")
-    uneven_adapter(1, seed=2).save(tmp_path / "two")
-    directory = f"directory={library.directory}"
-    assert main(["add", directory, f"adapter={tmp_path / 'one'}"]) == 0
-    identity = capsys.readouterr().out.strip()
-    assert identity == uneven_adapter(1).content_id()
-    assert main(["list", directory]) == 0
-    out = capsys.readouterr().out
-    assert identity[:12] in out and "d1.txt" in out and "tiny-llama base-1" in out
-    assert main(["verify", directory]) == 0 and "All 1 adapters" in capsys.readouterr().out
-    assert main(["replace", directory, "id=d1.txt", f"adapter={tmp_path / 'two'}"]) == 0
-    two = capsys.readouterr().out.strip()
-    assert ids(library) == {two}
-    flip(library.directory / two / WEIGHTS, -1)
-    assert main([directory, "verify"]) == 1
-    assert re.search(rf"{two}: {WEIGHTS} is not what was stored.*\n1 damaged", capsys.readouterr().out)
-    assert main(["remove", directory, f"id={two}"]) == 0 and capsys.readouterr().out.strip() == f"removed {two}"
-    (library.directory / f".{'0' * 32}.new").mkdir()
-    assert main(["clean", directory]) == 0 and f".{'0' * 32}.new" in capsys.readouterr().out
-    assert main(["clean", directory]) == 0 and "Nothing" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "Expected one action, got none. Write python -m hypernet.adapters.library ACTION"),
-        (["show", "directory=x"], "got show"),
-        (["list", "verify"], "got list verify"),
-        (["list"], r"list takes directory=\.\.\., got nothing"),
-        (["list", "directory="], r"list takes directory=\.\.\., got directory="),
-        (["remove", "directory=x"], r"remove takes directory=\.\.\., id=\.\.\., got directory=x"),
-        (["list", "directory=x", "depth=1"], "got directory=x, depth=1"),
-        (["list", "directory=/no/where"], "No adapter library at /no/where"),
-    ],
-)
-def test_mistakes_in_the_command_are_told_in_one_line(arguments, message):
-    assert_one_line_value_error(lambda: main(arguments), message)
-
-
-def test_the_command_as_a_process_exits_with_one_line(library):
-    result = subprocess.run(
-        [sys.executable, "-m", "hypernet.adapters.library", "list", f"directory={library.directory}"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("hypernet.adapters.library: No adapter library at")
-    assert result.stderr.count("\n") == 1

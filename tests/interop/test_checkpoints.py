@@ -10,8 +10,9 @@ import pytest
 
 from hypernet.base.base_model import build_base_model
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.interop.checkpoints import main, open_checkpoint
+from hypernet.interop.checkpoints import open_checkpoint
 from hypernet.model import checkpoint as checkpoint_module
+from tests.cli.command import hypernet
 from tests.interop.published.published_files import (
     Calls,
     assert_same_adapters,
@@ -27,8 +28,13 @@ ROOT = Path(__file__).parents[2]
 # Conversion
 
 
+def convert(source: str | Path, output_dir: Path, *options: str | Path) -> int:
+    """The exit status of the command."""
+    return hypernet("checkpoint", "convert", "--source", source, "--output-dir", output_dir, *options)
+
+
 def test_a_converted_checkpoint_is_the_same_model(file, tmp_path, capsys):
-    assert main([f"source={file}", f"output_dir={tmp_path / 'out'}"]) == 0
+    assert convert(file, tmp_path / "out") == 0
     assert "rank 4, down_proj in 2 layers" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.yaml", "hypernetwork.safetensors"]
     assert "fingerprint: null" in (tmp_path / "out/config.yaml").read_text()
@@ -42,86 +48,52 @@ def test_a_converted_checkpoint_is_the_same_model(file, tmp_path, capsys):
 def test_a_converted_checkpoint_with_shared_blocks(make, tmp_path):
     model = make(aggregator={"num_blocks": 3, "num_self_attention_blocks": 1, "share_blocks": True})
     path = save(published_content(model), tmp_path / "pytorch_model.bin")
-    assert main([f"source={path}", f"output_dir={tmp_path / 'out'}"]) == 0
+    assert convert(path, tmp_path / "out") == 0
     assert_same_adapters(model, DocToLoRA.from_pretrained(tmp_path / "out"))
 
 
 def test_a_conversion_needs_no_weights_of_the_base_model(file, tmp_path, tiny_base_model_folder):
     (tmp_path / "only").mkdir()
     (tmp_path / "only/config.json").write_bytes((tiny_base_model_folder / "config.json").read_bytes())
-    arguments = [f"base_model={tmp_path / 'only'}", "max_chunk_tokens=77"]
-    assert main([f"source={file}", f"output_dir={tmp_path / 'out'}", *arguments]) == 0
+    arguments = ["--base-model", tmp_path / "only", "--max-chunk-tokens", "77"]
+    assert convert(file, tmp_path / "out", *arguments) == 0
     assert open_checkpoint(tmp_path / "out").max_chunk_tokens == 77
     assert open_checkpoint(tmp_path / "out").base_model == str(tmp_path / "only")
 
 
 def test_an_existing_output_stays_unless_overwrite_is_set(file, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = [f"source={file}", f"output_dir={out}"]
-    assert main(arguments) == 0
+    assert convert(file, out) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert main([*arguments, "max_chunk_tokens=5"]) == 1
+    assert convert(file, out, "--max-chunk-tokens", "5") == 1
     assert "exists and is not empty" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert main([*arguments, "max_chunk_tokens=5", "overwrite=true"]) == 0
+    assert convert(file, out, "--max-chunk-tokens", "5", "--overwrite") == 0
     assert open_checkpoint(out).max_chunk_tokens == 5
     (out / "notes.txt").write_text("mine")
-    assert main([*arguments, "overwrite=true"]) == 1
+    assert convert(file, out, "--overwrite") == 1
     assert "it also holds ['notes.txt']" in capsys.readouterr().err and (out / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_conversion_that_fails_leaves_everything_as_it_was(file, tmp_path, monkeypatch, capsys, existing):
     out = tmp_path / "out"
-    arguments = [f"source={file}", f"output_dir={out}", "overwrite=true"]
     if existing:
-        assert main(arguments) == 0
+        assert convert(file, out, "--overwrite") == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()} if existing else None
 
     def full(*_, **__):
         raise OSError(28, "No space left on device", str(out))
 
     monkeypatch.setattr(checkpoint_module.yaml, "safe_dump", full)
-    assert main(arguments) == 1
+    assert convert(file, out, "--overwrite") == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert (before is None and not out.exists()) or {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} <= {"pytorch_model.bin", "out"}
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["source=x", "-h"]])
-def test_help(arguments, capsys):
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
-    for name in ("source=", "output_dir=", "base_model=", "max_chunk_tokens=512", "overwrite=false"):
-        assert name in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["source=a"], "output_dir is missing"),
-        (["output_dir=a"], "source is missing"),
-        (["source=nowhere", "output_dir=a"], "There is no published checkpoint nowhere"),
-        (["source=a", "output_dir=b", "ranks=3"], "Cannot read 'ranks=3': settings are key=value with source"),
-        (["a", "output_dir=b"], "Cannot read 'a'"),
-        (["source=a", "output_dir=b", "source=c"], "source is given twice"),
-        (["source=", "output_dir=b"], "source= has no value"),
-        (["source=a", "output_dir=b", "max_chunk_tokens=0"], "at least 1, got 0"),
-        (["source=a", "output_dir=b", "max_chunk_tokens=1e3"], "at least 1, got 1e3"),
-        (["source=a", "output_dir=b", "overwrite=yes"], "overwrite should be true or false, got yes"),
-        (["source=hub:../x", "output_dir=b"], "names nothing on the hub"),
-    ],
-)
-def test_mistakes_are_told_in_one_line(arguments, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
-    captured = capsys.readouterr()
-    assert says in captured.err and captured.err.count("\n") == 1 and not captured.out
-    assert not list(tmp_path.iterdir())
-
-
 def test_another_base_model_of_a_converted_checkpoint_is_refused(file, tmp_path, tiny_tokenizer):
-    assert main([f"source={file}", f"output_dir={tmp_path / 'out'}"]) == 0
+    assert convert(file, tmp_path / "out") == 0
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     base_model = build_base_model({"model_type": "llama", **sizes, "vocab_size": len(tiny_tokenizer)})
     base_model.save_pretrained(tmp_path / "other")
@@ -141,8 +113,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_the_command_converts_from_the_hubs_cache(file, tmp_path):
     cache = hub_cache(tmp_path / "hub", {"gemma_demo/checkpoint-80000/pytorch_model.bin": file})
-    arguments = ("source=hub:SakanaAI/doc-to-lora/gemma_demo", f"output_dir={tmp_path / 'out'}")
-    result = run("-m", "hypernet.interop.checkpoints", *arguments, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
+    arguments = ("--source", "hub:SakanaAI/doc-to-lora/gemma_demo", "--output-dir", str(tmp_path / "out"))
+    result = run("-m", "hypernet", "checkpoint", "convert", *arguments, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
     assert open_checkpoint(tmp_path / "out").hypernetwork.rank == 4
 
@@ -150,8 +122,8 @@ def test_the_command_converts_from_the_hubs_cache(file, tmp_path):
 def test_the_command_refuses_harm_in_one_line(commands, tmp_path):
     program = pickle.dumps({"a": Calls(os.mkdir, str(tmp_path / "DAMAGE"))}, protocol=2)
     path = with_pickle(tmp_path / "pytorch_model.bin", program)
-    arguments = [f"source={path}", f"output_dir={tmp_path / 'out'}"]
-    result = commands.run("hypernet.interop.checkpoints", arguments, cwd=ROOT)
+    arguments = ["checkpoint", "convert", "--source", str(path), "--output-dir", str(tmp_path / "out")]
+    result = commands.run("hypernet", arguments, cwd=ROOT)
     assert result.code == 1 and "it asks for posix.mkdir" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr and not result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pytorch_model.bin"]

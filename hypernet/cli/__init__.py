@@ -1,0 +1,1 @@
+"""The command `hypernet`: one file per subcommand or group of them, put together in main."""

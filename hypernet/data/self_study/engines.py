@@ -1,0 +1,143 @@
+"""Models that write, for self-study: in this process by transformers, or in vLLM."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hypernet.base.base_model import fingerprint, load_base_model
+from hypernet.base.packed_attention import packed_logits
+from hypernet.base.packed_rows import Segment, pack_row, pad_rows
+from hypernet.data.records import StoredAnswer
+from hypernet.data.self_study.settings import StudySettings
+from hypernet.text.chat import ChatLayout
+
+
+class Engine(Protocol):
+    """A model that writes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    layout: ChatLayout
+    fingerprint: str
+
+    def write(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+        """Continuations of rendered prompts, the closing token included where there is one."""
+        ...
+
+    def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
+        """How likely tokens were in answers to questions, (question, answer's ids) each, about a text."""
+        ...
+
+
+class TransformersEngine:
+    """See `Engine`; the model runs in this process."""
+
+    def __init__(self, base_model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8) -> None:
+        self.base_model = base_model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.layout = ChatLayout.of(tokenizer)
+        self.fingerprint = fingerprint(base_model)
+
+    @torch.no_grad()
+    def write(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+        device = next(self.base_model.parameters()).device
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        found = []
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in range(0, len(prompts), self.batch_size):
+                some = list(prompts[start : start + self.batch_size])
+                inputs = self.tokenizer(
+                    some, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+                ).to(device)
+                output = self.base_model.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    **sampling,
+                )
+                found += [self._ended(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        return found
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Up to the first closing token; behind it is padding."""
+        ends = self.base_model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+        return ids[:end]
+
+    @torch.no_grad()
+    def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
+        # One row for all questions, as in training: the text is read once, and the tokens are cut in the same places.
+        encode = lambda part: self.tokenizer(part, add_special_tokens=False)["input_ids"]  # noqa: E731
+        prompts = [encode("\n\n" + question + self.layout.after_user) for question, _ in asked]
+        segments = [
+            Segment(prompt + ids, len(prompt), True, 0) for prompt, (_, ids) in zip(prompts, asked, strict=True)
+        ]
+        row = pack_row(encode(self.layout.before_user + text), segments)
+        rows = pad_rows([row], pad_id=self.tokenizer.pad_token_id).to(next(self.base_model.parameters()).device)
+        logits = packed_logits(self.base_model, rows, rows.target_kind >= 0)
+        log_probs, indices = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
+        ends = np.cumsum([len(ids) for _, ids in asked])[:-1]
+        parts = (np.split(tensor.cpu().numpy(), ends) for tensor in (indices, log_probs))
+        return [StoredAnswer(tuple(ids), *both) for (_, ids), *both in zip(asked, *parts, strict=True)]
+
+
+class VllmEngine:
+    """See `Engine`; the model runs in vLLM. Written after its documentation and never run here."""
+
+    def __init__(self, source: str, *, dtype: str | None = None, seed: int = 0) -> None:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ValueError("engine=vllm needs vLLM, which is not installed: pip install vllm.") from error
+        self.model = LLM(model=source, dtype=dtype or "auto", seed=seed, max_logprobs=64)
+        self.tokenizer = self.model.get_tokenizer()
+        self.layout = ChatLayout.of(self.tokenizer)
+        # Its weights are spread over processes; the name has to do.
+        self.fingerprint = f"vllm:{source}"
+
+    def write(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        settings = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, seed=seed)
+        outputs = self.model.generate(self._inputs(prompts), settings, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
+        from vllm import SamplingParams
+
+        prompts = [self.layout.prompt(question, text) for question, _ in asked]
+        whole = [
+            {"prompt_token_ids": inputs["prompt_token_ids"] + ids}
+            for inputs, (_, ids) in zip(self._inputs(prompts), asked, strict=True)
+        ]
+        settings = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=k)
+        answers = []
+        for output, (_, ids) in zip(self.model.generate(whole, settings, use_tqdm=False), asked, strict=True):
+            # It also gives the token that is there, which need not be among the k.
+            best = [
+                sorted(((p.logprob, token) for token, p in place.items()), reverse=True)[:k]
+                for place in output.prompt_logprobs[-len(ids) :]
+            ]
+            indices = np.array([[token for _, token in place] for place in best])
+            answers.append(StoredAnswer(tuple(ids), indices, np.array([[p for p, _ in place] for place in best])))
+        return answers
+
+    def _inputs(self, prompts: Sequence[str]) -> list[dict[str, list[int]]]:
+        ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        return [{"prompt_token_ids": row} for row in ids]
+
+
+def load_engine(source: str, settings: StudySettings) -> Engine:
+    """The model at `source`, a hub name or folder, run as the settings say."""
+    dtype = settings.dtype or None
+    if settings.engine == "vllm":
+        return VllmEngine(source, dtype=dtype, seed=settings.seed)
+    base_model, tokenizer = load_base_model(source, device=settings.device, dtype=dtype)
+    return TransformersEngine(base_model, tokenizer, batch_size=settings.batch_size)

@@ -46,7 +46,7 @@ class Prompts(NamedTuple):
     """Questions with their answers, each a row of its own, right-padded.
 
     ids: [Q, S]. mask: [Q, S] bool, False at the padding. predicts: [Q, S] bool, where the next token is an answer's.
-    kinds: [number of answer tokens], index into `hypernet.base.packed_rows.QUESTION_KINDS`. targets: [number of answer tokens].
+    kinds: [number of answer tokens], index into `QUESTION_KINDS`. targets: [number of answer tokens].
     document: [Q], the row's number in the batch.
     """
 

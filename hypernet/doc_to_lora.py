@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hypernet.adapters.adapter import LoRAAdapter, new_provenance
 from hypernet.adapters.composition import select_chunks
@@ -43,7 +43,7 @@ from hypernet.text.documents import Document
 
 
 def reading(
-    base_model: nn.Module, target_layers: Sequence[int] | float | None, context_encoder: dict[str, Any]
+    base_model: PreTrainedModel, target_layers: Sequence[int] | float | None, context_encoder: dict[str, Any]
 ) -> dict[str, Any]:
     """The context encoder's settings with a map for each of these layers, if it has one per layer."""
     if target_layers is None or context_encoder.get("kind", "per_layer_activations") != "per_layer_activations":
@@ -70,7 +70,7 @@ class DocToLoRA(nn.Module):
     def __init__(
         self,
         *,
-        base_model: nn.Module,
+        base_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         hypernetwork: HyperNetwork,
         context_encoder: dict[str, Any] | None = None,
@@ -96,7 +96,7 @@ class DocToLoRA(nn.Module):
     def build(
         cls,
         *,
-        base_model: nn.Module,
+        base_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         target_modules: Sequence[str],
         hypernetwork: dict[str, Any],
@@ -245,8 +245,8 @@ class DocToLoRA(nn.Module):
             ValueError: a document is empty, or max_batch_tokens below 1.
             MemoryError: a single chunk does not fit into memory.
         """
-        single = isinstance(document, (str, Document))
-        documents = [_as_document(d) for d in ([document] if single else document)]
+        given = [document] if isinstance(document, (str, Document)) else document
+        documents = [_as_document(text) for text in given]
         if not documents:
             raise ValueError("There is no document to internalize; give at least one.")
         chunks = [self.chunk(document.text) for document in documents]
@@ -365,9 +365,8 @@ class DocToLoRA(nn.Module):
         if joining.way == "ridge":
             adapters = self._each(adapters, lambda adapter: self._separated(adapter, joining))
         elif joining.way == "route" and adapters is not None:
-            shared = isinstance(adapters, LoRAAdapter)
-            of_prompts = [adapters] * len(prompts) if shared else list(adapters)
-            adapters = self._routed(of_prompts, prompts, joining)
+            each = [adapters] * len(prompts) if isinstance(adapters, LoRAAdapter) else adapters
+            adapters = self._routed(each, prompts, joining)
         with self.injector.using(adapters, gate_power=joining.gate_power or 0.0):
             yield
 
@@ -465,14 +464,14 @@ class DocToLoRA(nn.Module):
         if self._generated_by[0] != state:
             # Copies: training on must not change adapters made before. Shared: many adapters in a batch hold them once.
             rows = slice(self.hypernetwork.bias_rank)
-            biases = (
+            bias_A, bias_B = (
                 {
                     t.name: zero_beyond_width(t, width, block[t.name][:, rows].detach().clone())
                     for t in self.hypernetwork.targets
                 }
                 for width, block in (("d_in", self.hypernetwork.bias_A), ("d_out", self.hypernetwork.bias_B))
             )
-            self._generated_by = state, fingerprint(self.hypernetwork), *biases
+            self._generated_by = state, fingerprint(self.hypernetwork), bias_A, bias_B
         return self._generated_by[1:]
 
     def _check_ours(self, adapter: LoRAAdapter | None) -> None:

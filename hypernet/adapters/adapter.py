@@ -324,12 +324,12 @@ class LoRAAdapter:
             for module in target.modules():
                 for rows in (A[module.layer, :, : module.d_in], B[module.layer, :, : module.d_out]):
                     digest.update(f"{module.path} {rows.dtype} {list(rows.shape)}".encode())
-                    digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy())
+                    digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> Self:
         """The same adapter on another device or in another dtype."""
-        moved = {
+        moved: dict[str, Any] = {
             field: {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
             for field, tensors in self._tensors().items()
         }
@@ -501,7 +501,7 @@ class LoRAAdapter:
         config = LoraConfig(
             r=self.rank,
             # PEFT divides by r.
-            lora_alpha=self.scaling * self.rank,
+            lora_alpha=self.scaling * self.rank,  # type: ignore[arg-type]  # any number; declared as int
             # Whole paths: a bare name could also match modules outside the targets, such as a vision tower's.
             target_modules=[module.path for target in self.targets for module in target.modules()],
             task_type="CAUSAL_LM",

@@ -104,7 +104,7 @@ def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = 
     factor = _finite(factor, "factor")
     documents = adapter.provenance["documents"]
     if document is None:
-        chosen, rows = range(len(documents)), slice(None)
+        chosen, rows = list(range(len(documents))), slice(None)
     else:
         spans = adapter.chunk_spans()
         index = find_document(adapter, document)
@@ -193,8 +193,8 @@ def scale(adapter: LoRAAdapter, factor: float | Sequence[float]) -> LoRAAdapter:
         ValueError: a number is not finite, or there are not L of them.
     """
     num_layers = {len(target.paths) for target in adapter.targets}
-    per_layer = not isinstance(factor, (int, float))
-    factors = [_finite(value, "factor") for value in (factor if per_layer else [factor])]
+    per_layer = isinstance(factor, Sequence)
+    factors = [_finite(value, "factor") for value in (factor if isinstance(factor, Sequence) else [factor])]
     if per_layer and {len(factors)} != num_layers:
         raise ValueError(
             f"Expected one factor, or one for each of {' or '.join(map(str, sorted(num_layers)))} layers, got "

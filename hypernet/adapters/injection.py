@@ -122,14 +122,14 @@ class LoRAInjector:
                     f"The pools of {target.name} do not fit: expected A {list(expected[0])} and B {list(expected[1])} "
                     f"([slots, L, R, d]), got {list(A[target.name].shape)} and {list(B[target.name].shape)}."
                 )
-        slots = [list(ids) for ids in slots]
-        wrong = [ids for ids in slots if ids and not 0 <= min(ids) <= max(ids) < num_slots]
+        lists = [list(ids) for ids in slots]
+        wrong = [ids for ids in lists if ids and not 0 <= min(ids) <= max(ids) < num_slots]
         if wrong:
             raise ValueError(f"Slot ids {wrong[0]} are not all in the pool: it has {num_slots} slots, from 0 on.")
         self._active = AdapterPool(
             A={target.name: _unbound(A[target.name], target, "d_in") for target in self.targets},
             B={target.name: _unbound(B[target.name], target, "d_out") for target in self.targets},
-            slots=slots,
+            slots=lists,
             num_slots=num_slots,
             shared=False,
             scaling=scaling,
@@ -188,7 +188,7 @@ class LoRAInjector:
                 per chunk, or chunks are not as they were generated any more.
         """
         shared = adapters is None or isinstance(adapters, LoRAAdapter)
-        adapters = [adapters] if shared else list(adapters)
+        adapters = [adapters] if adapters is None or isinstance(adapters, LoRAAdapter) else list(adapters)
         distinct = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
         if not distinct:
             return None
@@ -266,8 +266,8 @@ class LoRAInjector:
             if adapter is not None and id(adapter) not in parts:
                 adapter.check_keys("gated")
                 parts[id(adapter)] = (
-                    replace(adapter, **{f: _no_rows(getattr(adapter, f), 1) for f in ("bias_A", "bias_B")}),
-                    replace(adapter, **{f: _no_rows(getattr(adapter, f), 0) for f in ("A", "B")}),
+                    replace(adapter, bias_A=_no_rows(adapter.bias_A, 1), bias_B=_no_rows(adapter.bias_B, 1)),
+                    replace(adapter, A=_no_rows(adapter.A, 0), B=_no_rows(adapter.B, 0)),
                 )
         ranks = {chunks.rank_per_chunk for chunks, _ in parts.values() if chunks.num_chunks}
         if len(ranks) > 1:

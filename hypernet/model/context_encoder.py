@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hypernet.base.targets import find_blocks
 
@@ -47,7 +48,10 @@ class ContextEncoder(nn.Module, ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, base_model: nn.Module, *, context_tokens: int = 0) -> None:
+    base_model: PreTrainedModel
+    _decoder: Any
+
+    def __init__(self, base_model: PreTrainedModel, *, context_tokens: int = 0) -> None:
         super().__init__()
         # Around nn.Module's registration: a registered base model would be saved with every hypernetwork.
         self.__dict__["base_model"] = base_model
@@ -128,7 +132,7 @@ class PerLayerActivations(ContextEncoder):
 
     def __init__(
         self,
-        base_model: nn.Module,
+        base_model: PreTrainedModel,
         *,
         layer_idx: Sequence[int] | None = None,
         concat_layer: int | None = None,
@@ -179,7 +183,7 @@ class PerLayerActivations(ContextEncoder):
     ) -> None:
         """Calls read(position in `after`, state after that many blocks); the last state has passed the final norm."""
 
-        def read_input(index: int, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        def read_input(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states = args[0] if args else kwargs["hidden_states"]
             if states.shape != (*ids.shape, self.hidden_size):
                 raise ValueError(
@@ -204,7 +208,7 @@ class EarlyExit(ContextEncoder):
 
     kind = "early_exit"
 
-    def __init__(self, base_model: nn.Module, *, layer_idx: int | None = None, context_tokens: int = 0) -> None:
+    def __init__(self, base_model: PreTrainedModel, *, layer_idx: int | None = None, context_tokens: int = 0) -> None:
         super().__init__(base_model, context_tokens=context_tokens)
         if type(layer_idx) is not int or not 1 <= layer_idx <= self.num_layers:
             raise ValueError(f"early_exit needs layer_idx between 1 and {self.num_layers}, got {layer_idx}.")
@@ -233,7 +237,7 @@ CONTEXT_ENCODERS: dict[str, type[ContextEncoder]] = {
 }
 
 
-def make_context_encoder(base_model: nn.Module, settings: Mapping[str, Any] | None = None) -> ContextEncoder:
+def make_context_encoder(base_model: PreTrainedModel, settings: Mapping[str, Any] | None = None) -> ContextEncoder:
     """The context encoder that plain settings describe.
 
     Args:

@@ -105,13 +105,17 @@ class HyperNetwork(nn.Module):
         self.rank = rank
         self.standardize_features = standardize_features
         if standardize_features:
+            self.feature_mean: Tensor
+            self.feature_std: Tensor
             self.register_buffer("feature_mean", torch.zeros(num_maps, feature_dim))
             self.register_buffer("feature_std", torch.ones(num_maps, feature_dim))
         self.scaling = 2 * rank**1.5 if scaling is None else float(scaling)
 
         aggregator_class, sizes = _aggregator_sizes(aggregator)
-        head = {"num_pre_head_blocks": num_pre_head_blocks, "pre_head_multiple": pre_head_multiple}
-        head = {name: value for name, value in head.items() if value is not None}
+        given = {"num_pre_head_blocks": num_pre_head_blocks, "pre_head_multiple": pre_head_multiple}
+        head = {name: value for name, value in given.items() if value is not None}
+        self.aggregator: nn.Module | None
+        self.lora_head: LoRAHead | OuterProduct
         if aggregator_class is OuterProduct:
             if head:
                 raise ValueError(
@@ -122,12 +126,13 @@ class HyperNetwork(nn.Module):
         else:
             head = {**HEAD_DEFAULTS, **head}
             num_outputs = (self.num_layers // num_maps) * len(self.targets) * rank
-            self.aggregator = aggregator_class(feature_dim=feature_dim, num_outputs=num_outputs, **sizes)
-            self.lora_head = LoRAHead(self.targets, latent_dim=self.aggregator.latent_dim, rank=rank, **head)
+            aggregator_module: Any = aggregator_class(feature_dim=feature_dim, num_outputs=num_outputs, **sizes)
+            self.aggregator = aggregator_module
+            self.lora_head = LoRAHead(self.targets, latent_dim=aggregator_module.latent_dim, rank=rank, **head)
         if not bias_block:
             for parameter in (*self.bias_A.parameters(), *self.bias_B.parameters()):
                 parameter.requires_grad_(False).zero_()
-        self.config = {
+        self.config: dict[str, Any] = {
             "targets": [target.plain() for target in self.targets],
             "feature_dim": feature_dim,
             "num_maps": num_maps,
@@ -206,7 +211,7 @@ class HyperNetwork(nn.Module):
         """
         if not self.standardize_features:
             raise ValueError("This hypernetwork takes features as they are; build it with standardize_features=True.")
-        count, total, squares = 0, 0.0, 0.0
+        count, total, squares = 0, torch.tensor(0.0), torch.tensor(0.0)
         for features, mask in batches:
             tokens = features.transpose(1, 2)[mask.bool()].double()  # [tokens, num_maps, D]
             count += len(tokens)
@@ -262,17 +267,17 @@ class HyperNetwork(nn.Module):
 
 
 def _checked_targets(targets: Sequence[LoRATarget | Mapping[str, Any]]) -> tuple[LoRATarget, ...]:
-    targets = [t if isinstance(t, LoRATarget) else LoRATarget.of(t) for t in targets]
-    targets = tuple(sorted(targets, key=lambda t: t.name))
-    if not targets:
+    made = [t if isinstance(t, LoRATarget) else LoRATarget.of(t) for t in targets]
+    made.sort(key=lambda t: t.name)
+    if not made:
         raise ValueError("HyperNetwork needs at least one target module, got none. Set target_modules.")
-    names = [t.name for t in targets]
+    names = [t.name for t in made]
     if len(set(names)) < len(names):
         raise ValueError(f"Each target module may be given once, got {names}.")
-    depths = {t.name: len(t.paths) for t in targets}
+    depths = {t.name: len(t.paths) for t in made}
     if len(set(depths.values())) > 1:
         raise ValueError(f"All targets must occur in the same number of layers, got {depths}. Drop those that do not.")
-    return targets
+    return tuple(made)
 
 
 def _aggregator_sizes(aggregator: Mapping[str, Any]) -> tuple[type[nn.Module], dict[str, Any]]:

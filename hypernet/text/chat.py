@@ -109,9 +109,8 @@ def chat_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 def _render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        turns = [{"role": "user", "content": content}]
+        return cast(str, tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template is a program: it may raise anything
         raise ValueError(
             f"The chat template of {type(tokenizer).__name__} fails on a lone user message ({error}). Set "

@@ -75,7 +75,7 @@ def text_borders(text: str) -> Iterator[tuple[int, int, int]]:
         yield low, breaks[-1].end(), level
 
 
-def _ender_level(text: str, match: re.Match, line_start: int) -> int | None:
+def _ender_level(text: str, match: re.Match[str], line_start: int) -> int | None:
     """What a run of enders like "." or "?!" is: the end of a sentence, a doubtful one, or none (part of a number, name,
     abbreviation or label)."""
     if not match["blank"]:

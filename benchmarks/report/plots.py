@@ -1,26 +1,31 @@
-"""Charts as SVG text, drawn for a phone's width and put side by side on a wider page.
+"""Panels → SVG by matplotlib: for the page in the page's colours, or as a file that follows light and dark itself.
 
-    svg = chart("One chunk", [Series("doc_to_lora", [Point(64, 0.9)])], x=Axis("tokens", log=True), y=Axis("..."))
+    panel = Panel("One chunk", [Series("LoRA", style_of("doc_to_lora"), [Point(64, 0.9)])], Axis("tokens"), MATCH)
+    inline(panel, "length"), standalone([panel], legend)
 
-Colours are the page's custom properties, so one drawing serves light and dark; every method has a marker of its own.
-`standalone` gives a drawing a palette, a legend and a background, for a file.
+Drawn for a phone's width; the page puts panels side by side. The same panel gives the same bytes.
 """
 
 import html
+import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from benchmarks.summary import name_of, order
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
+from matplotlib.patches import PathPatch
+from matplotlib.transforms import Affine2D, ScaledTranslation
 
-WIDTH, HEIGHT = 360, 264  # units; a phone shows one unit as about one pixel
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 40, 44
-FONT = 'font-family="system-ui, sans-serif"'
-# Units that a character of a tick takes: ticks whose numbers would touch lose them.
-CHARACTER = 6.4
+from benchmarks.report.rows import ADAPTER, METHODS, order, short
 
-# (light, dark): 3:1 at least against white and #15181c, told apart with colour-vision deficiency (after Tol's "muted").
+WIDTH, HEIGHT = 360, 264  # points; a phone shows one as about one pixel
+# (light, dark): at least 3:1 against white and #15181c, distinct with colour-vision deficiency (after Tol's "muted").
 PALETTE = {
     "text": ("#1a1c20", "#e6e8eb"),
     "soft": ("#5c626c", "#a2a9b3"),
@@ -36,37 +41,22 @@ PALETTE = {
     "teal": ("#0f7f74", "#45c9bb"),
     "blue": ("#0072b2", "#58b4f0"),
 }
-Style = tuple[str, str, str, bool]  # colour, marker, dashes, whether the marker is filled
-Styles = dict[str, Style]
-STYLES: Styles = {
-    "no_context": ("gray", "circle", "2 3", False),
-    "full_context": ("text", "square", "", True),
-    "prefix_cache": ("indigo", "square", "6 3", False),
-    "retrieval": ("green", "up", "", True),
-    "retrieval_dense": ("teal", "down", "", True),
-    "doc_to_lora": ("orange", "circle", "", True),
-    "doc_to_lora_gated": ("orange", "square", "", False),
-    "doc_to_lora_routed": ("orange", "up", "6 3", True),
-    "doc_to_lora_in_prompt": ("olive", "diamond", "", True),
-    "outer_product": ("orange", "hexagon", "6 3", False),
-    "wrong_document": ("purple", "cross", "2 3", True),
-    "random_adapter": ("wine", "plus", "2 3", True),
-    "text_lora": ("teal", "down", "", True),
-    "distillation_oracle": ("blue", "left", "", True),
-    "distillation_generated": ("indigo", "right", "", True),
-    "warm_start_oracle": ("blue", "left", "6 3", False),
-    "warm_start_generated": ("indigo", "right", "6 3", False),
-}
-OTHER = ("blue", "hexagon", "8 2 2 2", False)
+NAMES = {light: name for name, (light, _) in PALETTE.items()}
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+
+
+class Style(NamedTuple):
+    """color: of PALETTE. marker, dashes: as matplotlib names them. filled: whether the marker is."""
+
+    color: str
+    marker: str
+    dashes: str = "-"
+    filled: bool = True
+
+
+OTHER = Style("blue", "h", "-.", False)
 # Of lines that are no methods: one adapter's ranks, say.
-LINES = (
-    ("orange", "circle", "", True),
-    ("blue", "square", "", True),
-    ("green", "up", "", True),
-    ("purple", "diamond", "", True),
-    ("olive", "down", "", True),
-    ("teal", "hexagon", "", True),
-)
+LINES = tuple(map(Style, ("orange", "blue", "green", "purple", "olive", "teal"), "os^Dvh"))
 
 
 class Point(NamedTuple):
@@ -79,15 +69,16 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """key: a method, or a name that `styles` has. joined: whether a line goes from point to point."""
+    """joined: whether a line goes from point to point."""
 
-    key: str
+    name: str
+    style: Style
     points: Sequence[Point]
     joined: bool = True
 
 
 class Axis(NamedTuple):
-    """limits: None takes them from the points. ticks: values that are named; None chooses them."""
+    """limits, ticks: None chooses them."""
 
     label: str
     log: bool = False
@@ -95,294 +86,294 @@ class Axis(NamedTuple):
     ticks: Sequence[float] | None = None
 
 
-def style_of(key: str, styles: Styles | None = None) -> Style:
-    return (styles or {}).get(key) or STYLES.get(key, OTHER)
+MATCH = Axis("exact match, with 95 % intervals", limits=(-0.04, 1.04), ticks=(0, 0.25, 0.5, 0.75, 1))
 
 
-def chart(title: str, series: Sequence[Series], *, x: Axis, y: Axis, styles: Styles | None = None) -> str:
-    """Lines, or points, with their intervals; lines' points of one place are moved apart by a few units.
+class Panel(NamedTuple):
+    """groups: None draws y over x. Else their names, from the top: x is a point's group, and its value lies across."""
 
-    Raises:
-        ValueError: no points.
+    title: str
+    series: Sequence[Series]
+    x: Axis
+    y: Axis
+    groups: Sequence[str] | None = None
+
+
+class Ratios(NamedTuple):
+    """A table of numbers on tinted cells: blue below 1, orange above, and a thick line between them.
+
+    ratios: a list per row, the lowest row first. mark_after: columns after which a dashed line stands.
     """
-    series = [s for s in series if s.points]
-    if not series:
-        raise ValueError(f"Chart {title!r} has no points; leave it out.")
-    points = [point for s in series for point in s.points]
-    x = _fitted(x, [p.x for p in points])
-    y = _fitted(y, [v for p in points for v in (p.y, p.low, p.high) if v is not None])
-    across = _place(x, LEFT + 10, WIDTH - RIGHT - 10)
-    up = _place(y, HEIGHT - BOTTOM, TOP)
-    parts = [*_frame(title, x, y, across, up)]
-    step = min(3.5, 18 / len(series))
-    joined_at_all = any(s.joined for s in series)
-    for number, (key, own, joined) in enumerate(series):
-        color, marker, dashes, filled = style_of(key, styles)
-        moved = (number - (len(series) - 1) / 2) * step if joined_at_all else 0
-        places = [(across(p.x) + moved, up(p.y)) for p in own]
-        drawn = []
-        if joined and len(places) > 1:
-            line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-            dash = f' stroke-dasharray="{dashes}"' if dashes else ""
-            width = 2.6 if key == "doc_to_lora" else 1.6
-            drawn.append(f'<polyline points="{line}" fill="none" stroke-width="{width}"{dash}/>')
-        for (a, _), point in zip(places, own, strict=True):
-            if point.low is not None and point.high is not None and point.high > point.low:
-                drawn.append(f'<path d="M{a:.1f} {up(point.low):.1f}V{up(point.high):.1f}" stroke-width="1.2"/>')
-        drawn += [_marker(marker, a, b, filled) for a, b in places]
-        label = f"{_label(key, styles)}: " + "; ".join(_said(p, x, y) for p in own)
-        parts.append(
-            f'<g stroke="var(--{color})" color="var(--{color})"><title>{_safe(label)}</title>{"".join(drawn)}</g>'
-        )
-    return _svg(title, HEIGHT, parts)
+
+    title: str
+    ratios: Sequence[Sequence[float]]
+    columns: Sequence[str]
+    rows: Sequence[str]
+    x_label: str
+    y_label: str
+    mark_after: int | None = None
 
 
-def dots(
-    title: str, lines: Sequence[tuple[str, Sequence[tuple[str, float, Sequence[float] | None]]]], *, x: Axis
-) -> str:
-    """Under each name, which may be empty, a line for each method's value and interval.
+Legend = Sequence[tuple[str, Style]]
+
+
+def style_of(method: str) -> Style:
+    look = METHODS.get(method)
+    if look is None:
+        return OTHER
+    return Style(look["color"], look["marker"], look.get("dashes", "-"), not look.get("hollow", False))
+
+
+def legend_order(methods: Iterable[str]) -> list[str]:
+    return sorted(dict.fromkeys(methods), key=order)
+
+
+def inline(panel: Panel | Ratios, place: str) -> str:
+    """One panel for the page, whose custom properties give the colours.
 
     Args:
-        lines: (name, (method, value, interval)).
+        place: on the page, for names that occur there once.
     """
-    x = _fitted(x, [value for _, own in lines for _, value, _ in own])
-    across = _place(x, 14, WIDTH - 14)
-    apart = 9
-    parts, top = [_text(14, 16, title, size=13, weight=600)], 24.0
-    bottoms = []
-    for name, own in lines:
-        if name:
-            parts.append(_text(14, top + 14, name, size=12))
-        for number, (key, value, interval) in enumerate(own):
-            color, marker, _, filled = style_of(key)
-            height = top + 25 + number * apart
-            label = f"{name}, {name_of(key)}: {value:.2f}"
-            drawn = ""
-            if interval and interval[1] > interval[0]:
-                label += f" ({interval[0]:.2f} to {interval[1]:.2f})"
-                drawn = (
-                    f'<path d="M{across(interval[0]):.1f} {height:.1f}H{across(interval[1]):.1f}" stroke-width="1.4"/>'
-                )
-            drawn += _marker(marker, across(value), height, filled)
-            parts.append(f'<g stroke="var(--{color})" color="var(--{color})"><title>{_safe(label)}</title>{drawn}</g>')
-        bottoms.append((top + 20, top + 28 + (len(own) - 1) * apart))
-        top += 36 + len(own) * apart
-    grid = [
-        f'<path d="M{across(tick):.1f} {a:.1f}V{b:.1f}" stroke="var(--line)"/>' for tick in x.ticks for a, b in bottoms
-    ]
-    parts[1:1] = grid
-    parts += [_text(across(tick), top + 6, short(tick), anchor="middle", soft=True) for tick in x.ticks]
-    parts.append(_text(WIDTH / 2, top + 24, x.label, anchor="middle", size=12, soft=True))
-    return _svg(title, math.ceil(top + 32), parts)
+    text = re.sub(r'<g id="(?!title:)[^"]*"', "<g", _svg([panel], salt=f"{place}/{panel.title}"))
+    text = re.sub(r"\s*<defs>\s*<style.*?</defs>", "", text, count=1, flags=re.DOTALL)
+    name = html.escape(panel.title, quote=True)
+    return re.sub("^<svg ", f'<svg role="img" aria-label="{name}" ', text)
 
 
-def heatmap(
-    title: str,
-    ratios: Sequence[Sequence[float]],
-    *,
-    columns: Sequence[str],
-    rows: Sequence[str],
-    x_label: str,
-    y_label: str,
-    mark_after: int | None = None,
-) -> str:
-    """Ratios as numbers in tinted cells: blue below 1, orange above, with a thick line between the two.
-
-    Args:
-        ratios: one list per row, the lowest row first.
-        mark_after: number of columns after which a dashed line stands.
-    """
-    left, top, wide, high = 44, 46, (WIDTH - 44 - 8) / len(columns), 22
-    parts = [_text(14, 16, title, size=13, weight=600), _text(14, 34, y_label, soft=True)]
-    cell = lambda i, j: (left + j * wide, top + (len(rows) - 1 - i) * high)  # noqa: E731
-    for i, line in enumerate(ratios):
-        parts.append(_text(left - 6, cell(i, 0)[1] + high / 2 + 4, rows[i], anchor="end"))
-        for j, ratio in enumerate(line):
-            a, b = cell(i, j)
-            parts.append(
-                f'<rect x="{a:.1f}" y="{b:.1f}" width="{wide:.1f}" height="{high}" fill="{_tint(ratio)}"/>'
-                f'<text x="{a + wide / 2:.1f}" y="{b + high / 2 + 4:.1f}" text-anchor="middle" font-size="11" '
-                f'fill="#111">{_ratio(ratio)}</text>'
-            )
-    edges = []
-    for i, line in enumerate(ratios):
-        for j, ratio in enumerate(line):
-            a, b = cell(i, j)
-            if j and (ratio < 1) != (line[j - 1] < 1):
-                edges.append(f"M{a:.1f} {b:.1f}v{high}")
-            if i and (ratio < 1) != (ratios[i - 1][j] < 1):
-                edges.append(f"M{a:.1f} {b + high:.1f}h{wide:.1f}")
-    bottom = top + len(rows) * high
-    parts.append(f'<path d="{"".join(edges)}" stroke="#111" stroke-width="2.5" stroke-linecap="square" fill="none"/>')
-    if mark_after:
-        parts.append(
-            f'<path d="M{left + mark_after * wide:.1f} {top - 6}V{bottom + 6}" stroke="var(--text)" stroke-width="1.5" '
-            'stroke-dasharray="4 3"/>'
-        )
-    parts += [_text(left + (j + 0.5) * wide, bottom + 16, name, anchor="middle") for j, name in enumerate(columns)]
-    parts.append(_text(left + len(columns) * wide / 2, bottom + 34, x_label, anchor="middle", size=12, soft=True))
-    return _svg(title, bottom + 42, parts)
+def standalone(panels: Sequence[Panel | Ratios], legend: Legend) -> str:
+    """A file of panels side by side above their legend, in light or dark as its reader prefers."""
+    rules = ["".join(f"--{name}:{pair[i]};" for name, pair in PALETTE.items()) for i in range(2)]
+    style = f"<style>svg{{{rules[0]}}}@media (prefers-color-scheme:dark){{svg{{{rules[1]}}}}}</style>"
+    text = re.sub(r"<svg [^>]*>", lambda found: found[0] + style, _svg(panels, salt=panels[0].title, legend=legend))
+    return text + "\n"
 
 
-def key_of(key: str) -> str:
-    """A legend's little picture of a line and its marker."""
-    return key_of_line(style_of(key))
-
-
-def key_of_line(style: Style) -> str:
-    return f'<svg width="34" height="14" viewBox="0 0 34 14" aria-hidden="true">{_sample(style, 17, 7)}</svg>'
-
-
-def standalone(panels: Sequence[str], legend: Sequence[tuple[str, Style]]) -> str:
-    """Panels side by side above their legend, (name, style), as a file in light colours on a background of its own."""
-    inner = [panel[panel.index(">") + 1 : panel.rindex("</svg>")] for panel in panels]
-    heights = [float(panel.split('viewBox="0 0 ')[1].split('"')[0].split()[1]) for panel in panels]
-    width, height = WIDTH * len(panels), max(heights)
-    # A letter is about 6.6 wide, a little picture and the space behind a name 60 together.
-    column = max(230, 60 + 6.6 * max((len(name) for name, _ in legend), default=0))
-    per_row = max(1, int(WIDTH * len(panels) // column))
-    parts = [f'<g transform="translate({i * WIDTH} 0)">{part}</g>' for i, part in enumerate(inner)]
-    for number, (name, style) in enumerate(legend):
-        a, b = 14 + number % per_row * column, height + 14 + number // per_row * 20
-        parts.append(_sample(style, a + 17, b))
-        parts.append(_text(a + 40, b + 4, name, size=12))
-    height += 20 * math.ceil(len(legend) / per_row) + 12
-    colored = re.sub(r"var\(--(\w+)\)", lambda match: PALETTE[match[1]][0], "".join(parts))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:g}" width="{width}" height="{height:g}" '
-        f'{FONT}><rect width="100%" height="100%" fill="{PALETTE["page"][0]}"/>{colored}</svg>\n'
-    )
-
-
-def legend_order(keys: Iterable[str]) -> list[str]:
-    return sorted(dict.fromkeys(keys), key=order)
-
-
-def short(value: float, *, digits: int = 3) -> str:
-    """So many digits that count, or the whole number where that is longer, with thousands told apart."""
-    if value == 0:
-        return "0"
-    whole = abs(value) >= 10 ** (digits - 1) - 0.5 * 10 ** (1 - digits)
-    return f"{value:,.0f}" if whole else f"{value:.{digits}g}"
+def key_of(style: Style) -> str:
+    """A legend's small picture of a line and its marker."""
+    figure = _figure(34, 14)
+    figure.add_artist(Line2D([0, 1], [0.5, 0.5], color=LIGHT[style.color], linestyle=style.dashes, linewidth=1.6))
+    marker = MarkerStyle(style.marker)
+    shape = marker.get_path().transformed(marker.get_transform() + Affine2D().scale(8).translate(17, 7))
+    face = LIGHT[style.color if style.filled else "page"]
+    figure.add_artist(PathPatch(shape, transform=None, facecolor=face, edgecolor=LIGHT[style.color], linewidth=1.2))
+    text = re.sub(r'<g id="[^"]*"', "<g", _saved(figure, "key"))
+    return re.sub(r"\s*<defs>.*?</defs>", "", text, flags=re.DOTALL).replace("<svg ", '<svg aria-hidden="true" ')
 
 
 # Parts
 
 
-def _svg(title: str, height: float, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{_safe(title)}" {FONT}>{"".join(parts)}</svg>'
+def _svg(panels: Sequence[Panel | Ratios], *, salt: str, legend: Legend = ()) -> str:
+    columns = max(1, min(len(legend), int(WIDTH * len(panels) // max([150, *(52 + 6.2 * len(n) for n, _ in legend)]))))
+    foot = 20 * math.ceil(len(legend) / columns) + (8 if legend else 0)
+    heights = [_height(panel) for panel in panels]
+    figure = _figure(WIDTH * len(panels), max(heights) + foot)
+    with matplotlib.rc_context(RC):
+        for place, (panel, height) in enumerate(zip(panels, heights, strict=True)):
+            _draw(figure, panel, place * WIDTH, height)
+        if legend:
+            handles = [
+                Line2D([], [], **_look(style), linestyle=style.dashes, linewidth=1.6, label=name)
+                for name, style in legend
+            ]
+            figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=11)
+    if legend:
+        figure.patch.set(facecolor=LIGHT["page"], alpha=1)
+    return _saved(figure, salt)
 
 
-def _frame(title: str, x: Axis, y: Axis, across: Callable, up: Callable) -> list[str]:
-    bottom = HEIGHT - BOTTOM
-    parts = [_text(14, 16, title, size=13, weight=600), _text(14, 32, y.label, soft=True)]
-    for tick in y.ticks:
-        parts.append(f'<path d="M{LEFT} {up(tick):.1f}H{WIDTH - RIGHT}" stroke="var(--line)"/>')
-        parts.append(_text(LEFT - 6, up(tick) + 4, short(tick), anchor="end"))
-    free = 0.0
-    for tick in x.ticks:
-        parts.append(f'<path d="M{across(tick):.1f} {bottom}v5" stroke="var(--soft)"/>')
-        half = CHARACTER * len(short(tick)) / 2
-        if across(tick) - half >= free:
-            parts.append(_text(across(tick), bottom + 18, short(tick), anchor="middle"))
-            free = across(tick) + half + 4
-    parts.append(f'<path d="M{LEFT} {bottom}H{WIDTH - RIGHT}" stroke="var(--soft)"/>')
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x.label, anchor="middle", size=12, soft=True))
-    return parts
-
-
-def _text(
-    a: float, b: float, text: str, *, size: int = 11, anchor: str = "start", weight: int = 400, soft: bool = False
-) -> str:
-    bold = f' font-weight="{weight}"' if weight != 400 else ""
-    placed = f' text-anchor="{anchor}"' if anchor != "start" else ""
-    color = "soft" if soft else "text"
-    return f'<text x="{a:.1f}" y="{b:.1f}" font-size="{size}"{placed}{bold} fill="var(--{color})">{_safe(text)}</text>'
-
-
-_SHAPES = {
-    "circle": "M-4.2 0a4.2 4.2 0 1 0 8.4 0a4.2 4.2 0 1 0 -8.4 0z",
-    "square": "M-3.8 -3.8h7.6v7.6h-7.6z",
-    "diamond": "M0 -5.2L5.2 0L0 5.2L-5.2 0z",
-    "up": "M0 -4.8L4.8 3.6H-4.8z",
-    "down": "M0 4.8L4.8 -3.6H-4.8z",
-    "left": "M-4.8 0L3.6 -4.8V4.8z",
-    "right": "M4.8 0L-3.6 -4.8V4.8z",
-    "hexagon": "M-4.6 0L-2.3 -4H2.3L4.6 0L2.3 4H-2.3z",
-    "cross": "M-3.6 -3.6L3.6 3.6M-3.6 3.6L3.6 -3.6",
-    "plus": "M-4.8 0H4.8M0 -4.8V4.8",
+RC = {
+    "font.size": 11,
+    "text.color": LIGHT["text"],
+    "axes.edgecolor": LIGHT["soft"],
+    "axes.labelcolor": LIGHT["soft"],
+    "xtick.color": LIGHT["soft"],
+    "ytick.color": LIGHT["soft"],
+    "xtick.labelcolor": LIGHT["text"],
+    "ytick.labelcolor": LIGHT["text"],
+    "grid.color": LIGHT["line"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
 }
 
 
-def _marker(name: str, a: float, b: float, filled: bool) -> str:
-    fill = "none" if name in ("cross", "plus") else "currentColor" if filled else "var(--page)"
-    width = 2 if name in ("cross", "plus") else 1.6
-    return f'<path transform="translate({a:.1f} {b:.1f})" d="{_SHAPES[name]}" fill="{fill}" stroke-width="{width}"/>'
+def _height(panel: Panel | Ratios) -> float:
+    if isinstance(panel, Ratios):
+        return 90 + 22 * len(panel.rows)
+    if panel.groups is None:
+        return HEIGHT
+    return 76 + len(panel.groups) * _group_height(panel)
 
 
-def _sample(style: Style, a: float, b: float) -> str:
-    color, marker, dashes, filled = style
-    dash = f' stroke-dasharray="{dashes}"' if dashes else ""
-    line = f'<path d="M{a - 16} {b}h32" stroke-width="1.6" fill="none"{dash}/>'
-    return f'<g stroke="var(--{color})" color="var(--{color})">{line}{_marker(marker, a, b, filled)}</g>'
+def _group_height(panel: Panel) -> float:
+    return 8 * len(panel.series) + (24 if any(panel.groups or ()) else 10)
 
 
-def _said(point: Point, x: Axis, y: Axis) -> str:
-    interval = f" ({short(point.low)} to {short(point.high)})" if None not in (point.low, point.high) else ""
-    return f"{short(point.x)} {x.label}: {short(point.y)}{interval}"
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
+    FigureCanvasSVG(figure)
+    return figure
 
 
-def _label(key: str, styles: Styles | None) -> str:
-    return key if styles and key in styles else name_of(key)
+def _saved(figure: Figure, salt: str) -> str:
+    """SVG without what matplotlib writes for programs, its colours named as the page's custom properties."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg ") :], flags=re.DOTALL).strip()
+    text = re.sub(r'<svg ([^>]*?)height="[\d.]+pt"', r"<svg \1", text).replace(
+        ' xmlns:xlink="http://www.w3.org/1999/xlink"', ""
+    )
+    text = re.sub(r'(<svg [^>]*?)width="[\d.]+pt"([^>]*?) version="1.1"', r"\1\2", text).replace("xlink:href", "href")
+    text = re.sub(r'<g id="title:([^"]*)">', r"<g><title>\1</title>", text)
+    text = re.sub(r"font: ([^;\"]*?)'[^;\"]*sans-serif", r"font: \1system-ui, sans-serif", text)
+    text = re.sub(r"\n\s*", "\n", text)
+    return re.sub("#[0-9a-f]{6}", lambda found: f"var(--{NAMES[found[0]]})" if found[0] in NAMES else found[0], text)
 
 
-def _safe(text: str) -> str:
-    return html.escape(text, quote=True)
+def _look(style: Style, *, size: float = 6) -> dict[str, Any]:
+    face = LIGHT[style.color if style.filled else "page"]
+    return {"color": LIGHT[style.color], "marker": style.marker, "markersize": size, "markerfacecolor": face}
 
 
-def _fitted(axis: Axis, values: Sequence[float]) -> Axis:
-    """With limits and ticks; a logarithmic axis begins at its smallest value above 0."""
+def _draw(figure: Figure, panel: Panel | Ratios, left: float, height: float) -> None:
+    total, whole = figure.get_size_inches() * 72
+    margins = (46, 44, 12, 42) if isinstance(panel, Ratios) or panel.groups is None else (14, 44, 14, 30)
+    inner = (
+        left + margins[0],
+        whole - height + margins[1],
+        WIDTH - margins[0] - margins[2],
+        height - margins[1] - margins[3],
+    )
+    box = [inner[0] / total, inner[1] / whole, inner[2] / total, inner[3] / whole]
+    axes = figure.add_axes(box, facecolor="none")
+    figure.text((left + 14) / total, 1 - 16 / whole, panel.title, fontsize=13, fontweight=600)
+    if isinstance(panel, Ratios):
+        _draw_ratios(axes, panel)
+    elif panel.groups is None:
+        _draw_lines(axes, panel)
+    else:
+        _draw_groups(axes, panel)
+    if isinstance(panel, Ratios) or panel.groups is None:
+        y_label = panel.y_label if isinstance(panel, Ratios) else panel.y.label
+        figure.text((left + 14) / total, 1 - 33 / whole, y_label, color=LIGHT["soft"])
+
+
+def _draw_lines(axes: Any, panel: Panel) -> None:
+    series = [s for s in panel.series if s.points]
+    step = min(3.5, 18 / max(1, len(series)))
+    for number, one in enumerate(series):
+        # Points of one place are moved apart by a few points, so that intervals do not hide each other.
+        moved = (number - (len(series) - 1) / 2) * step if any(s.joined for s in series) else 0
+        shift = axes.transData + ScaledTranslation(moved / 72, 0, axes.figure.dpi_scale_trans)
+        x, y = [p.x for p in one.points], [p.y for p in one.points]
+        drawn = axes.errorbar(
+            *(x, y, _errors(one.points)),
+            **_look(one.style),
+            linestyle=one.style.dashes if one.joined else "none",
+            linewidth=2.6 if one.style == style_of(ADAPTER) else 1.6,
+            **{"elinewidth": 1.2, "transform": shift, "clip_on": False},
+        )
+        drawn.lines[0].set_gid("title:" + _said(one, panel.x))
+    for axis, side, values in (
+        (panel.x, axes.xaxis, [p.x for s in series for p in s.points]),
+        (panel.y, axes.yaxis, [v for s in series for p in s.points for v in (p.y, p.low, p.high) if v is not None]),
+    ):
+        _scale(axes, axis, side, values)
+    axes.set_xlabel(panel.x.label)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+
+
+def _draw_groups(axes: Any, panel: Panel) -> None:
+    groups, high, head = panel.groups or (), _group_height(panel), 16 if any(panel.groups or ()) else 4
+    for number, one in enumerate(panel.series):
+        for point in one.points:
+            place = point.x * high + head + 8 * number + 4
+            errors = (
+                None if point.low is None or point.high is None else [[point.y - point.low], [point.high - point.y]]
+            )
+            drawn = axes.errorbar(
+                *([point.y], [place]), xerr=errors, **_look(one.style), linestyle="none", elinewidth=1.4, clip_on=False
+            )
+            name = groups[int(point.x)]
+            drawn.lines[0].set_gid(f"title:{f'{name}, ' if name else ''}{one.name}: {_value(point)}")
+    for place, name in enumerate(groups):
+        axes.text(0, place * high + 8, name, transform=axes.get_yaxis_transform(), va="center", fontsize=12)
+    _scale(axes, panel.y, axes.xaxis, [])
+    axes.set(ylim=(len(groups) * high, 0), yticks=[], xlabel=panel.y.label)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+
+
+def _draw_ratios(axes: Any, panel: Ratios) -> None:
+    tint = LinearSegmentedColormap.from_list("tint", ["#60a5dc", "#f6f6f6", "#f09650"])
+    strengths = [[math.log(max(r, 1e-9)) / math.log(30) for r in line] for line in panel.ratios]
+    axes.pcolormesh(strengths, cmap=tint, vmin=-1, vmax=1, edgecolor="none")
+    for i, line in enumerate(panel.ratios):
+        for j, ratio in enumerate(line):
+            axes.text(j + 0.5, i + 0.48, _ratio(ratio), ha="center", va="center", fontsize=10, color="#111111")
+            if j and (ratio < 1) != (line[j - 1] < 1):
+                axes.plot([j, j], [i, i + 1], color="#111111", linewidth=2.5)
+            if i and (ratio < 1) != (panel.ratios[i - 1][j] < 1):
+                axes.plot([j, j + 1], [i, i], color="#111111", linewidth=2.5)
+    if panel.mark_after:
+        axes.axvline(panel.mark_after, color=LIGHT["text"], linewidth=1.5, linestyle="--", clip_on=False)
+    axes.set(xticks=[j + 0.5 for j in range(len(panel.columns))], yticks=[i + 0.5 for i in range(len(panel.rows))])
+    axes.set_xticklabels(panel.columns)
+    axes.set_yticklabels(panel.rows)
+    axes.set_xlabel(panel.x_label)
+    axes.tick_params(length=0)
+
+
+def _scale(axes: Any, axis: Axis, side: Any, values: Sequence[float]) -> None:
+    """Limits with some room, and ticks whose labels do not touch."""
+    values = [value for value in values if value > 0] if axis.log else list(values)
+    low, high = axis.limits or (min(values, default=1), max(values, default=1))
     if axis.log:
-        values = [value for value in values if value > 0]
-    low, high = axis.limits or (min(values, default=1.0), max(values, default=1.0))
-    if low == high:
-        low, high = (low / 2, high * 2) if axis.log else (low - 0.5, high + 0.5)
-    elif axis.log and not axis.limits:
-        room = (high / low) ** 0.04
+        room = (high / low) ** 0.06 if high > low else 2
         low, high = low / room, high * room
-    ticks = axis.ticks if axis.ticks is not None else _ticks(low, high, log=axis.log)
-    return axis._replace(limits=(low, high), ticks=[tick for tick in ticks if low <= tick <= high])
-
-
-def _ticks(low: float, high: float, *, log: bool) -> list[float]:
-    """Round numbers from low to high, about four to seven."""
-    if not log:
-        size = 10 ** math.floor(math.log10((high - low) / 4))
-        step = next(size * k for k in (1, 2, 2.5, 5, 10) if (high - low) / (size * k) <= 6)
-        first = math.ceil(low / step)
-        return [round(step * i, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-    decades = math.log10(high / low)
-    digits = (1, 2, 5) if decades < 2.4 else (1,)
-    every = max(1, math.ceil(decades / 6))
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [d * 10.0**e for e in exponents if e % every == 0 for d in digits]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
-def _place(axis: Axis, start: float, end: float) -> Callable[[float], float]:
-    """Value → units; what lies outside a logarithmic axis' reach is put on its edge."""
-    low, high = axis.limits
+    elif not axis.limits:
+        room = (high - low) * 0.06 or 0.5
+        low, high = low - room, high + room
     if axis.log:
-        scale = math.log(high / low)
-        return lambda value: start + (end - start) * (math.log(max(value, low) / low) / scale)
-    return lambda value: start + (end - start) * (value - low) / (high - low)
+        (axes.set_xscale if side is axes.xaxis else axes.set_yscale)("log")
+    (axes.set_xlim if side is axes.xaxis else axes.set_ylim)(low, high)
+    ticks = axis.ticks if axis.ticks is not None else _round_numbers(low, high) if axis.log else side.get_ticklocs()
+    place = (lambda v: math.log(v / low) / math.log(high / low)) if axis.log else lambda v: (v - low) / (high - low)
+    ticks, labels, free = [tick for tick in ticks if low <= tick <= high], [], -1.0
+    for tick in ticks:
+        half = 0.012 * len(short(tick)) if side is axes.xaxis else 0.0
+        labels.append(short(tick) if place(tick) - half >= free else "")
+        free = place(tick) + half + 0.01 if labels[-1] else free
+    side.set_ticks(ticks, labels)
+    side.set_ticks([], minor=True)
 
 
-def _tint(ratio: float) -> str:
-    """Blue below 1, orange above; strongest from a factor of 30 on. Light enough for dark text."""
-    strength = min(1.0, abs(math.log(ratio)) / math.log(30)) if ratio > 0 else 1.0
-    end = (96, 165, 220) if ratio < 1 else (240, 150, 80)
-    return "#" + "".join(f"{round(246 + (c - 246) * strength):02x}" for c in end)
+def _round_numbers(low: float, high: float) -> list[float]:
+    decades = math.log10(high / low)
+    digits, every = (1, 2, 5) if decades < 2.4 else (1,), max(1, math.ceil(decades / 6))
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [d * 10.0**e for e in exponents if e % every == 0 for d in digits]
+
+
+def _errors(points: Sequence[Point]) -> list[list[float]]:
+    return [
+        [p.y - (p.y if p.low is None else p.low) for p in points],
+        [(p.y if p.high is None else p.high) - p.y for p in points],
+    ]
+
+
+def _said(series: Series, x: Axis) -> str:
+    return f"{series.name}: " + "; ".join(f"{x.label} {short(p.x)}, {_value(p)}" for p in series.points)
+
+
+def _value(point: Point) -> str:
+    interval = "" if point.low is None or point.high is None else f" ({point.low:.2f} to {point.high:.2f})"
+    return (f"{point.y:.2f}" if abs(point.y) <= 1 else short(point.y)) + interval
 
 
 def _ratio(ratio: float) -> str:

@@ -243,8 +243,9 @@ def _accuracy(key: str, chosen: Rows, x: Callable[[Row], float], axis: Axis) -> 
         if scores["prefix_cache"] and scores["prefix_cache"] == scores[CEILING]:  # it would hide behind full context
             methods.remove("prefix_cache")
             notes = f"The {name_of('prefix_cache')} answers as full context does."
-        for name, group in _groups_of(methods):
-            panel = f"{task_name(task)}: {name}" if len(tasks) > 1 else name
+        groups = _groups_of(methods)
+        for name, group in groups:
+            panel = name if len(tasks) == 1 else task_name(task) + (f": {name}" if len(groups) > 1 else "")
             panels.append(Panel(panel, [_series(m, _points(_of(own, method=m), x)) for m in group], axis, MATCH))
             shown.update(group)
     columns = _with_task(chosen, {axis.label: lambda row: short(x(row))})
@@ -367,7 +368,7 @@ def break_even(rows: Rows) -> Figure | None:
                 share = lambda row, asked, unit=unit: amortised(Costs(*row[unit]), asked)  # noqa: E731
                 ratios[other] = [[share(a, n) / share(b, n) for a, b in pairs] for n in QUESTIONS_PER_VERSION]
         for other, table in ratios.items():
-            axes = {"x_label": "document tokens", "y_label": "questions per version of the document"}
+            axes = {"x": Axis("document tokens"), "y": Axis("questions per version of the document")}
             labels = {"columns": [f"{n:,}" for n in lengths], "rows": [f"{n:,g}" for n in QUESTIONS_PER_VERSION]}
             mark = measured if unit == "seconds" and 0 < measured < len(lengths) else None
             panels.append(Ratios(f"Against {name_of(other)}, {what}", table, **labels, **axes, mark_after=mark))
@@ -455,7 +456,7 @@ def _series(method: str, points: Sequence[Point], *, joined: bool = True) -> Ser
 
 
 def _points(rows: Iterable[Row], x: Callable[[Row], float]) -> list[Point]:
-    return [Point(x(row), row["exact_match"], *(row["interval"] or (None, None))) for row in rows]
+    return [Point(x(row), row["exact_match"], row["interval"]) for row in rows]
 
 
 def _plain(rows: Iterable[Row]) -> list[Point]:

@@ -23,7 +23,8 @@ from benchmarks.break_even import (
 )
 from benchmarks.cost import CostModel
 from benchmarks.metrics import paired_interval
-from benchmarks.report.rows import ADAPTER, CEILING, FLOOR, Row, Rows, order, task_order
+from benchmarks.report.names import ADAPTER, CEILING, FLOOR, order, task_order
+from benchmarks.rows import Row, Rows
 
 SCORES = ("exact_match", "token_f1", "rouge_l_precision", "rouge_l_recall", "rouge_l_f1", "log_likelihood")
 COSTS = ("prepare_s", "first_token_s", "question_s", "tokens_per_s", "stored_bytes")

@@ -1,20 +1,37 @@
 """From how many questions on an adapter is cheaper than the prompt: of measured rows, and by document length.
 
-    add_break_even(group, model, cases)      # each row of a set gets `break_even`, by alternative
-    rows += surface(rows, model)             # what a document of some length costs, fitted to what was measured
+add_break_even(group, model, cases)      # each row of a set gets `break_even`, by alternative
+rows += surface(rows, model)             # what a document of some length costs, fitted to what was measured
 """
 
+import logging
 import math
 import statistics
 from collections.abc import Iterable
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.cost import MODELLED, CostModel, Costs, Measured, SecondsModel, break_even, break_evens
-from benchmarks.report.rows import ADAPTER, ALTERNATIVES, CEILING, FLOOR, GRADIENT, Row, Rows
+from benchmarks.report.names import ADAPTER, ALTERNATIVES, CEILING, FLOOR, GRADIENT
+from benchmarks.rows import Row, Rows
 
+log = logging.getLogger(__name__)
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def cost_model(checkpoint: str) -> CostModel | None:
+    """FLOPs of the checkpoint's model; None, with a warning, where it is not here any more."""
+    from hypernet.base.base_model import silence_torchao_warnings
+
+    silence_torchao_warnings()
+    from hypernet.doc_to_lora import DocToLoRA
+
+    if not Path(checkpoint).is_dir():
+        log.warning("No checkpoint at %s: its rows get no FLOPs; put it there, or leave it so.", checkpoint)
+        return None
+    return CostModel.of(DocToLoRA.from_pretrained(checkpoint).eval().requires_grad_(False))
 
 
 def at_equal_length(row: Row) -> float | None:

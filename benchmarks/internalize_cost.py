@@ -243,32 +243,38 @@ def adapter_rows(model: "DocToLoRA", cfg: DictConfig, *, device: str) -> Iterato
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """One line per length: our seconds and memory, and the other way as a multiple of them; then the adapters."""
-    lines = [
-        "| tokens | chunks | ours, s | at once | floors | ours, MiB without the adapter | at once | adapter, MiB |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    """Seconds by length, memory by length, then the adapters; the other way as a multiple of ours."""
     by_length: dict[int, dict[str, dict]] = {}
     for row in rows:
         if row["kind"] == "length":
             by_length.setdefault(row["tokens"], {})[row["method"]] = row
-    for tokens, methods in by_length.items():
+
+    def ratio(methods: dict[str, dict], key: str) -> str:
         own, other = methods["ours"], methods.get("at_once")
-        time_ratio = memory_ratio = "–"
-        if other and other["out_of_memory"]:
-            time_ratio = memory_ratio = "out of memory"
-        elif other:
-            time_ratio = f"{other['p50_s'] / own['p50_s']:.2f}×"
-            memory_ratio = f"{other['peak_without_adapter_mib'] / own['peak_without_adapter_mib']:.2f}×"
-        lines.append(
-            f"| {tokens:,} | {own['chunks']:,} | {own['p50_s']:.3g} ({own['p20_s']:.3g} to {own['p80_s']:.3g}) | "
-            f"{time_ratio} | {own['p50_s'] / own['floor_s']:.1f}× | {own['peak_without_adapter_mib']:.1f} | "
-            f"{memory_ratio} | {own['adapter_mib']:.2f} |"
+        if other is None:
+            return "–"
+        return "out of memory" if other["out_of_memory"] else f"{other[key] / own[key]:.2f}"
+
+    times = [
+        "| tokens | chunks | ours, s | 20th percentile | 80th percentile | at once / ours | ours / floor |",
+        f"|{' ---: |' * 7}",
+    ]
+    memory = ["| tokens | ours, MiB without the adapter | at once / ours | adapter, MiB |", f"|{' ---: |' * 4}"]
+    for tokens, methods in by_length.items():
+        own = methods["ours"]
+        times.append(
+            f"| {tokens:,} | {own['chunks']:,} | {own['p50_s']:.3g} | {own['p20_s']:.3g} | {own['p80_s']:.3g} | "
+            f"{ratio(methods, 'p50_s')} | {own['p50_s'] / own['floor_s']:.1f} |"
         )
+        memory.append(
+            f"| {tokens:,} | {own['peak_without_adapter_mib']:.1f} | {ratio(methods, 'peak_without_adapter_mib')} | "
+            f"{own['adapter_mib']:.2f} |"
+        )
+    lines = [*times, "", *memory]
     adapters = [row for row in rows if row["kind"] == "adapter"]
     if adapters:
         lines += ["", "| adapter of chunks | rank | MiB | save, ms | load, ms | inject, ms | swap, ms |"]
-        lines.append("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+        lines.append(f"|{' ---: |' * 7}")
         for row in adapters:
             steps = " | ".join(f"{1000 * row[name]:.3g}" for name in ("save_s", "load_s", "inject_s", "swap_s"))
             lines.append(f"| {row['chunks']} | {row['rank']:,} | {row['adapter_mib']:.2f} | {steps} |")

@@ -359,27 +359,26 @@ def tests_pass() -> bool:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """One line per shape: our time and memory, and every other method as a multiple of them."""
+    """A table for each shape: every method's time and memory, and both as multiples of ours."""
     rows = [row for row in rows if row["kind"] == "delta"]
-    others = [name for name in METHODS if name != "ours" and any(row["method"] == name for row in rows)]
-    head = ["model", "module", "tokens", "rank", "adapters", "direction", "ours, ms", "share of the floor", "peak MiB"]
-    lines = ["| " + " | ".join([*head, *(name.replace("_", " ") for name in others)]) + " |"]
-    lines.append("|" + " --- |" * 2 + " ---: |" * 3 + " --- |" + " ---: |" * (3 + len(others)))
-    key = lambda row: tuple(row[k] for k in (*Case._fields, "direction"))  # noqa: E731
-    for ours_row in [row for row in rows if row["method"] == "ours"]:
-        cells = [str(cell) for cell in key(ours_row)]
-        spread = f"{ours_row['p50_ms']:.3g} ({ours_row['p20_ms']:.3g} to {ours_row['p80_ms']:.3g})"
-        cells += [spread, f"{ours_row['floor_share']:.0%}", f"{ours_row['peak_extra_mib']:.3g}"]
-        for name in others:
-            (match,) = [r for r in rows if r["method"] == name and key(r) == key(ours_row)] or [None]
-            cells.append(
-                "–"
-                if match is None
-                else f"{match['p50_ms'] / ours_row['p50_ms']:.2g}× time, "
-                f"{match['peak_extra_mib'] / max(ours_row['peak_extra_mib'], 1e-9):.2g}× memory"
+    shape = lambda row: tuple(row[key] for key in ("model", "module", "tokens", "adapters"))  # noqa: E731
+    parts = []
+    for place in dict.fromkeys(map(shape, rows)):
+        model, module, tokens, adapters = place
+        parts += [f"{model}, {module}, {tokens} tokens, {adapters} adapters:", ""]
+        parts.append("| rank | direction | method | ms | time / ours | MiB | memory / ours |")
+        parts.append("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
+        own = {(r["rank"], r["direction"]): r for r in rows if shape(r) == place and r["method"] == "ours"}
+        chosen = [row for row in rows if shape(row) == place and (row["rank"], row["direction"]) in own]
+        for row in sorted(chosen, key=lambda r: (r["rank"], DIRECTIONS.index(r["direction"]))):
+            ours_row = own[row["rank"], row["direction"]]
+            memory = row["peak_extra_mib"] / max(ours_row["peak_extra_mib"], 1e-9)
+            parts.append(
+                f"| {row['rank']} | {row['direction']} | {row['method'].replace('_', ' ')} | {row['p50_ms']:.3g} | "
+                f"{row['p50_ms'] / ours_row['p50_ms']:.2g} | {row['peak_extra_mib']:.3g} | {memory:.2g} |"
             )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        parts.append("")
+    return "\n".join(parts).strip()
 
 
 def roofline(rows: Sequence[dict], path: Path) -> None:

@@ -11,35 +11,19 @@ from no context that it closes, with paired bootstrap intervals over documents a
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
 
-from benchmarks.report.rows import ADAPTER, Row, merged, read_report_rows, rounded, write_report_rows
-
-if TYPE_CHECKING:
-    from benchmarks.cost import CostModel
+from benchmarks.report.names import ADAPTER
+from benchmarks.rows import Row, merged, read_report_rows, rounded, write_report_rows
 
 log = logging.getLogger("benchmarks.report")
 
 
-def cost_model(checkpoint: str) -> "CostModel | None":
-    """FLOPs of the checkpoint's model; None, with a warning, where it is not here any more."""
-    from hypernet.base.base_model import silence_torchao_warnings
-
-    silence_torchao_warnings()
-    from benchmarks.cost import CostModel
-    from hypernet.doc_to_lora import DocToLoRA
-
-    if not Path(checkpoint).is_dir():
-        log.warning("No checkpoint at %s: its rows get no FLOPs; put it there, or leave it so.", checkpoint)
-        return None
-    return CostModel.of(DocToLoRA.from_pretrained(checkpoint).eval().requires_grad_(False))
-
-
 def read_rows(cfg: DictConfig) -> list[Row]:
     from benchmarks.aggregate import describe, summarize
+    from benchmarks.break_even import cost_model
     from benchmarks.cells import read_cells, read_errors
 
     if cfg.rows:

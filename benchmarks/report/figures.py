@@ -10,6 +10,23 @@ from typing import NamedTuple
 
 from benchmarks.break_even import at_equal_length, is_by_length
 from benchmarks.cost import Costs, amortised
+from benchmarks.report.names import (
+    ADAPTER,
+    ALTERNATIVES,
+    CEILING,
+    CONFLICT,
+    CONTROLS,
+    FLOOR,
+    GATED,
+    INTERFERENCE,
+    ROUTED,
+    TEXTS,
+    WRONG,
+    name_of,
+    order,
+    short,
+    task_name,
+)
 from benchmarks.report.plots import (
     LINES,
     MATCH,
@@ -23,41 +40,13 @@ from benchmarks.report.plots import (
     legend_order,
     style_of,
 )
-from benchmarks.report.rows import (
-    ADAPTER,
-    ALTERNATIVES,
-    CEILING,
-    CONFLICT,
-    CONTROLS,
-    FLOOR,
-    GATED,
-    INTERFERENCE,
-    ROUTED,
-    TEXTS,
-    WRONG,
-    Row,
-    Rows,
-    name_of,
-    order,
-    short,
-    task_name,
-)
-from benchmarks.report.tables import Cell, Table, break_even_table, number, scaled, score_cells, score_table
+from benchmarks.report.tables import METHOD, Cell, Table, break_even_table, number, scaled, score_cells, score_table
+from benchmarks.rows import Row, Rows
 
 QUESTIONS_PER_VERSION = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 SHOWN = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER, GATED, ROUTED)  # where every method takes a line of its own
-# Which methods share a panel: with more lines than these none could be followed.
-GROUPS = (
-    (
-        "One forward pass, and prompts",
-        (ADAPTER, GATED, ROUTED, "doc_to_lora_in_prompt", "retrieval", "retrieval_dense", "random_adapter"),
-    ),
-    ("Gradient steps from nothing", ("text_lora", "distillation_oracle", "distillation_generated", ADAPTER)),
-    ("Gradient steps from Doc-to-LoRA", ("warm_start_oracle", "warm_start_generated", ADAPTER)),
-)
-# Adapters of one size cost the same: one stands for its controls, one gradient method for its like.
-COSTED = (FLOOR, CEILING, "prefix_cache", "retrieval", "retrieval_dense", ADAPTER, WRONG, *GROUPS[1][1][::2])
-CAPACITY = {"capacity": "Four facts about each entity", "capacity_entities": "Each fact about another entity"}
+# Which methods share a panel, by its name: with more lines than these none could be followed.
+GROUPS = {name: set(methods) for name, methods in TEXTS["groups"].items()}
 
 
 class Figure(NamedTuple):
@@ -97,7 +86,7 @@ def by_set(rows: Rows) -> Figure | None:
         return None
     panels = [_groups(task_name(t), _of(chosen, task=t), lambda row: row["set"]) for t in _values(chosen, "task")]
     table = score_table("Exact match", chosen, {"task": lambda r: task_name(r["task"]), "set": lambda r: r["set"]})
-    return Figure("sets", panels, _legend(chosen), [table], _values(chosen, "task"))
+    return Figure("sets", panels, _legend(_values(chosen, "method")), [table], _values(chosen, "task"))
 
 
 def accuracy_by_length(rows: Rows) -> Figure | None:
@@ -117,12 +106,13 @@ def needles(rows: Rows) -> Figure | None:
     styles = {d: (f"needle at {d:.0%} of the text", LINES[i % len(LINES)]) for i, d in enumerate(depths)}
     panels = []
     for task in _values(by_depth, "task"):
+        own = _of(by_depth, task=task)
         series = [
-            Series(name, style, _plain(r for r in _of(by_depth, task=task) if r["attributes"]["depth"] == depth))
+            Series(name, style, _points([r for r in own if r["attributes"]["depth"] == depth], chunks))
             for depth, (name, style) in styles.items()
         ]
-        series += [Series(name_of(m), style_of(m), _plain(_of(chosen, task=task, method=m))) for m in CONTROLS]
-        panels.append(Panel(f"{task_name(task)}: Doc-to-LoRA by depth", series, x, MATCH._replace(label="exact match")))
+        series += [_series(m, _points(_of(chosen, task=task, method=m), chunks)) for m in CONTROLS]
+        panels.append(Panel(f"{task_name(task)}: Doc-to-LoRA by depth", series, x, MATCH))
     columns = {"chunks": lambda r: short(chunks(r)), "depth": lambda r: f"{r['attributes']['depth']:.0%}"}
     return figure._replace(
         panels=[*figure.panels, *panels],
@@ -141,68 +131,49 @@ def composition(rows: Rows) -> Figure | None:
 def interference(rows: Rows) -> Figure | None:
     """What adapters do to questions that their document says nothing about: every method that has one."""
     without = ("prefix_cache", "retrieval", "retrieval_dense")
-    own = [row for row in interference_rows(rows) if row["method"] not in without]
+    own = _of_first((row for row in rows if row["kind"] == "summary"), INTERFERENCE)
+    own = [row for row in own if row["method"] not in without]
     if not _has_adapter(own):
         return None
     panels = [_groups(name, _of(own, set=name), lambda row: "") for name in _values(own, "set")]
     # What an adapter costs here is a matter of thousandths.
     table = score_table("Exact match", own, {"set": lambda row: row["set"]}, digits=3)
-    return Figure("interference", panels, _legend(own), [table], [own[0]["task"]])
-
-
-def interference_rows(rows: Rows) -> list[Row]:
-    """Of the first of `INTERFERENCE` that was measured."""
-    return _of_first([row for row in rows if row["kind"] == "summary"], INTERFERENCE)
+    return Figure("interference", panels, _legend(_values(own, "method")), [table], [own[0]["task"]])
 
 
 def capacity(rows: Rows) -> Figure | None:
     """A panel for each task, a line for each rank: of checkpoints, of each one's wrong document, of gradient steps."""
+    shown = (*CONTROLS, ADAPTER, "distillation_oracle")
     chosen = [row for row in _slices(rows, "facts") if row["task"].startswith("capacity")]
-    adapters = {m for m in _values(chosen, "method") if m == ADAPTER or m.startswith(f"{ADAPTER}_rank")}
-    if not adapters:
+    chosen = [row for row in chosen if row["method"].partition("_rank")[0] in shown]
+    methods = legend_order(_values(chosen, "method"))
+    lines = [m for m in methods if m.startswith((ADAPTER, "distillation_oracle"))]
+    if not any(m.startswith(ADAPTER) for m in lines):
         return None
-    written = {m for m in _values(chosen, "method") if m.startswith("distillation_oracle_rank")}
-    wrong = {m for m in _values(chosen, "method") if m.startswith(f"{WRONG}_rank")}
-    ranks = {row["method"]: row["attributes"].get("rank") or 0 for row in chosen}
-    by_rank = lambda methods: sorted(methods, key=lambda m: (ranks[m], order(m)))  # noqa: E731
-    lines = [*by_rank(adapters), *sorted(written, key=order)]
-    styles = {m: LINES[i % len(LINES)] for i, m in enumerate(lines)}
-    styles |= {m: styles[m]._replace(dashes="--", filled=False) for m in written} | dict.fromkeys(
-        wrong, style_of(WRONG)
-    )
-    names = {m: f"{name_of(m.rpartition('_rank')[0])}, rank {ranks[m]:g} per chunk" for m in wrong}
-    names |= {m: f"{name_of(ADAPTER)}, rank {ranks[m]:g} per chunk" if ranks[m] else name_of(m) for m in adapters}
-    others = [m for m in CONTROLS if m in ranks]
-    methods = [*others, *by_rank(wrong), *lines]
-    facts = lambda row: row["attributes"]["facts"]  # noqa: E731
-    chosen = sorted((r for r in chosen if r["method"] in methods), key=lambda r: (facts(r), methods.index(r["method"])))
-    name = lambda m: names.get(m, name_of(m))  # noqa: E731
-    panels, tasks = [], sorted(_values(chosen, "task"))
-    for task in tasks:
-        own = _of(chosen, task=task)
-        series = [Series(name(m), styles.get(m, style_of(m)), _points(_of(own, method=m), facts)) for m in methods]
+    styles = {m: style_of(m) for m in methods} | {m: LINES[i % len(LINES)] for i, m in enumerate(lines)}
+    styles |= {m: styles[m]._replace(dashes="--", filled=False) for m in lines if not m.startswith(ADAPTER)}
+    panels, facts = [], lambda row: row["attributes"]["facts"]
+    for task in _values(chosen, "task"):
+        own = sorted(_of(chosen, task=task), key=facts)
+        series = [Series(name_of(m), styles[m], _points(_of(own, method=m), facts)) for m in methods]
         x = Axis("facts in the document", log=True, ticks=_attribute_values(own, "facts"))
-        panels.append(Panel(CAPACITY.get(task, task_name(task)), [s for s in series if s.points], x, MATCH))
-    legend = [(name_of(m), style_of(m)) for m in others]
-    # The same line for each rank: all of them lie at the bottom.
-    legend += [(f"{name_of(WRONG)}, each rank", style_of(WRONG))] if wrong else []
-    columns = {"task": lambda r: CAPACITY.get(r["task"], task_name(r["task"])), "facts": lambda r: short(facts(r))}
-    table = score_table("Capacity", sorted(chosen, key=lambda r: r["task"]), columns, name=name)
-    return Figure("capacity", panels, [*legend, *((name(m), styles[m]) for m in lines)], [table], tasks)
+        panels.append(Panel(task_name(task), [one for one in series if one.points], x, MATCH))
+    chosen.sort(key=lambda row: (row["task"], facts(row), order(row["method"])))
+    columns = {"task": lambda row: task_name(row["task"]), "facts": lambda row: short(facts(row))}
+    legend = [(name_of(m), styles[m]) for m in methods]
+    return Figure("capacity", panels, legend, [score_table("Capacity", chosen, columns)], _values(chosen, "task"))
 
 
 def conflict(rows: Rows) -> Figure | None:
     """A panel for each kind of fact, and in it the adapter and its controls for each band of times asked."""
-    own = [
-        row for row in _of_first(_slices(rows, "real_world", "times_asked_from"), CONFLICT) if row["method"] in SHOWN
-    ]
+    own = _of_first(_slices(rows, "real_world", "times_asked_from"), CONFLICT)
+    own = [row for row in own if row["method"] in SHOWN]
     if not _has_adapter(own):
         return None
     own.sort(key=lambda r: (r["attributes"]["real_world"], r["attributes"]["times_asked_from"], order(r["method"])))
     band, facts = bands(own), lambda row: ("Invented entities", "The real world")[int(row["attributes"]["real_world"])]
-    panels = [
-        _groups(name, [row for row in own if facts(row) == name], band) for name in dict.fromkeys(map(facts, own))
-    ]
+    names = dict.fromkeys(map(facts, own))
+    panels = [_groups(name, [row for row in own if facts(row) == name], band) for name in names]
     columns = {"facts": facts, "times asked in training": band}
     more = {
         "times, mean": lambda row: f"{row['attributes']['times_asked']:.0f}",
@@ -210,11 +181,9 @@ def conflict(rows: Rows) -> Figure | None:
         "still what was learned": number("old_answer"),
         "log-likelihood, nats": number("log_likelihood", 1),
     }
-    tables = [
-        score_table("Exact match", own, columns),
-        Table.of(name_of(ADAPTER), _of(own, method=ADAPTER), columns | more),
-    ]
-    return Figure("conflict", panels, _legend(own), tables, [own[0]["task"]])
+    by_adapter = Table.of(name_of(ADAPTER), _of(own, method=ADAPTER), columns | more)
+    tables = [score_table("Exact match", own, columns), by_adapter]
+    return Figure("conflict", panels, _legend(_values(own, "method")), tables, [own[0]["task"]])
 
 
 def bands(rows: Rows) -> Callable[[Row], str]:
@@ -251,17 +220,17 @@ def _accuracy(key: str, chosen: Rows, x: Callable[[Row], float], axis: Axis) -> 
     columns = _with_task(chosen, {axis.label: lambda row: short(x(row))})
     place = lambda row: (task_name(row["task"]), x(row), order(row["method"]))  # noqa: E731
     table = score_table(f"Exact match by {axis.label}", sorted(chosen, key=place), columns)
-    return Figure(key, panels, _legend_of(shown), [table], tasks, notes)
+    return Figure(key, panels, _legend(shown), [table], tasks, notes)
 
 
 def _groups_of(methods: set[str]) -> list[tuple[str, list[str]]]:
     """(panel's name, its methods), the controls in each; methods that are in no group are put into the first."""
-    known = {m for _, group in GROUPS for m in group} | set(CONTROLS)
-    result = []
-    for place, (name, group) in enumerate(GROUPS):
-        own = methods & set(group) | (methods - known if place == 0 else set())
-        if own - {ADAPTER} or (place == 0 and own):
+    result, left = [], methods - set(CONTROLS) - set().union(*GROUPS.values())
+    for name, group in GROUPS.items():
+        own = methods & group | left
+        if own - {ADAPTER} or (own and not result):
             result.append((name, sorted(own | methods & set(CONTROLS), key=order)))
+        left = set()
     return result
 
 
@@ -270,41 +239,41 @@ def _groups_of(methods: set[str]) -> list[tuple[str, list[str]]]:
 
 def cost_by_length(rows: Rows) -> Figure | None:
     columns = (
-        ("Preparing a document", "milliseconds, once per document", lambda r: _times(r["prepare_s"], 1000)),
-        ("Time to first token", "milliseconds, per question", lambda r: _times(r["first_token_s"], 1000)),
-        ("A whole answer", "milliseconds, at equal answer length", lambda r: _times(at_equal_length(r), 1000)),
+        ("Preparing a document", "milliseconds, once per document", "prepare_s", 1000),
+        ("Time to first token", "milliseconds, per question", "first_token_s", 1000),
+        ("A whole answer", "milliseconds, at equal answer length", "answer_s", 1000),
     )
     return _costs("cost", rows, columns)
 
 
 def memory_by_length(rows: Rows) -> Figure | None:
     columns = (
-        ("Kept between questions", "KiB per document", lambda r: _times(r["stored_bytes"], 1 / 1024)),
-        ("Peak while preparing", "MiB on top of the model", lambda r: _times(r["prepare_peak_bytes"], 2**-20)),
-        ("Peak while answering", "MiB on top of model and kept", lambda r: _times(r["answer_peak_bytes"], 2**-20)),
+        ("Kept between questions", "KiB per document", "stored_bytes", 2**-10),
+        ("Peak while preparing", "MiB on top of the model", "prepare_peak_bytes", 2**-20),
+        ("Peak while answering", "MiB on top of model and kept", "answer_peak_bytes", 2**-20),
     )
     return _costs("memory", rows, columns)
 
 
-def _costs(key: str, rows: Rows, columns: Sequence[tuple[str, str, Callable]]) -> Figure | None:
-    chosen = sorted(filter(is_by_length, rows), key=lambda row: (row["document_tokens"], order(row["method"])))
+def _costs(key: str, rows: Rows, columns: Sequence[tuple[str, str, str, float]]) -> Figure | None:
+    """A panel for each of (title, unit, key in the rows, factor)."""
+    chosen = [{**row, "answer_s": at_equal_length(row)} for row in rows if is_by_length(row)]
+    chosen.sort(key=lambda row: (row["document_tokens"], order(row["method"])))
     panels, used, x = [], set(), Axis("document tokens", log=True)
-    for name, unit, value in columns:
-        own = {m: [Point(r["document_tokens"], value(r)) for r in _of(chosen, method=m) if value(r)] for m in COSTED}
-        drawn = [_series(m, points) for m, points in own.items() if points]
-        used |= {m for m, points in own.items() if points}
-        panels += [Panel(name, drawn, x, Axis(unit, log=True))] if drawn else []
+    for title, unit, value, factor in columns:
+        drawn = [row for row in chosen if row["method"] in TEXTS["costed"] and row[value]]
+        methods = legend_order(_values(drawn, "method"))
+        points = {m: [Point(r["document_tokens"], factor * r[value]) for r in _of(drawn, method=m)] for m in methods}
+        panels += [Panel(title, [_series(m, points[m]) for m in methods], x, Axis(unit, log=True))] if drawn else []
+        used.update(methods)
     if not panels:
         return None
     left = legend_order(m for m in _values(chosen, "method") if m not in used)
     notes = f"In the table only: {', '.join(map(name_of, left))}." if left else ""
-    cells: dict[str, Cell] = {
-        "document tokens": scaled("document_tokens"),
-        "method": lambda row: name_of(row["method"]),
-    }
-    cells |= {f"{name}, {unit}": lambda r, f=f: "–" if f(r) is None else short(f(r)) for name, unit, f in columns}
+    cells: dict[str, Cell] = {"document tokens": scaled("document_tokens"), **METHOD}
+    cells |= {f"{title}, {unit}": scaled(value, factor) for title, unit, value, factor in columns}
     table = Table.of(TEXTS["figures"][key]["title"], chosen, cells)
-    return Figure(key, panels, _legend_of(used), [table], ["encyclopedia"], notes)
+    return Figure(key, panels, _legend(used), [table], ["encyclopedia"], notes)
 
 
 def pareto(rows: Rows) -> Figure | None:
@@ -322,7 +291,7 @@ def pareto(rows: Rows) -> Figure | None:
             lines += [[name, str(asked), name_of(r["method"]), short(cost(r)), *_score(r)] for r in own]
     head = ("set", "questions per document", "method", "ms per question", "exact match", "95 % interval")
     table = Table("Quality and cost", head, lines)
-    return Figure("pareto", panels, _legend(chosen), [table], ["encyclopedia"])
+    return Figure("pareto", panels, _legend(_values(chosen, "method")), [table], ["encyclopedia"])
 
 
 def curves(rows: Rows) -> Figure | None:
@@ -333,7 +302,7 @@ def curves(rows: Rows) -> Figure | None:
     panels, lines, used = [], [], set()
     for name in _three_lengths(chosen):
         own = _of(chosen, set=name)
-        steps = [point["step"] for point in own[0]["curve"]]
+        steps = sorted({point["step"] for row in own for point in row["curve"]})
         flat = [r for r in _of(filter(is_by_length, rows), set=name) if r["method"] in (ADAPTER, *CONTROLS)]
         series = [_series(r["method"], [Point(s, r["exact_match"]) for s in (steps[0], steps[-1])]) for r in flat]
         series += [_series(r["method"], _points(r["curve"], lambda point: point["step"])) for r in own]
@@ -345,7 +314,7 @@ def curves(rows: Rows) -> Figure | None:
                 lines.append([name, name_of(row["method"]), str(point["step"]), seconds, *_score(point)])
     head = ("set", "method", "steps", "seconds for one document", "exact match", "95 % interval")
     return Figure(
-        "curves", panels, _legend_of(used), [Table("Quality over gradient steps", head, lines)], ["encyclopedia"]
+        "curves", panels, _legend(used), [Table("Quality over gradient steps", head, lines)], ["encyclopedia"]
     )
 
 
@@ -387,11 +356,9 @@ def _how_counted(row: Row) -> str:
     more = (
         f"; for internalizing, these rows count {counted[0]:.2f} to {counted[1]:.2f} times as many" if counted else ""
     )
-    return (
-        f"Questions have {row['question_tokens']} tokens and answers {row['answer_tokens']}, whatever the method{more}. "
-        f"Measured up to {short(row['longest_measured'])} tokens"
-        + (f"; the fit of the seconds is off by {fit:.1%} (median)." if fit is not None else ".")
-    )
+    off = f"; the fit of the seconds is off by {fit:.1%} (median)" if fit is not None else ""
+    asked = f"Questions have {row['question_tokens']} tokens and answers {row['answer_tokens']}, whatever the method"
+    return f"{asked}{more}. Measured up to {short(row['longest_measured'])} tokens{off}."
 
 
 # Keys as in texts.yaml, whose order counts.
@@ -418,8 +385,9 @@ def _of(rows: Iterable[Row], **values: object) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in values.items())]
 
 
-def _of_first(rows: Rows, tasks: Sequence[str]) -> list[Row]:
+def _of_first(rows: Iterable[Row], tasks: Sequence[str]) -> list[Row]:
     """Of the first of the tasks that there is."""
+    rows = list(rows)
     first = next((task for task in tasks if any(row["task"] == task for row in rows)), None)
     return [row for row in rows if row["task"] == first]
 
@@ -459,10 +427,6 @@ def _points(rows: Iterable[Row], x: Callable[[Row], float]) -> list[Point]:
     return [Point(x(row), row["exact_match"], row["interval"]) for row in rows]
 
 
-def _plain(rows: Iterable[Row]) -> list[Point]:
-    return [Point(row["attributes"]["num_chunks"], row["exact_match"]) for row in rows]
-
-
 def _groups(title: str, rows: Rows, group: Callable[[Row], str]) -> Panel:
     names = list(dict.fromkeys(map(group, rows)))
     methods = legend_order(_values(rows, "method"))
@@ -470,17 +434,9 @@ def _groups(title: str, rows: Rows, group: Callable[[Row], str]) -> Panel:
     return Panel(title, series, Axis(""), MATCH, groups=names)
 
 
-def _legend(rows: Rows) -> list[tuple[str, Style]]:
-    return _legend_of(_values(rows, "method"))
-
-
-def _legend_of(methods: Iterable[str]) -> list[tuple[str, Style]]:
+def _legend(methods: Iterable[str]) -> list[tuple[str, Style]]:
     return [(name_of(m), style_of(m)) for m in legend_order(methods)]
 
 
 def _score(row: Row) -> list[str]:
     return [cell(row) for cell in score_cells().values()]
-
-
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor

@@ -12,9 +12,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.report.figures import all_figures
+from benchmarks.report.names import METHODS, TEXTS, name_of, order, task_name
 from benchmarks.report.plots import PALETTE, inline, key_of
-from benchmarks.report.rows import METHODS, TEXTS, Rows, name_of, order, task_name
 from benchmarks.report.tables import differences, set_tables
+from benchmarks.rows import Rows
 
 _MARKED = re.compile(r'<data value="([^"]*)">([^<]*)</data>')
 
@@ -56,9 +57,9 @@ def page(rows: Rows, *, summary: str = "") -> str:
 def unconfirmed(summary: str, rows: Rows) -> Iterator[str]:
     """What is wrong with each figure that the rows do not confirm.
 
-    A figure is marked with the place of its value: <data value="composition|8 documents|doc_to_lora|exact_match">.82</data>
-    is task, set, method and a key of their row, or several with a dot between them (break_even.retrieval.seconds).
-    A number outside such a mark is one that nothing confirms.
+    A figure is marked with its place: <data value="composition|8 documents|doc_to_lora|exact_match">0.82</data> is
+    task, set, method and key of a row, or keys with a dot between them (break_even.retrieval.seconds, "never" for
+    none). A number without a mark is one that nothing confirms.
     """
     found = {(row["task"], row["set"], row["method"]): row for row in rows if row["kind"] == "summary"}
     for place, text in _MARKED.findall(summary):
@@ -66,14 +67,8 @@ def unconfirmed(summary: str, rows: Rows) -> Iterator[str]:
         value = found.get(tuple(where))
         for key in keys.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        said = text.replace(",", "").replace("never", "")
-        digits = len(said.partition(".")[2])
-        if (
-            value is None
-            and (text != "never" or tuple(where) not in found)
-            or value is not None
-            and (not said or abs(float(said) - value) > 0.5001 * 10**-digits)
-        ):
-            yield f"{place} is {value}, not {text}"
+        said = "never" if value is None else f"{value:,.{len(text.partition('.')[2])}f}"
+        if tuple(where) not in found or said != text:
+            yield f"{place} is {said}, not {text}"
     for number in re.findall(r"\d[\d.,]*", re.sub(r"<[^>]*>", "", _MARKED.sub("", summary))):
         yield f"{number} is not marked"

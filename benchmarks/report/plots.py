@@ -23,7 +23,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
-from benchmarks.report.rows import ADAPTER, METHODS, TEXTS, order, short
+from benchmarks.report.names import ADAPTER, METHODS, TEXTS, order, short
 
 WIDTH, HEIGHT = 360, 264  # points; a phone shows one as about one pixel
 PALETTE: dict[str, tuple[str, str]] = {name: tuple(pair) for name, pair in TEXTS["palette"].items()}  # (light, dark)
@@ -109,8 +109,8 @@ class Ratios(NamedTuple):
 
 
 def style_of(method: str) -> Style:
-    """Of one training of several, the method's own."""
-    if (look := METHODS.get(method.partition("_seed")[0])) is None:
+    """Of one checkpoint of several, the method's own."""
+    if (look := METHODS.get(re.sub(r"_(seed|rank)\d+$", "", method))) is None:
         return OTHER
     return Style(look["color"], look["marker"], look.get("dashes", "-"), not look.get("hollow", False))
 
@@ -134,7 +134,7 @@ def standalone(panels: Sequence[Panel | Ratios], legend: Legend) -> str:
     rules = ["".join(f"--{name}:{pair[i]};" for name, pair in PALETTE.items()) for i in range(2)]
     style = f"<style>svg{{{rules[0]}}}@media (prefers-color-scheme:dark){{svg{{{rules[1]}}}}}</style>"
     text = _svg(panels, salt=panels[0].title, legend=legend)
-    return re.sub(r"<svg [^>]*>", lambda found: found[0] + style, text, count=1) + "\n"
+    return re.sub(r'viewBox="0 0 (\S+) (\S+)">', rf'width="\1" height="\2" \g<0>{style}', text, count=1) + "\n"
 
 
 def key_of(style: Style) -> str:
@@ -262,7 +262,7 @@ def _draw_ratios(axes: Any, panel: Ratios) -> None:
             if i and (ratio < 1) != (panel.ratios[i - 1][j] < 1):
                 axes.plot([j, j + 1], [i, i], color="#111111", linewidth=2.5)
     if panel.mark_after:
-        axes.axvline(panel.mark_after, color=LIGHT["text"], linewidth=1.5, linestyle="--", clip_on=False)
+        axes.axvline(panel.mark_after, color="#111111", linewidth=1.5, linestyle="--", clip_on=False)
     axes.set_xticks([j + 0.5 for j in range(len(panel.columns))], panel.columns)
     axes.set_yticks([i + 0.5 for i in range(len(panel.rows))], panel.rows)
     axes.tick_params(length=0)

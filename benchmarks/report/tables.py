@@ -7,7 +7,7 @@ table = score_table("Exact match", rows, {"set": lambda row: row["set"]})
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.report.rows import (
+from benchmarks.report.names import (
     ADAPTER,
     ALTERNATIVES,
     CEILING,
@@ -15,12 +15,11 @@ from benchmarks.report.rows import (
     FLOOR,
     INTERFERENCE,
     WRONG,
-    Row,
-    Rows,
     name_of,
     short,
     task_name,
 )
+from benchmarks.rows import Row, Rows
 
 Cell = Callable[[Row], str]
 
@@ -41,8 +40,8 @@ class Table(NamedTuple):
         return cls(caption, list(cells), [[cell(row) for cell in cells.values()] for row in rows])
 
 
-def number(key: str, digits: int = 2) -> Cell:
-    return lambda row: "–" if row.get(key) is None else f"{row[key]:.{digits}f}"
+def number(key: str, digits: int = 2, sign: str = "") -> Cell:
+    return lambda row: "–" if row.get(key) is None else f"{row[key]:{sign}.{digits}f}"
 
 
 def scaled(key: str, factor: float = 1) -> Cell:
@@ -50,23 +49,29 @@ def scaled(key: str, factor: float = 1) -> Cell:
     return lambda row: "–" if row.get(key) is None else short(row[key] * factor)
 
 
-def interval(key: str, digits: int = 2) -> Cell:
-    return lambda row: "–" if not row.get(key) else f"{row[key][0]:.{digits}f} to {row[key][1]:.{digits}f}"
+def interval(key: str, digits: int = 2, sign: str = "") -> Cell:
+    return lambda row: " to ".join(f"{end:{sign}.{digits}f}" for end in row.get(key) or ()) or "–"
 
 
 def score_cells(digits: int = 2) -> dict[str, Cell]:
     return {"exact match": number("exact_match", digits), "95 % interval": interval("interval", digits)}
 
 
-def score_table(
-    caption: str, rows: Iterable[Row], by: Mapping[str, Cell], *, digits: int = 2, name: Callable[[str], str] = name_of
-) -> Table:
-    """A line for each row: where it is from, its method, exact match with interval, share of the gap closed."""
-    own = {"method": lambda row: name(row["method"]), **score_cells(digits)}
-    return Table.of(caption, rows, {**by, **own, "share of the gap closed": number("gap_closed")})
-
-
 METHOD: dict[str, Cell] = {"method": lambda row: name_of(row["method"])}
+
+
+def _peak(row: Row) -> str:
+    peaks = [row[key] for key in ("prepare_peak_bytes", "answer_peak_bytes") if row.get(key) is not None]
+    return short(max(peaks) / 2**20) if peaks else "–"
+
+
+def score_table(caption: str, rows: Iterable[Row], by: Mapping[str, Cell], *, digits: int = 2) -> Table:
+    """A line for each row: where it is from, its method, exact match with interval, share of the gap closed."""
+    return Table.of(
+        caption, rows, {**by, **METHOD, **score_cells(digits), "share of the gap closed": number("gap_closed")}
+    )
+
+
 SET_TABLES: dict[str, dict[str, Cell]] = {
     "scores": METHOD
     | score_cells(3)
@@ -94,7 +99,7 @@ SET_TABLES: dict[str, dict[str, Cell]] = {
     "memory and FLOPs": METHOD
     | {
         "kept, KiB": scaled("stored_bytes", 1 / 1024),
-        "peak, MiB": lambda row: _peak(row),
+        "peak, MiB": _peak,
         "MFLOP to prepare": scaled("prepare_flops", 1e-6),
         "MFLOP per question": scaled("answer_flops", 1e-6),
     },
@@ -131,47 +136,31 @@ def break_even_table(rows: Rows) -> Table:
         "document tokens": scaled("document_tokens"),
         "than": lambda row: name_of(row["other"]),
         "questions, by the clock": lambda row: questions(row, "seconds"),
-        "95 % interval": lambda row: _questions_interval(row),
+        "95 % interval": lambda row: " to ".join(map(_or_never, row.get("seconds_interval") or ())) or "–",
         "questions, in FLOPs": lambda row: questions(row, "flops"),
     }
     return Table.of("Questions from which on the adapter is cheaper, measured set by set", pairs, cells)
 
 
-def questions(row: Row, key: str) -> str:
+def questions(row: Row, key: str, *, digits: int = 2) -> str:
     """A break-even: how many questions, or never."""
-    return "–" if key not in row else _or_never(row[key])
+    return "–" if key not in row else "never" if row[key] is None else short(row[key], digits=digits)
 
 
 def differences(rows: Rows) -> Table:
     """The adapter's exact match minus each alternative's on every set that full context answers better than none."""
-    others = (CEILING, "retrieval", WRONG)
-    lines = []
-    for row in rows:
-        found = row.get("against", {})
-        answerable = row["kind"] == "summary" and row["method"] == ADAPTER and {CEILING, FLOOR} <= set(found)
-        if not answerable or row["task"] in (*INTERFERENCE, *CONTROL_TASKS):
-            continue
-        if found[CEILING]["difference"] < found[FLOOR]["difference"]:
-            cells = [f"{task_name(row['task'])}, {row['set']}"]
-            for other in others:
-                difference, ends = found.get(other, {}).get("difference"), found.get(other, {}).get("interval")
-                cells.append("–" if difference is None else f"{difference:+.2f}")
-                cells.append(f"{ends[0]:+.2f} to {ends[1]:+.2f}" if ends else "–")
-            lines.append(cells)
-    head = ("set", *(head for other in others for head in (f"minus {name_of(other)}", "95 % interval")))
-    return Table(f"{name_of(ADAPTER)}: difference of exact match, set by set", head, lines)
-
-
-def _peak(row: Row) -> str:
-    peaks = [row[key] for key in ("prepare_peak_bytes", "answer_peak_bytes") if row.get(key) is not None]
-    return short(max(peaks) / 2**20) if peaks else "–"
+    chosen = [row for row in rows if row["kind"] == "summary" and row["method"] == ADAPTER]
+    chosen = [
+        r for r in chosen if r["task"] not in (*INTERFERENCE, *CONTROL_TASKS) and {CEILING, FLOOR} <= {*r["against"]}
+    ]
+    chosen = [r for r in chosen if r["against"][CEILING]["difference"] < r["against"][FLOOR]["difference"]]
+    cells: dict[str, Cell] = {"set": lambda row: f"{task_name(row['task'])}, {row['set']}"}
+    for other in (CEILING, "retrieval", WRONG):
+        found = lambda row, other=other: row["against"].get(other, {})  # noqa: E731
+        cells[f"minus {name_of(other)}"] = lambda row, found=found: number("difference", 2, "+")(found(row))
+        cells[f"95 % interval, {name_of(other)}"] = lambda row, found=found: interval("interval", 2, "+")(found(row))
+    return Table.of(f"{name_of(ADAPTER)}: difference of exact match, set by set", chosen, cells)
 
 
 def _or_never(value: float | None) -> str:
     return "never" if value is None else short(value, digits=2)
-
-
-def _questions_interval(row: Row) -> str:
-    if not row.get("seconds_interval"):
-        return "–"
-    return " to ".join(map(_or_never, row["seconds_interval"]))

@@ -43,6 +43,11 @@ class Case(NamedTuple):
     rank: int
     num_adapters: int
 
+    @classmethod
+    def of(cls, row: dict) -> "Case":
+        """That a row was measured on."""
+        return cls(*(row[key] for key in cls._fields))
+
     @property
     def dims(self) -> tuple[int, int]:
         """d_in, d_out."""
@@ -359,26 +364,29 @@ def tests_pass() -> bool:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """A table for each shape: every method's time and memory, and both as multiples of ours."""
+    """A table for each shape: every method's time, also as a multiple of ours, and its memory."""
+    from benchmarks.report.names import short
+    from benchmarks.report.tables import Table
+
     rows = [row for row in rows if row["kind"] == "delta"]
-    shape = lambda row: tuple(row[key] for key in ("model", "module", "tokens", "adapters"))  # noqa: E731
+    ours_ms = {(Case.of(row), row["direction"]): row["p50_ms"] for row in rows if row["method"] == "ours"}
+    cells = {
+        "rank": lambda row: str(row["rank"]),
+        "direction": lambda row: row["direction"],
+        "method": lambda row: row["method"].replace("_", " "),
+        "ms": lambda row: short(row["p50_ms"]),
+        "time / ours": lambda row: short(row["p50_ms"] / ours_ms[Case.of(row), row["direction"]], digits=2),
+        "share of the floor, %": lambda row: f"{100 * row['floor_share']:.0f}",
+        "peak, MiB": lambda row: short(row["peak_extra_mib"]),
+    }
     parts = []
+    shape = lambda row: Case.of(row)._replace(rank=0)  # noqa: E731
     for place in dict.fromkeys(map(shape, rows)):
-        model, module, tokens, adapters = place
-        parts += [f"{model}, {module}, {tokens} tokens, {adapters} adapters:", ""]
-        parts.append("| rank | direction | method | ms | time / ours | MiB | memory / ours |")
-        parts.append("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
-        own = {(r["rank"], r["direction"]): r for r in rows if shape(r) == place and r["method"] == "ours"}
-        chosen = [row for row in rows if shape(row) == place and (row["rank"], row["direction"]) in own]
-        for row in sorted(chosen, key=lambda r: (r["rank"], DIRECTIONS.index(r["direction"]))):
-            ours_row = own[row["rank"], row["direction"]]
-            memory = row["peak_extra_mib"] / max(ours_row["peak_extra_mib"], 1e-9)
-            parts.append(
-                f"| {row['rank']} | {row['direction']} | {row['method'].replace('_', ' ')} | {row['p50_ms']:.3g} | "
-                f"{row['p50_ms'] / ours_row['p50_ms']:.2g} | {row['peak_extra_mib']:.3g} | {memory:.2g} |"
-            )
-        parts.append("")
-    return "\n".join(parts).strip()
+        chosen = [row for row in rows if shape(row) == place and (Case.of(row), row["direction"]) in ours_ms]
+        chosen.sort(key=lambda row: (row["rank"], DIRECTIONS.index(row["direction"])))
+        caption = f"{place.model}, {place.module}, {place.num_tokens} tokens, {place.num_adapters} adapters:"
+        parts += [caption, Table.of("", chosen, cells).markdown()]
+    return "\n\n".join(parts)
 
 
 def roofline(rows: Sequence[dict], path: Path) -> None:
@@ -444,17 +452,13 @@ def main(cfg: DictConfig) -> None:
         if cfg.output:  # after every shape: a run cut short keeps what it has
             write_rows(cfg.output, rows, run=run)
     print(markdown(rows))
-    for case in dict.fromkeys(tuple(row[k] for k in Case._fields) for row in rows):
-        ways = {
-            row["method"]: row
-            for row in rows
-            if row["kind"] == "application" and tuple(row[k] for k in Case._fields) == case
-        }
+    for case in dict.fromkeys(map(Case.of, rows)):
+        ways = {row["method"]: row for row in rows if row["kind"] == "application" and Case.of(row) == case}
         measured = min(ways, key=lambda name: ways[name]["p50_ms"])
         figures = ", ".join(
             f"{name} {row['p50_ms']:.3g} ms (model {row['model_ms']:.3g})" for name, row in ways.items()
         )
-        print(f"{Case(*case)}: {figures}; measured {measured}, model {next(iter(ways.values()))['model_says']}")
+        print(f"{case}: {figures}; measured {measured}, model {next(iter(ways.values()))['model_says']}")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ MAIN = {
     "an article about 2 to 4 entities": ("tiny_figures", {"set": "2-4 entities"}),
     "an article longer than the window": ("bench", {"task": "encyclopedia", "set": "sixteen entities"}),
     "one of eight joined documents": ("composition", {"set": "8 documents"}),
-    "what the base model learned otherwise": ("conflict", {"set": "known entities"}),
-    "facts that no document mentions": ("interference", {"set": "background, never protected"}),
+    "facts that contradict what the model learned": ("conflict", {"set": "known entities"}),
+    "facts that the document does not mention": ("interference", {"set": "background, never protected"}),
 }
 MATCHED = number("exact_match")
 COMPARED = {FLOOR: FLOOR, WRONG: "wrong_adapter", CEILING: "document_in_prompt", ADAPTER: "adapter"}
@@ -69,11 +69,13 @@ def pivot(rows: Iterable[Row], down: Mapping[str, Cell], across: Cell, value: Ce
     ).markdown()
 
 
-def by_method(rows: Rows, key: str, *, task: str) -> str:
+def by_method(name: str, key: str, unit: str, *, task: str) -> str:
     """Methods down, values of the attribute across."""
-    chosen = [row for row in rows if row["kind"] == "slice" and row["task"] == task and row["by"] == [key]]
-    chosen.sort(key=lambda row: (order(row["method"]), row["attributes"][key]))
-    return pivot(chosen, METHOD, lambda row: f"{row['attributes'][key]:g}")
+    rows = [row for row in read(name) if row["kind"] == "slice" and row["task"] == task and row["by"] == [key]]
+    rows.sort(key=lambda row: (order(row["method"]), row["attributes"][key]))
+    return pivot(
+        rows, METHOD, lambda row: f"{row['attributes'][key]:g} {unit}{'s' if row['attributes'][key] > 1 else ''}"
+    )
 
 
 def niah() -> str:
@@ -216,14 +218,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench_costs": bench_costs,
     "niah": niah,
     "niah_seeds": niah_seeds,
-    "composition": lambda: by_method(read("composition"), "num_documents", task="composition"),
-    "many_documents": lambda: by_method(read("many_documents"), "num_documents", task="composition"),
+    "composition": lambda: by_method("composition", "num_documents", "document", task="composition"),
+    "many_documents": lambda: by_method("many_documents", "num_documents", "document", task="composition"),
     "interference": interference,
     "conflict": lambda: conflict(FLOOR, CEILING, WRONG, ADAPTER),
     "conflict_joined": lambda: conflict(FLOOR, ADAPTER, GATED, ROUTED),
     "conflict_adapter": conflict_adapter,
-    "capacity": lambda: by_method(read("capacity"), "facts", task="capacity"),
-    "capacity_entities": lambda: by_method(read("capacity"), "facts", task="capacity_entities"),
+    "capacity": lambda: by_method("capacity", "facts", "fact", task="capacity"),
+    "capacity_entities": lambda: by_method("capacity", "facts", "fact", task="capacity_entities"),
     "training_speed": _speed("training_speed"),
     "training_speed_gpu": _speed("training_speed", "training_speed_gpu"),
     "internalize_cost": _speed("internalize_cost"),

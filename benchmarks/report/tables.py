@@ -30,8 +30,9 @@ class Table(NamedTuple):
     lines: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """Without its caption: the first column to the left, the others to the right."""
-        rule = ["---", *["---:"] * (len(self.head) - 1)]
+        """Without its caption: numbers to the right, but for the first column."""
+        is_number = [any(line[i][:1].isdigit() for line in self.lines) for i in range(1, len(self.head))]
+        rule = ["---", *("---:" if right else "---" for right in is_number)]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.head, rule, *self.lines))
 
     @classmethod

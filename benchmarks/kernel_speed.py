@@ -1,4 +1,4 @@
-"""Speed and memory of `lora_delta` beside its alternatives, in one run: `python -m benchmarks.kernel_speed`
+"""Speed and memory of `lora_delta` and its alternatives, in one run: `python -m benchmarks.kernel_speed`
 
 Every row holds one method, shape and direction: milliseconds (p20, p50, p80), GB/s and TFLOP/s of the necessary bytes
 and operations, the share of the floor that the same run measured for this machine, and the peak of extra memory.
@@ -317,7 +317,7 @@ def measure(case: Case, cfg: DictConfig, machine: Any, *, device: str, dtype: to
 def strategies(
     case: Case, cfg: DictConfig, machine: Any, copies: Sequence[Inputs], *, device: str, dtype: torch.dtype
 ) -> list[dict]:
-    """The layer with its adapters applied in each of the three ways, beside what the cost model says."""
+    """The layer with its adapters applied in each of the three ways, and what the cost model says."""
     from hypernet.kernels.lora_delta.cost import application_cost
 
     d_in, d_out = case.dims

@@ -175,7 +175,7 @@ def readme() -> str:
 
 
 def main_plot() -> str:
-    names, titles = list(MAIN), ("One document", "Several documents, and what they leave alone")
+    names, titles = list(MAIN), ("One document", "Joined documents, and other facts")
     legend = {
         FLOOR: "no context",
         WRONG: "another document's adapter",

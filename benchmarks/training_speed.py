@@ -1,8 +1,8 @@
-"""Speed and memory of one optimizer step beside the padded way, in one run: `python -m benchmarks.training_speed`
+"""Speed and memory of one optimizer step and of a padded one, in one run: `python -m benchmarks.training_speed`
 
 Three ways to take the same step on the same documents, questions and weights; runs take turns, batch by batch:
   ours                 LitDocToLoRA: packed rows, adapters joined by address
-  padded_per_token     the reference implementation's way: a row per question with a copy of the document for the
+  padded_per_token     as the reference implementation: a row per question with a copy of the document for the
                        teacher, ranks zero-padded to the longest adapter, A and B repeated for every token
   padded_per_question  the same rows, A and B once per question: what that repetition costs
 They share the context encoder and the hypernetwork, and all compute logits of answer tokens alone. Their loss and

@@ -208,7 +208,7 @@ def _draw(figure: Figure, panel: Panel | Ratios, start: float) -> None:
     inner = high - _height(panel) + bottom, _height(panel) - bottom - top
     place = (start + left) / wide, inner[0] / high, (WIDTH - left - right) / wide, inner[1] / high
     axes = figure.add_axes(place, facecolor="none")
-    figure.text((start + 14) / wide, 1 - 16 / high, panel.title, fontsize=13, fontweight=600)
+    figure.text((start + 14) / wide, 1 - 16 / high, panel.title, fontsize=13, fontweight="bold")
     if not groups:
         figure.text((start + 14) / wide, 1 - 33 / high, panel.y.label, color=LIGHT["soft"])
     axes.set_xlabel((panel.y if groups else panel.x).label)

@@ -118,12 +118,12 @@ def test_documents_are_joined_as_in_training_and_the_replaced_leave_before(make_
     for name, rows in expected.A.items():
         torch.testing.assert_close(adapter.A[name], rows, rtol=0, atol=1e-5)
         assert (rows - (own[0] + own[1]).A[name]).abs().max() > 0.01
-    # One document and none at all: there is nothing to tell apart.
+    # One document and none at all: there is nothing to separate.
     assert prepared(DocToLoRAMethod(model=model)).adapter.content_id() == own[0].content_id()
     assert prepared(DocToLoRAMethod(model=model), CASE._replace(documents=())).adapter.num_chunks == 0
 
 
-def test_a_second_hypernetwork_s_adapter_is_its_own_beside_the_same_base_model(make_doc_to_lora, tmp_path) -> None:
+def test_a_second_hypernetwork_s_adapter_is_its_own_with_the_same_base_model(make_doc_to_lora, tmp_path) -> None:
     model = make_doc_to_lora()
     settings = {"rank": 3, "aggregator": {"name": "outer_product", "inner_dim": 5}}
     second = make_doc_to_lora(hypernetwork=settings)

@@ -34,7 +34,7 @@ class Shot(NamedTuple):
     figure: str = ""
 
 
-SHOTS = (Shot("benchmark-desktop.png", 1280, 1000, False), Shot("benchmark-phone.png", 390, 1200, True, "length"))
+SHOTS = (Shot("benchmark-desktop.png", 1280, 880, False), Shot("benchmark-phone.png", 390, 1200, True, "length"))
 
 
 def browser() -> str:

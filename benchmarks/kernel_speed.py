@@ -391,27 +391,25 @@ def markdown(rows: Sequence[dict]) -> str:
 
 def roofline(rows: Sequence[dict], path: Path) -> None:
     """Achieved TFLOP/s over operations per byte, one colour per method, below the machine's two roofs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from benchmarks.report.plots import LINES, Axis, Panel, Point, Series, Style, standalone
 
     machine = rows[0]["machine"]
-    figure, axes = pyplot.subplots(figsize=(8, 5))
     rows = [row for row in rows if row["kind"] == "delta"]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    series = []
+    for style, method in zip(LINES, dict.fromkeys(row["method"] for row in rows), strict=False):
         chosen = [row for row in rows if row["method"] == method]
-        intensity = [row["tflop_per_s"] * 1e3 / row["gb_per_s"] for row in chosen]
-        axes.scatter(intensity, [row["tflop_per_s"] for row in chosen], s=14, label=method.replace("_", " "))
-    low, high = axes.get_xlim()
-    points = [max(low, 0.1) * (high / max(low, 0.1)) ** (i / 99) for i in range(100)]
-    roof = [min(machine["flops_per_s"], machine["bytes_per_s"] * point) / 1e12 for point in points]
-    axes.plot(points, roof, color="black", linewidth=1, label=f"{machine['name']}, measured")
-    axes.set(xscale="log", yscale="log", xlabel="necessary operations per necessary byte", ylabel="TFLOP/s")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+        points = [Point(row["tflop_per_s"] * 1e3 / row["gb_per_s"], row["tflop_per_s"]) for row in chosen]
+        series.append(Series(method.replace("_", " "), style, points, joined=False))
+    ridge = machine["flops_per_s"] / machine["bytes_per_s"]
+    ends = [point.x for one in series for point in one.points]
+    roof = [
+        Point(x, min(machine["flops_per_s"], machine["bytes_per_s"] * x) / 1e12)
+        for x in sorted({min(*ends, ridge), ridge, max(*ends, ridge)})
+    ]
+    series.append(Series(f"{machine['name']}, measured roofs", Style("text", ""), roof))
+    x = Axis("necessary operations per necessary byte", log=True)
+    panel = Panel("lora_delta and its alternatives", series, x, Axis("TFLOP/s", log=True))
+    path.write_text(standalone([panel], [(one.name, one.style) for one in series]), encoding="utf-8")
 
 
 @hydra.main(config_path="../conf", config_name="kernel_speed", version_base="1.3")

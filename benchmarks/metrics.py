@@ -220,8 +220,10 @@ def _squad_words(text: str) -> list[str]:
 @cache
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    # With a tokenizer given it does not log a line that it chose its default one.
+    return RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=False))
 
 
 def _f1(precision: float, recall: float) -> float:

@@ -216,10 +216,11 @@ def _draw(figure: Figure, panel: Panel | Ratios, start: float) -> None:
 
 
 def _draw_lines(axes: Any, panel: Panel) -> None:
-    step = min(3.5, 18 / len(panel.series)) if any(one.joined for one in panel.series) else 0
-    for number, one in enumerate(panel.series):
-        # Points of one place are moved apart by a few points, so that intervals do not hide each other.
-        moved = (number - (len(panel.series) - 1) / 2) * step
+    lines = [one for one in panel.series if one.joined]
+    for one in panel.series:
+        # Lines' points of one place are moved apart by a few points, so that intervals do not hide each other.
+        place = lines.index(one) - (len(lines) - 1) / 2 if one.joined else 0
+        moved = place * min(3.5, 18 / max(1, len(lines)))
         shift = axes.transData + ScaledTranslation(moved / 72, 0, axes.figure.dpi_scale_trans)
         line = {"ls": one.style.dashes if one.joined else "none", "lw": 2.6 if one.style == style_of(ADAPTER) else 1.6}
         x, y = [point.x for point in one.points], [point.y for point in one.points]

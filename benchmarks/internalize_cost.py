@@ -106,6 +106,7 @@ def at_once(model: "DocToLoRA", document: str, *, max_batch_tokens: int) -> Any:
 
 
 METHODS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (ours, at_once)}
+LABELS = {"ours": "ours: streamed, batched", "at_once": "all layers and chunks at once"}
 
 
 # Measuring
@@ -238,32 +239,38 @@ def adapter_rows(model: "DocToLoRA", cfg: DictConfig, *, device: str) -> Iterato
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """One line per length: our seconds and memory, and the other way as a multiple of them; then the adapters."""
-    lines = [
-        "| tokens | chunks | ours, s | at once | floors | ours, MiB without the adapter | at once | adapter, MiB |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    """Seconds by length, memory by length, then the adapters; the other way as a multiple of ours."""
     by_length: dict[int, dict[str, dict]] = {}
     for row in rows:
         if row["kind"] == "length":
             by_length.setdefault(row["tokens"], {})[row["method"]] = row
-    for tokens, methods in by_length.items():
+
+    def ratio(methods: dict[str, dict], key: str) -> str:
         own, other = methods["ours"], methods.get("at_once")
-        time_ratio = memory_ratio = "–"
-        if other and other["out_of_memory"]:
-            time_ratio = memory_ratio = "out of memory"
-        elif other:
-            time_ratio = f"{other['p50_s'] / own['p50_s']:.2f}×"
-            memory_ratio = f"{other['peak_without_adapter_mib'] / own['peak_without_adapter_mib']:.2f}×"
-        lines.append(
-            f"| {tokens:,} | {own['chunks']:,} | {own['p50_s']:.3g} ({own['p20_s']:.3g} to {own['p80_s']:.3g}) | "
-            f"{time_ratio} | {own['p50_s'] / own['floor_s']:.1f}× | {own['peak_without_adapter_mib']:.1f} | "
-            f"{memory_ratio} | {own['adapter_mib']:.2f} |"
+        if other is None:
+            return "–"
+        return "out of memory" if other["out_of_memory"] else f"{other[key] / own[key]:.2f}"
+
+    times = [
+        "| tokens | chunks | ours, s | 20th percentile | 80th percentile | at once / ours | ours / floor |",
+        f"|{' ---: |' * 7}",
+    ]
+    memory = ["| tokens | ours, MiB without the adapter | at once / ours | adapter, MiB |", f"|{' ---: |' * 4}"]
+    for tokens, methods in by_length.items():
+        own = methods["ours"]
+        times.append(
+            f"| {tokens:,} | {own['chunks']:,} | {own['p50_s']:.3g} | {own['p20_s']:.3g} | {own['p80_s']:.3g} | "
+            f"{ratio(methods, 'p50_s')} | {own['p50_s'] / own['floor_s']:.1f} |"
         )
+        memory.append(
+            f"| {tokens:,} | {own['peak_without_adapter_mib']:.1f} | {ratio(methods, 'peak_without_adapter_mib')} | "
+            f"{own['adapter_mib']:.2f} |"
+        )
+    lines = [*times, "", *memory]
     adapters = [row for row in rows if row["kind"] == "adapter"]
     if adapters:
         lines += ["", "| adapter of chunks | rank | MiB | save, ms | load, ms | inject, ms | swap, ms |"]
-        lines.append("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+        lines.append(f"|{' ---: |' * 7}")
         for row in adapters:
             steps = " | ".join(f"{1000 * row[name]:.3g}" for name in ("save_s", "load_s", "inject_s", "swap_s"))
             lines.append(f"| {row['chunks']} | {row['rank']:,} | {row['adapter_mib']:.2f} | {steps} |")
@@ -271,37 +278,32 @@ def markdown(rows: Sequence[dict]) -> str:
 
 
 def plot(rows: Sequence[dict], path: Path) -> None:
-    """Seconds and memory over the document's length, both ways, with the adapter's own bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Seconds and memory over the document's length, both ways, with the floor and the adapter's own bytes."""
+    from benchmarks.report.plots import LINES, Axis, Panel, Point, Series, Style, standalone
 
     lengths = [row for row in rows if row["kind"] == "length" and not row["out_of_memory"]]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for name, label in (("ours", "ours: streamed, batched"), ("at_once", "all layers and chunks at once")):
-        own = [row for row in lengths if row["method"] == name]
-        tokens = [row["tokens"] for row in own]
-        seconds = left.plot(tokens, [row["p50_s"] for row in own], marker="o", markersize=3, label=label)
-        left.fill_between(tokens, [r["p20_s"] for r in own], [r["p80_s"] for r in own], alpha=0.2)
-        color = seconds[0].get_color()
-        memory = [row["peak_without_adapter_mib"] for row in own]
-        right.plot(tokens, memory, marker="o", markersize=3, label=label, color=color)
     own = [row for row in lengths if row["method"] == "ours"]
-    left.plot(
-        [r["tokens"] for r in own], [r["floor_s"] for r in own], color="gray", linestyle=":", label="matmul floor"
-    )
-    right.plot(
-        [r["tokens"] for r in own], [r["adapter_mib"] for r in own], color="gray", linestyle=":", label="the adapter"
-    )
-    left.set(xscale="log", yscale="log", xlabel="document tokens", ylabel="seconds")
-    right.set(xscale="log", yscale="log", xlabel="document tokens", ylabel="MiB beyond the model and the adapter")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.2)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    seconds, memory = [], []
+    for style, (method, label) in zip(LINES, LABELS.items(), strict=False):
+        chosen = [row for row in lengths if row["method"] == method]
+        times = [Point(row["tokens"], row["p50_s"], (row["p20_s"], row["p80_s"])) for row in chosen]
+        seconds.append(Series(label, style, times))
+        memory.append(Series(label, style, [Point(row["tokens"], row["peak_without_adapter_mib"]) for row in chosen]))
+    gray = Style("gray", "o", ":", False), Style("gray", "s", ":", False)
+    seconds.append(Series("matmul floor", gray[0], [Point(row["tokens"], row["floor_s"]) for row in own]))
+    memory.append(Series("the adapter itself", gray[1], [Point(row["tokens"], row["adapter_mib"]) for row in own]))
+    x = Axis("document tokens", log=True)
+    panels = [
+        Panel(
+            "Time to internalize",
+            [s for s in seconds if s.points],
+            x,
+            Axis("seconds, 20th to 80th percentile", log=True),
+        ),
+        Panel("Peak memory", [s for s in memory if s.points], x, Axis("MiB on top of model and adapter", log=True)),
+    ]
+    legend = [(one.name, one.style) for one in (*seconds, memory[-1])]
+    path.write_text(standalone(panels, legend), encoding="utf-8")
 
 
 @hydra.main(config_path="../conf", config_name="internalize_cost", version_base="1.3")

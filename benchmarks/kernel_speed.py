@@ -1,4 +1,4 @@
-"""Speed and memory of `lora_delta` beside its alternatives, in one run: `python -m benchmarks.kernel_speed`
+"""Speed and memory of `lora_delta` and its alternatives, in one run: `python -m benchmarks.kernel_speed`
 
 Every row holds one method, shape and direction: milliseconds (p20, p50, p80), GB/s and TFLOP/s of the necessary bytes
 and operations, the share of the floor that the same run measured for this machine, and the peak of extra memory.
@@ -42,6 +42,11 @@ class Case(NamedTuple):
     num_tokens: int
     rank: int
     num_adapters: int
+
+    @classmethod
+    def of(cls, row: dict) -> "Case":
+        """That a row was measured on."""
+        return cls(*(row[key] for key in cls._fields))
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -312,7 +317,7 @@ def measure(case: Case, cfg: DictConfig, machine: Any, *, device: str, dtype: to
 def strategies(
     case: Case, cfg: DictConfig, machine: Any, copies: Sequence[Inputs], *, device: str, dtype: torch.dtype
 ) -> list[dict]:
-    """The layer with its adapters applied in each of the three ways, beside what the cost model says."""
+    """The layer with its adapters applied in each of the three ways, and what the cost model says."""
     from hypernet.kernels.lora_delta.cost import application_cost
 
     d_in, d_out = case.dims
@@ -359,52 +364,52 @@ def tests_pass() -> bool:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """One line per shape: our time and memory, and every other method as a multiple of them."""
+    """A table for each shape: every method's time, also as a multiple of ours, and its memory."""
+    from benchmarks.report.names import short
+    from benchmarks.report.tables import Table
+
     rows = [row for row in rows if row["kind"] == "delta"]
-    others = [name for name in METHODS if name != "ours" and any(row["method"] == name for row in rows)]
-    head = ["model", "module", "tokens", "rank", "adapters", "direction", "ours, ms", "share of the floor", "peak MiB"]
-    lines = ["| " + " | ".join([*head, *(name.replace("_", " ") for name in others)]) + " |"]
-    lines.append("|" + " --- |" * 2 + " ---: |" * 3 + " --- |" + " ---: |" * (3 + len(others)))
-    key = lambda row: tuple(row[k] for k in (*Case._fields, "direction"))  # noqa: E731
-    for ours_row in [row for row in rows if row["method"] == "ours"]:
-        cells = [str(cell) for cell in key(ours_row)]
-        spread = f"{ours_row['p50_ms']:.3g} ({ours_row['p20_ms']:.3g} to {ours_row['p80_ms']:.3g})"
-        cells += [spread, f"{ours_row['floor_share']:.0%}", f"{ours_row['peak_extra_mib']:.3g}"]
-        for name in others:
-            (match,) = [r for r in rows if r["method"] == name and key(r) == key(ours_row)] or [None]
-            cells.append(
-                "–"
-                if match is None
-                else f"{match['p50_ms'] / ours_row['p50_ms']:.2g}× time, "
-                f"{match['peak_extra_mib'] / max(ours_row['peak_extra_mib'], 1e-9):.2g}× memory"
-            )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    ours_ms = {(Case.of(row), row["direction"]): row["p50_ms"] for row in rows if row["method"] == "ours"}
+    cells = {
+        "rank": lambda row: str(row["rank"]),
+        "direction": lambda row: row["direction"],
+        "method": lambda row: row["method"].replace("_", " "),
+        "ms": lambda row: short(row["p50_ms"]),
+        "time / ours": lambda row: short(row["p50_ms"] / ours_ms[Case.of(row), row["direction"]], digits=2),
+        "share of the floor, %": lambda row: f"{100 * row['floor_share']:.0f}",
+        "peak, MiB": lambda row: short(row["peak_extra_mib"]),
+    }
+    parts = []
+    shape = lambda row: Case.of(row)._replace(rank=0)  # noqa: E731
+    for place in dict.fromkeys(map(shape, rows)):
+        chosen = [row for row in rows if shape(row) == place and (Case.of(row), row["direction"]) in ours_ms]
+        chosen.sort(key=lambda row: (row["rank"], DIRECTIONS.index(row["direction"])))
+        caption = f"{place.model}, {place.module}, {place.num_tokens} tokens, {place.num_adapters} adapters:"
+        parts += [caption, Table.of("", chosen, cells).markdown()]
+    return "\n\n".join(parts)
 
 
 def roofline(rows: Sequence[dict], path: Path) -> None:
     """Achieved TFLOP/s over operations per byte, one colour per method, below the machine's two roofs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from benchmarks.report.plots import LINES, Axis, Panel, Point, Series, Style, standalone
 
     machine = rows[0]["machine"]
-    figure, axes = pyplot.subplots(figsize=(8, 5))
     rows = [row for row in rows if row["kind"] == "delta"]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    series = []
+    for style, method in zip(LINES, dict.fromkeys(row["method"] for row in rows), strict=False):
         chosen = [row for row in rows if row["method"] == method]
-        intensity = [row["tflop_per_s"] * 1e3 / row["gb_per_s"] for row in chosen]
-        axes.scatter(intensity, [row["tflop_per_s"] for row in chosen], s=14, label=method.replace("_", " "))
-    low, high = axes.get_xlim()
-    points = [max(low, 0.1) * (high / max(low, 0.1)) ** (i / 99) for i in range(100)]
-    roof = [min(machine["flops_per_s"], machine["bytes_per_s"] * point) / 1e12 for point in points]
-    axes.plot(points, roof, color="black", linewidth=1, label=f"{machine['name']}, measured")
-    axes.set(xscale="log", yscale="log", xlabel="necessary operations per necessary byte", ylabel="TFLOP/s")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+        points = [Point(row["tflop_per_s"] * 1e3 / row["gb_per_s"], row["tflop_per_s"]) for row in chosen]
+        series.append(Series(method.replace("_", " "), style, points, joined=False))
+    ridge = machine["flops_per_s"] / machine["bytes_per_s"]
+    ends = [point.x for one in series for point in one.points]
+    roof = [
+        Point(x, min(machine["flops_per_s"], machine["bytes_per_s"] * x) / 1e12)
+        for x in sorted({min(*ends, ridge), ridge, max(*ends, ridge)})
+    ]
+    series.append(Series(f"{machine['name']}, measured roofs", Style("text", ""), roof))
+    x = Axis("necessary operations per necessary byte", log=True)
+    panel = Panel("lora_delta and its alternatives", series, x, Axis("TFLOP/s", log=True))
+    path.write_text(standalone([panel], [(one.name, one.style) for one in series]), encoding="utf-8")
 
 
 @hydra.main(config_path="../conf", config_name="kernel_speed", version_base="1.3")
@@ -445,17 +450,13 @@ def main(cfg: DictConfig) -> None:
         if cfg.output:  # after every shape: a run cut short keeps what it has
             write_rows(cfg.output, rows, run=run)
     print(markdown(rows))
-    for case in dict.fromkeys(tuple(row[k] for k in Case._fields) for row in rows):
-        ways = {
-            row["method"]: row
-            for row in rows
-            if row["kind"] == "application" and tuple(row[k] for k in Case._fields) == case
-        }
+    for case in dict.fromkeys(map(Case.of, rows)):
+        ways = {row["method"]: row for row in rows if row["kind"] == "application" and Case.of(row) == case}
         measured = min(ways, key=lambda name: ways[name]["p50_ms"])
         figures = ", ".join(
             f"{name} {row['p50_ms']:.3g} ms (model {row['model_ms']:.3g})" for name, row in ways.items()
         )
-        print(f"{Case(*case)}: {figures}; measured {measured}, model {next(iter(ways.values()))['model_says']}")
+        print(f"{case}: {figures}; measured {measured}, model {next(iter(ways.values()))['model_says']}")
 
 
 if __name__ == "__main__":

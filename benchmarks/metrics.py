@@ -13,7 +13,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,22 +63,15 @@ def token_f1(prediction: str, references: str | Sequence[str]) -> float:
 
 def rouge_l(prediction: str, references: str | Sequence[str]) -> RougeL:
     """Precision, recall and F1 of the longest common subsequence of words, for the reference with the best F1. Words
-    are runs of a-z and 0-9 in small letters, not stemmed, as in the `rouge_score` package; so a text in another script
-    scores 0.
+    are runs of a-z and 0-9 in small letters, not stemmed; a text in another script scores 0. Needs the extra `bench`.
 
     Raises:
         ValueError: if there is no reference.
 
-    Source: Lin 2004, section 3, https://aclanthology.org/W04-1013; rouge_score 0.1.2, "rougeL" with use_stemmer=False.
+    Source: Lin 2004, section 3, https://aclanthology.org/W04-1013, as the package rouge-score computes it.
     """
-    words = _rouge_words(prediction)
-    scores = []
-    for reference in _at_least_one(references):
-        reference_words = _rouge_words(reference)
-        common = _common_subsequence_length(words, reference_words)
-        precision, recall = (common / len(words), common / len(reference_words)) if common else (0.0, 0.0)
-        scores.append(RougeL(precision, recall, _f1(precision, recall)))
-    return max(scores, key=lambda score: score.f1)
+    scores = _rouge_scorer().score_multi(list(_at_least_one(references)), prediction)
+    return RougeL(*map(float, scores["rougeL"]))
 
 
 def bootstrap_interval(
@@ -223,25 +217,14 @@ def _squad_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def _rouge_words(text: str) -> list[str]:
-    return re.findall("[a-z0-9]+", text.lower())
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    # With a tokenizer given it does not log a line that it chose its default one.
+    return RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=False))
 
 
 def _f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def _common_subsequence_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a row of the usual table per step, as the bits of one integer.
-
-    Source: Hyyrö 2004, Bit-parallel LCS-length computation revisited.
-    """
-    places: dict[str, int] = {}
-    for i, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << i
-    everywhere = (1 << len(a)) - 1
-    row = everywhere
-    for word in b:
-        hits = row & places.get(word, 0)
-        row = ((row + hits) | (row - hits)) & everywhere
-    return len(a) - row.bit_count()

@@ -9,6 +9,7 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,9 @@ def evaluate(model: Any, cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table and a sentence of what was read, of the one row."""
+    (result,) = rows
     lines = ["| method | questions | exact match | token F1 |", "| --- | ---: | ---: | ---: |"]
     lines += [
         f"| {method.replace('_', ' ')} | {s['questions']} | {s['exact_match']:.4f} | {s['token_f1']:.4f} |"
@@ -136,7 +139,7 @@ def main(cfg: DictConfig) -> None:
     result = evaluate(model, cfg)
     if cfg.output:
         write_rows(cfg.output, [result], run=describe_run(OmegaConf.to_container(cfg)))
-    print(markdown(result))
+    print(markdown([result]))
 
 
 if __name__ == "__main__":

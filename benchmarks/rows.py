@@ -1,18 +1,21 @@
 """JSONL rows that explain themselves: what was measured, by which code, on what machine, with which settings.
 
-append_rows("benchmarks/results/tiny_figures.jsonl", rows, run=describe_run(config))
+write_rows("benchmarks/results/tiny_figures.jsonl", rows, run=describe_run(config))
+rows = merged([("bench", read_report_rows("benchmarks/results/bench.jsonl"))])    # of reports
 """
 
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
+Rows = Sequence[Row]
 PACKAGES = ("torch", "transformers", "peft", "lightning", "triton")
 
 
@@ -43,6 +46,64 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, run: dict[st
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_report_rows(path: str | Path, rows: Rows) -> None:
+    """The sweep's row in full, then the others with what they need to explain themselves."""
+    write_rows(path, rows, run={key: rows[0][key] for key in ("commits", "hardware", "dates")})
+
+
+def read_report_rows(path: str | Path) -> list[Row]:
+    """Rows that `write_report_rows` wrote.
+
+    Raises:
+        ValueError: there is no such file, or no report wrote it.
+    """
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"Cannot read rows from {path} ({error}); give a file that a report has written.") from error
+    if not rows or rows[0].get("kind") != "sweep":
+        raise ValueError(f"{path} does not begin with a row of kind sweep; give a file that a report has written.")
+    return rows
+
+
+def merged(files: Sequence[tuple[str, Rows]]) -> list[Row]:
+    """Rows of several reports as of one. A task that an earlier file has already goes by its own file's name.
+
+    Args:
+        files: (name, rows) of each.
+    """
+    result: list[Row] = []
+    sweep: Row = {}
+    seen: set[str] = set()
+    for name, (own, *rows) in files:
+        clash = {row["task"] for row in rows if "task" in row and row["task"] in seen}
+        renamed = [{**row, "task": name} if row.get("task") in clash else row for row in rows]
+        by_task = {name if task in clash else task: found for task, found in own["commands_by_task"].items()}
+        own = {**own, "commands_by_task": by_task}
+        sweep = _joined(sweep, own) if sweep else own
+        seen |= {row["task"] for row in renamed if "task" in row}
+        result += renamed
+    return [sweep, *result]
+
+
+def _joined(one: Row, other: Row) -> Row:
+    joined = {**other, **one}
+    for key in ("commands", "commits", "hardware", "checkpoints", "failed", "choices"):
+        joined[key] = [*one[key], *(item for item in other[key] if item not in one[key])]
+    dates = [*one["dates"], *other["dates"]]
+    joined |= {key: one[key] + other[key] for key in ("cells", "wall_s")} | {"dates": [min(dates), max(dates)]}
+    return joined | {"commands_by_task": one["commands_by_task"] | other["commands_by_task"]}
+
+
+def rounded(value: Any) -> Any:
+    """The same with every float of six significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _commit() -> str:

@@ -1,6 +1,6 @@
 """Two pictures of the report for the documentation: `python -m benchmarks.screenshots`
 
-    python -m benchmarks.screenshots page=benchmarks/results/bench.html output_dir=docs
+    python -m benchmarks.screenshots page=outputs/results.html output_dir=docs
 
 Writes benchmark-desktop.png (1280 pixels wide, light) and benchmark-phone.png (390 wide, dark). Needs Chromium or
 Chrome on the PATH.
@@ -11,16 +11,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hypernet.io.arguments import key_values
+import hydra
+from omegaconf import DictConfig
+
 from hypernet.io.files import replaced
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-DEFAULTS = {"page": "outputs/benchmark/report.html", "output_dir": "docs"}
-MAX_KIB = 300
+MAX_KIB = 200
 TIMEOUT_S = 120
 
 
@@ -34,7 +34,7 @@ class Shot(NamedTuple):
     figure: str = ""
 
 
-SHOTS = (Shot("benchmark-desktop.png", 1280, 1400, False), Shot("benchmark-phone.png", 390, 1200, True, "length"))
+SHOTS = (Shot("benchmark-desktop.png", 1280, 880, False), Shot("benchmark-phone.png", 390, 1200, True, "length"))
 
 
 def browser() -> str:
@@ -55,7 +55,7 @@ def take(page: Path, output: Path, shot: Shot) -> None:
     """Writes what a reader with this window and preference sees of the page, completely or not at all.
 
     Raises:
-        ValueError: no page, no browser, the browser fails, or the picture is larger than 300 KiB.
+        ValueError: no page, no browser, the browser fails, or the picture is larger than 200 KiB.
     """
     if not page.is_file():
         raise ValueError(f"No page at {page}; write it with python -m benchmarks.report page={page}.")
@@ -91,19 +91,16 @@ def take(page: Path, output: Path, shot: Shot) -> None:
             shutil.copyfile(picture, unfinished)
 
 
-def main(arguments: Sequence[str]) -> None:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
+@hydra.main(config_path="../conf/benchmark", config_name="screenshots", version_base="1.3")
+def main(cfg: DictConfig) -> None:
     try:
-        given = DEFAULTS | key_values(arguments, DEFAULTS)
         for shot in SHOTS:
-            output = Path(given["output_dir"]) / shot.name
-            take(Path(given["page"]), output, shot)
+            output = Path(cfg.output_dir) / shot.name
+            take(Path(cfg.page), output, shot)
             print(output)
     except ValueError as error:
         sys.exit(f"benchmarks.screenshots: {error}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,58 +1,237 @@
-"""Writes the tables in README.md and the model card, and README's plots, from the committed rows:
-`python -m benchmarks.tables`
+"""Writes the generated tables of README, the documentation and the model card, and the plots that they show, from the
+committed rows: `python -m benchmarks.tables`
 
-A table stands between `<!-- figures: benchmarks/results/<name>.jsonl -->` and `<!-- /figures -->`; where a file gives
-several, the table's name follows the file's: `<!-- figures: benchmarks/results/bench.jsonl capacity -->`. A test fails
-when one differs from what its rows give, and so for the plots, `benchmarks/results/<name>.svg`.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME being one of `TABLES`. A test fails when one
+differs from what its rows give, and so for the plots.
 """
 
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import internalize_cost, kernel_speed, plots, real_text, report, tiny_figures, training_speed
-from benchmarks.svg import standalone
-from benchmarks.verdict import verdict
-
-
-def answer(rows: list[dict]) -> str:
-    """When an adapter wins, in one paragraph of Markdown."""
-    return " ".join(f"**{title}** {text}" for title, text in verdict(rows))
-
+from benchmarks.report import figures
+from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRONG, name_of, order, task_name
+from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
+from benchmarks.report.tables import METHOD, Cell, Table, number, questions, scaled
+from benchmarks.rows import Row, Rows, merged
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path("benchmarks/results")
-FILES = ("README.md", "assets/tiny/README.md")
-TABLES: dict[str, Callable[[list[dict]], str]] = {
-    "tiny_figures": tiny_figures.markdown,
-    "real_text": lambda rows: real_text.markdown(rows[0]),
-    "kernel_speed": kernel_speed.markdown,
-    "internalize_cost": internalize_cost.markdown,
-    "training_speed": training_speed.markdown,
-    "bench": lambda rows: f"{answer(rows)}\n\n{report.overview(rows)}",
-    "niah": report.niah,
-    "niah_seeds": report.niah_seeds,
-    "composition": report.composition,
-    "many_documents": report.composition,
-    "interference": report.interference,
-    "capacity": report.capacity,
-    "conflict": report.conflict,
+RESULTS = "benchmarks/results"
+SUMMARY = f"{RESULTS}/summary.html"
+# The page of all sweeps and what a person says of it are of these, in this order.
+REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
+FILES = ("README.md", "docs/results.md", "assets/tiny/README.md")
+PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
+    "niah": figures.needles,
+    "composition": figures.composition,
+    "many_documents": figures.composition,
+    "interference": figures.interference,
+    "capacity": figures.capacity,
+    "conflict": figures.conflict,
 }
-# Of the report's rows: from a file of that name, or else from the tiny sweep's; a crowd is no part of that one.
-PLOTS: dict[str, Callable[[list[dict]], plots.Figure | None]] = {
-    "niah": plots.needles,
-    "composition": plots.composition,
-    "many_documents": plots.composition,
-    "interference": plots.interference,
-    "capacity": plots.capacity,
-    "conflict": plots.conflict,
+# The main figures of the shipped model: what is asked → file, the rows' place there.
+MAIN = {
+    "an article about one entity": ("tiny_figures", {"set": "one entity"}),
+    "an article about 2 to 4 entities": ("tiny_figures", {"set": "2-4 entities"}),
+    "an article longer than the window": ("bench", {"task": "encyclopedia", "set": "sixteen entities"}),
+    "one of eight joined documents": ("composition", {"set": "8 documents"}),
+    "facts that contradict what the model learned": ("conflict", {"set": "known entities"}),
+    "facts that the document does not mention": ("interference", {"set": "background, never protected"}),
 }
-MAX_PANELS = 3  # side by side, as wide as README shows
-_BLOCK = re.compile(
-    r"(<!-- figures: (benchmarks/results/(\w+)\.jsonl)(?: (\w+))? -->\n)(.*?)(<!-- /figures -->)", re.DOTALL
+MATCHED = number("exact_match")
+COMPARED = {FLOOR: FLOOR, WRONG: "wrong_adapter", CEILING: "document_in_prompt", ADAPTER: "adapter"}
+OVERVIEW = (
+    ("encyclopedia", "one entity"),
+    ("encyclopedia", "four entities"),
+    ("encyclopedia", "sixteen entities"),
+    ("locality", "background, never protected"),
+    ("conflict", "known entities"),
+    ("updates", "old version dropped"),
 )
+
+
+def read(name: str) -> list[Row]:
+    """Committed rows."""
+    text = (ROOT / RESULTS / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def pivot(rows: Iterable[Row], down: Mapping[str, Cell], across: Cell, value: Cell = MATCHED) -> str:
+    """A line for each value of `down`, a column for each of `across`, in the order of the rows."""
+    rows = list(rows)
+    found = {(*(cell(row) for cell in down.values()), across(row)): value(row) for row in rows}
+    columns = list(dict.fromkeys(map(across, rows)))
+    lines = dict.fromkeys(place[:-1] for place in found)
+    return Table(
+        "", [*down, *columns], [[*line, *(found.get((*line, c), "–") for c in columns)] for line in lines]
+    ).markdown()
+
+
+def by_method(name: str, key: str, unit: str, *, task: str) -> str:
+    """Methods down, values of the attribute across."""
+    rows = [row for row in read(name) if row["kind"] == "slice" and row["task"] == task and row["by"] == [key]]
+    rows.sort(key=lambda row: (order(row["method"]), row["attributes"][key]))
+    return pivot(
+        rows, METHOD, lambda row: f"{row['attributes'][key]:g} {unit}{'s' if row['attributes'][key] > 1 else ''}"
+    )
+
+
+def niah() -> str:
+    rows = [row for row in read("niah") if row["kind"] == "slice" and row["by"] == ["num_chunks"]]
+    rows.sort(key=lambda row: (row["attributes"]["num_chunks"], order(row["method"])))
+    return pivot(
+        rows, {"chunks": lambda row: f"{row['attributes']['num_chunks']:g}"}, lambda row: name_of(row["method"])
+    )
+
+
+def niah_seeds() -> str:
+    """Training seeds across; of no context and the wrong document the highest of the seeds."""
+    lines = []
+    for one in (rows := [row for row in read("niah_seeds") if row["kind"] == "summary"]):
+        if one["method"] == f"{ADAPTER}_seed1":
+            own = {row["method"]: row["exact_match"] for row in rows if row["set"] == one["set"]}
+            cells = [own[f"{method}_seed{seed}"] for method in (ADAPTER, CEILING) for seed in (1, 2)]
+            cells += [max(own[f"{method}_seed{seed}"] for seed in (1, 2)) for method in (FLOOR, WRONG)]
+            lines.append([one["set"].split()[0], *(f"{cell:.2f}" for cell in cells)])
+    head = [f"{name_of(method)}, seed {seed}" for method in (ADAPTER, CEILING) for seed in (1, 2)]
+    return Table("", ["chunks", *head, *(f"{name_of(m)}, highest" for m in (FLOOR, WRONG))], lines).markdown()
+
+
+def interference() -> str:
+    rows = [row for row in read("interference") if row["kind"] == "summary"]
+    rows.sort(key=lambda row: order(row["method"]))
+    return pivot(rows, METHOD, lambda row: row["set"], number("exact_match", 3))
+
+
+def conflict(*methods: str) -> str:
+    rows = [r for r in read("conflict") if r["kind"] == "slice" and r["by"] == ["real_world", "times_asked_from"]]
+    rows.sort(
+        key=lambda r: (
+            r["attributes"]["real_world"],
+            r["attributes"]["times_asked_from"],
+            methods.index(r["method"]) if r["method"] in methods else 9,
+        )
+    )
+    down = {
+        "facts": lambda row: ("invented entities", "the real world")[int(row["attributes"]["real_world"])],
+        "training": figures.bands(rows),
+        "questions": lambda row: str(row["questions"]),
+    }
+    return pivot([r for r in rows if r["method"] in methods], down, lambda row: name_of(row["method"]))
+
+
+def conflict_adapter() -> str:
+    """What the adapter leaves of what was learned."""
+    rows = [r for r in read("conflict") if r["kind"] == "slice" and r["by"] == ["real_world", "times_asked_from"]]
+    rows.sort(key=lambda row: (row["attributes"]["real_world"], row["attributes"]["times_asked_from"]))
+    cells = {
+        "facts": lambda row: ("invented entities", "the real world")[int(row["attributes"]["real_world"])],
+        "training": figures.bands(rows),
+        "times asked, mean": lambda row: f"{row['attributes']['times_asked']:.0f}",
+        "the document's answer": number("exact_match"),
+        "the learned answer": number("old_answer"),
+        "log-likelihood, nats": number("log_likelihood", 1),
+    }
+    return Table.of("", [row for row in rows if row["method"] == ADAPTER], cells).markdown()
+
+
+def bench_scores() -> str:
+    rows = [row for row in read("bench") if row["kind"] == "summary" and (row["task"], row["set"]) in OVERVIEW]
+    rows.sort(key=lambda row: (order(row["method"]), OVERVIEW.index((row["task"], row["set"]))))
+    name = lambda row: row["set"] if row["task"] == "encyclopedia" else f"{task_name(row['task'])}: {row['set']}"  # noqa: E731
+    return pivot(rows, METHOD, name)
+
+
+def bench_costs() -> str:
+    """On four entities; break-even with full context."""
+    rows = [row for row in read("bench") if row["kind"] == "summary" and row["set"] == "four entities"]
+    rows = [{**row, "answer_s": figures.at_equal_length(row)} for row in rows]
+    even = lambda key: lambda row: questions((row.get("break_even") or {}).get(CEILING, {}), key, digits=3)  # noqa: E731
+    cells = METHOD | {
+        "prepare, ms": scaled("prepare_s", 1000),
+        "first token, ms": scaled("first_token_s", 1000),
+        "answer, ms": scaled("answer_s", 1000),
+        "kept, KiB": scaled("stored_bytes", 2**-10),
+        "break-even by the clock": even("seconds"),
+        "break-even in FLOPs": even("flops"),
+    }
+    return Table.of("", rows, cells).markdown()
+
+
+def main_rows(name: str) -> dict[str, Row]:
+    """Row of each of `COMPARED` for one of `MAIN`, with an interval."""
+    file, place = MAIN[name]
+    rows = [row for row in read(file) if row["kind"] == "summary" and place.items() <= row.items()]
+    found = {row["method"]: {"interval": [row["low"], row["high"]], **row} if "low" in row else row for row in rows}
+    return {method: found.get(method) or found[other] for method, other in COMPARED.items()}
+
+
+def readme() -> str:
+    lines = [[name, *(number("exact_match")(row) for row in main_rows(name).values())] for name in MAIN]
+    head = ["questions about", "no context", "another document's adapter", "document in the prompt", "own adapter"]
+    return Table("", head, lines).markdown()
+
+
+def main_plot() -> str:
+    names, titles = list(MAIN), ("One document", "Joined documents, and other facts")
+    legend = {
+        FLOOR: "no context",
+        WRONG: "another document's adapter",
+        CEILING: "document in the prompt",
+        ADAPTER: "own adapter",
+    }
+    panels = []
+    for title, part in zip(titles, (names[:3], names[3:]), strict=True):
+        rows = [main_rows(name) for name in part]
+        points = {
+            m: [Point(i, row[m]["exact_match"], row[m]["interval"]) for i, row in enumerate(rows)] for m in legend
+        }
+        series = [Series(name, style_of(method), points[method]) for method, name in legend.items()]
+        panels.append(Panel(title, series, Axis(""), MATCH, groups=part))
+    return standalone(panels, [(name, style_of(method)) for method, name in legend.items()])
+
+
+def summary() -> str:
+    """What a person says of the rows, in Markdown."""
+    text = (ROOT / SUMMARY).read_text(encoding="utf-8")
+    text = re.sub(r"</?strong>", "**", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
+    return re.sub(r"<[^>]*>", "", text).strip()
+
+
+def _speed(module: str, name: str | None = None) -> Callable[[], str]:
+    def table() -> str:
+        from importlib import import_module
+
+        return import_module(f"benchmarks.{module}").markdown(read(name or module))
+
+    return table
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "readme": readme,
+    "summary": summary,
+    "tiny_figures": _speed("tiny_figures"),
+    "real_text": _speed("real_text"),
+    "bench_scores": bench_scores,
+    "bench_costs": bench_costs,
+    "niah": niah,
+    "niah_seeds": niah_seeds,
+    "composition": lambda: by_method("composition", "num_documents", "document", task="composition"),
+    "many_documents": lambda: by_method("many_documents", "num_documents", "document", task="composition"),
+    "interference": interference,
+    "conflict": lambda: conflict(FLOOR, CEILING, WRONG, ADAPTER),
+    "conflict_joined": lambda: conflict(FLOOR, ADAPTER, GATED, ROUTED),
+    "conflict_adapter": conflict_adapter,
+    "capacity": lambda: by_method("capacity", "facts", "fact", task="capacity"),
+    "capacity_entities": lambda: by_method("capacity", "facts", "fact", task="capacity_entities"),
+    "training_speed": _speed("training_speed"),
+    "training_speed_gpu": _speed("training_speed", "training_speed_gpu"),
+    "internalize_cost": _speed("internalize_cost"),
+    "kernel_speed": _speed("kernel_speed"),
+}
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
@@ -62,39 +241,33 @@ def with_tables(text: str) -> str:
         ValueError: a block names no table that there is.
     """
 
-    def table(match: re.Match) -> str:
-        name = match[4] or match[3]
-        if name not in TABLES:
-            raise ValueError(f"{match[1].strip()} asks for table {name!r}; there are {', '.join(TABLES)}.")
-        return f"{match[1]}\n{TABLES[name](_rows(ROOT / match[2]))}\n\n{match[6]}"
+    def block(found: re.Match) -> str:
+        if found[2] not in TABLES:
+            raise ValueError(f"{found[1].strip()} names no table; there are {', '.join(TABLES)}.")
+        return f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}"
 
-    return _BLOCK.sub(table, text)
+    return _BLOCK.sub(block, text)
 
 
-def made_plots(root: Path = ROOT) -> dict[str, str]:
-    """File → SVG of every plot whose rows are committed."""
-    made = {}
+def made_plots() -> dict[str, str]:
+    """File → SVG of every plot that the documentation shows."""
+    made = {"docs/results.svg": main_plot()}
     for name, figure_of in PLOTS.items():
-        stems = (name,) if name == "many_documents" else (name, "bench")
-        path = next((p for stem in stems if (p := root / RESULTS / f"{stem}.jsonl").is_file()), None)
-        figure = figure_of(_rows(path)) if path else None
+        figure = figure_of(read(name))
         if figure:
-            panels = figure.panels[:MAX_PANELS]
-            made[f"{RESULTS}/{name}.svg"] = standalone(panels, figure.legend)
+            made[f"{RESULTS}/{name}.svg"] = standalone(figure.panels[:3], figure.legend)
     return made
 
 
-def _rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def all_rows() -> list[Row]:
+    """Of the page of all sweeps."""
+    return merged([(name, read(name)) for name in REPORTS])
 
 
 def main() -> None:
-    for name in FILES:
-        path = ROOT / name
-        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
-        print(f"{name} follows its rows.", file=sys.stderr)
-    for name, svg in made_plots().items():
-        (ROOT / name).write_text(svg, encoding="utf-8")
+    texts = {name: with_tables((ROOT / name).read_text(encoding="utf-8")) for name in FILES}
+    for name, text in {**texts, **made_plots()}.items():
+        (ROOT / name).write_text(text, encoding="utf-8")
         print(f"{name} follows its rows.", file=sys.stderr)
 
 

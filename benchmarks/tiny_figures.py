@@ -168,18 +168,19 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
 
 
 def markdown(summary: Sequence[dict]) -> str:
-    """The table as it stands in the model card and README."""
-    lines = [
-        "| set | method | questions | documents | exact match | 95 % interval | share of the gap closed |",
-        "| --- | --- | ---: | ---: | ---: | --- | ---: |",
-    ]
-    for row in summary:
-        closed = f"{row['gap_closed']:.2f}" if "gap_closed" in row else ""
-        lines.append(
-            f"| {row['set']} | {row['method'].replace('_', ' ')} | {row['questions']} | {row['documents']} | "
-            f"{row['exact_match']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {closed} |"
-        )
-    return "\n".join(lines)
+    """The table as it stands in the model card and the documentation; low and high are the 95 % interval's ends."""
+    from benchmarks.report.tables import Table, number
+
+    cells = {
+        "set": lambda row: row["set"],
+        "method": lambda row: row["method"].replace("_", " "),
+        "questions": lambda row: str(row["questions"]),
+        "exact match": number("exact_match", 3),
+        "low": number("low", 3),
+        "high": number("high", 3),
+        "share of the gap closed": number("gap_closed"),
+    }
+    return Table.of("", summary, cells).markdown()
 
 
 @hydra.main(config_path="../conf", config_name="tiny_figures", version_base="1.3")

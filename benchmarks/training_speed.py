@@ -1,8 +1,8 @@
-"""Speed and memory of one optimizer step beside the padded way, in one run: `python -m benchmarks.training_speed`
+"""Speed and memory of one optimizer step and of a padded one, in one run: `python -m benchmarks.training_speed`
 
 Three ways to take the same step on the same documents, questions and weights; runs take turns, batch by batch:
   ours                 LitDocToLoRA: packed rows, adapters joined by address
-  padded_per_token     the reference implementation's way: a row per question with a copy of the document for the
+  padded_per_token     as the reference implementation: a row per question with a copy of the document for the
                        teacher, ranks zero-padded to the longest adapter, A and B repeated for every token
   padded_per_question  the same rows, A and B once per question: what that repetition costs
 They share the context encoder and the hypernetwork, and all compute logits of answer tokens alone. Their loss and
@@ -393,20 +393,19 @@ def _seconds(run: Callable[[], Any], *, device: str) -> float:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """A line per stage and method: tokens/s, time and memory as multiples of ours."""
+    """A line per stage and method; the rows have the time's spread and the memory as multiples of ours as well."""
     lines = [
-        "| stage | method | context tokens/s | answer tokens/s | step, s | time | peak, MiB | memory |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| stage | method | context tokens/s | answer tokens/s | step, s | time / ours | peak, MiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         start = f"| {row['stage'].replace('_', ' ')} | {row['method'].replace('_', ' ')} | "
         if row["out_of_memory"]:
-            lines.append(start + "out of memory | | | | | |")
+            lines.append(start + "out of memory | | | | |")
             continue
-        times = f"{row['p50_times_ours']:.2f}× ({row['p20_times_ours']:.2f} to {row['p80_times_ours']:.2f})"
         lines.append(
             f"{start}{row['p50_context_tokens_per_s']:,.0f} | {row['p50_answer_tokens_per_s']:,.0f} | "
-            f"{row['p50_s']:.3g} | {times} | {row['peak_mib']:,.0f} | {row['peak_times_ours']:.2f}× |"
+            f"{row['p50_s']:.3g} | {row['p50_times_ours']:.2f} | {row['peak_mib']:,.0f} |"
         )
     return "\n".join(lines)
 

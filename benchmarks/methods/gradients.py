@@ -86,7 +86,7 @@ class GradientMethod(Method, ABC):
 
     @abstractmethod
     def loss(self, documents: tuple[str, ...], questions: Sequence[str]) -> Callable[[], Tensor]:
-        """What a step lowers: a function that is called with the adapter in force."""
+        """What a step lowers: a function that is called with the adapter active."""
 
     def training_questions(self, case: Case) -> Sequence[str]:
         """The questions that it trains on, if it does."""

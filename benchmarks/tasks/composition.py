@@ -1,4 +1,4 @@
-"""Adapters of several documents joined: what of each is left, beside the same document alone."""
+"""Adapters of several documents joined: what of each is left, compared with the same document alone."""
 
 from collections.abc import Iterator, Sequence
 

@@ -20,7 +20,7 @@ class NeedlesTask:
         num_chunks: a set for each.
         depths: of the (first key's first) needle, 0 (first sentence) to 1 (last); the cases take them in turn.
         num_cases: of each set.
-        num_keys, num_needles: numbers told apart by a name, 0 for one without a name; numbers per key.
+        num_keys, num_needles: numbers distinguished by a name, 0 for one without a name; numbers per key.
         filler: "plain", "encyclopedia", or sentences.
         max_questions: keys asked for.
         num_practice: questions for methods that train on questions.

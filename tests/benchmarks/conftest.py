@@ -1,11 +1,11 @@
-"""Made cells of the benchmark, small enough to reckon by hand, and what the report makes of them."""
+"""Synthetic cells of the benchmark, small enough to reckon by hand, and what the report makes of them."""
 
 import json
 
 import pytest
 
+from benchmarks.aggregate import describe, summarize
 from benchmarks.cost import CostModel, ModelShape
-from benchmarks.summary import describe, summarize
 
 SCORES = {
     "no_context": [0, 0, 0, 0],

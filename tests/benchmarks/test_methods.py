@@ -124,7 +124,7 @@ def test_documents_are_joined_as_in_training_and_the_replaced_leave_before(make_
     assert prepared(DocToLoRAMethod(model=model), CASE._replace(documents=())).adapter.num_chunks == 0
 
 
-def test_a_second_hypernetwork_s_adapter_is_its_own_beside_the_same_base_model(make_doc_to_lora, tmp_path) -> None:
+def test_a_second_hypernetwork_s_adapter_is_its_own_with_the_same_base_model(make_doc_to_lora, tmp_path) -> None:
     model = make_doc_to_lora()
     settings = {"rank": 3, "aggregator": {"name": "outer_product", "inner_dim": 5}}
     second = make_doc_to_lora(hypernetwork=settings)

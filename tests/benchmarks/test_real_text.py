@@ -36,7 +36,7 @@ def test_every_paragraph_becomes_an_adapter_that_peft_loads(make_doc_to_lora, tm
     result = evaluate(make_doc_to_lora(), settings(squad_file(tmp_path, paragraphs)))
     assert (result["adapters"], result["paragraphs"], result["questions"]) == (3, 3, 3)
     assert result["peft_logit_difference"] <= 1e-4
-    assert "3 of 3 paragraphs became adapters" in markdown(result)
+    assert "3 of 3 paragraphs became adapters" in markdown([result])
 
 
 def test_a_file_of_another_format_is_refused(tmp_path) -> None:

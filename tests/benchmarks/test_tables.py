@@ -1,24 +1,63 @@
-"""README and the model card state what the committed rows say."""
+"""The documentation states what the committed rows say."""
+
+import re
 
 import pytest
 
 from benchmarks import tables
-from benchmarks.report import write_report_rows
-from benchmarks.tables import FILES, ROOT, made_plots, with_tables
+from benchmarks.report.page import unconfirmed
+from benchmarks.tables import FILES, ROOT, TABLES, all_rows, made_plots, with_tables
+
+BLOCK = "<!-- table: {} -->\n{}\n<!-- end -->"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_table_is_what_its_committed_rows_give(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert "<!-- figures:" in text
+    assert "<!-- table:" in text, f"{name} has no table; put <!-- table: NAME --> and <!-- end --> into it"
     assert with_tables(text) == text, f"{name} differs from benchmarks/results; run python -m benchmarks.tables"
 
 
+def test_results_show_every_table_and_plot() -> None:
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"<!-- table: (\w+) -->", text)) == sorted(TABLES)
+    assert all(
+        f"({name if name.startswith('../') else name.removeprefix('docs/')})" in text or f"(../{name})" in text
+        for name in made_plots()
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "summary"])
+def test_tables_have_at_most_seven_columns_and_a_number_a_cell(name: str) -> None:
+    lines = [line for line in TABLES[name]().splitlines() if line.startswith("|")]
+    assert lines and max(line.count("|") - 1 for line in lines) <= 7
+    for line in lines:
+        for cell in line.strip("| ").split(" | ")[1:]:
+            assert not re.fullmatch(r"[\d.,]+ .*[\d.,]+.*", cell) or cell.startswith("2-4"), cell
+
+
+def test_readme_s_table_has_six_rows_with_all_controls() -> None:
+    head, _, *lines = TABLES["readme"]().splitlines()
+    assert len(lines) == 6 and "–" not in "".join(lines)
+    assert all(name in head for name in ("no context", "another document's adapter", "document in the prompt"))
+
+
 def test_a_changed_figure_is_noticed() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     changed = text.replace("| one entity | adapter |", "| one entity | adapter, surely |")
     assert changed != text
     assert with_tables(changed) == text
+
+
+def test_a_table_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="<!-- table: nonsense --> names no table; there are readme, summary"):
+        with_tables(BLOCK.format("nonsense", ""))
+
+
+def test_text_outside_of_the_marks_stays() -> None:
+    made = with_tables(f"before\n{BLOCK.format('real_text', 'old')}\nafter")
+    assert made.startswith("before\n<!-- table: real_text -->\n\n| method |") and made.endswith("<!-- end -->\nafter")
+    assert with_tables(made) == made
 
 
 def test_every_plot_is_what_its_committed_rows_give() -> None:
@@ -28,26 +67,18 @@ def test_every_plot_is_what_its_committed_rows_give() -> None:
         assert path.read_text(encoding="utf-8") == svg, f"{name} differs from its rows; run python -m benchmarks.tables"
 
 
-def test_a_block_may_name_one_table_of_a_file_that_gives_several(report_rows, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    write_report_rows(tmp_path / "benchmarks/results/bench.jsonl", report_rows)
-    block = "<!-- figures: benchmarks/results/bench.jsonl{} -->\n\n<!-- /figures -->"
-    assert "share of the gap closed | prepare, ms" in with_tables(block.format(""))
-    assert "| documents in one adapter | no context |" in with_tables(block.format(" composition"))
-    with pytest.raises(ValueError, match="asks for table 'nonsense'; there are tiny_figures"):
-        with_tables(block.format(" nonsense"))
+def test_the_main_plot_shows_the_adapter_with_its_controls() -> None:
+    svg = made_plots()["docs/results.svg"]
+    legend = ("no context", "another document's adapter", "document in the prompt", "own adapter")
+    assert all(f"{name}</text>" in svg for name in (*legend, *tables.MAIN))
+    assert "an article about one entity, own adapter: 0.96 (0.95 to 0.97)" in svg
 
 
-def test_plots_come_from_a_file_of_their_own_or_from_the_sweep_s(report_rows, tmp_path) -> None:
-    assert made_plots(tmp_path) == {}
-    write_report_rows(tmp_path / "benchmarks/results/bench.jsonl", report_rows)
-    made = made_plots(tmp_path)
-    assert set(made) == {
-        f"benchmarks/results/{name}.svg" for name in ("niah", "composition", "interference", "capacity", "conflict")
-    }
-    assert made == made_plots(tmp_path) and all(svg.startswith("<svg xmlns=") for svg in made.values())
-    without = [row for row in report_rows if row.get("task") != "needles"]
-    write_report_rows(tmp_path / "benchmarks/results/bench.jsonl", without)
-    assert "benchmarks/results/niah.svg" not in made_plots(tmp_path)
-    write_report_rows(tmp_path / "benchmarks/results/niah.jsonl", report_rows)
-    assert made_plots(tmp_path)["benchmarks/results/niah.svg"] == made["benchmarks/results/niah.svg"]
+def test_each_figure_of_the_written_summary_is_what_the_rows_say() -> None:
+    text = (ROOT / tables.SUMMARY).read_text(encoding="utf-8")
+    assert text.count("<data ") > 10
+    assert list(unconfirmed(text, all_rows())) == []
+
+
+def test_the_summary_in_markdown_has_no_tags() -> None:
+    assert TABLES["summary"]().startswith("**Where it is as good.**") and "<" not in TABLES["summary"]()

@@ -43,7 +43,7 @@ def datasets_file(folder: Path, name: str) -> Path:
         path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
     else:
         rows = [
-            {"input": f"What is {side} of {i}?", "context": f"Text {i} tells of many things, and of what is beside it."}
+            {"input": f"What is {side} of {i}?", "context": f"Text {i} tells of many things, and of what is near it."}
             | {"answers": [f"{side} {i}", f"{side} {i}, too"], "length": 11, "dataset": name, "language": "en"}
             | {"all_classes": None, "_id": f"{i}{side}"}
             for i in range(5)

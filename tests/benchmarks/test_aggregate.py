@@ -1,10 +1,8 @@
-"""benchmarks/summary.py: rows of tables and plots that follow from made cells."""
-
-import math
+"""benchmarks/aggregate.py: rows of tables and plots that follow from synthetic cells."""
 
 import pytest
 
-from benchmarks.summary import at_equal_length, commands, describe, name_of, order, summarize, task_order
+from benchmarks.aggregate import commands, describe, summarize
 
 
 def no_model(checkpoint: str) -> None:
@@ -19,7 +17,7 @@ def encyclopedia(cells: list[dict]) -> list[dict]:
     return [row for row in cells if row["task"] == "encyclopedia"]
 
 
-def test_scores_stand_beside_full_context_and_the_floor(cells) -> None:
+def test_scores_are_compared_with_full_context_and_the_floor(cells) -> None:
     rows = summarize(encyclopedia(cells), cost_model=no_model)
     own = by_method(rows)["doc_to_lora"]
     assert (own["exact_match"], own["questions"], own["cases"], own["seeds"]) == (0.5, 4, 4, 1)
@@ -29,47 +27,6 @@ def test_scores_stand_beside_full_context_and_the_floor(cells) -> None:
     assert own["against"]["full_context"]["interval"][1] <= 0
     assert by_method(rows)["no_context"]["gap_closed"] == 0
     assert [r["method"] for r in rows][:5] == ["no_context", "full_context", "prefix_cache", "retrieval", "doc_to_lora"]
-
-
-def test_break_even_follows_from_costs_at_equal_answer_length(cells) -> None:
-    even = by_method(summarize(encyclopedia(cells), cost_model=no_model))["doc_to_lora"]["break_even"]
-    assert even["full_context"]["seconds"] == pytest.approx((0.2 - 0.001) / (0.05 - 0.01))
-    assert even["full_context"]["seconds_interval"] == pytest.approx([even["full_context"]["seconds"]] * 2)
-    assert even["prefix_cache"]["seconds"] == pytest.approx((0.2 - 0.1) / (0.012 - 0.01))
-    assert "flops" not in even["full_context"]
-    longer = [dict(row) for row in encyclopedia(cells)]
-    for row in longer:
-        if row["kind"] == "case" and row["method"] == "doc_to_lora":
-            row["question_s"] += 1.0  # it answered more at the same rate: no reason to call it dearer
-    again = by_method(summarize(longer, cost_model=no_model))["doc_to_lora"]
-    assert again["break_even"] == even and at_equal_length(again) == pytest.approx(0.01)
-
-
-def test_an_alternative_that_is_cheaper_twice_over_is_never_beaten(cells) -> None:
-    for row in cells:
-        if row["kind"] == "case" and row["method"] == "doc_to_lora":
-            row["first_token_s"] = 1.0
-    even = by_method(summarize(encyclopedia(cells), cost_model=no_model))["doc_to_lora"]["break_even"]
-    assert even["full_context"] == {"seconds": None, "seconds_interval": [None, None]}
-
-
-def test_flops_come_from_the_checkpoint_s_own_model(cells, cost_model) -> None:
-    asked = []
-    rows = summarize(encyclopedia(cells), cost_model=lambda checkpoint: asked.append(checkpoint) or cost_model)
-    assert asked == ["assets/tiny"]
-    sized = cost_model._replace(question_tokens=12, answer_tokens=5, retrieved_tokens=96)
-    own, full = sized.costs("doc_to_lora", 60), sized.costs("full_context", 60)
-    even = by_method(rows)["doc_to_lora"]["break_even"]["full_context"]
-    assert even["flops"] == pytest.approx((own.prepare - full.prepare) / (full.question - own.question))
-
-
-def test_the_surface_is_fitted_to_the_measured_seconds(cells, cost_model) -> None:
-    rows = [r for r in summarize(encyclopedia(cells), cost_model=lambda _: cost_model) if r["kind"] == "surface"]
-    assert {r["method"] for r in rows} == {"doc_to_lora", "full_context", "prefix_cache", "retrieval"}
-    assert all(r["longest_measured"] == 130 and r["fit_error"] < 1e-6 for r in rows)
-    own = next(r for r in rows if r["method"] == "doc_to_lora" and r["num_tokens"] == 128)
-    assert own["seconds"] == pytest.approx([0.2, 0.01])  # the made costs do not depend on the length
-    assert own["flops"][0] == 100 * 2 + 10 * 128
 
 
 def test_questions_are_put_together_by_the_values_of_their_attributes(cells) -> None:
@@ -99,7 +56,7 @@ def test_cases_of_two_sets_with_one_name_stay_apart_in_a_slice(cells) -> None:
     assert [(r["questions"], r["exact_match"]) for r in own] == [(2, 1.0), (2, 1.0), (2, 1.0), (2, 0.0)]
 
 
-def test_questions_of_one_case_are_told_apart_by_attributes_of_their_own(cells) -> None:
+def test_slices_use_the_attributes_of_each_question(cells) -> None:
     """And cost what their case costs."""
     cells = [row for row in cells if row["task"] == "composition"]
     for row in cells:
@@ -114,7 +71,7 @@ def test_questions_of_one_case_are_told_apart_by_attributes_of_their_own(cells) 
     assert found == [(260, 2, 1.0, 10), (332, 6, pytest.approx(1 / 3), 30)]
 
 
-def test_gradient_methods_have_a_curve_and_their_last_step_in_the_table(cells) -> None:
+def test_gradient_methods_have_a_curve_and_their_last_step(cells) -> None:
     own = by_method(summarize(encyclopedia(cells), cost_model=no_model))["text_lora"]
     assert [(p["step"], p["exact_match"], p["seconds"]) for p in own["curve"]] == [(0, 0.0, 0.0), (8, 0.25, 2.0)]
     assert own["exact_match"] == 0.25 and own["break_even"]["full_context"]["seconds"] == pytest.approx(1.999 / 0.04)
@@ -141,24 +98,3 @@ def test_commands_of_one_sweep_become_one(cells) -> None:
 
 def test_settings_that_are_none_are_not_listed(cells) -> None:
     assert ["text_lora", "lr=0.01"] in describe(cells, [])["choices"]
-
-
-def test_what_is_not_known_has_a_name_and_a_place() -> None:
-    assert name_of("doc_to_lora_rank16") == "Doc-to-LoRA, rank 16"
-    ranks = sorted(["doc_to_lora_rank16", "doc_to_lora_rank8", "wrong_document", "full_context"], key=order)
-    assert ranks == ["full_context", "doc_to_lora_rank8", "doc_to_lora_rank16", "wrong_document"]
-    assert name_of("wrong_document_seed1") == "wrong document, training seed 1"
-    assert name_of("my_method_seed1") == "my method seed1"
-    assert name_of("my_method") == "my method" and order("my_method") > order("text_lora")
-    assert task_order("locality") < task_order("squad") < task_order("encyclopedia_empty_document")
-    assert math.isfinite(task_order("squad")[0])
-
-
-def test_methods_of_several_checkpoints_get_no_flops(cells, cost_model) -> None:
-    cells = encyclopedia(cells)
-    for row in cells:
-        if row["kind"] == "summary" and row["method"] == "doc_to_lora":
-            row["run"] = {**row["run"], "config": {**row["run"]["config"], "checkpoint": "elsewhere"}}
-    rows = summarize(cells, cost_model=lambda _: cost_model)
-    assert "flops" not in by_method(rows)["doc_to_lora"]["break_even"]["full_context"]
-    assert not [row for row in rows if row["kind"] == "surface"]

@@ -395,11 +395,11 @@ def print_summary(
 def joined(joining: "Joining") -> str:
     """How the chunks of the saved adapter are joined."""
     name = SETTING_OF.get(joining.way)
-    setting = f" with {name}={getattr(joining, name):g}" if name else ""
+    way = f"join={joining.way}" + (f" {name}={getattr(joining, name):g}" if name else "")
     if joining.is_plain_lora:
-        return f"by {joining.way}{setting}: one plain LoRA for any program"
+        return f"by {way}: one plain LoRA for any program"
     return (
-        f"for each question by {joining.way}{setting}; saved as generated. Other programs add its chunks up: for them, "
+        f"for each question by {way}; saved as generated. Other programs add its chunks up: for them, "
         "join=ridge or join=sum"
     )
 

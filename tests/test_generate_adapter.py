@@ -313,7 +313,7 @@ def test_chosen_chunks_are_saved_as_generated(run, checkpoint, settings):
     (expected,) = model.generate([QUESTION], adapter, join=way, **{name: json.loads(value)}, max_new_tokens=4)
     assert text == " ".join(expected.split())
     assert not adapter.is_fused and adapter.content_id() == model.internalize(TEXT).content_id()
-    assert joined.startswith(f"for each question by {way} with {name}={value}; saved as generated.")
+    assert joined.startswith(f"for each question by join={way} {name}={value}; saved as generated.")
 
 
 @pytest.mark.parametrize("settings", [["join=ridge", "ridge=0.5"], ["join=sum"], []], ids=" ".join)
@@ -325,7 +325,7 @@ def test_joined_for_good_one_plain_lora_answers_and_is_saved(run, checkpoint, se
     assert adapter.content_id() == expected.content_id()
     (answer,) = model.generate([QUESTION], adapter, max_new_tokens=4)
     assert text == " ".join(answer.split())
-    way = "ridge with ridge=0.5" if "join=ridge" in settings else "sum"
+    way = "join=ridge ridge=0.5" if "join=ridge" in settings else "join=sum"
     assert joined == f"by {way}: one plain LoRA for any program"
 
 
@@ -338,7 +338,7 @@ def test_null_takes_the_way_and_ridge_of_the_checkpoint(run, checkpoint, tmp_pat
     expected = DocToLoRA.from_pretrained(trained).internalize(TEXT).fused("ridge", ridge=2.0)
     for settings in ([], ["join=ridge"]):
         _, adapter, joined = answered(run, f"checkpoint={trained}", "overwrite=true", *settings)
-        assert adapter.content_id() == expected.content_id() and joined.startswith("by ridge with ridge=2:")
+        assert adapter.content_id() == expected.content_id() and joined.startswith("by join=ridge ridge=2:")
 
 
 def test_sum_of_a_checkpoint_trained_with_a_ridge_is_the_sum(run, checkpoint, tmp_path):
@@ -350,7 +350,7 @@ def test_sum_of_a_checkpoint_trained_with_a_ridge_is_the_sum(run, checkpoint, tm
     text, adapter, joined = answered(run, f"checkpoint={trained}", "join=sum")
     model = DocToLoRA.from_pretrained(trained)
     generated = model.internalize(TEXT)
-    assert adapter.content_id() == generated.content_id() and joined.startswith("by sum:")
+    assert adapter.content_id() == generated.content_id() and joined.startswith("by join=sum:")
     (expected,) = model.generate([QUESTION], generated, join="sum", max_new_tokens=4)
     assert text == " ".join(expected.split())
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.base.base_model import build_base_model, load_base_model, train_tokenizer
+from hypernet.base.base_model import build_base_model, load_base_model
 from hypernet.base.targets import find_targets
+from hypernet.base.tokenizer import train_tokenizer
 from hypernet.data.batches import BaseModelBatches, DistillationBatches
 from hypernet.data.curriculum import Curriculum
 from hypernet.data.datamodule import BatchDataModule

@@ -92,7 +92,7 @@ def _energies(S, entry, entries, rows, row_starts, plane_size, R: tl.constexpr, 
 
 
 @triton.jit
-def _loudest(
+def _highest(
     S, entries, rows, row_starts, plane_size,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def gate_kernel(
     G += pairs * R
     m = tl.arange(0, BLOCK_M)
     rows, row_starts = (first + m < end)[:, None], (m * entries * R)[:, None]
-    most, _ = _loudest(S, entries, rows, row_starts, plane_size, R, BLOCK_M, BLOCK_E, PLANES)
+    most, _ = _highest(S, entries, rows, row_starts, plane_size, R, BLOCK_M, BLOCK_E, PLANES)
     for offset in range(0, entries, BLOCK_E):
         entry = offset + tl.arange(0, BLOCK_E)[None, :]
         mask = rows & (entry < entries)
@@ -177,7 +177,7 @@ def gate_backward_kernel(
     dS += pairs * R
     m = tl.arange(0, BLOCK_M)
     rows, row_starts = (first + m < end)[:, None], (m * entries * R)[:, None]
-    most, loudest = _loudest(S, entries, rows, row_starts, plane_size, R, BLOCK_M, BLOCK_E, PLANES_S)
+    most, highest = _highest(S, entries, rows, row_starts, plane_size, R, BLOCK_M, BLOCK_E, PLANES_S)
     total = tl.zeros((BLOCK_M,), tl.float32)  # Σ of the gradients of log w
     for offset in range(0, entries, BLOCK_E):
         entry = offset + tl.arange(0, BLOCK_E)[None, :]
@@ -193,7 +193,7 @@ def gate_backward_kernel(
             S, U, scale, table, slots_at, list_at, entry, entries, rows, row_starts, most, plane_size, gate, scaling,
             R, PLANES_S, PLANES_U, HAS_SCALE,
         )  # fmt: skip
-        of_log_e = q - tl.where(entry == loudest[:, None], total[:, None], 0.0)
+        of_log_e = q - tl.where(entry == highest[:, None], total[:, None], 0.0)
         for r in range(R):
             at = row_starts + entry * R + r
             S_tile = _load_S(S, at, mask, plane_size, PLANES_S)

@@ -76,8 +76,8 @@ def _times(rows: Tensor, scale: Tensor | None) -> Tensor:
 def _weights(S: Tensor, gate: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of S [G, T, n, R]: w and e, [G, T, n, 1], and where e is largest, [G, T, 1, 1]."""
     e = S.square().sum(-1, keepdim=True).clamp(min=TINY)
-    largest, loudest = e.max(2, keepdim=True)
-    return (e / largest).pow(gate), e, loudest
+    largest, highest = e.max(2, keepdim=True)
+    return (e / largest).pow(gate), e, highest
 
 
 def _gated(S: Tensor, rank: int, gate: float) -> Tensor:
@@ -93,9 +93,9 @@ def _gated_backward(S: Tensor, dG: Tensor, rank: int, gate: float) -> Tensor:
     if not gate or not S.numel():
         return dG
     S, dG = (rows.unflatten(2, (-1, rank)) for rows in (S, dG))
-    w, e, loudest = _weights(S, gate)
+    w, e, highest = _weights(S, gate)
     q = w * (dG * S).sum(-1, keepdim=True)  # w dL/dw
-    of_log_e = q.scatter_add(2, loudest, -q.sum(2, keepdim=True))
+    of_log_e = q.scatter_add(2, highest, -q.sum(2, keepdim=True))
     return (w * dG + 2 * gate * of_log_e / e * S).flatten(2)
 
 

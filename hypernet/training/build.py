@@ -6,6 +6,7 @@ module, data = doc_to_lora_training(base_model="assets/tiny/base_model", ...) # 
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -47,7 +48,7 @@ def encyclopedia_texts(*, seed: int, num_articles: int = 6000) -> Iterator[str]:
 
 def make_curriculum(
     split: str,
-    stages: list[dict],
+    stages: list[dict[str, Any]],
     *,
     seed: int,
     sources: Mapping[str, Callable[..., Source]] | None = None,
@@ -64,12 +65,12 @@ def make_curriculum(
 
 def base_model_training(
     *,
-    base_model: dict,
+    base_model: dict[str, Any],
     vocab_size: int,
-    stages: list[dict],
-    validation_stages: list[dict],
+    stages: list[dict[str, Any]],
+    validation_stages: list[dict[str, Any]],
     document_weight: float,
-    optimizer: dict,
+    optimizer: dict[str, Any],
     output_dir: str,
     init_from: str | None = None,
     sources: Mapping[str, Callable[..., Source]] | None = None,
@@ -121,13 +122,13 @@ def doc_to_lora_training(
     *,
     base_model: str,
     target_modules: list[str],
-    context_encoder: dict,
-    hypernetwork: dict,
+    context_encoder: dict[str, Any],
+    hypernetwork: dict[str, Any],
     max_chunk_tokens: int,
-    stages: list[dict],
-    validation_stages: list[dict],
+    stages: list[dict[str, Any]],
+    validation_stages: list[dict[str, Any]],
     objective: Mapping[str, LossTerm],
-    optimizer: dict,
+    optimizer: dict[str, Any],
     output_dir: str,
     dtype: str | None = None,
     quantization: str | None = None,
@@ -218,8 +219,8 @@ def _check_same_settings(
     source: str,
     target_modules: list[str],
     target_layers: list[int] | float | None,
-    hypernetwork: dict,
-    context_encoder: dict,
+    hypernetwork: dict[str, Any],
+    context_encoder: dict[str, Any],
     trained_ridge: float | None,
 ) -> None:
     own = model.hypernetwork

@@ -118,14 +118,14 @@ class LitDocToLoRA(LitModule):
 
     def describe(self, batch: DistillationBatch | StepPart) -> list[str]:
         """How each of a batch's documents begins, for messages."""
-        batch = StepPart.of(batch).batch
-        firsts = [sum(batch.num_chunks[:i]) for i in range(batch.num_own_rows)]
-        return beginnings(self.model.tokenizer, [batch.chunk_ids[i][batch.chunk_mask[i]] for i in firsts])
+        whole = StepPart.of(batch).batch
+        firsts = [sum(whole.num_chunks[:i]) for i in range(whole.num_own_rows)]
+        return beginnings(self.model.tokenizer, [whole.chunk_ids[i][whole.chunk_mask[i]] for i in firsts])
 
     def count_tokens(self, batch: DistillationBatch | StepPart) -> dict[str, Tensor]:
         """Tokens of the documents ("context") and of the answers ("answer")."""
-        batch = StepPart.of(batch).batch
-        return {"context": batch.chunk_mask.sum(), "answer": (batch.student.target_kind >= 0).sum()}
+        whole = StepPart.of(batch).batch
+        return {"context": whole.chunk_mask.sum(), "answer": (whole.student.target_kind >= 0).sum()}
 
     def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         injector = self.model.injector

@@ -18,6 +18,7 @@ from hypernet.training.losses import (
     ContextDistillation,
     KeyContrast,
     Locality,
+    LossTerm,
     WeightL1,
     attribution,
     key_attribution,
@@ -324,6 +325,26 @@ def test_weights_fade_by_half_lives_after_the_terms_alone(tmp_path, make_module,
 
 def test_weight_without_a_half_life_stays():
     assert KeyContrast(weight=0.5).weight_at(10_000) == 0.5
+
+
+# Terms of one's own
+
+
+class Confidence(LossTerm):
+    """What a user might add."""
+
+    needs = frozenset({"student"})
+
+    def __call__(self, step):
+        return step.mean_over_documents(step.student.logsumexp(-1), step.row, count="rows")
+
+
+def test_new_term_is_trained_and_logged_by_its_name(make_module, make_data):
+    module, logged = make_module("doc_to_lora", objective=objective(confidence=Confidence(weight=0.1))), {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    module.training_step(make_data("doc_to_lora").train[0], 0).backward()
+    expected = logged["train/kl"] + 0.5 * logged["train/locality_kl"] + 0.1 * logged["train/confidence"]
+    assert logged["train/loss"] == pytest.approx(expected) and logged["train/confidence"] > 1
 
 
 # Mistakes

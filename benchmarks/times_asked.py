@@ -20,7 +20,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.data.curriculum import BaseModelBatches, Curriculum
+from hypernet.data.batches import BaseModelBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import background_facts, background_questions, known_facts
 from hypernet.data.records import Question
 
@@ -95,7 +96,7 @@ class _Asked(BaseModelBatches):
         return [[] for _ in texts]
 
     def _rows(
-        self, trunks: Sequence[list[int]], asked: Sequence[Sequence[tuple[Question, bool]]], extra: object = None
+        self, prefixes: Sequence[list[int]], asked: Sequence[Sequence[tuple[Question, bool]]], extra: object = None
     ) -> Sequence[Sequence[tuple[Question, bool]]]:
         return asked
 

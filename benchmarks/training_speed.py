@@ -30,7 +30,7 @@ from benchmarks.peak import peak_bytes
 
 if TYPE_CHECKING:
     from hypernet.base.packed_rows import PackedRows
-    from hypernet.data.curriculum import DistillationBatch
+    from hypernet.data.batches import DistillationBatch
     from hypernet.doc_to_lora import DocToLoRA
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Prompts(NamedTuple):
     """Questions with their answers, each a row of its own, right-padded.
 
     ids: [Q, S]. mask: [Q, S] bool, False at the padding. predicts: [Q, S] bool, where the next token is an answer's.
-    kinds: [number of answer tokens], index into `hypernet.base.packed_rows.KINDS`. targets: [number of answer tokens].
+    kinds: [number of answer tokens], index into `QUESTION_KINDS`. targets: [number of answer tokens].
     document: [Q], the row's number in the batch.
     """
 
@@ -62,10 +62,10 @@ class Prompts(NamedTuple):
         """Packed rows taken apart: what a segment sees comes before it, the order stays."""
         ids, predicts, kinds, document = [], [], [], []
         for number in range(len(rows.ids)):
-            trunk = rows.segments[number] == 0
+            prefix = rows.segments[number] == 0
             for segment in range(1, int(rows.segments[number].max()) + 1):
                 own = rows.segments[number] == segment
-                seen = own | trunk if rows.sees_trunk[number][own].all() else own
+                seen = own | prefix if rows.sees_prefix[number][own].all() else own
                 ids.append(rows.ids[number][seen])
                 kind = rows.target_kind[number][seen]
                 predicts.append(kind >= 0)
@@ -151,7 +151,7 @@ class Padded:
         )
 
     def loss(self, prepared: PaddedBatch) -> Tensor:
-        from hypernet.base.packed_rows import KINDS
+        from hypernet.base.packed_rows import QUESTION_KINDS
 
         A, B = self.model.adapt(prepared.chunk_ids, prepared.chunk_mask)
         with torch.no_grad():
@@ -172,7 +172,7 @@ class Padded:
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         nll = -log_q.gather(1, prepared.student.targets[:, None])[:, 0]
         kinds = prepared.student.kinds
-        about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
+        about = (kinds == QUESTION_KINDS.index("document")) | (kinds == QUESTION_KINDS.index("unanswerable"))
         of_token = self._document[prepared.student.predicts.nonzero()[:, 0]]
         terms = {"kl_weight": (kl, about), "nll_weight": (nll, about), "locality_weight": (kl, ~about)}
         return sum(WEIGHTS[name] * self._mean(values, of_token, where) for name, (values, where) in terms.items())
@@ -255,7 +255,8 @@ def build_model(name: str, *, device: str, seed: int = 0) -> "DocToLoRA":
 
 def make_batches(model: "DocToLoRA", stage: dict, *, number: int, seed: int) -> list["DistillationBatch"]:
     """The first batches of a stage (`hypernet.data.curriculum.Stage`) over the encyclopedia."""
-    from hypernet.data.curriculum import Curriculum, DistillationBatches
+    from hypernet.data.batches import DistillationBatches
+    from hypernet.data.curriculum import Curriculum
     from hypernet.data.encyclopedia import Encyclopedia
 
     curriculum = Curriculum(Encyclopedia("train", seed=seed), [{"steps": number, **stage}])

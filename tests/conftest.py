@@ -60,7 +60,7 @@ def commands():
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level tokenizer of 600 tokens, trained on encyclopedia articles."""
-    from hypernet.base.base_model import train_tokenizer
+    from hypernet.base.tokenizer import train_tokenizer
     from hypernet.data.encyclopedia import Encyclopedia
 
     articles = (Encyclopedia("train").record(i, num_facts=5) for i in range(150))

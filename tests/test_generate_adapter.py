@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM
 
 import generate_adapter
 from hypernet.adapters.adapter import ADAPTER_FILES, LoRAAdapter
-from hypernet.base.base_model import build_base_model, train_tokenizer
+from hypernet.base.base_model import build_base_model
+from hypernet.base.tokenizer import train_tokenizer
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io import files as files_module

@@ -63,7 +63,8 @@ def compare_gradients_of(task, rank, base_model_folder, port):
     from torch.distributed.device_mesh import init_device_mesh
 
     from hypernet.base.base_model import load_base_model
-    from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
+    from hypernet.data.batches import BaseModelBatches, DistillationBatches
+    from hypernet.data.curriculum import Curriculum
     from hypernet.data.encyclopedia import Encyclopedia
     from hypernet.data.splitting import split
     from hypernet.doc_to_lora import DocToLoRA

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-from hypernet.text.chunking import split_sentences
+from hypernet.text.sentences import split_sentences
 
 
 class Asked(NamedTuple):

@@ -46,7 +46,7 @@ from hypernet.text.documents import Document, read_documents
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 PROVENANCE = b"provenance"  # key of the parquet metadata
 SHARDS_TOGETHER = 8  # shards whose passages are shuffled together, and that are kept in memory
 
@@ -59,7 +59,7 @@ QUESTION_PROMPTS = (
     "Write one request to sum up a part of the text above, naming what it is about. Give only the request.",
 )
 
-HELP = """\
+_HELP = """\
 Write questions about texts, answer them with the text in the prompt, and store the answers' most likely tokens.
 
   python -m hypernet.data.self_study documents=notes/ base_model=assets/tiny/base_model output_dir=outputs/study
@@ -268,7 +268,7 @@ def study(settings: StudySettings, *, answerer: Engine | None = None, asker: Eng
     if asker is None:
         asker = _engine(settings, settings.questions_by) if settings.questions_by else answerer
     provenance = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "settings": settings.described(),
         "base_model_fingerprint": answerer.fingerprint,
         "questions_by_fingerprint": asker.fingerprint,
@@ -654,7 +654,7 @@ def main(arguments: Sequence[str]) -> None:
             f"  {f.name + '=' + ('' if f.default is dataclasses.MISSING else str(f.default)):<27} {f.metadata['help']}"
             for f in dataclasses.fields(StudySettings)
         ]
-        print(HELP + "\n".join(lines))
+        print(_HELP + "\n".join(lines))
         return
     silence_torchao_warnings()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)

@@ -23,7 +23,7 @@ from hypernet.io.files import replaced_folder
 from hypernet.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    Checkpoint,
+    SavedHypernetwork,
     is_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -33,7 +33,7 @@ from hypernet.model.checkpoint import (
 # tokens, and a user measured SQuAD F1 .76 for contexts below 128 tokens, .60 from 256 to 511, .33 from 512 on.
 PUBLISHED_MAX_CHUNK_TOKENS = 512
 
-HELP = f"""\
+_HELP = f"""\
 Convert a published Doc-to-LoRA checkpoint (pytorch_model.bin) to safetensors and YAML. Nothing in it is executed.
 
   python -m hypernet.interop.checkpoints source=hub:SakanaAI/doc-to-lora/gemma_demo output_dir=outputs/gemma_demo
@@ -51,7 +51,7 @@ Settings:
 
 
 
-def open_checkpoint(source: str | Path, *, base_model: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, base_model: str | Path | None = None) -> SavedHypernetwork:
     """Reads a checkpoint and verifies its weights.
 
     Args:
@@ -67,12 +67,12 @@ def open_checkpoint(source: str | Path, *, base_model: str | Path | None = None)
     return load_checkpoint(source)
 
 
-def _load_published(source: str | Path, *, base_model: str | Path | None, max_chunk_tokens: int) -> Checkpoint:
+def _load_published(source: str | Path, *, base_model: str | Path | None, max_chunk_tokens: int) -> SavedHypernetwork:
     published = read_published(find_published(source))
     name = str(base_model or published.base_model)
     hypernetwork, context_encoder = published.fitted(_skeleton(name), name=name)
     identity = fingerprint(hypernetwork, exact=True)
-    return Checkpoint(hypernetwork, name, None, context_encoder, max_chunk_tokens, identity)
+    return SavedHypernetwork(hypernetwork, name, None, context_encoder, max_chunk_tokens, identity)
 
 
 def _skeleton(base_model: str) -> nn.Module:
@@ -93,9 +93,9 @@ def _skeleton(base_model: str) -> nn.Module:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Converts a published checkpoint, see HELP; returns the exit status, with one line on standard error if not 0."""
+    """Converts a published checkpoint, see _HELP; returns the exit status, with one line on standard error if not 0."""
     if not arguments or {"--help", "-h"} & set(arguments):
-        print(HELP, end="")
+        print(_HELP, end="")
         return 0
     silence_torchao_warnings()
     try:

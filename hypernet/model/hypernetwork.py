@@ -54,7 +54,7 @@ class HyperNetwork(nn.Module):
             but what its chunks say.
         standardize_features: bring every feature of every map to mean 0 and variance 1, by the statistics that
             `calibrate` takes once before training; they are part of the state dict. A base model's states have a few
-            large directions that all tokens share, and what tells one name from another is small beside them. False:
+            large directions that all tokens share, and what tells one name from another is small next to them. False:
             as in the published checkpoints.
         join_ridge: how a document's chunks, and documents by `DocToLoRA.join`, are joined, in training as well:
             decorrelated with this ridge (`hypernet.adapters.decorrelation`); None: their plain sum, as in the published
@@ -224,7 +224,7 @@ class HyperNetwork(nn.Module):
             raise ValueError("calibrate needs at least one token, got none.")
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
-        # A feature that never changes says nothing: it must not become the loudest by its rounding.
+        # A feature that never changes says nothing: its rounding must not make it the largest.
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(torch.where(std > 1e-4 * mean.abs(), std, torch.ones_like(std)))
 

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.base.base_model import build_base_model, load_base_model, train_tokenizer
+from hypernet.base.base_model import build_base_model, load_base_model
 from hypernet.base.targets import find_targets
-from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
+from hypernet.base.tokenizer import train_tokenizer
+from hypernet.data.batches import BaseModelBatches, DistillationBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.data.records import UNKNOWN

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hypernet.base.packed_attention import packed_logits
-from hypernet.base.packed_rows import KINDS, PackedRows
+from hypernet.base.packed_rows import QUESTION_KINDS, PackedRows
 from hypernet.base.targets import find_blocks
-from hypernet.data.curriculum import DistillationBatch
+from hypernet.data.batches import DistillationBatch
 from hypernet.data.splitting import StepPart, document_targets
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.training.losses import (
@@ -173,8 +173,8 @@ class LitBaseModel(_Trained):
     def describe(self, batch: PackedRows | StepPart) -> list[str]:
         """How each of a batch's documents begins, for messages."""
         rows = StepPart.of(batch).batch
-        trunks = [ids[place == 0] for ids, place in zip(rows.ids, rows.segments, strict=True)]
-        return _beginnings(self.tokenizer, trunks)
+        prefixes = [ids[place == 0] for ids, place in zip(rows.ids, rows.segments, strict=True)]
+        return _beginnings(self.tokenizer, prefixes)
 
     def count_tokens(self, batch: PackedRows | StepPart) -> dict[str, Tensor]:
         """Tokens of the documents ("context") and of the answers ("answer")."""
@@ -282,7 +282,7 @@ class LitDocToLoRA(_Trained):
         kind = student_rows.target_kind[is_answer]
         document = is_answer.nonzero()[:, 0]
         kl = self._kl(student, teacher, batch, is_answer)
-        about_document = (kind == KINDS.index("document")) | (kind == KINDS.index("unanswerable"))
+        about_document = (kind == QUESTION_KINDS.index("document")) | (kind == QUESTION_KINDS.index("unanswerable"))
         num_documents = len(student_rows.ids)
         about, other = part.share["document"], part.share["background"]
         loss_kl = mean_per_document(kl[about_document], document[about_document], num_documents) * about
@@ -542,7 +542,7 @@ class _Answers(NamedTuple):
         is_answer[batch.num_own_rows :] = False  # with a document in the prompt
         row, column = is_answer.nonzero(as_tuple=True)
         kinds = rows.target_kind[row, column]
-        about = (kinds == KINDS.index("document")) | (kinds == KINDS.index("unanswerable"))
+        about = (kinds == QUESTION_KINDS.index("document")) | (kinds == QUESTION_KINDS.index("unanswerable"))
         first = torch.tensor([0, *accumulate(batch.num_chunks)], device=row.device)
         answer_chunk = batch.answer_chunk[row, column]
         chunk = torch.where(about & (answer_chunk >= 0), first[row] + answer_chunk, -1)
@@ -590,7 +590,7 @@ def answers_right_by_kind(rows: PackedRows, predicted: Tensor) -> dict[str, Tens
     kinds, targets = rows.target_kind[is_answer], rows.targets()[is_answer]
     row = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
     answer_id = (row * (int(rows.segments.max()) + 1) + rows.segments)[is_answer]
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(QUESTION_KINDS):
         of_kind = kinds == number
         if of_kind.any():
             result[kind] = answers_right(predicted[of_kind], targets[of_kind], answer_id[of_kind])

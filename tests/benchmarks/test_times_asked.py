@@ -11,7 +11,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from benchmarks.times_asked import band_of, bands, count, read_times_asked
-from hypernet.data.curriculum import BaseModelBatches, Curriculum, Stage
+from hypernet.data.batches import BaseModelBatches
+from hypernet.data.curriculum import Curriculum, Stage
 from hypernet.data.encyclopedia import Encyclopedia, background_facts, background_questions, known_facts
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,7 @@ from benchmarks.training_speed import (
     measure,
     quantiles,
 )
-from hypernet.base.packed_rows import KINDS
+from hypernet.base.packed_rows import QUESTION_KINDS
 
 STAGE = {"batch_size": 4, "num_entities": [1, 3], "facts_per_entity": [1, 4], "num_cross_document": 1}
 STAGE |= {"unanswerable": 0.5}
@@ -63,10 +63,10 @@ def test_a_question_s_row_is_its_prompt(make_doc_to_lora):
             question = text.split("\n\n")[-1].split("?")[0].removeprefix(model.layout.before_user) + "?"
             own_kinds = {next(kinds) for _ in range(int(predicts.sum()))}
             answer = decode(ids[1:][predicts[:-1]])
-            (kind,) = (KINDS[kind] for kind in own_kinds)
-            trunk = rows.ids[document][rows.segments[document] == 0]
+            (kind,) = (QUESTION_KINDS[kind] for kind in own_kinds)
+            prefix = rows.ids[document][rows.segments[document] == 0]
             about = with_document and kind in ("document", "unanswerable")
-            context = decode(trunk).removeprefix(model.layout.before_user) if about else None
+            context = decode(prefix).removeprefix(model.layout.before_user) if about else None
             assert answer.endswith(model.layout.after_answer)
             assert text == model.layout.prompt(question, context) + answer
         assert torch.equal(prompts.targets, rows.targets()[rows.target_kind >= 0])

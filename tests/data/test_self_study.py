@@ -13,7 +13,8 @@ import torch
 
 import hypernet.data.self_study as module
 from hypernet.base.base_model import generate_text, load_base_model
-from hypernet.data.curriculum import Curriculum, DistillationBatches
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import UNKNOWN
 from hypernet.data.self_study import (

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import hypernet.training.callbacks
-from hypernet.base.packed_rows import KINDS, Segment, pack_row, pad_rows
-from hypernet.data.curriculum import Curriculum, DistillationBatches
+from hypernet.base.packed_rows import QUESTION_KINDS, Segment, pack_row, pad_rows
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.training.callbacks import (
@@ -320,4 +321,4 @@ def test_an_unknown_backend_is_refused_before_anything_is_loaded():
 
 
 def test_kinds_of_questions_have_the_places_that_parts_are_counted_by():
-    assert KINDS[:2] == ("document", "unanswerable")
+    assert QUESTION_KINDS[:2] == ("document", "unanswerable")

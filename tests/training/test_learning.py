@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from hypernet.base.base_model import build_base_model, fingerprint, freeze
-from hypernet.data.curriculum import Curriculum, DistillationBatches
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import Question

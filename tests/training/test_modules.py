@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from hypernet.base.base_model import fingerprint, load_base_model
-from hypernet.base.packed_rows import KINDS
-from hypernet.data.curriculum import BaseModelBatches, Curriculum, DistillationBatches
+from hypernet.base.packed_rows import QUESTION_KINDS
+from hypernet.data.batches import BaseModelBatches, DistillationBatches
+from hypernet.data.curriculum import Curriculum
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.encyclopedia import Encyclopedia, background_questions
 from hypernet.data.records import Question, StoredAnswer
@@ -187,7 +188,7 @@ def test_the_loss_is_that_of_single_prompts_with_internalized_adapters(make_modu
 @pytest.mark.parametrize("every", [1, 2])
 def test_stored_teacher_probabilities_stand_in_for_the_teacher_s(make_module, make_data, every):
     """All of the vocabulary, for every or every other answer token: the loss and gradients of the live teacher."""
-    from hypernet.data.curriculum import StoredTopK
+    from hypernet.data.batches import StoredTopK
 
     batch = make_data("doc_to_lora").train[2]
     is_answer = batch.student.target_kind >= 0
@@ -250,13 +251,13 @@ def test_the_base_model_s_loss_is_that_of_single_prompts(make_module, make_data)
     answers, weights, documents = [], [], []
     for row in range(len(batch.ids)):
         segments, ids = batch.segments[row], batch.ids[row]
-        trunk = ids[segments == 0]
+        prefix = ids[segments == 0]
         with torch.no_grad():
-            log_p = module.base_model(trunk[None]).logits[0].double().log_softmax(-1)
-        documents += [-float(log_p[i, trunk[i + 1]]) for i in range(len(trunk) - 1)]
+            log_p = module.base_model(prefix[None]).logits[0].double().log_softmax(-1)
+        documents += [-float(log_p[i, prefix[i + 1]]) for i in range(len(prefix) - 1)]
         for number in range(1, int(segments.max()) + 1):
             own = segments == number
-            before = trunk if batch.sees_trunk[row, own].all() else trunk[:0]
+            before = prefix if batch.sees_prefix[row, own].all() else prefix[:0]
             prompt = torch.cat([before, ids[own]])
             with torch.no_grad():
                 log_p = module.base_model(prompt[None]).logits[0].double().log_softmax(-1)
@@ -292,12 +293,12 @@ def test_a_document_in_the_prompt_is_to_be_answered_as_without_the_other_documen
     for row in (3, 4):
         (other,) = batch.members[row]
         adapter = model.internalize(documents[other])
-        trunk = rows.ids[row][rows.segments[row] == 0]
+        prefix = rows.ids[row][rows.segments[row] == 0]
         of_row = []
         for number in range(1, int(rows.segments[row].max()) + 1):
             own = rows.segments[row] == number
-            prompt = torch.cat([trunk, rows.ids[row][own]])
-            where = torch.cat([torch.zeros(len(trunk), dtype=torch.bool), rows.target_kind[row][own] >= 0])
+            prompt = torch.cat([prefix, rows.ids[row][own]])
+            where = torch.cat([torch.zeros(len(prefix), dtype=torch.bool), rows.target_kind[row][own] >= 0])
             with torch.no_grad():
                 expected = model.base_model(prompt[None]).logits[0, where].double().log_softmax(-1)
                 with model.injector.using(adapter):
@@ -342,19 +343,19 @@ def answers_in_prompts_of_their_own(model, batch, adapters=None):
         for segment in range(1, int(rows.segments[i].max()) + 1):
             inside = rows.segments[i] == segment
             kinds, ids = rows.target_kind[i][inside], rows.ids[i][inside]
-            trunk = rows.ids[i][rows.segments[i] == 0]
+            prefix = rows.ids[i][rows.segments[i] == 0]
             seen, hooks = [], []
             for path in model.hypernetwork.targets[0].paths:
                 module = model.base_model.get_submodule(path)
                 hooks.append(module.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0][0])))
             with torch.no_grad(), model.injector.using(adapters and adapters[i]):
-                model.base_model(torch.cat([trunk, ids])[None])
+                model.base_model(torch.cat([prefix, ids])[None])
             for hook in hooks:
                 hook.remove()
             for token in (kinds >= 0).nonzero()[:, 0].tolist():
-                owner.append(i if KINDS[kinds[token]] in ("document", "unanswerable") else -1)
+                owner.append(i if QUESTION_KINDS[kinds[token]] in ("document", "unanswerable") else -1)
                 for of_layer, x in zip(inputs, seen, strict=True):
-                    of_layer.append(x[len(trunk) + token])
+                    of_layer.append(x[len(prefix) + token])
     return [torch.stack(of_layer) for of_layer in inputs], torch.tensor(owner)
 
 
@@ -497,7 +498,7 @@ def test_silence_weighs_every_answer_token_s_inputs_against_the_other_documents(
         for segment in range(1, int(rows.segments[i].max()) + 1):
             inside = rows.segments[i] == segment
             kinds, ids = rows.target_kind[i][inside], rows.ids[i][inside]
-            about = KINDS[int(kinds.max())] in ("document", "unanswerable")
+            about = QUESTION_KINDS[int(kinds.max())] in ("document", "unanswerable")
             others = [c for c, document in enumerate(of_chunk) if not (about and document == i)]
             seen = []
             hooks = [

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from benchmarks.tasks.needles import NeedlesTask
-from hypernet.text.chunking import chunk_document, split_sentences
+from hypernet.text.chunking import chunk_document
+from hypernet.text.sentences import split_sentences
 
 
 @pytest.fixture

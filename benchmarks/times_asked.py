@@ -96,7 +96,7 @@ class _Asked(BaseModelBatches):
         return [[] for _ in texts]
 
     def _rows(
-        self, trunks: Sequence[list[int]], asked: Sequence[Sequence[tuple[Question, bool]]], extra: object = None
+        self, prefixes: Sequence[list[int]], asked: Sequence[Sequence[tuple[Question, bool]]], extra: object = None
     ) -> Sequence[Sequence[tuple[Question, bool]]]:
         return asked
 

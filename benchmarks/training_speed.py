@@ -62,10 +62,10 @@ class Prompts(NamedTuple):
         """Packed rows taken apart: what a segment sees comes before it, the order stays."""
         ids, predicts, kinds, document = [], [], [], []
         for number in range(len(rows.ids)):
-            trunk = rows.segments[number] == 0
+            prefix = rows.segments[number] == 0
             for segment in range(1, int(rows.segments[number].max()) + 1):
                 own = rows.segments[number] == segment
-                seen = own | trunk if rows.sees_trunk[number][own].all() else own
+                seen = own | prefix if rows.sees_prefix[number][own].all() else own
                 ids.append(rows.ids[number][seen])
                 kind = rows.target_kind[number][seen]
                 predicts.append(kind >= 0)

@@ -28,10 +28,10 @@ from hypernet.adapters.joining import Joining, separated
 from hypernet.base.targets import LoRATarget
 from hypernet.io.files import replaced_folder, save_tensors
 
-FORMAT_VERSION = 1
-CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
+_FORMAT_VERSION = 1
+_CONFIG_FILE, _WEIGHTS_FILE, PROVENANCE_FILE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
 PROVENANCE_KEYS = ("documents", "generator", "base_model", "versions", "created")
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+ADAPTER_FILES = (_CONFIG_FILE, _WEIGHTS_FILE, PROVENANCE_FILE)
 # Entries of provenance["operations"] after which documents cannot come or go, and why.
 FINAL_OPERATIONS = {
     "compress": "made one block of its chunks and bias block",
@@ -378,20 +378,20 @@ class LoRAAdapter:
                 state_dict[f"base_model.model.{module.path}.lora_B.weight"] = B_l.detach().cpu().T.contiguous()
         config = self._peft_config()
         structure = {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "rank_per_chunk": self.rank_per_chunk,
             "num_chunks": self.num_chunks,
             "rank": self.rank,
             "scaling": self.scaling,
             "targets": [target.plain() for target in self.targets],
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (folder / PROVENANCE_FILE).write_text(
             json.dumps(self.provenance | structure, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        save_tensors(state_dict, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(state_dict, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
         # safetensors writes with mode 0600, whatever the umask.
-        shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+        shutil.copymode(folder / _CONFIG_FILE, folder / _WEIGHTS_FILE)
 
     @classmethod
     def load(cls, directory: str | Path, *, base_model_fingerprint: str | None = None) -> Self:
@@ -424,10 +424,10 @@ class LoRAAdapter:
                 f"this base model has {base_model_fingerprint}. Load the right one, or generate the adapter again."
             )
         try:
-            state_dict = load_file(directory / WEIGHTS_FILE)
+            state_dict = load_file(directory / _WEIGHTS_FILE)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{directory / WEIGHTS_FILE} cannot be read ({_one_line(error)}); it is probably cut off. "
+                f"{directory / _WEIGHTS_FILE} cannot be read ({_one_line(error)}); it is probably cut off. "
                 "Copy or generate the adapter again."
             ) from error
 
@@ -442,7 +442,7 @@ class LoRAAdapter:
                     weight = state_dict.pop(key, None)
                     if weight is None or weight.shape != expected:
                         raise ValueError(
-                            f"{directory / WEIGHTS_FILE} does not fit {PROVENANCE_FILE}: expected {key} "
+                            f"{directory / _WEIGHTS_FILE} does not fit {PROVENANCE_FILE}: expected {key} "
                             f"{list(expected)}, got {'nothing' if weight is None else list(weight.shape)}. "
                             "Generate the adapter again."
                         )
@@ -455,7 +455,7 @@ class LoRAAdapter:
                 fields[f"bias_{letter}"][target.name] = bias
         if state_dict:
             raise ValueError(
-                f"{directory / WEIGHTS_FILE} holds weights that {PROVENANCE_FILE} does not name, such as "
+                f"{directory / _WEIGHTS_FILE} holds weights that {PROVENANCE_FILE} does not name, such as "
                 f"{min(state_dict)}. Generate the adapter again."
             )
         return cls(targets=targets, scaling=scaling, provenance=provenance, **fields)
@@ -530,8 +530,8 @@ def check_destination(directory: str | Path, *, overwrite: bool = False) -> None
     if not overwrite:
         raise FileExistsError(f"{directory} exists and is not empty. Name another folder, or set overwrite=True.")
     foreign = sorted(found - set(ADAPTER_FILES))
-    if foreign or CONFIG_FILE not in found:
-        reason = f"it also holds {foreign[:3]}" if CONFIG_FILE in found else f"it has no {CONFIG_FILE}"
+    if foreign or _CONFIG_FILE not in found:
+        reason = f"it also holds {foreign[:3]}" if _CONFIG_FILE in found else f"it has no {_CONFIG_FILE}"
         raise ValueError(
             f"{directory} is not replaced: it should hold nothing but an adapter, but {reason}. Name another folder."
         )
@@ -565,9 +565,9 @@ def _read_provenance(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{directory / PROVENANCE_FILE} is damaged ({_one_line(error)}). Generate the adapter again."
         ) from error
-    if version != FORMAT_VERSION:
+    if version != _FORMAT_VERSION:
         raise ValueError(
-            f"{directory} has adapter format {version}, this version reads format {FORMAT_VERSION}. "
+            f"{directory} has adapter format {version}, this version reads format {_FORMAT_VERSION}. "
             "Generate the adapter again, or use the version that wrote it."
         )
     return provenance

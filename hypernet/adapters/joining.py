@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, float | int | None]] = {
 }
 EPSILON = 1e-6  # length below which a row counts as zero, as in padding
 
-Weights = dict[str, Tensor]
+_Weights = dict[str, Tensor]
 """Target name to [C, L, R, d]."""
 
 
@@ -234,13 +234,13 @@ def separated(A: Tensor, chunks_per_document: Sequence[int], *, ridge: float, do
 
 
 def separated_slots(
-    A: Weights,
-    B: Weights,
+    A: _Weights,
+    B: _Weights,
     chunks_per_document: Sequence[int],
     members: Sequence[Sequence[int]],
     *,
     ridge: float | None,
-) -> tuple[Weights, Weights, list[list[int]]]:
+) -> tuple[_Weights, _Weights, list[list[int]]]:
     """For rows that each join some of the documents: `separated` for every row, differentiably, in one pool of slots.
 
     Args:
@@ -277,7 +277,7 @@ def separated_slots(
     return joined_A, joined_B, slots
 
 
-def _chunks_separated(A: Weights, chunks_per_document: Sequence[int], first: Sequence[int], ridge: float) -> Weights:
+def _chunks_separated(A: _Weights, chunks_per_document: Sequence[int], first: Sequence[int], ridge: float) -> _Weights:
     """The chunks of every document separated from one another."""
     several = [document for document, number in enumerate(chunks_per_document) if number > 1]
     if not several:
@@ -341,7 +341,7 @@ def last_inputs(
 
 
 def routing_scores(
-    base_model: nn.Module, targets: Sequence[LoRATarget], A: Weights, prompts: Sequence[Sequence[int]]
+    base_model: nn.Module, targets: Sequence[LoRATarget], A: _Weights, prompts: Sequence[Sequence[int]]
 ) -> Tensor:
     """How strongly each chunk's rows of A answer each prompt: the modules' geometric mean of ‖A_c x‖², [Q, C].
 

@@ -17,7 +17,7 @@ from hypernet.io.files import replaced_folder
 from hypernet.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    Checkpoint,
+    SavedHypernetwork,
     is_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -28,7 +28,7 @@ from hypernet.model.checkpoint import (
 PUBLISHED_MAX_CHUNK_TOKENS = 512
 
 
-def open_checkpoint(source: str | Path, *, base_model: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, base_model: str | Path | None = None) -> SavedHypernetwork:
     """Reads a checkpoint and verifies its weights.
 
     Args:
@@ -44,12 +44,12 @@ def open_checkpoint(source: str | Path, *, base_model: str | Path | None = None)
     return load_checkpoint(source)
 
 
-def _load_published(source: str | Path, *, base_model: str | Path | None, max_chunk_tokens: int) -> Checkpoint:
+def _load_published(source: str | Path, *, base_model: str | Path | None, max_chunk_tokens: int) -> SavedHypernetwork:
     published = read_published(find_published(source))
     name = str(base_model or published.base_model)
     hypernetwork, context_encoder = published.fitted(_skeleton(name), name=name)
     identity = fingerprint(hypernetwork, exact=True)
-    return Checkpoint(hypernetwork, name, None, context_encoder, max_chunk_tokens, identity)
+    return SavedHypernetwork(hypernetwork, name, None, context_encoder, max_chunk_tokens, identity)
 
 
 def _skeleton(base_model: str) -> nn.Module:
@@ -73,7 +73,7 @@ def convert(
     base_model: str | None = None,
     max_chunk_tokens: int = PUBLISHED_MAX_CHUNK_TOKENS,
     overwrite: bool = False,
-) -> Checkpoint:
+) -> SavedHypernetwork:
     """Writes a published checkpoint as a folder of ours: all of it or, on any failure, nothing.
 
     Args:

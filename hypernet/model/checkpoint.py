@@ -21,11 +21,11 @@ from hypernet.base.base_model import fingerprint
 from hypernet.io.files import replaced, save_tensors
 from hypernet.model.hypernetwork import HyperNetwork
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, BASE_MODEL_FOLDER = "config.yaml", "hypernetwork.safetensors", "base_model"
 
 
-class Checkpoint(NamedTuple):
+class SavedHypernetwork(NamedTuple):
     """What a checkpoint folder holds, read and verified.
 
     base_model: hub name or folder of the base model; base_model_fingerprint: of its weights, None if not recorded (any
@@ -62,7 +62,7 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
     config = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "fingerprint": fingerprint(weights, exact=True),
         "base_model": {"source": base_model, "fingerprint": base_model_fingerprint},
         "context_encoder": context_encoder,
@@ -85,7 +85,7 @@ def is_checkpoint(source: str | Path) -> bool:
     return (directory / CONFIG_FILE).is_file() or (directory / WEIGHTS_FILE).is_file()
 
 
-def load_checkpoint(source: str | Path) -> Checkpoint:
+def load_checkpoint(source: str | Path) -> SavedHypernetwork:
     """Reads a checkpoint folder and verifies its weights.
 
     Raises:
@@ -106,9 +106,9 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
         version = config["format_version"]
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error
-    if version != FORMAT_VERSION:
+    if version != _FORMAT_VERSION:
         raise ValueError(
-            f"{directory} has checkpoint format {version}, this version reads format {FORMAT_VERSION}. "
+            f"{directory} has checkpoint format {version}, this version reads format {_FORMAT_VERSION}. "
             "Use the version that wrote it."
         )
     try:
@@ -153,7 +153,7 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
             f"{directory} is not a complete checkpoint: its base model {BASE_MODEL_FOLDER}/config.json is missing. "
             "Copy it again."
         )
-    return Checkpoint(hypernetwork, source, base_fingerprint, context_encoder, max_chunk_tokens, expected, ridge)
+    return SavedHypernetwork(hypernetwork, source, base_fingerprint, context_encoder, max_chunk_tokens, expected, ridge)
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:

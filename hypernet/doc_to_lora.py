@@ -423,7 +423,7 @@ class DocToLoRA(nn.Module):
         self,
         A: dict[str, Tensor],
         B: dict[str, Tensor],
-        num_chunks: Sequence[int],
+        chunk_counts: Sequence[int],
         *,
         members: Sequence[Sequence[int]] | None = None,
         shift: int = 0,
@@ -432,12 +432,12 @@ class DocToLoRA(nn.Module):
 
         Args:
             A, B: of all chunks together, document after document, as `adapt` gives them.
-            num_chunks: chunks of each document.
+            chunk_counts: chunks of each document.
             members: the documents that each row's adapter joins; None: row i has document i alone.
             shift: row i gets the adapter of row (i + shift) mod N; 1 gives every row a wrong one.
         """
-        members = [[i] for i in range(len(num_chunks))] if members is None else members
-        A, B, slots = separated_slots(A, B, num_chunks, members, ridge=self.trained_joining.ridge)
+        members = [[i] for i in range(len(chunk_counts))] if members is None else members
+        A, B, slots = separated_slots(A, B, chunk_counts, members, ridge=self.trained_joining.ridge)
         if self.hypernetwork.bias_rank:
             # The bias block is one more slot, shared by all, once in each row's list.
             num_slots = len(next(iter(A.values())))

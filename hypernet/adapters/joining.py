@@ -209,12 +209,12 @@ def _plus(matrix: Tensor, ridge: float) -> Tensor:
 
 
 @torch.no_grad()
-def separated(A: Tensor, chunks_per_document: Sequence[int], *, ridge: float, done: Sequence[bool] = ()) -> Tensor:
+def separated(A: Tensor, chunk_counts: Sequence[int], *, ridge: float, done: Sequence[bool] = ()) -> Tensor:
     """What `decorrelated` makes of one adapter's rows: the chunks of each document first, then the documents.
 
     Args:
         A: [C, L, R, d_in], document after document; it stays as it is.
-        chunks_per_document: C altogether.
+        chunk_counts: C altogether.
         done: for each document whether its own chunks were separated before; (): of none.
 
     Returns:
@@ -222,21 +222,21 @@ def separated(A: Tensor, chunks_per_document: Sequence[int], *, ridge: float, do
     """
     A = A.clone()
     start = 0
-    for document, number in enumerate(chunks_per_document):
+    for document, number in enumerate(chunk_counts):
         if number > 1 and not (done and done[document]):
             for layer in range(A.shape[1]):
                 decorrelate_(A[start : start + number, layer], ridge=ridge)
         start += number
-    if len(chunks_per_document) < 2:
+    if len(chunk_counts) < 2:
         return A
-    documents = torch.repeat_interleave(torch.tensor(list(chunks_per_document))).to(A.device)
+    documents = torch.repeat_interleave(torch.tensor(list(chunk_counts))).to(A.device)
     return decorrelated(A.transpose(0, 1), documents, ridge=ridge).transpose(0, 1).contiguous()
 
 
 def separated_slots(
     A: _Weights,
     B: _Weights,
-    chunks_per_document: Sequence[int],
+    chunk_counts: Sequence[int],
     members: Sequence[Sequence[int]],
     *,
     ridge: float | None,
@@ -245,7 +245,7 @@ def separated_slots(
 
     Args:
         A, B: of all chunks together, document after document.
-        chunks_per_document: C altogether.
+        chunk_counts: C altogether.
         members: the documents that each row joins.
         ridge: None: the plain sum.
 
@@ -253,17 +253,17 @@ def separated_slots(
         A and B of a pool of slots, and for each row the slots that it joins. Rows that join several documents have
         slots of their own: what they read depends on which documents are joined.
     """
-    first = [sum(chunks_per_document[:i]) for i in range(len(chunks_per_document))]
-    slots = [[first[i] + chunk for i in row for chunk in range(chunks_per_document[i])] for row in members]
+    first = [sum(chunk_counts[:i]) for i in range(len(chunk_counts))]
+    slots = [[first[i] + chunk for i in row for chunk in range(chunk_counts[i])] for row in members]
     if ridge is None:
         return A, B, slots
-    A = _chunks_separated(A, chunks_per_document, first, ridge)
+    A = _chunks_separated(A, chunk_counts, first, ridge)
     joined = [row for row, documents in enumerate(members) if len(set(documents)) > 1]
     if not joined:
         return A, B, slots
     device = next(iter(A.values())).device
     chosen, used = _padded([slots[row] for row in joined])
-    of, _ = _padded([[i for i in members[row] for _ in range(chunks_per_document[i])] for row in joined])
+    of, _ = _padded([[i for i in members[row] for _ in range(chunk_counts[i])] for row in joined])
     chosen, used, of = chosen.to(device), used.to(device), of[:, None].to(device)
     end = len(next(iter(A.values())))
     joined_A, joined_B = {}, {}
@@ -277,13 +277,13 @@ def separated_slots(
     return joined_A, joined_B, slots
 
 
-def _chunks_separated(A: _Weights, chunks_per_document: Sequence[int], first: Sequence[int], ridge: float) -> _Weights:
+def _chunks_separated(A: _Weights, chunk_counts: Sequence[int], first: Sequence[int], ridge: float) -> _Weights:
     """The chunks of every document separated from one another."""
-    several = [document for document, number in enumerate(chunks_per_document) if number > 1]
+    several = [document for document, number in enumerate(chunk_counts) if number > 1]
     if not several:
         return A
     device = next(iter(A.values())).device
-    slots, used = _padded([list(range(first[i], first[i] + chunks_per_document[i])) for i in several])
+    slots, used = _padded([list(range(first[i], first[i] + chunk_counts[i])) for i in several])
     slots, used = slots.to(device), used.to(device)
     return {
         name: rows.index_copy(

@@ -89,7 +89,7 @@ class LitDocToLoRA(LitModule):
                     self.model(batch.student)
         if not needs & {"student", "student_inputs"}:
             return
-        self.model.activate(step.A, step.B, batch.num_chunks, members=batch.members)
+        self.model.activate(step.A, step.B, batch.chunk_counts, members=batch.members)
         with self.phases("student"), ExitStack() as undo:
             if "student_inputs" in needs:
                 step.student_inputs = undo.enter_context(self._module_inputs(step.answers))
@@ -119,7 +119,7 @@ class LitDocToLoRA(LitModule):
     def describe(self, batch: DistillationBatch | StepPart) -> list[str]:
         """How each of a batch's documents begins, for messages."""
         whole = StepPart.of(batch).batch
-        firsts = [sum(whole.num_chunks[:i]) for i in range(whole.num_own_rows)]
+        firsts = [sum(whole.chunk_counts[:i]) for i in range(whole.num_own_rows)]
         return beginnings(self.model.tokenizer, [whole.chunk_ids[i][whole.chunk_mask[i]] for i in firsts])
 
     def count_tokens(self, batch: DistillationBatch | StepPart) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class LitDocToLoRA(LitModule):
         A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         scores = {"no_context": self._exact(batch.student), "in_prompt": self._exact(batch.teacher)}
         for name, shift in (("adapter", 0), ("wrong_adapter", 1)):
-            self.model.activate(A, B, batch.num_chunks, members=batch.members, shift=shift)
+            self.model.activate(A, B, batch.chunk_counts, members=batch.members, shift=shift)
             scores[name] = self._exact(batch.student)
             injector.clear()
         for method, by_kind in scores.items():

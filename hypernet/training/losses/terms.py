@@ -69,7 +69,7 @@ class AnswerTokens(NamedTuple):
         is_answer[batch.num_own_rows :] = False
         row, column = is_answer.nonzero(as_tuple=True)
         about = _is_about_document(rows.target_kind[row, column])
-        first = torch.tensor([0, *accumulate(batch.num_chunks)], device=row.device)
+        first = torch.tensor([0, *accumulate(batch.chunk_counts)], device=row.device)
         answer_chunk = batch.answer_chunk[row, column]
         chunk = torch.where(about & (answer_chunk >= 0), first[row] + answer_chunk, -1)
         return cls(row, column, torch.where(about, row, -1), chunk)
@@ -227,7 +227,7 @@ class WeightL1(LossTerm):
     """Mean absolute entry of a document's generated A and B."""
 
     def __call__(self, step: Step) -> Tensor:
-        sizes = mean_absolute_weight([*step.A.values(), *step.B.values()], step.batch.num_chunks)
+        sizes = mean_absolute_weight([*step.A.values(), *step.B.values()], step.batch.chunk_counts)
         # Joined documents from another part of the step come last, and count there.
         num_own = step.batch.num_own_rows  # 0 in a part that only has rows with a document in the prompt
         return sizes[:num_own].sum() / max(num_own, 1) * step.part.share["rows"]
@@ -259,13 +259,13 @@ class KeyContrast(_Contrast):
 
     def __call__(self, step: Step) -> Tensor:
         assert step.plain_inputs is not None
-        answers, num_chunks = step.answers, step.batch.num_chunks
+        answers, chunk_counts = step.answers, step.batch.chunk_counts
         chunk, owned_by = answers.chunk if self.by_chunk else None, answers.owned_by
         values = []
         for (name, place), x in step.plain_inputs.items():
             keys = step.A[name][:, place.layer, :, : place.d_in]
-            by_document, by_question = key_contrast(keys, x, answers.owner, num_chunks, chunk=chunk)
-            of_questions, of_rows = key_attribution(keys, x, answers.owner, num_chunks, chunk=chunk)
+            by_document, by_question = key_contrast(keys, x, answers.owner, chunk_counts, chunk=chunk)
+            of_questions, of_rows = key_attribution(keys, x, answers.owner, chunk_counts, chunk=chunk)
             per_token = (by_document + by_question) / 2 + of_questions
             of_documents = mean_per_document(per_token, owned_by, len(step.is_answer))
             values.append(of_documents + of_rows[owned_by.unique()].mean())
@@ -287,7 +287,7 @@ class Attribution(_Contrast):
             attribution(
                 step.A[name][:, place.layer, :, : place.d_in],
                 step.B[name][:, place.layer, :, : place.d_out],
-                *(x, answers.owner, step.batch.num_chunks),
+                *(x, answers.owner, step.batch.chunk_counts),
                 chunk=answers.chunk if self.by_chunk else None,
             )
             for (name, place), x in step.student_inputs.items()

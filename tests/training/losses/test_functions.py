@@ -85,10 +85,10 @@ CHUNKS = torch.tensor([1, 3, -1, 5, -1, -1, 3])
 @pytest.mark.parametrize("chunk", [None, CHUNKS])
 def test_key_contrast_is_cross_entropy_in_both_directions(chunk):
     torch.manual_seed(0)
-    num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, -1, 2])  # document 1 has no question
+    chunk_counts, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, -1, 2])  # document 1 has no question
     keys = torch.randn(6, 3, 5, dtype=torch.double, requires_grad=True)
     inputs = torch.randn(7, 5, dtype=torch.double, requires_grad=True)
-    by_document, by_question = key_contrast(keys, inputs, owner, num_chunks, chunk=chunk)
+    by_document, by_question = key_contrast(keys, inputs, owner, chunk_counts, chunk=chunk)
 
     centred = (inputs - inputs.mean(0)).detach()
     own = own_chunks(owner, chunk)
@@ -139,7 +139,7 @@ def test_key_contrast_without_owned_questions_is_empty():
 def test_key_attribution_is_shares_of_squared_products(chunk):
     """Reference: one product after the other, in double precision; gradients of the keys, too."""
     torch.manual_seed(0)
-    num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, 1, 2])
+    chunk_counts, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, 1, 2])
     keys = torch.randn(6, 3, 5, dtype=torch.double, requires_grad=True)
     inputs = torch.randn(7, 5, dtype=torch.double, requires_grad=True)
     of_chunk = [0, 0, 1, 2, 2, 2]
@@ -162,7 +162,7 @@ def test_key_attribution_is_shares_of_squared_products(chunk):
                 of = torch.stack([score(c, r, q) for q in range(7)])
                 shares.append(-(of[asked].sum() / of.sum()).log())
         by_document.append(sum(shares) / len(shares))
-    found, expected = key_attribution(keys, inputs, owner, num_chunks, chunk=chunk), (by_question, by_document)
+    found, expected = key_attribution(keys, inputs, owner, chunk_counts, chunk=chunk), (by_question, by_document)
     weights = [torch.arange(1.0, 7), torch.arange(1.0, 4)]
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.double(), torch.stack(theirs), rtol=1e-5, atol=1e-6)
@@ -185,10 +185,10 @@ def test_key_attribution_of_orthogonal_keys():
 def test_attribution_is_the_owners_share_of_squared_deltas(chunk):
     """Reference: every delta as a matrix, one position and chunk after the other; gradients of A and B, too."""
     torch.manual_seed(0)
-    num_chunks, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
+    chunk_counts, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
     A, B = (torch.randn(6, 3, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
     x = torch.randn(5, 7, dtype=torch.float64)
-    found = attribution(A, B, x, owner, num_chunks, chunk=chunk)
+    found = attribution(A, B, x, owner, chunk_counts, chunk=chunk)
     expected = []
     for p, chunks in enumerate(own_chunks(owner, chunk)):
         if chunks:

@@ -57,7 +57,7 @@ def test_loss_is_that_of_single_prompts(make_module, tiny_tokenizer):
     ]
     curriculum = Curriculum(Encyclopedia("train"), STAGES)
     batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=20).batch(documents, asked)
-    assert max(batch.num_chunks) > 1
+    assert max(batch.chunk_counts) > 1
     weights = {"kl": 0.7, "locality_kl": 0.4, "nll": 0.3, "l1": 0.2}
     terms = {"kl": ContextDistillation, "locality_kl": Locality, "nll": AnswerNLL, "l1": WeightL1}
     terms = {name: term(weight=weights[name]) for name, term in terms.items()}
@@ -218,8 +218,8 @@ def chunks_with_the_answers(model, batch, records):
     texts = [model.tokenizer.decode(ids[mask][1:-2]) for ids, mask in chunks]
     result, first = [], 0
     for row, record in enumerate(records):
-        of_document = range(first, first + batch.num_chunks[row])
-        first += batch.num_chunks[row]
+        of_document = range(first, first + batch.chunk_counts[row])
+        first += batch.chunk_counts[row]
         for segment in range(1, int(batch.student.segments[row].max()) + 1):
             question = record.questions[segment - 1] if segment <= len(record.questions) else None
             found = []
@@ -251,8 +251,8 @@ def test_key_contrast_compares_inputs_of_the_plain_model(make_module, make_data,
     losses = []
     for layer, x in enumerate(inputs):
         keys = A["down_proj"][:, layer]
-        contrast = sum(key_contrast(keys, x, owner, batch.num_chunks, chunk=chunk)) / 2
-        of_tokens, of_documents = key_attribution(keys, x, owner, batch.num_chunks, chunk=chunk)
+        contrast = sum(key_contrast(keys, x, owner, batch.chunk_counts, chunk=chunk)) / 2
+        of_tokens, of_documents = key_attribution(keys, x, owner, batch.chunk_counts, chunk=chunk)
         losses.append(mean_over_documents(contrast + of_tokens, owner) + of_documents.mean())
     assert loss.item() == pytest.approx(0.5 * torch.stack(losses).mean().item(), rel=1e-3)
     assert not any(module._forward_pre_hooks for module in model.base_model.modules())
@@ -271,7 +271,7 @@ def test_attribution_weighs_inputs_with_the_adapters_active(make_module, make_da
     inputs, owner = answers_in_prompts_of_their_own(model, batch, adapters)
     chunk = chunks_with_the_answers(model, batch, data.curriculum.records(1)) if by_chunk else None
     values = [
-        attribution(A["down_proj"][:, layer], B["down_proj"][:, layer], x, owner, batch.num_chunks, chunk=chunk)
+        attribution(A["down_proj"][:, layer], B["down_proj"][:, layer], x, owner, batch.chunk_counts, chunk=chunk)
         for layer, x in enumerate(inputs)
     ]
     expected = mean_over_documents(torch.stack(values).mean(0), owner)

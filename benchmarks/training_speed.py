@@ -85,7 +85,7 @@ class PaddedBatch(NamedTuple):
 
     chunk_ids: Tensor
     chunk_mask: Tensor
-    num_chunks: list[int]
+    chunk_counts: list[int]
     members: list[list[int]]
     student: Prompts
     teacher: Prompts
@@ -144,7 +144,7 @@ class Padded:
         return PaddedBatch(
             batch.chunk_ids.to(device),
             batch.chunk_mask.to(device),
-            batch.num_chunks,
+            batch.chunk_counts,
             batch.members,
             Prompts.of(batch.student).to(device),
             Prompts.of(batch.teacher).to(device),
@@ -192,7 +192,7 @@ class Padded:
         """[C, L, R, d] of all chunks → [N, L, rank of the longest, d], zeros behind the shorter ones."""
         from hypernet.adapters.decorrelation import decorrelated
 
-        chunks = pool.split(prepared.num_chunks)
+        chunks = pool.split(prepared.chunk_counts)
         rows = []
         for documents in prepared.members:
             blocks = [chunks[i] for i in documents]

@@ -113,7 +113,7 @@ class StoredTopK(NamedTuple):
 class DistillationBatch(NamedTuple):
     """One step of context distillation for N documents of C chunks together.
 
-    chunk_ids, chunk_mask: [C, T]; num_chunks: per document, [N] on the host.
+    chunk_ids, chunk_mask: [C, T]; chunk_counts: of each document, [N] on the host.
     members: the documents that each row's adapter joins, its own first; lists on the host.
     student: a row per document, the questions alone. teacher: the same questions, those about the document behind it.
         The answer tokens of both come in the same order. Further rows may follow, the same in both: a document in the
@@ -126,7 +126,7 @@ class DistillationBatch(NamedTuple):
 
     chunk_ids: Tensor
     chunk_mask: Tensor
-    num_chunks: list[int]
+    chunk_counts: list[int]
     members: list[list[int]]
     student: PackedRows
     teacher: PackedRows
@@ -142,7 +142,7 @@ class DistillationBatch(NamedTuple):
         return DistillationBatch(
             self.chunk_ids.to(device),
             self.chunk_mask.to(device),
-            self.num_chunks,
+            self.chunk_counts,
             self.members,
             self.student.to(device),
             self.teacher.to(device),
@@ -294,7 +294,7 @@ class DistillationBatches(_Batches):
         return DistillationBatch(
             chunk_ids=torch.cat([pad(piece.ids, self.tokenizer.pad_token_id) for piece in pieces]),
             chunk_mask=torch.cat([pad(piece.mask, False) for piece in pieces]),
-            num_chunks=[sum(len(piece.ids) for piece in of_document) for of_document in chunks],
+            chunk_counts=[sum(len(piece.ids) for piece in of_document) for of_document in chunks],
             members=[list(row) for row in [*members, *(joined for _, _, joined in in_prompt)]],
             student=student,
             teacher=self._rows([*prefixes, *in_prompt_prefixes], [*teacher_asked, *others]),

@@ -108,14 +108,14 @@ def _documents(batch: DistillationBatch, first: int, end: int) -> DistillationBa
     own = range(first, max(first, min(end, batch.num_own_rows)))
     needed = [*own, *sorted({m for row in members for m in row if m not in own})]
     place = {document: i for i, document in enumerate(needed)}
-    start = [sum(batch.num_chunks[:i]) for i in range(len(batch.num_chunks))]
-    chunks = torch.tensor([start[i] + c for i in needed for c in range(batch.num_chunks[i])])
+    start = [sum(batch.chunk_counts[:i]) for i in range(len(batch.chunk_counts))]
+    chunks = torch.tensor([start[i] + c for i in needed for c in range(batch.chunk_counts[i])])
     chunk_mask = batch.chunk_mask[chunks]
     width = int(chunk_mask.any(0).nonzero().max()) + 1
     parts = {
         "chunk_ids": batch.chunk_ids[chunks, :width],
         "chunk_mask": chunk_mask[:, :width],
-        "num_chunks": [batch.num_chunks[i] for i in needed],
+        "chunk_counts": [batch.chunk_counts[i] for i in needed],
         "members": [[place[m] for m in row] for row in members],
         "student": _rows(batch.student, first, end),
         "teacher": _rows(batch.teacher, first, end),

@@ -85,7 +85,7 @@ def hidden_state_distance(student_states: Tensor, teacher_states: Tensor) -> Ten
 
 
 def key_contrast(
-    keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, chunk: Tensor | None = None
+    keys: Tensor, inputs: Tensor, owner: Tensor, chunk_counts: Sequence[int], *, chunk: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Whether documents' rows of A are told by their own questions, and questions by their own document's rows.
 
@@ -98,7 +98,7 @@ def key_contrast(
         keys: [C, R, d], A of one module for all chunks, document after document.
         inputs: [Q, d], what enters the module at answer tokens; no gradient flows into it.
         owner: [Q], the document that the question is about; -1: none of them.
-        num_chunks: chunks of each document, C altogether.
+        chunk_counts: chunks of each document, C altogether.
         chunk: [Q], of the C chunks the one that holds the answer, which is then the question's own, and its document's
             other chunks are contrasted with it; -1: unknown, and all of its document's are its own. None: all unknown.
 
@@ -111,7 +111,7 @@ def key_contrast(
     inputs = F.normalize(inputs - inputs.mean(0), dim=-1)
     rows = torch.einsum("crd,qd->cqr", F.normalize(keys.float(), dim=-1), inputs) * KEY_SHARPNESS
     of_chunks = rows.logsumexp(-1)  # [C, Q]
-    of_documents = torch.stack([chunks.logsumexp(0) for chunks in of_chunks.split(list(num_chunks))])
+    of_documents = torch.stack([chunks.logsumexp(0) for chunks in of_chunks.split(list(chunk_counts))])
     owned = owner >= 0
     question = owned.nonzero()[:, 0]
     group = torch.where(chunk < 0, len(of_chunks) + owner, chunk)[owned]
@@ -124,7 +124,7 @@ def key_contrast(
 
 
 def key_energies(
-    keys: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, chunk: Tensor | None = None
+    keys: Tensor, inputs: Tensor, owner: Tensor, chunk_counts: Sequence[int], *, chunk: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """How much of what rows of A answer with is about their own document, by squared products with the inputs.
 
@@ -142,33 +142,33 @@ def key_energies(
     """
     inputs = F.normalize(inputs.detach().float(), dim=-1)
     energy = torch.einsum("crd,qd->crq", keys.float(), inputs).square()
-    document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
-    by_question = _own_share(energy.sum(1).T, owner, num_chunks, chunk)
+    document = torch.repeat_interleave(torch.tensor(list(chunk_counts), device=owner.device))
+    by_question = _own_share(energy.sum(1).T, owner, chunk_counts, chunk)
     is_own = document[:, None] == owner  # [C, Q]
     if chunk is not None:
         is_own = is_own & _alike(chunk, torch.arange(len(document), device=owner.device)[:, None])
     own = (energy * is_own[:, None]).sum(-1)
     of_row = -((own + TINY_ENERGY) / (energy.sum(-1) + TINY_ENERGY)).log().mean(1)
     counted = torch.ones_like(of_row) if chunk is None else is_own.any(1).to(of_row)
-    sums = of_row.new_zeros(2, len(num_chunks)).index_add(1, document, torch.stack([of_row * counted, counted]))
+    sums = of_row.new_zeros(2, len(chunk_counts)).index_add(1, document, torch.stack([of_row * counted, counted]))
     return by_question, sums[0] / sums[1].clamp(min=1)
 
 
 def energy_share(
-    A: Tensor, B: Tensor, inputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, chunk: Tensor | None = None
+    A: Tensor, B: Tensor, inputs: Tensor, owner: Tensor, chunk_counts: Sequence[int], *, chunk: Tensor | None = None
 ) -> Tensor:
     """Whether the adapter of the document that is asked about is the loudest of all at its questions.
 
     Args:
         A, B: [C, R, d_in] and [C, R, d_out] of one module for all chunks, document after document.
-        inputs: [P, d_in], what enters the module; no gradient flows into it. owner, num_chunks, chunk: as of
+        inputs: [P, d_in], what enters the module; no gradient flows into it. owner, chunk_counts, chunk: as of
             `key_contrast`.
 
     Returns:
         -log of the own document's (or chunk's) share of the sum of all chunks' squared deltas, for each position that
         has an owner, [number of owned positions], float32.
     """
-    return _own_share(_squared_deltas(A, B, inputs), owner, num_chunks, chunk)
+    return _own_share(_squared_deltas(A, B, inputs), owner, chunk_counts, chunk)
 
 
 def _alike(a: Tensor, b: Tensor) -> Tensor:
@@ -176,12 +176,12 @@ def _alike(a: Tensor, b: Tensor) -> Tensor:
     return (a == b) | (a < 0) | (b < 0)
 
 
-def _own_share(energy: Tensor, owner: Tensor, num_chunks: Sequence[int], chunk: Tensor | None) -> Tensor:
+def _own_share(energy: Tensor, owner: Tensor, chunk_counts: Sequence[int], chunk: Tensor | None) -> Tensor:
     """[P, C] energy of every chunk → -log of the owner's share, [number of owned positions]."""
     owned = owner >= 0
-    document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
+    document = torch.repeat_interleave(torch.tensor(list(chunk_counts), device=owner.device))
     energy = energy[owned]
-    per_document = energy.new_zeros(len(energy), len(num_chunks)).index_add(1, document, energy) + TINY_ENERGY
+    per_document = energy.new_zeros(len(energy), len(chunk_counts)).index_add(1, document, energy) + TINY_ENERGY
     own = per_document.gather(1, owner[owned][:, None])[:, 0]
     if chunk is not None:
         chunk = chunk[owned]
@@ -199,7 +199,7 @@ def _squared_deltas(A: Tensor, B: Tensor, inputs: Tensor) -> Tensor:
 
 
 def silence(
-    A: Tensor, B: Tensor, inputs: Tensor, outputs: Tensor, owner: Tensor, num_chunks: Sequence[int], *, scaling: float
+    A: Tensor, B: Tensor, inputs: Tensor, outputs: Tensor, owner: Tensor, chunk_counts: Sequence[int], *, scaling: float
 ) -> Tensor:
     """How loud chunks are where nothing is asked about their document: what joined adapters add to each other.
 
@@ -211,32 +211,32 @@ def silence(
         inputs, outputs: what enters the module and what it gives at each position, [P, d_in] and [P, d_out]; no
             gradient flows into them.
         owner: [P], the document that the position's question is about; -1: none of them.
-        num_chunks: chunks of each document, C altogether. scaling: factor on BA.
+        chunk_counts: chunks of each document, C altogether. scaling: factor on BA.
 
     Returns:
         [P], float32: the squared length of a chunk's delta in units of the output's, mean over all chunks but the
         owner's; 0 where there are no others.
     """
     squared, outputs = _squared_deltas(A, B, inputs), outputs.detach().float()
-    document = torch.repeat_interleave(torch.tensor(list(num_chunks), device=owner.device))
+    document = torch.repeat_interleave(torch.tensor(list(chunk_counts), device=owner.device))
     others = document[None] != owner[:, None]
     mean = (squared * others).sum(1) / others.sum(1).clamp(min=1)
     return scaling**2 * mean / outputs.square().sum(-1).clamp(min=1e-12)
 
 
-def mean_absolute_weight(weights: Sequence[Tensor], num_chunks: Sequence[int]) -> Tensor:
+def mean_absolute_weight(weights: Sequence[Tensor], chunk_counts: Sequence[int]) -> Tensor:
     """L1 of each document's generated weights: the mean absolute entry of all its chunks' matrices.
 
     Args:
         weights: tensors [C, ...] of all chunks, document after document; padding of narrow layers counts as zeros.
-        num_chunks: chunks of each document, C altogether.
+        chunk_counts: chunks of each document, C altogether.
 
     Returns:
         [number of documents], float32.
     """
     size = sum(w[0].numel() for w in weights)
     per_chunk = sum(w.float().abs().flatten(1).sum(1) for w in weights) / size
-    return torch.stack([chunks.mean() for chunks in per_chunk.split(list(num_chunks))])
+    return torch.stack([chunks.mean() for chunks in per_chunk.split(list(chunk_counts))])
 
 
 def mean_per_document(values: Tensor, document: Tensor, num_documents: int) -> Tensor:

@@ -273,7 +273,7 @@ class LitDocToLoRA(_Trained):
             teacher = self.model(teacher_rows) if (teacher_rows.target_kind >= 0).any() else None
         answers = _Answers.of(batch)
         key_loss = self._key_loss(A, batch, answers) * part.share["document"] if self.key_weight else None
-        self.model.activate(A, B, batch.num_chunks, members=batch.members)
+        self.model.activate(A, B, batch.chunk_counts, members=batch.members)
         is_answer = student_rows.target_kind >= 0
         hidden = self._hidden_states()
         calls = self._module_calls(answers, wanted=bool(self.silence_weight or self.share_weight))
@@ -304,7 +304,7 @@ class LitDocToLoRA(_Trained):
             losses["hidden"] = mean_per_document(distance, document[about_document], num_documents) * about
             loss = loss + self.hidden_weight * losses["hidden"]
         if self.l1_weight:
-            sizes = mean_absolute_weight([*A.values(), *B.values()], batch.num_chunks)
+            sizes = mean_absolute_weight([*A.values(), *B.values()], batch.chunk_counts)
             # Companions from another part of the step come last, and count there.
             num_own = batch.num_own_rows  # 0 in a part that only has rows with a document in the prompt
             losses["l1"] = sizes[:num_own].sum() / max(num_own, 1) * part.share["rows"]
@@ -347,7 +347,7 @@ class LitDocToLoRA(_Trained):
         losses = []
         for (name, layer), (x, _) in calls.items():
             keys = A[name][:, layer, :, : x.shape[-1]]
-            contrasted = {"keys": keys, "inputs": x, "owner": answers.owner, "num_chunks": batch.num_chunks}
+            contrasted = {"keys": keys, "inputs": x, "owner": answers.owner, "chunk_counts": batch.chunk_counts}
             by_document, by_question = key_contrast(**contrasted, chunk=self._own_chunk(answers))
             of_questions, of_rows = key_energies(**contrasted, chunk=self._own_chunk(answers))
             per_token = (by_document + by_question) / 2 + of_questions
@@ -367,7 +367,7 @@ class LitDocToLoRA(_Trained):
             energy_share(
                 A[name][:, layer, :, : x.shape[-1]],
                 B[name][:, layer, :, : y.shape[-1]],
-                *(x, answers.owner, batch.num_chunks),
+                *(x, answers.owner, batch.chunk_counts),
                 chunk=self._own_chunk(answers),
             )
             for (name, layer), (x, y) in calls.items()
@@ -391,7 +391,7 @@ class LitDocToLoRA(_Trained):
         values = [
             silence(
                 *(A[name][:, layer, :, : x.shape[-1]], B[name][:, layer, :, : y.shape[-1]], x, y),
-                *(answers.owner, batch.num_chunks),
+                *(answers.owner, batch.chunk_counts),
                 scaling=scaling,
             )
             for (name, layer), (x, y) in calls.items()
@@ -448,7 +448,7 @@ class LitDocToLoRA(_Trained):
     def describe(self, batch: DistillationBatch | StepPart) -> list[str]:
         """How each of a batch's documents begins, for messages."""
         batch = StepPart.of(batch).batch
-        firsts = [sum(batch.num_chunks[:i]) for i in range(batch.num_own_rows)]
+        firsts = [sum(batch.chunk_counts[:i]) for i in range(batch.num_own_rows)]
         return _beginnings(self.model.tokenizer, [batch.chunk_ids[i][batch.chunk_mask[i]] for i in firsts])
 
     def count_tokens(self, batch: DistillationBatch | StepPart) -> dict[str, Tensor]:
@@ -461,7 +461,7 @@ class LitDocToLoRA(_Trained):
         A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         scores = {"no_context": self._exact(batch.student), "in_prompt": self._exact(batch.teacher)}
         for name, shift in (("adapter", 0), ("wrong_adapter", 1)):
-            self.model.activate(A, B, batch.num_chunks, members=batch.members, shift=shift)
+            self.model.activate(A, B, batch.chunk_counts, members=batch.members, shift=shift)
             scores[name] = self._exact(batch.student)
             injector.clear()
         for method, by_kind in scores.items():
@@ -543,7 +543,7 @@ class _Answers(NamedTuple):
         row, column = is_answer.nonzero(as_tuple=True)
         kinds = rows.target_kind[row, column]
         about = (kinds == QUESTION_KINDS.index("document")) | (kinds == QUESTION_KINDS.index("unanswerable"))
-        first = torch.tensor([0, *accumulate(batch.num_chunks)], device=row.device)
+        first = torch.tensor([0, *accumulate(batch.chunk_counts)], device=row.device)
         answer_chunk = batch.answer_chunk[row, column]
         chunk = torch.where(about & (answer_chunk >= 0), first[row] + answer_chunk, -1)
         return cls(row, column, torch.where(about, row, -1), chunk)

@@ -158,4 +158,4 @@ def test_a_segment_without_a_prompt_is_predicted_whole():
 def test_rows_move_together(batch):
     moved = batch.to("meta")
     tensors = [moved.chunk_ids, moved.chunk_mask, *moved.student, *moved.teacher]
-    assert {tensor.device.type for tensor in tensors} == {"meta"} and moved.num_chunks == batch.num_chunks
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and moved.chunk_counts == batch.chunk_counts

@@ -82,7 +82,7 @@ def test_the_packed_step_is_the_padded_one_to_every_gradient(make_doc_to_lora, a
     model.hypernetwork.join_ridge = ridge
     model.base_model.set_attn_implementation(attention)
     (batch,) = make_batches(model, {**CHUNKED, "num_joined_documents": num_joined}, number=1, seed=1)
-    assert len(set(batch.num_chunks)) > 2 and (num_joined == [1, 1]) == all(len(m) == 1 for m in batch.members)
+    assert len(set(batch.chunk_counts)) > 2 and (num_joined == [1, 1]) == all(len(m) == 1 for m in batch.members)
     names, parameters = zip(*model.hypernetwork.named_parameters(), strict=True)
     results = []
     for method in (Ours(model), Padded(model, per_token=per_token)):
@@ -131,7 +131,7 @@ def test_the_stages_have_the_same_documents_in_one_chunk_and_in_up_to_eight(ship
     one, many = (make_batches(shipped, dict(stage), number=2, seed=0) for stage in cfg.stages.values())
     for a, b in zip(one, many, strict=True):
         assert torch.equal(a.teacher.ids, b.teacher.ids)
-        assert set(a.num_chunks) == {1} and max(b.num_chunks) > 6
+        assert set(a.chunk_counts) == {1} and max(b.chunk_counts) > 6
         assert b.teacher.positions.max() < shipped.base_model.config.max_position_embeddings
 
 

@@ -49,16 +49,16 @@ def test_there_is_one_batch_for_each_step(distillation):
 @pytest.mark.parametrize("step", [0, 4])
 def test_a_batch_holds_the_chunks_of_its_articles(distillation, tiny_tokenizer, step):
     batch, records = distillation[step], distillation.curriculum.records(step)
-    assert len(batch.num_chunks) == len(records) and batch.chunk_ids.shape == batch.chunk_mask.shape
+    assert len(batch.chunk_counts) == len(records) and batch.chunk_ids.shape == batch.chunk_mask.shape
     rows = iter(zip(batch.chunk_ids, batch.chunk_mask, strict=True))
-    for record, number in zip(records, batch.num_chunks, strict=True):
+    for record, number in zip(records, batch.chunk_counts, strict=True):
         chunks = chunk_document(record.document, tiny_tokenizer, max_chunk_tokens=40)
         assert len(chunks.ids) == number
         for ids, mask in zip(chunks.ids, chunks.mask, strict=True):
             padded_ids, padded_mask = next(rows)
             assert padded_ids[padded_mask].tolist() == ids[mask].tolist()
     assert next(rows, None) is None
-    assert max(batch.num_chunks) > (0 if step == 0 else 1)
+    assert max(batch.chunk_counts) > (0 if step == 0 else 1)
 
 
 @pytest.mark.parametrize("step", [2, 5])
@@ -264,11 +264,11 @@ def test_distractors_are_read_and_joined_but_not_asked_about(tiny_tokenizer):
     assert 1 <= min(sizes) and 10 < max(sizes) <= 20
     texts = set()
     for alone, batch in zip(batches(), joined, strict=True):
-        assert [members[0] for members in batch.members] == list(range(6)) and len(batch.num_chunks) == 9
+        assert [members[0] for members in batch.members] == list(range(6)) and len(batch.chunk_counts) == 9
         assert {m for members in batch.members for m in members[1:]} <= {6, 7, 8}
         assert torch.equal(alone.student.ids, batch.student.ids) and torch.equal(alone.teacher.ids, batch.teacher.ids)
-        first = sum(batch.num_chunks[:6])
-        assert batch.num_chunks[:6] == alone.num_chunks and sum(batch.num_chunks) == len(batch.chunk_ids) > first
+        first = sum(batch.chunk_counts[:6])
+        assert batch.chunk_counts[:6] == alone.chunk_counts and sum(batch.chunk_counts) == len(batch.chunk_ids) > first
         distractors = tiny_tokenizer.batch_decode(batch.chunk_ids[first:], skip_special_tokens=True)
         texts |= set(distractors)
         assert not any("secret number" in text for text in distractors)
@@ -326,7 +326,7 @@ def test_distillation_batches_are_unchanged_since_version_0_1(tiny_tokenizer, st
     batches = DistillationBatches(make_curriculum(stages=TINY), tiny_tokenizer, max_chunk_tokens=112)
     batch = batches[step]
     rows = [t for rows in (batch.student, batch.teacher) for t in (rows.ids, rows.target_kind.tolist())]
-    assert digest(tiny_tokenizer, batch.chunk_ids, batch.num_chunks, batch.members, *rows) == expected
+    assert digest(tiny_tokenizer, batch.chunk_ids, batch.chunk_counts, batch.members, *rows) == expected
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, "95c2dd24c98103d6"), (1499, "76a312f646060ac6")])
@@ -352,11 +352,11 @@ def test_chunk_weights_draw_the_number_of_chunks(tiny_tokenizer):
     counts = Counter()
     for step in range(4):
         batch, uncut = cut[step], whole[step]
-        assert torch.equal(batch.teacher.ids, uncut.teacher.ids) and uncut.num_chunks == [1] * 20
-        counts.update(batch.num_chunks)
+        assert torch.equal(batch.teacher.ids, uncut.teacher.ids) and uncut.chunk_counts == [1] * 20
+        counts.update(batch.chunk_counts)
         assert ((batch.chunk_mask.sum(1) - affixes) >= 25).all()
         chunks = iter(zip(batch.chunk_ids, batch.chunk_mask, strict=True))
-        for number, ids, mask in zip(batch.num_chunks, uncut.chunk_ids, uncut.chunk_mask, strict=True):
+        for number, ids, mask in zip(batch.chunk_counts, uncut.chunk_ids, uncut.chunk_mask, strict=True):
             pieces = [ids[mask].tolist() for ids, mask in (next(chunks) for _ in range(number))]
             # Joined, the chunks are the document's tokens.
             assert [i for piece in pieces for i in piece[1:-2]] == ids[mask].tolist()[1:-2]
@@ -397,7 +397,7 @@ def test_answer_chunk_is_the_one_that_holds_it_verbatim(tiny_tokenizer):
     ]
     batch = batches.batch([document, "Nothing is known. Tella Garlock."], asked)
     texts = [tiny_tokenizer.decode(ids[mask]) for ids, mask in zip(batch.chunk_ids, batch.chunk_mask, strict=True)]
-    first = batch.num_chunks[0]
+    first = batch.chunk_counts[0]
     where = {
         word: [i for i, text in enumerate(texts[:first]) if word in text]
         for word in ("Tella Garlock", "163", "Soft silver", "Ulla.", "there")
@@ -417,8 +417,8 @@ def test_answer_chunk_is_the_one_that_holds_it_verbatim(tiny_tokenizer):
 def test_answer_chunk_follows_drawn_chunks(tiny_tokenizer):
     curriculum = make_curriculum(stages=[{"steps": 4, "facts_per_entity": [3, 5], "chunk_weights": [1, 2, 2]}])
     batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=200)[1]
-    firsts, checked = [sum(batch.num_chunks[:i]) for i in range(len(batch.num_chunks))], 0
-    assert len(set(batch.num_chunks)) > 1
+    firsts, checked = [sum(batch.chunk_counts[:i]) for i in range(len(batch.chunk_counts))], 0
+    assert len(set(batch.chunk_counts)) > 1
     for row, record in enumerate(curriculum.records(1)):
         for segment, question in enumerate(record.questions, start=1):
             inside = (batch.student.segments[row] == segment) & (batch.answer_chunk[row] >= 0)

@@ -73,7 +73,7 @@ def assert_same(found, expected):
 )
 def test_one_step_over_8_documents_is_its_parts_together(batches, distillation, stage, num_parts):
     batch = batches(**stage)[0]
-    assert max(batch.num_chunks) > min(batch.num_chunks)
+    assert max(batch.chunk_counts) > min(batch.chunk_counts)
     parameters = list(distillation.model.hypernetwork.parameters())
     whole = losses_and_gradients(distillation, parameters, [StepPart(batch)])
     assert all(gradient.any() for gradient in whole[1])
@@ -114,16 +114,16 @@ def test_the_base_model_s_step_is_its_parts_together(tiny_base_model_folder, tin
 
 def test_a_part_brings_its_members_chunks_and_no_others(batches):
     whole = batches(num_joined_documents=[1, 4])[0]
-    first = [sum(whole.num_chunks[:i]) for i in range(8)]
-    of_document = [whole.chunk_ids[f : f + n][whole.chunk_mask[f : f + n]] for f, n in zip(first, whole.num_chunks)]  # noqa: B905
+    first = [sum(whole.chunk_counts[:i]) for i in range(8)]
+    of_document = [whole.chunk_ids[f : f + n][whole.chunk_mask[f : f + n]] for f, n in zip(first, whole.chunk_counts)]  # noqa: B905
     for number in range(4):
         part = split(whole, number, 4).batch
         own = range(2 * number, 2 * number + 2)
-        assert len(part.num_chunks) == len({m for i in own for m in whole.members[i]} | set(own))
-        starts = [sum(part.num_chunks[:i]) for i in range(len(part.num_chunks))]
+        assert len(part.chunk_counts) == len({m for i in own for m in whole.members[i]} | set(own))
+        starts = [sum(part.chunk_counts[:i]) for i in range(len(part.chunk_counts))]
         for row, i in enumerate(own):
             for mine, theirs in zip(part.members[row], whole.members[i], strict=True):
-                chunks = slice(starts[mine], starts[mine] + part.num_chunks[mine])
+                chunks = slice(starts[mine], starts[mine] + part.chunk_counts[mine])
                 ids = part.chunk_ids[chunks][part.chunk_mask[chunks]]
                 assert torch.equal(ids, of_document[theirs])
         assert part.chunk_mask.any(0).all() and (part.student.segments >= 0).any(0).all()  # no needless padding

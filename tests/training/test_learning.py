@@ -76,7 +76,7 @@ def trained(tiny_tokenizer, tmp_path_factory):
     asked = [[Question(q, a) for q, a in zip(QUESTIONS, answers, strict=True)] for answers in ANSWERS]
     batches = DistillationBatches(Curriculum(Encyclopedia(), [{"steps": 1}]), tiny_tokenizer, max_chunk_tokens=16)
     batch = batches.batch(DOCUMENTS, asked)
-    assert batch.num_chunks == [2, 2]
+    assert batch.chunk_counts == [2, 2]
     optimizer = {
         "lr": 3e-3,
         "weight_decay": 0.0,

@@ -96,10 +96,10 @@ CHUNKS = torch.tensor([1, 3, -1, 5, -1, -1, 3])
 @pytest.mark.parametrize("chunk", [None, CHUNKS])
 def test_key_contrast_is_the_cross_entropy_of_every_question_over_documents_and_over_questions(chunk):
     torch.manual_seed(0)
-    num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, -1, 2])  # document 1 has no question
+    chunk_counts, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, -1, 2])  # document 1 has no question
     keys = torch.randn(6, 3, 5, dtype=torch.double, requires_grad=True)
     inputs = torch.randn(7, 5, dtype=torch.double, requires_grad=True)
-    by_document, by_question = key_contrast(keys, inputs, owner, num_chunks, chunk=chunk)
+    by_document, by_question = key_contrast(keys, inputs, owner, chunk_counts, chunk=chunk)
 
     centred = (inputs - inputs.mean(0)).detach()
     own = own_chunks(owner, chunk)
@@ -150,7 +150,7 @@ def test_key_contrast_without_questions_about_the_documents_is_empty():
 def test_key_energies_are_shares_of_squared_products_by_question_and_by_row(chunk):
     """Reference: one product after the other, in double precision; gradients of the keys, too."""
     torch.manual_seed(0)
-    num_chunks, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, 1, 2])
+    chunk_counts, owner = [2, 1, 3], torch.tensor([0, 2, -1, 2, 0, 1, 2])
     keys = torch.randn(6, 3, 5, dtype=torch.double, requires_grad=True)
     inputs = torch.randn(7, 5, dtype=torch.double, requires_grad=True)
     of_chunk = [0, 0, 1, 2, 2, 2]
@@ -173,7 +173,7 @@ def test_key_energies_are_shares_of_squared_products_by_question_and_by_row(chun
                 of = torch.stack([energy(c, r, q) for q in range(7)])
                 shares.append(-(of[asked].sum() / of.sum()).log())
         by_document.append(sum(shares) / len(shares))
-    found, expected = key_energies(keys, inputs, owner, num_chunks, chunk=chunk), (by_question, by_document)
+    found, expected = key_energies(keys, inputs, owner, chunk_counts, chunk=chunk), (by_question, by_document)
     weights = [torch.arange(1.0, 7), torch.arange(1.0, 4)]
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.double(), torch.stack(theirs), rtol=1e-5, atol=1e-6)
@@ -196,10 +196,10 @@ def test_rows_that_answer_to_their_own_questions_alone_have_all_the_energy():
 def test_the_energy_share_is_the_owner_s_of_all_chunks_squared_deltas(chunk):
     """Reference: every delta as a matrix, one position and chunk after the other; gradients of A and B, too."""
     torch.manual_seed(0)
-    num_chunks, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
+    chunk_counts, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
     A, B = (torch.randn(6, 3, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
     x = torch.randn(5, 7, dtype=torch.float64)
-    found = energy_share(A, B, x, owner, num_chunks, chunk=chunk)
+    found = energy_share(A, B, x, owner, chunk_counts, chunk=chunk)
     expected = []
     for p, chunks in enumerate(own_chunks(owner, chunk)):
         if chunks:
@@ -222,10 +222,10 @@ def test_adapters_that_add_nothing_share_evenly():
 def test_silence_is_the_mean_squared_delta_of_the_others_chunks_in_units_of_the_output():
     """Reference: every delta as a matrix, one position and chunk after the other; gradients of A and B, too."""
     torch.manual_seed(0)
-    num_chunks, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
+    chunk_counts, owner = [2, 1, 3], torch.tensor([1, 0, -1, 2, 2])
     A, B = (torch.randn(6, 3, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
     x, y = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
-    found = silence(A, B, x, y, owner, num_chunks, scaling=1.5)
+    found = silence(A, B, x, y, owner, chunk_counts, scaling=1.5)
     of_chunk = [0, 0, 1, 2, 2, 2]
     expected = []
     for p in range(5):

@@ -155,7 +155,7 @@ def test_the_loss_is_that_of_single_prompts_with_internalized_adapters(make_modu
     ]
     curriculum = Curriculum(Encyclopedia("train"), STAGES)
     batch = DistillationBatches(curriculum, tiny_tokenizer, max_chunk_tokens=20).batch(documents, asked)
-    assert max(batch.num_chunks) > 1
+    assert max(batch.chunk_counts) > 1
     weights = {"kl_weight": 0.7, "nll_weight": 0.3, "locality_weight": 0.4, "hidden_weight": 0.6, "l1_weight": 0.2}
     module = quietly(make_module("doc_to_lora", **weights))
     model = module.model
@@ -365,8 +365,8 @@ def chunks_with_the_answers(model, batch, records):
     texts = [model.tokenizer.decode(ids[mask][1:-2]) for ids, mask in chunks]
     result, first = [], 0
     for row, record in enumerate(records):
-        of_document = range(first, first + batch.num_chunks[row])
-        first += batch.num_chunks[row]
+        of_document = range(first, first + batch.chunk_counts[row])
+        first += batch.chunk_counts[row]
         for segment in range(1, int(batch.student.segments[row].max()) + 1):
             question = record.questions[segment - 1] if segment <= len(record.questions) else None
             found = []
@@ -401,8 +401,8 @@ def test_the_key_loss_compares_what_enters_the_modules_of_the_plain_model(make_m
     losses = []
     for layer, x in enumerate(inputs):
         keys = A["down_proj"][:, layer]
-        contrast = sum(key_contrast(keys, x, owner, batch.num_chunks, chunk=chunk)) / 2
-        of_tokens, of_documents = key_energies(keys, x, owner, batch.num_chunks, chunk=chunk)
+        contrast = sum(key_contrast(keys, x, owner, batch.chunk_counts, chunk=chunk)) / 2
+        of_tokens, of_documents = key_energies(keys, x, owner, batch.chunk_counts, chunk=chunk)
         losses.append(mean_over_documents(contrast + of_tokens, owner) + of_documents.mean())
     assert loss.item() == pytest.approx(0.5 * torch.stack(losses).mean().item(), rel=1e-3)
     assert not any(module._forward_pre_hooks for module in model.base_model.modules())
@@ -421,7 +421,7 @@ def test_the_share_loss_weighs_what_enters_with_the_adapters_in_force(make_modul
     inputs, owner = answers_in_prompts_of_their_own(model, batch, adapters)
     chunk = chunks_with_the_answers(model, batch, data.curriculum.records(1)) if contrast_chunks else None
     values = [
-        energy_share(A["down_proj"][:, layer], B["down_proj"][:, layer], x, owner, batch.num_chunks, chunk=chunk)
+        energy_share(A["down_proj"][:, layer], B["down_proj"][:, layer], x, owner, batch.chunk_counts, chunk=chunk)
         for layer, x in enumerate(inputs)
     ]
     expected = mean_over_documents(torch.stack(values).mean(0), owner)
@@ -490,7 +490,7 @@ def test_silence_weighs_every_answer_token_s_inputs_against_the_other_documents(
     assert [len(part._forward_hooks) for part in model.base_model.modules()] == num_hooks
     model.injector.clear()
     A, B = model.adapt(batch.chunk_ids, batch.chunk_mask)
-    of_chunk = [i for i, count in enumerate(batch.num_chunks) for _ in range(count)]
+    of_chunk = [i for i, count in enumerate(batch.chunk_counts) for _ in range(count)]
     documents = [record.document for record in data.curriculum.records(1)]
     rows, per_row = batch.student, []
     for i in range(len(rows.ids)):

@@ -119,6 +119,7 @@ def set_tables(rows: Rows) -> list[tuple[str, Table]]:
             f"; {1 - fits:.0%} of the prompts with the documents did not fit and lost their middle" if fits < 1 else ""
         )
         for what, cells in SET_TABLES.items():
+            cells = {head: cell for head, cell in cells.items() if any(cell(row) != "–" for row in chosen)}
             caption = f"{task_name(task)}, {name}: {what} ({counts}{cut})"
             result.append((task, Table.of(caption, chosen, cells)))
     return result

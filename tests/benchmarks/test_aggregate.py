@@ -29,7 +29,7 @@ def test_scores_are_compared_with_full_context_and_the_floor(cells) -> None:
     assert [r["method"] for r in rows][:5] == ["no_context", "full_context", "prefix_cache", "retrieval", "doc_to_lora"]
 
 
-def test_questions_are_put_together_by_the_values_of_their_attributes(cells) -> None:
+def test_questions_are_grouped_by_the_values_of_attributes(cells) -> None:
     rows = summarize([row for row in cells if row["task"] in ("encyclopedia", "needles")], cost_model=no_model)
     slices = [r for r in rows if r["kind"] == "slice" and r["method"] == "doc_to_lora"]
     assert {tuple(r["by"]) for r in slices if r["task"] == "needles"} == {("num_chunks",)}  # one depth is no axis

@@ -83,7 +83,7 @@ def test_break_even_is_where_the_totals_cross() -> None:
     assert amortised(own, 30) == pytest.approx(amortised(other, 30))
 
 
-def test_a_model_s_costs_are_those_that_torch_counts_for_each_method(make_doc_to_lora) -> None:
+def test_costs_are_those_that_torch_counts_for_each_method(make_doc_to_lora) -> None:
     doc_to_lora = make_doc_to_lora().requires_grad_(False)
     model = CostModel.of(doc_to_lora)._replace(question_tokens=9, answer_tokens=4, retrieved_tokens=30)
     base_model, tokenizer = doc_to_lora.base_model, copy.deepcopy(doc_to_lora.tokenizer)  # all tests share it
@@ -128,7 +128,7 @@ def test_a_line_is_found_again_and_never_has_a_part_below_zero() -> None:
         Line.fitted([(1, 0.0)])
 
 
-def test_seconds_are_those_that_were_measured_where_a_line_fits_them(cost_model) -> None:
+def test_fitted_seconds_are_the_measured_ones_on_a_line(cost_model) -> None:
     def measured(method: str, length: int) -> Measured:
         work = cost_model.phases(method, length)
         return Measured(method, length, 0.1 + 1e-6 * (work.prepare or length), 1e-6 * work.first_token, 0.02)

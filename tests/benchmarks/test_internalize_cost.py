@@ -70,7 +70,7 @@ def test_operations_are_counted():
     assert matmul_rate("cpu", torch.float32) > 1e6
 
 
-def test_memory_beyond_the_adapter_does_not_grow_with_the_document(model):
+def test_memory_without_the_adapter_does_not_grow_with_length(model):
     """In tensors held at a time, from four budgets of tokens to sixteen of them."""
 
     def beyond(num_tokens):
@@ -102,7 +102,7 @@ def test_the_rows_explain_themselves_and_make_table_and_plot(tmp_path, capsys):
     assert "<svg" in (tmp_path / "cost.svg").read_text()
 
 
-def test_a_way_that_runs_out_of_memory_is_a_result_and_not_the_end(model, monkeypatch):
+def test_internalizing_out_of_memory_is_a_result(model, monkeypatch):
     def too_large(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -119,7 +119,7 @@ def test_unknown_names_end_with_one_line(override, wrong):
         main.__wrapped__(settings(override))
 
 
-def test_the_shape_of_gemma_2_2b_has_its_parameters_and_the_papers_hypernetwork():
+def test_gemma_2_2b_shape_has_the_papers_number_of_parameters():
     with torch.device("meta"):
         base_model = build_base_model({**GEMMA_2_2B, "pad_token_id": 0})
         hypernetwork = HyperNetwork(

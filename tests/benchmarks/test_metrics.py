@@ -51,7 +51,7 @@ def test_token_f1_counts_shared_words(prediction, reference, expected):
     assert token_f1(reference, prediction) == pytest.approx(expected)
 
 
-def test_exact_match_and_f1_agree_with_another_implementation_of_the_official_script():
+def test_exact_match_and_f1_agree_with_torchmetrics_squad():
     rng = random.Random(0)
     words = ["the", "a", "an", "The", "cat", "Cat,", "dog.", "1997", "a-b", "U.S.", "“x”", "\n", "über", "!", "it's"]
     for _ in range(200):
@@ -102,7 +102,7 @@ def test_no_reference_is_refused(metric):
         metric("x", [])
 
 
-def test_bootstrap_interval_matches_the_normal_one_for_many_values():
+def test_bootstrap_interval_matches_the_normal_approximation():
     values = np.random.default_rng(0).normal(0.6, 0.2, size=2000)
     half = 1.96 * values.std() / len(values) ** 0.5
     low, high = bootstrap_interval(values)
@@ -155,7 +155,7 @@ def test_bootstrap_interval_refuses_what_it_cannot_use(arguments, message):
         bootstrap_interval(values, **arguments)
 
 
-def test_gap_closed_is_the_share_of_the_way_from_floor_to_ceiling():
+def test_gap_closed_is_zero_at_the_floor_and_one_at_the_ceiling():
     assert gap_closed(0.5, 0.25, 0.75) == 0.5
     assert gap_closed(0.25, 0.25, 0.75) == 0.0
     assert gap_closed(0.75, 0.25, 0.75) == 1.0
@@ -177,14 +177,14 @@ def test_a_paired_interval_of_one_column_is_that_of_its_mean():
     assert (low, high) == pytest.approx(expected, abs=2e-3)
 
 
-def test_what_all_methods_find_hard_does_not_widen_a_paired_difference():
+def test_shared_difficulty_does_not_widen_a_paired_difference():
     rng = np.random.default_rng(0)
     hard = rng.random(200)
     low, high = paired_interval([hard + 0.1, hard], lambda a, b: a - b, groups=list(range(200)))
     assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
 
 
-def test_a_paired_ratio_covers_the_true_one_and_is_none_where_it_is_undefined():
+def test_paired_ratio_covers_the_true_one_or_is_none():
     rng = np.random.default_rng(1)
     base = rng.random(300) + 0.5
     other = 0.8 * base + rng.normal(0, 0.05, 300)

@@ -28,7 +28,7 @@ def test_report_rows_come_back_as_they_were(report_rows, tmp_path) -> None:
     assert found == [{k: v for k, v in row.items() if k != "run"} for row in report_rows]
 
 
-def test_reports_are_merged_and_a_task_of_both_gets_its_file_s_name(report_rows) -> None:
+def test_merged_reports_rename_a_task_that_both_have(report_rows) -> None:
     sweep, *rows = report_rows
     other = sweep | {"commands": ["python -m benchmarks.run sweep=interference"], "dates": ["2027-01-01"] * 2}
     other |= {"commands_by_task": {"locality": other["commands"]}}

@@ -43,7 +43,7 @@ def run(monkeypatch, *arguments: str) -> int | str | None:
     return None
 
 
-def test_one_cell_s_rows_explain_themselves_and_a_second_run_skips_it(monkeypatch, tmp_path) -> None:
+def test_cell_rows_explain_themselves_and_are_not_remeasured(monkeypatch, tmp_path) -> None:
     command = [f"output_dir={tmp_path}", "method=doc_to_lora", *ONE_SET, *SMALL]
     assert run(monkeypatch, *command) in (None, 0)
     (path,) = (tmp_path / "cells").glob("*.jsonl")
@@ -57,7 +57,7 @@ def test_one_cell_s_rows_explain_themselves_and_a_second_run_skips_it(monkeypatc
     assert path.stat().st_mtime_ns == before
 
 
-def test_a_failed_cell_says_so_in_one_line_and_is_measured_once_it_can_be(monkeypatch, tmp_path) -> None:
+def test_failed_cell_says_so_in_one_line_and_is_retried(monkeypatch, tmp_path) -> None:
     squad = tmp_path / "squad.json"
     command = [f"output_dir={tmp_path}", "task=squad", "method=no_context", f"task.path={squad}", *SMALL]
     message = run(monkeypatch, *command)
@@ -140,7 +140,7 @@ def test_every_file_is_composed_and_built(path, make_doc_to_lora, tmp_path) -> N
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_sweep_s_header_says_how_to_run_it_and_how_long_it_takes(path) -> None:
+def test_sweep_header_has_command_hardware_and_time(path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# @package _global_\n")
     assert re.search(rf"^#\s+(command)?\s+python -m benchmarks.run sweep={path.stem}\b", text, re.MULTILINE)

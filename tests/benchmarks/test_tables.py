@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import internalize_cost, kernel_speed, tables
 from benchmarks.report.page import unconfirmed
 from benchmarks.tables import FILES, ROOT, TABLES, all_rows, made_plots, with_tables
 
@@ -65,6 +65,15 @@ def test_every_plot_is_what_its_committed_rows_give() -> None:
         path = ROOT / name
         assert path.is_file(), f"{name} is not there; run python -m benchmarks.tables"
         assert path.read_text(encoding="utf-8") == svg, f"{name} differs from its rows; run python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize(
+    ("name", "plot"), [("internalize_cost", internalize_cost.plot), ("kernel_speed", kernel_speed.roofline)]
+)
+def test_plots_of_speed_are_what_their_committed_rows_give(name, plot, tmp_path) -> None:
+    plot(tables.read(name), tmp_path / "plot.svg")
+    committed = ROOT / tables.RESULTS / f"{name}.svg"
+    assert (tmp_path / "plot.svg").read_bytes() == committed.read_bytes(), f"run benchmarks.{name} plot_only=true"
 
 
 def test_the_main_plot_shows_the_adapter_with_its_controls() -> None:

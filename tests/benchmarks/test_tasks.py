@@ -116,7 +116,7 @@ def test_at_most_so_many_are_drawn_and_none_twice() -> None:
     assert len(drawn) == len(set(drawn)) == 20
 
 
-def test_practice_on_any_text_asks_each_sentence_s_end_once_and_never_tells_it() -> None:
+def test_practice_asks_each_sentence_s_end_once() -> None:
     text = (
         "The old mill stands by the river. Short one. The old mill stands by the river. It has four wide black sails."
     )

@@ -68,7 +68,7 @@ def test_steps_add_up(curriculum, tokenizer) -> None:
     assert whole == halves
 
 
-def test_the_committed_counts_are_the_command_s_and_the_shipped_base_model_s(monkeypatch, tmp_path) -> None:
+def test_committed_counts_are_of_the_shipped_base_model(monkeypatch, tmp_path) -> None:
     """Exactly, in the first stage; drawing all of them takes ten times as long."""
     output = tmp_path / "times_asked.jsonl"
     monkeypatch.chdir(ROOT)

@@ -47,7 +47,7 @@ def test_every_method_answers_the_same_held_out_questions(make_doc_to_lora) -> N
     assert chunks <= {2, 3, 4}
 
 
-def test_articles_are_the_same_for_the_same_seed_and_of_the_asked_sizes(tiny_tokenizer) -> None:
+def test_articles_follow_the_seed_and_have_the_asked_sizes(tiny_tokenizer) -> None:
     settings = {"seed": 1, "article_tokens": 200, "one_entity": 2, "many_entities": 3}
     first, second = (held_out_articles(tiny_tokenizer, **settings) for _ in range(2))
     assert first == second

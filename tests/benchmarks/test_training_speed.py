@@ -107,7 +107,7 @@ def test_every_method_leaves_the_base_model_plain(shipped, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_shipped_model_takes_the_same_step_in_both_precisions(shipped, dtype):
+def test_shipped_model_takes_the_same_step_in_both_precisions(shipped, dtype):
     (batch,) = make_batches(shipped, CHUNKED, number=1, seed=2)
     for name in ("padded_per_token", "padded_per_question"):
         found = difference([Ours(shipped), METHODS[name](shipped)], batch, shipped, device="cpu", dtype=dtype)
@@ -127,7 +127,7 @@ def test_a_method_that_takes_another_step_is_not_timed(shipped, monkeypatch):
 # What is measured
 
 
-def test_the_stages_have_the_same_documents_in_one_chunk_and_in_up_to_eight(shipped):
+def test_stages_have_the_same_documents_in_one_or_eight_chunks(shipped):
     cfg = settings()
     one, many = (make_batches(shipped, dict(stage), number=2, seed=0) for stage in cfg.stages.values())
     for a, b in zip(one, many, strict=True):
@@ -151,7 +151,7 @@ def test_the_rows_explain_themselves_and_make_the_table(tmp_path, capsys):
     assert markdown(rows) in capsys.readouterr().out
 
 
-def test_a_method_that_runs_out_of_memory_is_a_result_and_not_the_end(shipped, monkeypatch):
+def test_training_method_out_of_memory_is_a_result(shipped, monkeypatch):
     class Large(Padded):
         def prepare(self, batch):
             self.is_check = len(batch.student.ids) < 3
@@ -170,7 +170,7 @@ def test_a_method_that_runs_out_of_memory_is_a_result_and_not_the_end(shipped, m
     assert markdown(rows).count("out of memory") == 2
 
 
-def test_a_compiled_hypernetwork_is_measured_as_training_compiles_it(monkeypatch):
+def test_hypernetwork_is_compiled_as_in_training(monkeypatch):
     model, compiled = build_model("tiny", device="cpu"), []
     monkeypatch.setattr(training_speed, "build_model", lambda *_, **__: model)
 
@@ -204,7 +204,7 @@ def test_mistakes_end_with_one_line(override, message):
         main.__wrapped__(settings(override))
 
 
-def test_a_model_of_another_shape_is_built_for_mixed_precision_and_steps(monkeypatch):
+def test_model_of_another_shape_steps_in_mixed_precision(monkeypatch):
     from benchmarks import internalize_cost
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 2100}

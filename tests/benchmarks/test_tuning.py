@@ -51,7 +51,7 @@ def made() -> list[dict]:
     ]
 
 
-def test_the_best_setting_and_step_are_chosen_and_values_at_the_edge_named() -> None:
+def test_best_setting_and_step_are_chosen_and_edges_named() -> None:
     rows = tried(made())
     assert len(rows) == 3 * 3 + 3 and all(row["questions"] == 4 for row in rows)
     lora, retrieval = chosen(rows)
@@ -70,7 +70,7 @@ def test_seeds_of_one_setting_are_taken_together() -> None:
     assert (row["questions"], row["seeds"], row["exact_match"]) == (4, 2, 0.75)
 
 
-def test_of_equal_steps_the_fewest_are_chosen_and_likelihood_decides_before() -> None:
+def test_ties_go_to_the_likelihood_then_to_the_fewest_steps() -> None:
     rows = cell("text_lora", {"lr": 0.01}, {10: [1, 0], 40: [1, 0], 80: [1, 0]})
     assert chosen(tried(rows))[0]["step"] == 10
     for row in rows:

@@ -99,7 +99,7 @@ def test_two_sweeps_of_joined_documents_have_a_panel_each(report_rows) -> None:
     assert {panel.title.split(":")[0] for panel in figure.panels} == {"composition", "many documents"}
 
 
-def test_capacity_has_a_line_for_each_rank_and_a_panel_for_each_task(report_rows) -> None:
+def test_capacity_has_a_line_per_rank_and_a_panel_per_task(report_rows) -> None:
     own = [row for row in report_rows if row.get("task") == "capacity"]
     rows = ranked(own, "doc_to_lora", 32, 4) + [r for r in own if r["method"] in ("no_context", "full_context")]
     figure = capacity([*rows, *({**row, "task": "capacity_entities"} for row in rows)])

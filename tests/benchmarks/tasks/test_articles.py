@@ -17,7 +17,7 @@ def test_a_new_version_has_every_value_changed_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("index", range(12))  # all four kinds of entities
-def test_every_question_of_an_article_about_one_entity_names_that_entity(index) -> None:
+def test_questions_about_one_entity_name_it(index) -> None:
     record = Encyclopedia("test", seed=0).record(index, num_facts=5)
     names = {entity_of(question) for question in record.questions}
     assert len(names) == 1

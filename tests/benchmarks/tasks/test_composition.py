@@ -20,7 +20,7 @@ def test_every_set_asks_the_same_of_the_same_articles() -> None:
         assert [d for case in cases for d in case.documents] == [case.documents[0] for case in sets[1]]
 
 
-def test_questions_ask_about_every_document_and_no_two_documents_are_about_one_entity() -> None:
+def test_every_document_is_asked_about_and_has_its_own_entities() -> None:
     cases = list(CompositionTask(num_documents=[4], num_cases=30, questions_per_document=2).cases(0))
     for case in cases:
         for document in case.documents:

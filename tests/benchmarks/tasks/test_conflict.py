@@ -36,7 +36,7 @@ def test_conflicts_contradict_what_the_base_model_learned() -> None:
         task(statements={"weather": "{s} {v}"})
 
 
-def test_every_question_says_how_often_training_asked_for_its_fact() -> None:
+def test_questions_say_how_often_training_asked_for_their_fact() -> None:
     counts = read_times_asked(TIMES_ASKED).counts
     names = {fact.entity.name for fact in known_facts()} | {subject for _, subject, _ in background_facts()}
     found = Counter()
@@ -54,7 +54,7 @@ def test_every_question_says_how_often_training_asked_for_its_fact() -> None:
     assert [low for learned, low in found if not learned] == [0]
 
 
-def test_without_counts_there_are_no_bands_and_the_same_questions() -> None:
+def test_without_counts_questions_are_the_same_without_bands() -> None:
     texts = lambda cases: [[q.text for q in case.questions] for case in cases]  # noqa: E731
     bare = list(task().cases(3))
     assert not any(question.attributes for case in bare for question in case.questions)

@@ -31,7 +31,7 @@ def test_controls_tell_no_answer(control) -> None:
         task(control="upside_down")
 
 
-def test_settings_are_chosen_on_other_articles_than_those_of_the_test() -> None:
+def test_validation_articles_are_not_those_of_the_test_split() -> None:
     test, validation = (list(task(split=split).cases(0)) for split in ("test", "validation"))
     assert not {d for case in test for d in case.documents} & {d for case in validation for d in case.documents}
     assert not {q.text for case in test for q in case.questions} & {

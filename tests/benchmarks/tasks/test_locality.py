@@ -13,7 +13,7 @@ def test_locality_asks_nothing_about_the_document() -> None:
                 assert question.answers[0].lower() in question.context.lower()
 
 
-def test_facts_never_protected_in_training_are_a_set_of_their_own() -> None:
+def test_facts_never_protected_in_training_are_their_own_set() -> None:
     held_out = {question.text for question in background_questions(held_out=True)}
     asked = {"background": set(), "background, never protected": set()}
     for case in LocalityTask(num_cases=20).cases(0):

@@ -45,7 +45,7 @@ def test_a_longer_haystack_hides_the_same_needle(make) -> None:
     assert len({next(iter(found))[0] for found in by_case.values()}) > 1
 
 
-def test_several_keys_among_the_encyclopedia_s_sentences_are_each_asked_for(make) -> None:
+def test_several_keys_are_each_asked_for(make) -> None:
     for case in make(num_chunks=[4], num_keys=4, filler="encyclopedia").cases(0):
         assert len({question.text for question in case.questions}) == 4
         for question in case.questions:
@@ -60,7 +60,7 @@ def test_the_wrong_haystack_does_not_hold_the_number(make) -> None:
         assert not any(question.answers[0] in case.others[0] for question in case.questions)
 
 
-def test_what_it_cannot_make_is_refused_before_anything_is_measured(make) -> None:
+def test_impossible_haystacks_are_refused_before_measuring(make) -> None:
     with pytest.raises(ValueError, match="depths is .0.5, 2.; give numbers from 0"):
         make(depths=[0.5, 2])
     with pytest.raises(ValueError, match="Unknown filler 'filler'"):

@@ -13,7 +13,7 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_every_accepted_answer_counts_and_the_whole_file_is_asked(tmp_path) -> None:
+def test_accepted_answers_count_and_all_questions_are_asked(tmp_path) -> None:
     rows = [{"context": f"Paper {i}.", "input": f"Which {i}?", "answers": [f"one {i}", f"1 {i}"]} for i in range(30)]
     path = tmp_path / "qasper.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

@@ -3,7 +3,7 @@
 from benchmarks.tasks.updates import UpdatesTask
 
 
-def test_updates_ask_for_the_newer_value_and_give_the_older_document_only_to_be_dropped() -> None:
+def test_updates_ask_for_the_newer_value_and_drop_the_older() -> None:
     for case in UpdatesTask(num_cases=3).cases(0):
         older = case.replaced or case.documents[:1]
         newer = case.documents[-1]

@@ -1,15 +1,15 @@
 """DocToLoRA: the whole path, from a document to an adapter to an answer.
 
-    model = DocToLoRA.from_pretrained("assets/tiny")
-    adapter = model.internalize("Norbach was founded by Ilda Renwick. ...")
-    model.generate(["Who founded Norbach?"], adapter)
-    model.generate(["...", "..."], [adapter, other])                 # every question its own adapter, or None
+model = DocToLoRA.from_pretrained("assets/tiny")
+adapter = model.internalize("Norbach was founded by Ilda Renwick. ...")
+model.generate(["Who founded Norbach?"], adapter)
+model.generate(["...", "..."], [adapter, other])                 # every question its own adapter, or None
 
-    many = model.internalize(documents)                              # or adapter + other
-    model.generate(questions, many)                                  # joined as the hypernetwork was trained
-    model.generate(questions, many, join="gate", gate_power=1.25)    # every token weights the chunks by their scores
-    model.generate(questions, many, join="route", top_k=2)           # every question its two best chunks
-    many.fused("ridge").save("outputs/both")                         # one plain LoRA for any other program
+many = model.internalize(documents)                              # or adapter + other
+model.generate(questions, many)                                  # joined as the hypernetwork was trained
+model.generate(questions, many, join="gate", gate_power=1.25)    # every token weights the chunks by their scores
+model.generate(questions, many, join="route", top_k=2)           # every question its two best chunks
+many.fused("ridge").save("outputs/both")                         # one plain LoRA for any other program
 """
 
 import hashlib

@@ -85,14 +85,14 @@ def build(monkeypatch, tmp_path, tiny_base_model_folder):
 
 
 @pytest.mark.parametrize("top", TOP)
-def test_every_top_level_file_is_a_command_s_and_resolves(top):
+def test_every_top_level_config_belongs_to_a_command(top):
     commands = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     assert [path for path in commands if f'config_name="{top}"' in path.read_text(encoding="utf-8")]
     assert resolved(composed(top))
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in LARGE])
-def test_every_experiment_is_complete_and_can_be_built(build, experiment):
+def test_every_experiment_is_complete_and_builds(build, experiment):
     (recipe,) = [recipe for recipe in recipes() if recipe[1:] == (f"experiment={experiment}",)]
     assert resolved(composed(*recipe))
     module, data, trainer = build(*recipe)
@@ -106,7 +106,7 @@ def test_every_experiment_is_complete_and_can_be_built(build, experiment):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_s_header_says_how_to_run_it(experiment):
+def test_experiment_header_says_how_to_run_it(experiment):
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# @package _global_\n")
     (command,) = re.findall(r"#\s+command\s+python (\S+\.py.*)", text)
@@ -118,7 +118,7 @@ def test_an_experiment_s_header_says_how_to_run_it(experiment):
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=str)
-def test_every_other_file_is_chosen_by_some_command_or_can_be(build, path):
+def test_every_other_config_is_selectable_by_a_command(build, path):
     for recipe in recipes():
         if path in chosen_by(*recipe).values():
             return  # built with the experiment
@@ -136,12 +136,12 @@ def test_every_other_file_is_chosen_by_some_command_or_can_be(build, path):
     pytest.fail(f"No command composes conf/{path}.yaml. Use it in one, or delete it.")
 
 
-def test_a_file_that_no_command_composes_fails(monkeypatch, build):
+def test_config_that_no_command_composes_fails(monkeypatch, build):
     """The test above does find them."""
     orphan = Path("orphans/lonely")
     monkeypatch.setitem(globals(), "FILES", [*FILES, orphan])
     with pytest.raises(pytest.fail.Exception, match="No command composes conf/orphans/lonely.yaml"):
-        test_every_other_file_is_chosen_by_some_command_or_can_be(build, orphan)
+        test_every_other_config_is_selectable_by_a_command(build, orphan)
 
 
 # Large ones
@@ -217,7 +217,7 @@ def test_large_experiments_are_those_without_base_model_here():
 
 
 @pytest.mark.parametrize("experiment", LARGE)
-def test_a_large_experiment_has_the_papers_parameters(build_large, experiment):
+def test_large_experiment_has_published_parameter_count(build_large, experiment):
     cfg, module, data, trainer = build_large(experiment)
     assert resolved(cfg)
     model = module.model
@@ -255,7 +255,7 @@ def test_papers_hypernetwork_has_its_parameters_and_11680_more(build_large):
     assert total == 309_468_064 and total - sum(found.values()) == 309_456_384
 
 
-def test_a_main_run_takes_the_papers_steps(build_large):
+def test_main_run_takes_published_number_of_steps(build_large):
     """262,144 document tokens, on 8 devices in parts of 4,096 and 1,024; 1-8 chunks in the second stage alone."""
     for number, (steps, at_once) in enumerate(((80_000, 4096), (20_000, 1024)), start=1):
         cfg, module, data, trainer = build_large(f"main_gemma2_2b_stage{number}")
@@ -298,14 +298,14 @@ ABLATIONS = {
 }
 
 
-def test_every_ablation_is_in_the_list():
+def test_every_ablation_is_listed():
     assert {f"tiny_ablation_{name}" for name in ABLATIONS} == {
         name for name in EXPERIMENTS if name.startswith("tiny_ablation_")
     }
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_an_ablation_changes_one_thing(name):
+def test_ablation_changes_one_thing(name):
     complete, ablated = (
         resolved(composed("train", f"experiment={experiment}", "output_dir=outputs/same"))
         for experiment in ("tiny_ablation", f"tiny_ablation_{name}")
@@ -325,7 +325,7 @@ def test_ablation_sweep_runs_have_folders_with_their_names():
     assert (cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) == ("outputs/tiny_ablations", "tiny_ablation_rank_4_seed_2")
 
 
-def test_the_sweep_over_ablations_runs_as_its_header_says(commands, tmp_path, tiny_base_model_folder):
+def test_ablation_sweep_runs_as_its_header_says(commands, tmp_path, tiny_base_model_folder):
     header = (CONF / "experiment/tiny_ablation.yaml").read_text(encoding="utf-8")
     (sweep,) = re.findall(r"#\s+sweep\s+python (train\.py .*?)  ", header)
     _, *arguments = shlex.split(sweep.replace("glob(tiny_ablation*)", "glob(tiny_ablation_w*)").replace("0,1,2", "3"))

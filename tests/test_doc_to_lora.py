@@ -53,7 +53,7 @@ def assert_same(left: LoRAAdapter, right: LoRAAdapter, **tolerance):
 
 
 @pytest.mark.parametrize("kind", ["per_layer_activations", "early_exit", "embed_only"])
-def test_an_untrained_hypernetwork_leaves_the_base_model_bit_identical(make_doc_to_lora, tiny_base_model, kind):
+def test_untrained_hypernetwork_leaves_base_model_bit_equal(make_doc_to_lora, tiny_base_model, kind):
     encoder = {"kind": kind, "layer_idx": 1 if kind == "early_exit" else None}
     model = make_doc_to_lora(trained=False, context_encoder=encoder, target_modules=["down_proj", "q_proj"])
     adapter = model.internalize(LONG)
@@ -69,14 +69,14 @@ def test_an_untrained_hypernetwork_leaves_the_base_model_bit_identical(make_doc_
     assert model.generate(QUESTIONS, [adapter, None, adapter, None], max_new_tokens=8) == plain
 
 
-def test_a_trained_one_changes_the_answers_and_differently_for_every_document(model):
+def test_trained_hypernetwork_changes_answers_per_document(model):
     adapters = [model.internalize(document) for document in (LONG, OTHER, SHORT)]
     answers = [model.generate(QUESTIONS, adapter, max_new_tokens=8) for adapter in [None, *adapters]]
     assert len({tuple(answer) for answer in answers}) == 4
     assert model.generate(QUESTIONS, max_new_tokens=8) == answers[0]  # nothing stays behind
 
 
-def test_base_model_and_tokenizer_are_not_touched(model, tiny_base_model):
+def test_model_leaves_base_model_and_tokenizer_unchanged(model, tiny_base_model):
     model.generate(QUESTIONS, model.internalize(LONG), max_new_tokens=3)
     assert fingerprint(model.base_model) == fingerprint(tiny_base_model)
     assert list(model.base_model.state_dict()) == list(tiny_base_model.state_dict())
@@ -86,7 +86,7 @@ def test_base_model_and_tokenizer_are_not_touched(model, tiny_base_model):
 # Batches of mixed adapters
 
 
-def test_a_batch_with_mixed_adapters_answers_as_one_question_at_a_time(model):
+def test_mixed_adapter_answers_equal_single_questions(model):
     long, other, short = (model.internalize(document) for document in (LONG, OTHER, SHORT))
     assert len({long.num_chunks, other.num_chunks, short.num_chunks}) > 1
     adapters = [long, None, other, long + short]
@@ -96,7 +96,7 @@ def test_a_batch_with_mixed_adapters_answers_as_one_question_at_a_time(model):
     assert together[::-1] == model.generate(QUESTIONS[::-1], adapters[::-1], max_new_tokens=9)
 
 
-def test_the_logits_of_a_mixed_batch_are_those_of_one_at_a_time(model):
+def test_mixed_adapter_logits_equal_single_questions(model):
     adapters = [model.internalize(LONG), None, model.internalize(SHORT)]
     ids = [model.tokenizer(model.layout.prompt(q))["input_ids"] for q in QUESTIONS[:3]]
     size = min(map(len, ids))
@@ -109,7 +109,7 @@ def test_the_logits_of_a_mixed_batch_are_those_of_one_at_a_time(model):
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
 
 
-def test_a_document_in_the_prompt_stands_before_its_question(model):
+def test_document_in_prompt_precedes_its_question(model):
     documents = [SHORT, None, LONG, OTHER]
     answers = model.generate(QUESTIONS, documents=documents, max_new_tokens=6)
     for question, document, answer in zip(QUESTIONS, documents, answers, strict=True):
@@ -131,7 +131,7 @@ def test_internalize_keeps_no_autograd_graph(model):
     assert torch.is_grad_enabled()
 
 
-def test_a_text_longer_than_a_chunk_becomes_one_block_per_chunk(model):
+def test_internalize_long_text_yields_one_block_per_chunk(model):
     chunks = chunk_document(LONG, model.tokenizer, max_chunk_tokens=model.max_chunk_tokens)
     adapter = model.internalize(LONG)
     assert adapter.num_chunks == len(chunks.ids) > 2
@@ -143,7 +143,7 @@ def test_a_text_longer_than_a_chunk_becomes_one_block_per_chunk(model):
         torch.testing.assert_close(adapter.B["down_proj"][c], B["down_proj"][0])
 
 
-def test_several_documents_together_are_the_sum_of_their_adapters(model):
+def test_internalize_several_documents_equals_adapter_sum(model):
     together = model.internalize([LONG, SHORT, OTHER])
     added = model.internalize(LONG) + model.internalize(SHORT) + model.internalize(OTHER)
     assert_same(together, added)
@@ -153,7 +153,7 @@ def test_several_documents_together_are_the_sum_of_their_adapters(model):
         torch.testing.assert_close(logits_of(model, question, together), expected, rtol=0, atol=1e-5)
 
 
-def test_the_sum_of_adapters_adds_their_effects_with_the_bias_block_once(model):
+def test_adapter_sum_adds_deltas_with_one_bias_block(model):
     """On what a target layer adds, which is linear in the blocks."""
     x = torch.randn(5, model.hypernetwork.targets[0].d_in)
     module = model.base_model.get_submodule(model.hypernetwork.targets[0].paths[0])
@@ -167,14 +167,14 @@ def test_the_sum_of_adapters_adds_their_effects_with_the_bias_block_once(model):
     torch.testing.assert_close(added(long + short), added(long) + added(short) - bias, rtol=1e-4, atol=1e-4)
 
 
-def test_the_same_document_gives_the_same_adapter_and_mode_does_not_matter(model):
+def test_internalize_is_deterministic_in_train_and_eval_mode(model):
     expected = model.internalize(LONG)
     model.train()
     model.base_model.eval()
     assert_same(model.internalize(LONG), expected, rtol=0, atol=0)
 
 
-def test_reading_under_an_injected_adapter_is_the_same_as_without(model):
+def test_internalize_ignores_the_active_adapter(model):
     expected = model.internalize(LONG)
     with model.injector.using(expected):
         assert_same(model.internalize(LONG), expected, rtol=0, atol=0)
@@ -182,7 +182,7 @@ def test_reading_under_an_injected_adapter_is_the_same_as_without(model):
     assert torch.equal(inside, logits_of(model, QUESTIONS[0], expected))
 
 
-def test_an_adapter_stays_as_it_was_when_the_hypernetwork_is_trained_on(model):
+def test_adapter_is_independent_of_further_training(model):
     adapter = model.internalize(LONG)
     expected = logits_of(model, QUESTIONS[0], adapter)
     with torch.no_grad():
@@ -191,19 +191,19 @@ def test_an_adapter_stays_as_it_was_when_the_hypernetwork_is_trained_on(model):
     assert torch.equal(logits_of(model, QUESTIONS[0], adapter), expected)
 
 
-def test_adapters_of_one_hypernetwork_share_their_bias_block(model):
+def test_adapters_of_one_hypernetwork_share_bias_block(model):
     """So that a batch of many adapters holds it once."""
     adapters = [model.internalize(document) for document in (LONG, SHORT)]
     assert adapters[0].bias_B["down_proj"].data_ptr() == adapters[1].bias_B["down_proj"].data_ptr()
 
 
 @pytest.mark.parametrize("document", ["", " \n", [SHORT, "\t"], []])
-def test_nothing_to_read_is_refused(model, document):
+def test_internalize_refuses_empty_input(model, document):
     with pytest.raises(ValueError, match="The document is empty|There is no document to internalize"):
         model.internalize(document)
 
 
-def test_half_a_character_is_refused_with_what_to_do(model):
+def test_internalize_refuses_lone_surrogates(model):
     with pytest.raises(ValueError, match="half a character .*Replace it"):
         model.internalize("Norbach \ud800 is a town.")
 
@@ -211,7 +211,7 @@ def test_half_a_character_is_refused_with_what_to_do(model):
 # Provenance
 
 
-def test_an_adapter_says_what_it_contains(model):
+def test_adapter_provenance_describes_its_content(model):
     document = Document(name="notes.txt", text=LONG, sha256="d" * 64)
     provenance = model.internalize([document, "Café Elmouth 🦊."]).provenance
     json.dumps(provenance)
@@ -226,7 +226,7 @@ def test_an_adapter_says_what_it_contains(model):
     assert provenance["versions"]["torch"] == torch.__version__
 
 
-def test_provenance_survives_the_disk_and_addition(model, tmp_path):
+def test_provenance_survives_save_and_addition(model, tmp_path):
     both = model.internalize(LONG) + model.internalize(SHORT)
     both.save(tmp_path / "both")
     loaded = LoRAAdapter.load(tmp_path / "both", base_model_fingerprint=model.base_model_fingerprint)
@@ -234,14 +234,14 @@ def test_provenance_survives_the_disk_and_addition(model, tmp_path):
     assert model.generate(QUESTIONS, loaded, max_new_tokens=6) == model.generate(QUESTIONS, both, max_new_tokens=6)
 
 
-def test_the_generator_changes_with_the_hypernetwork(make_doc_to_lora):
+def test_generator_id_changes_with_the_hypernetwork(make_doc_to_lora):
     one, other = (make_doc_to_lora(seed=seed).internalize(SHORT) for seed in (1, 2))
     assert one.provenance["generator"] != other.provenance["generator"]
     with pytest.raises(ValueError, match="Only adapters of one generator can be added"):
         one + other
 
 
-def test_another_base_model_s_adapter_is_refused_with_both_names(make_doc_to_lora, tiny_base_model):
+def test_generate_refuses_adapter_of_another_base_model(make_doc_to_lora, tiny_base_model):
     with torch.no_grad():
         tiny_base_model.lm_head.weight[0, 0] += 1
     theirs = make_doc_to_lora(base_model=tiny_base_model, base_model_source="their/model").internalize(SHORT)
@@ -258,7 +258,7 @@ def test_another_base_model_s_adapter_is_refused_with_both_names(make_doc_to_lor
 # generate: arguments
 
 
-def test_wrong_arguments_are_refused_with_both_numbers(model):
+def test_generate_refuses_wrong_arguments_with_both_counts(model):
     adapter = model.internalize(SHORT)
     with pytest.raises(ValueError, match=r"got one text; write \[question\]"):
         model.generate("Who?", adapter)
@@ -272,7 +272,7 @@ def test_wrong_arguments_are_refused_with_both_numbers(model):
         model.generate(["Who?"] * len(SHORT), documents=SHORT)
 
 
-def test_no_questions_have_no_answers(model):
+def test_generate_without_questions_returns_no_answers(model):
     assert model.generate([]) == model.generate([], model.internalize(SHORT)) == model.generate([], []) == []
 
 
@@ -287,7 +287,7 @@ def rows_of(model, questions):
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
-def test_adapters_set_for_training_act_as_internalized_ones(model, shift):
+def test_adapters_activated_for_training_equal_internalized(model, shift):
     documents = [LONG, SHORT, OTHER]
     adapters = [model.internalize(document) for document in documents]
     chunks = [chunk_document(document, model.tokenizer, max_chunk_tokens=20) for document in documents]
@@ -308,7 +308,7 @@ def test_adapters_set_for_training_act_as_internalized_ones(model, shift):
 
 
 @pytest.mark.parametrize("shift, bias_block", [(0, True), (1, True), (0, False), (1, False)])
-def test_documents_joined_for_training_act_as_added_adapters(make_doc_to_lora, shift, bias_block):
+def test_documents_joined_in_training_equal_added_adapters(make_doc_to_lora, shift, bias_block):
     model = make_doc_to_lora(bias_block=bias_block)
     documents, members = [LONG, SHORT, OTHER], [[0, 2], [1], [2, 0, 1]]
     adapters = [model.internalize(document) for document in documents]
@@ -328,7 +328,7 @@ def test_documents_joined_for_training_act_as_added_adapters(make_doc_to_lora, s
 
 
 @pytest.mark.parametrize("bias_block", [True, False])
-def test_documents_decorrelated_in_training_act_as_joined_adapters(make_doc_to_lora, bias_block):
+def test_ridge_in_training_equals_ridge_joined_adapters(make_doc_to_lora, bias_block):
     # In float32 two systems of equations leave 5e-5 of gradients up to 44, more or less by the processor.
     model = make_doc_to_lora(bias_block=bias_block).double()
     documents, members = [LONG, SHORT, OTHER], [[0, 2], [1], [2, 0, 1]]
@@ -394,7 +394,7 @@ def test_the_trained_joining_goes_through_the_checkpoint(model, tmp_path):
     assert_same(again.internalize([LONG, OTHER]).fused(), adapter.fused())
 
 
-def test_generate_joins_as_it_was_trained_or_as_it_is_told(model):
+def test_generate_joins_as_trained_or_as_given(model):
     adapter = model.internalize([LONG, OTHER])
     summed = model.generate(QUESTIONS, adapter, max_new_tokens=8)
     assert summed == model.generate(QUESTIONS, adapter, join="sum", max_new_tokens=8)
@@ -426,7 +426,7 @@ def test_a_setting_without_its_way_is_refused(model):
             model.generate(["Who?"], adapter, **settings)
 
 
-def test_a_hypernetwork_for_other_modules_is_refused(make_doc_to_lora, tiny_base_model, tiny_tokenizer):
+def test_model_refuses_hypernetwork_for_other_modules(make_doc_to_lora, tiny_base_model, tiny_tokenizer):
     hypernetwork = make_doc_to_lora().hypernetwork
     hypernetwork.targets = (hypernetwork.targets[0]._replace(d_in=7),)
     with pytest.raises(ValueError, match="Expected 'model.layers.0.mlp.down_proj' to be an nn.Linear from 7"):
@@ -436,7 +436,7 @@ def test_a_hypernetwork_for_other_modules_is_refused(make_doc_to_lora, tiny_base
 # Some layers alone
 
 
-def test_an_adapter_of_some_layers_reads_them_and_changes_them_alone(make_doc_to_lora, tmp_path):
+def test_adapter_of_some_layers_reads_and_changes_only_those(make_doc_to_lora, tmp_path):
     """And goes through a checkpoint, PEFT's folder and PEFT itself."""
     from peft import PeftModel
 

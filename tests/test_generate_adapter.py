@@ -163,13 +163,13 @@ def columns(out: str) -> list[list[str]]:
 # What it makes
 
 
-def test_a_run_leaves_the_adapter_folder_and_nothing_else(run, work):
+def test_run_leaves_only_the_adapter_folder(run, work):
     result = run("document=doc.txt", "output_dir=out/one")
     assert result.code == 0
     assert files(work) == sorted(["doc.txt", "out", "out/one", *(f"out/one/{name}" for name in ADAPTER_FILES)])
 
 
-def test_plain_peft_gives_the_logits_of_the_injected_adapter(run, checkpoint):
+def test_peft_logits_equal_injected_adapter(run, checkpoint):
     assert run("document=doc.txt", "output_dir=out").code == 0
     model = DocToLoRA.from_pretrained(checkpoint)
     ids = model.tokenizer("Who taught Branmir Ralquist?", return_tensors="pt")["input_ids"]
@@ -190,7 +190,7 @@ def test_the_printed_peft_line_loads_the_adapter(run):
     assert isinstance(eval(line.removeprefix("PEFT ").strip(), names), PeftModel)
 
 
-def test_several_documents_a_folder_and_standard_input(run, work):
+def test_command_reads_files_folder_and_standard_input(run, work):
     (work / "notes").mkdir()
     for name in ("a.md", "b, c.txt"):
         (work / "notes" / name).write_text(TEXT.replace("Branmir", name[0].upper() + "ran"))
@@ -261,11 +261,11 @@ def test_piped_output_is_plain_text_and_logs_go_to_stderr(run):
         assert re.search(rf"^Seconds .*{stage} \d+\.\d\d", result.out, re.M)
 
 
-def test_without_questions_there_is_no_table(run):
+def test_no_questions_print_no_table(run):
     assert run("document=doc.txt").out.startswith("Read ")
 
 
-def test_a_single_text_is_one_question(run):
+def test_single_text_is_one_question(run):
     result = run("document=doc.txt", "ask=Who taught Branmir Ralquist?", "max_new_tokens=2")
     assert [row[0] for row in columns(result.out)] == ["Question", "Who taught Branmir Ralquist?"]
 
@@ -361,14 +361,14 @@ def test_one_chunk_has_nothing_to_join(run, work):
     assert "Joined" not in run("document=short.txt").out
 
 
-def test_a_document_longer_than_the_window_says_so_in_its_column(run, work):
+def test_document_longer_than_window_is_marked_in_the_table(run, work):
     (work / "long.txt").write_text(" ".join([TEXT] * 6))
     _, (_, without, with_adapter, in_prompt) = columns(run("document=long.txt", "ask=Who?", "max_new_tokens=3").out)
     assert re.fullmatch(rf"\(does not fit: \d+ tokens and 3 for the answer, the base model takes {WINDOW}\)", in_prompt)
     assert "does not fit" not in without + with_adapter
 
 
-def test_the_progress_bar_appears_with_more_than_one_chunk(run, work):
+def test_progress_bar_appears_with_more_than_one_chunk(run, work):
     assert "chunk/s" in run("document=doc.txt", "max_batch_tokens=1").err
     (work / "short.txt").write_text("Norbach is a town.")
     assert "chunk/s" not in run("document=short.txt", "overwrite=true").err
@@ -409,7 +409,7 @@ def test_defaults_of_joining_are_those_of_the_file():
         assert generate_adapter.Settings.model_fields[name].default == config[name]
 
 
-def test_the_commands_in_help_can_be_copied(help_text, monkeypatch):
+def test_help_commands_can_be_copied(help_text, monkeypatch):
     monkeypatch.chdir(ROOT)
     commands = re.findall(r"^ *python generate_adapter.py (.*)$", help_text, re.M)
     assert len(commands) >= 5
@@ -421,11 +421,11 @@ def test_the_commands_in_help_can_be_copied(help_text, monkeypatch):
             read_documents([path for path in settings.document if path != "-"] or "examples")
 
 
-def test_the_quoting_in_help_works(help_text):
+def test_help_quoting_works(help_text):
     quoted = {
         "'document=\"drafts/a=b, second.txt\"'": ("document", ["drafts/a=b, second.txt"]),
         '\'document=["a, b.txt","c (1).md"]\'': ("document", ["a, b.txt", "c (1).md"]),
-        "'ask=[\"Who, if anyone, taught Fenda Elfax?\",\"When?\"]'": (
+        '\'ask=["Who, if anyone, taught Fenda Elfax?","When?"]\'': (
             "ask",
             ["Who, if anyone, taught Fenda Elfax?", "When?"],
         ),
@@ -456,7 +456,7 @@ def written(work: Path, name: str, content: bytes) -> str:
         ("latin.txt", "Ein Gruß aus Köln".encode("latin-1"), "'latin.txt' should be UTF-8.*iconv"),
     ],
 )
-def test_a_document_that_cannot_be_read(run, work, name, content, says):
+def test_unreadable_document_is_a_one_line_error(run, work, name, content, says):
     if content is not None:
         written(work, name, content)
     before = files(work)
@@ -475,7 +475,7 @@ def test_a_document_that_cannot_be_read(run, work, name, content, says):
         (["document=doc.txt", "+rank=8"], "There is no setting 'rank'"),
         (["doc.txt"], "Cannot read the argument 'doc.txt'. Settings are key=value"),
         (["document=a=b.txt"], "Cannot read the argument 'document=a=b.txt'.*double quotes.*single quotes"),
-        (["document=doc.txt", "ask=Who's there?"], "Cannot read the argument \"ask=Who's there\\?\""),
+        (["document=doc.txt", "ask=Who's there?"], 'Cannot read the argument "ask=Who\'s there\\?"'),
         (["document=doc.txt", 'ask=["Who?"'], "Cannot read the argument"),
         (["document=a.txt,b.txt"], r"brackets: 'document=\[a.txt,b.txt\]'.*quotes: 'document=\"a.txt,b.txt\"'"),
         (["--document", "doc.txt"], "no dashes: write document=... instead of --document"),
@@ -509,12 +509,12 @@ def test_a_document_that_cannot_be_read(run, work, name, content, says):
         (["document=doc.txt", "attention=magic"], "magic"),
     ],
 )
-def test_settings_that_make_no_sense(run, work, arguments, says):
+def test_invalid_settings_are_one_line_errors(run, work, arguments, says):
     assert re.search(says, error_line(run(*arguments)))
     assert files(work) == ["doc.txt"]
 
 
-def test_cuda_without_a_gpu(run, work, monkeypatch):
+def test_cuda_without_a_gpu_is_a_one_line_error(run, work, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert re.search("finds 0 CUDA GPUs. Set device=cpu", error_line(run("document=doc.txt", "device=cuda")))
     assert files(work) == ["doc.txt"]
@@ -550,7 +550,7 @@ def change_base_model(folder: Path) -> None:
         (change_base_model, "was made for the base model .* Give the base model it was trained with"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_used(run, work, checkpoint, tmp_path, damage, says):
+def test_unusable_checkpoint_is_a_one_line_error(run, work, checkpoint, tmp_path, damage, says):
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
     damage(copy)
@@ -558,7 +558,7 @@ def test_a_checkpoint_that_cannot_be_used(run, work, checkpoint, tmp_path, damag
     assert files(work) == ["doc.txt"]
 
 
-def test_a_base_model_of_another_shape(run, work, checkpoint, tmp_path):
+def test_base_model_of_another_shape_is_a_one_line_error(run, work, checkpoint, tmp_path):
     model = DocToLoRA.from_pretrained(checkpoint)
     other = build_base_model(base_model_config(model.tokenizer, hidden_size=16))
     other.save_pretrained(tmp_path / "other")
@@ -568,7 +568,7 @@ def test_a_base_model_of_another_shape(run, work, checkpoint, tmp_path):
     assert files(work) == ["doc.txt"]
 
 
-def test_an_output_folder_in_use_is_left_as_it_is(run, work):
+def test_output_folder_in_use_is_left_unchanged(run, work):
     (work / "out").mkdir()
     (work / "out" / "thesis.txt").write_text("mine")
     before = files(work)
@@ -593,14 +593,14 @@ def no_space(error: Exception) -> Callable:
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_leaves_nothing_behind(run, work, monkeypatch, error):
+def test_full_disk_leaves_no_adapter_files(run, work, monkeypatch, error):
     monkeypatch.setattr(files_module, "save_file", no_space(error))
     line = error_line(run("document=doc.txt", "output_dir=deep/out", "ask=Who?"))
     assert re.search("No space left on the disk of .* Free some", line)
     assert files(work) == ["doc.txt"]
 
 
-def test_a_folder_that_cannot_be_written(run, work, monkeypatch):
+def test_unwritable_folder_is_a_one_line_error(run, work, monkeypatch):
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out")
     monkeypatch.setattr(files_module, "save_file", no_space(error))
     assert "Permission denied: out. Check" in error_line(run("document=doc.txt", "output_dir=out"))
@@ -620,14 +620,14 @@ def test_out_of_memory_says_what_to_lower(run, work, monkeypatch):
     assert files(work) == ["doc.txt"]
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(run, monkeypatch):
+def test_internal_error_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(DocToLoRA, "internalize", raising(RuntimeError("shape mismatch")))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run("document=doc.txt")
 
 
 @pytest.mark.parametrize("stage", ["internalize", "generate", "save"])
-def test_an_interrupt_leaves_things_as_they_were(run, work, monkeypatch, stage):
+def test_interrupt_leaves_output_unchanged(run, work, monkeypatch, stage):
     assert run("document=doc.txt", "output_dir=out").code == 0
     before = {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
     if stage == "save":
@@ -656,7 +656,7 @@ def command(*arguments: str, **options) -> subprocess.Popen:
     )
 
 
-def test_the_command_works_from_another_folder_and_reads_a_pipe(work, checkpoint):
+def test_command_works_from_another_folder_and_reads_a_pipe(work, checkpoint):
     process = command("document=-", "output_dir=out", f"checkpoint={checkpoint}", "ask=Who?", "max_new_tokens=2")
     out, err = process.communicate(TEXT)
     assert process.returncode == 0, err
@@ -664,7 +664,7 @@ def test_the_command_works_from_another_folder_and_reads_a_pipe(work, checkpoint
     assert set(os.listdir("out")) == set(ADAPTER_FILES)
 
 
-def test_ctrl_c_ends_the_command_with_130_and_leaves_nothing(work, checkpoint):
+def test_ctrl_c_exits_with_130_and_leaves_no_files(work, checkpoint):
     (work / "long.txt").write_text("\n\n".join([TEXT] * 2000))
     process = command("document=long.txt", "output_dir=deep/out", f"checkpoint={checkpoint}", "max_batch_tokens=1")
     while "Internalizing" not in process.stderr.readline():
@@ -676,7 +676,7 @@ def test_ctrl_c_ends_the_command_with_130_and_leaves_nothing(work, checkpoint):
     assert files(work) == ["doc.txt", "long.txt"]
 
 
-def test_a_missing_document_is_told_before_torch_is_imported(work, checkpoint):
+def test_missing_document_fails_before_importing_torch(work, checkpoint):
     script = (
         f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
@@ -693,7 +693,7 @@ def test_a_missing_document_is_told_before_torch_is_imported(work, checkpoint):
 # The example documents
 
 
-def test_the_examples_are_about_entities_that_no_training_saw():
+def test_example_entities_are_absent_from_training():
     encyclopedia = Encyclopedia("test")
     for document in read_documents(ROOT / "examples"):
         names = re.findall(r"[A-Z]\w+ [A-Z]\w+|(?<=in |er )[A-Z]\w+(?=\.)", document.text)

@@ -116,7 +116,7 @@ def test_module_imports_only_earlier_folders(name):
     assert {found for found in ours(name) if layer_of(found) not in allowed} == set()
 
 
-def test_no_imports_go_in_a_circle():
+def test_imports_have_no_cycle():
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -131,7 +131,7 @@ def test_no_imports_go_in_a_circle():
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_outside_libraries_stay_where_they_belong(name):
+def test_outside_libraries_stay_in_their_folders(name):
     outside = {found.split(".")[0] for found in imports_of(name)}
     assert not outside & NEVER_IN_THE_LIBRARY
     assert name in LIGHTNING or not outside & {"lightning", "pytorch_lightning", "lightning_fabric"}
@@ -140,7 +140,7 @@ def test_outside_libraries_stay_where_they_belong(name):
         assert all(found.startswith("hypernet.kernels") for found in ours(name))
 
 
-def test_modules_that_may_use_lightning_do():
+def test_modules_allowed_lightning_use_it():
     assert {name for name in FILES if {found.split(".")[0] for found in imports_of(name)} & {"lightning"}} == LIGHTNING
 
 

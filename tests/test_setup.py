@@ -81,7 +81,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(folder, bin, tmp_path / "calls.txt")
 
 
-def test_setup_installs_the_pins_and_the_package_from_a_path_with_a_space(checkout: Checkout):
+def test_setup_installs_pins_from_a_path_with_a_space(checkout: Checkout):
     checkout.add_python("python3")
     result = checkout.run("make", "test")
     assert result.returncode == 0, result.stderr
@@ -94,7 +94,7 @@ def test_setup_installs_the_pins_and_the_package_from_a_path_with_a_space(checko
     assert tests.startswith(".venv/bin/python ")
 
 
-def test_second_run_installs_nothing(checkout: Checkout):
+def test_second_make_installs_nothing(checkout: Checkout):
     checkout.add_python("python3")
     checkout.run("make", "test")
     result = checkout.run("make", "test")
@@ -102,7 +102,7 @@ def test_second_run_installs_nothing(checkout: Checkout):
     assert checkout.calls("-m pytest") and not checkout.calls("-m venv") and not checkout.calls("-m pip")
 
 
-def test_changed_pins_are_installed_into_the_same_environment(checkout: Checkout):
+def test_changed_pins_are_installed_into_same_environment(checkout: Checkout):
     checkout.add_python("python3")
     checkout.run("make", "test")
     later = (checkout.folder / ".venv/.installed").stat().st_mtime + 10
@@ -112,7 +112,7 @@ def test_changed_pins_are_installed_into_the_same_environment(checkout: Checkout
     assert checkout.calls("-m pip install") and not checkout.calls("-m venv")
 
 
-def test_failing_install_fails_the_command_and_the_next_run_starts_again(checkout: Checkout):
+def test_failed_install_fails_make_and_is_retried(checkout: Checkout):
     checkout.add_python("python3")
     result = checkout.run("make", "demo", FAILS="pip")
     assert result.returncode != 0
@@ -125,7 +125,7 @@ def test_failing_install_fails_the_command_and_the_next_run_starts_again(checkou
         assert checkout.calls(step)
 
 
-def test_failing_update_does_not_look_finished(checkout: Checkout):
+def test_failed_update_is_not_marked_as_installed(checkout: Checkout):
     checkout.add_python("python3")
     checkout.run("make", "test")
     later = (checkout.folder / ".venv/.installed").stat().st_mtime + 10
@@ -135,7 +135,7 @@ def test_failing_update_does_not_look_finished(checkout: Checkout):
     assert checkout.calls("-m venv --clear") and checkout.calls("-m pip install")
 
 
-def test_half_made_environment_is_mended(checkout: Checkout):
+def test_incomplete_environment_is_recreated(checkout: Checkout):
     checkout.add_python("python3")
     (checkout.folder / ".venv/bin").mkdir(parents=True)
     result = checkout.run("make", "test")
@@ -143,7 +143,7 @@ def test_half_made_environment_is_mended(checkout: Checkout):
     assert checkout.calls("-m venv --clear") and checkout.calls("-m pytest")
 
 
-def test_environment_whose_interpreter_is_gone_is_made_anew(checkout: Checkout):
+def test_environment_without_its_interpreter_is_recreated(checkout: Checkout):
     checkout.add_python("python3")
     checkout.run("make", "test")
     python = checkout.folder / ".venv/bin/python"
@@ -155,7 +155,7 @@ def test_environment_whose_interpreter_is_gone_is_made_anew(checkout: Checkout):
 
 
 @pytest.mark.parametrize("command", [("make", "test"), ("make", "demo"), ("bash", ".ci/run")])
-def test_too_old_python_is_told_in_one_line_what_to_do(checkout: Checkout, command: tuple[str, ...]):
+def test_too_old_python_is_a_one_line_error(checkout: Checkout, command: tuple[str, ...]):
     checkout.add_python("python3", version="3.9.18", too_old=True)
     checkout.add_python("python", version="2.7.18", too_old=True)
     result = checkout.run(*command)
@@ -167,7 +167,7 @@ def test_too_old_python_is_told_in_one_line_what_to_do(checkout: Checkout, comma
     assert not (checkout.folder / ".venv").exists()
 
 
-def test_missing_python_is_told_what_to_do(checkout: Checkout):
+def test_missing_python_is_an_error_with_a_hint(checkout: Checkout):
     result = checkout.run("make", "test")
     assert result.returncode != 0
     assert "None found" in result.stderr and "make PYTHON=" in result.stderr
@@ -212,7 +212,7 @@ def test_named_python_that_is_missing_is_not_replaced_by_another(checkout: Check
 
 
 @pytest.mark.parametrize("command", [("make", "test"), ("bash", ".ci/run")])
-def test_failing_tests_fail_the_command(checkout: Checkout, command: tuple[str, ...]):
+def test_failing_tests_fail_make(checkout: Checkout, command: tuple[str, ...]):
     checkout.add_python("python3")
     assert checkout.run(*command, FAILS="pytest").returncode != 0
     assert checkout.run(*command).returncode == 0
@@ -266,7 +266,7 @@ def test_clean_keeps_the_outputs(checkout: Checkout):
     assert (checkout.folder / "outputs/demo").exists()
 
 
-def test_needles_trains_what_is_not_there_in_order_then_measures(checkout: Checkout):
+def test_make_needles_trains_missing_models_then_measures(checkout: Checkout):
     checkout.add_python("python3")
     trainings = ["tiny_base_model_needles", "niah_tiny", "niah_tiny_distractors"]
     for there in range(len(trainings) + 1):
@@ -282,7 +282,7 @@ def test_needles_trains_what_is_not_there_in_order_then_measures(checkout: Check
             (checkout.folder / "outputs" / trainings[there] / left).mkdir(parents=True)
 
 
-def test_makefile_asks_for_the_python_that_pyproject_asks_for():
+def test_makefile_and_pyproject_require_the_same_python():
     assert PYPROJECT["project"]["requires-python"] == ">=3.11"
     assert "sys.version_info < (3, 11)" in (ROOT / "Makefile").read_text()
 
@@ -293,7 +293,7 @@ def declared() -> list[Requirement]:
     return [Requirement(text) for text in project["dependencies"] + extras]
 
 
-def test_constraints_pin_every_declared_dependency_within_its_range():
+def test_constraints_pin_every_dependency_within_its_range():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     for pin in pins:
@@ -305,7 +305,7 @@ def test_constraints_pin_every_declared_dependency_within_its_range():
         assert requirement.specifier.contains(version), f"constraints.txt pins {version}, pyproject says {requirement}"
 
 
-def test_ranges_reach_down_to_the_oldest_supported_versions():
+def test_dependency_ranges_include_oldest_supported_versions():
     oldest = {"torch": "2.11.0", "transformers": "5.17.0", "triton": "3.6.0"}
     specifier_of = {requirement.name: requirement.specifier for requirement in declared()}
     for name, version in oldest.items():
@@ -330,14 +330,14 @@ def test_every_import_is_a_declared_dependency():
                 assert known, f"{file} imports {top}: declare it in pyproject.toml"
 
 
-def test_kernels_is_no_package_of_its_own():
+def test_kernels_is_not_a_top_level_package():
     link = ROOT / "hypernet/kernels"
     assert link.is_symlink() and os.readlink(link) == "../kernels"
     assert not (ROOT / "kernels/__init__.py").exists()
     assert PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"] == ["hypernet*"]
 
 
-def test_data_files_of_the_package_are_packaged():
+def test_package_data_files_are_packaged():
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
     files = [file for folder in ("hypernet", "kernels") for file in (ROOT / folder).rglob("*") if file.is_file()]
     for file in files:

@@ -57,7 +57,7 @@ def test_without_an_adapter_every_answer_is_unknown(model: DocToLoRA, articles: 
     assert model.generate(texts) == [UNKNOWN] * 48
 
 
-def test_peft_loads_the_exported_folder_with_the_same_logits(
+def test_peft_loads_exported_folder_with_same_logits(
     model: DocToLoRA, articles: list, adapters: list, tmp_path: Path
 ) -> None:
     from peft import PeftModel

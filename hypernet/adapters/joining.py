@@ -129,7 +129,7 @@ def decorrelated(A: Tensor, documents: Tensor | None = None, *, ridge: float) ->
         ValueError: the ridge is not above 0.
     """
     if not ridge > 0:
-        raise ValueError(f"Expected a ridge above 0, got {ridge}. Use the way \"sum\" for the plain sum.")
+        raise ValueError(f'Expected a ridge above 0, got {ridge}. Use the way "sum" for the plain sum.')
     num_chunks, rank, width = A.shape[-3:]
     with torch.autocast(A.device.type, enabled=False):
         length, unit = _normalized(A)

@@ -1,7 +1,7 @@
 """The frozen causal LM that answers, with its tokenizer: from the hub, a local folder, or a tiny random configuration.
 
-    base_model, tokenizer = load_base_model("assets/tiny/base_model")
-    fingerprint(base_model)      # names the weights; adapters carry it
+base_model, tokenizer = load_base_model("assets/tiny/base_model")
+fingerprint(base_model)      # names the weights; adapters carry it
 """
 
 import hashlib
@@ -88,9 +88,7 @@ def _quantization_config(name: str | None) -> object | None:
     if name == "4bit":
         from transformers import BitsAndBytesConfig
 
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 

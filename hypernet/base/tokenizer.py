@@ -1,6 +1,6 @@
 """The byte-level tokenizer of the tiny base model: single digits, so that numbers are copied digit by digit.
 
-    tokenizer = train_tokenizer(texts, vocab_size=2048, model_max_length=1024)
+tokenizer = train_tokenizer(texts, vocab_size=2048, model_max_length=1024)
 """
 
 from collections.abc import Iterable

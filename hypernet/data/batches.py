@@ -1,7 +1,7 @@
 """Records → tensors: whole batches of packed rows and chunks, one for each step of a curriculum.
 
-    BaseModelBatches(curriculum, tokenizer)[17]            # packed rows: article, questions, reordering
-    DistillationBatches(curriculum, tokenizer, ...)[17]    # chunks; questions without and with the article
+BaseModelBatches(curriculum, tokenizer)[17]            # packed rows: article, questions, reordering
+DistillationBatches(curriculum, tokenizer, ...)[17]    # chunks; questions without and with the article
 """
 
 import random

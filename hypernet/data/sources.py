@@ -1,7 +1,7 @@
 """What a source of records is, besides the encyclopedia: records by number, the same ones on every machine.
 
-    source.record(7)
-    corrupt = CorruptRows("data.jsonl"); corrupt.skip("Row 3 has no question.")     # counted, up to a limit
+source.record(7)
+corrupt = CorruptRows("data.jsonl"); corrupt.skip("Row 3 has no question.")     # counted, up to a limit
 """
 
 import logging

@@ -1,9 +1,9 @@
 """Files and folders that are there completely or not at all.
 
-    with replaced(path) as temporary:
-        save_tensors(tensors, temporary)      # path changes only if the block ends well
-    with replaced_folder(directory) as folder:
-        (folder / "notes.txt").write_text("...")  # so does directory
+with replaced(path) as temporary:
+    save_tensors(tensors, temporary)      # path changes only if the block ends well
+with replaced_folder(directory) as folder:
+    (folder / "notes.txt").write_text("...")  # so does directory
 """
 
 import errno

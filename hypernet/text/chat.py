@@ -1,9 +1,9 @@
 """What the base model's chat template puts around a question, an answer and a chunk, as strings and as token ids.
 
-    layout = ChatLayout.of(tokenizer)
-    layout.prompt("Who founded Norbach?", document)    # with the document in the prompt, or without
-    layout.answer("Ilda Renwick")
-    prefix, suffix = chat_affixes(tokenizer)           # token ids around the content of a user turn
+layout = ChatLayout.of(tokenizer)
+layout.prompt("Who founded Norbach?", document)    # with the document in the prompt, or without
+layout.answer("Ilda Renwick")
+prefix, suffix = chat_affixes(tokenizer)           # token ids around the content of a user turn
 """
 
 import warnings

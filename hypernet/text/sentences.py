@@ -1,6 +1,6 @@
 """Sentence borders of a text, without a tokenizer.
 
-    [text[start:end] for start, end in split_sentences(text)]
+[text[start:end] for start, end in split_sentences(text)]
 """
 
 import re

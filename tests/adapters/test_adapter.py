@@ -98,7 +98,7 @@ def assert_one_line_value_error(call, match):
 # The adapter itself
 
 
-def test_counts_ranks_and_bytes(targets):
+def test_adapter_reports_chunks_rank_and_bytes(targets):
     adapter = make_adapter(targets, 4)
     assert (adapter.num_chunks, adapter.rank_per_chunk, adapter.rank) == (4, RANK, 5 * RANK)
     assert adapter.num_bytes == 4 * 5 * 2 * RANK * (48 + 32 + 32 + 32)
@@ -106,7 +106,7 @@ def test_counts_ranks_and_bytes(targets):
     assert adapter.to("meta").A["q_proj"].device.type == "meta"
 
 
-def test_without_a_bias_block_the_rank_is_that_of_the_chunks(targets, tmp_path):
+def test_rank_without_bias_block_counts_chunks_only(targets, tmp_path):
     """And the folder, PEFT's logits, sums and what is left of nothing."""
     from peft import PeftModel
 
@@ -128,7 +128,7 @@ def test_without_a_bias_block_the_rank_is_that_of_the_chunks(targets, tmp_path):
     assert_one_line_value_error(lambda: a + with_bias, "rank of the bias block 0 and 3")
 
 
-def test_an_adapter_of_nothing_is_the_plain_base_model_and_not_saved(targets, tmp_path):
+def test_empty_adapter_equals_base_model_and_is_not_saved(targets, tmp_path):
     base_model, empty = make_base_model(), make_adapter(targets, 0, bias=False)
     assert (empty.rank, empty.num_bytes) == (0, 0)
     ids = torch.arange(2, 16).view(2, 7)
@@ -172,13 +172,13 @@ def test_concatenated_has_the_bias_block_in_the_last_rows(targets):
         ({"provenance": dict.fromkeys(PROVENANCE_KEYS, "x")}, "name and fingerprint in base_model"),
     ],
 )
-def test_weights_and_provenance_that_do_not_fit_are_refused(targets, change, message):
+def test_adapter_refuses_weights_that_mismatch_provenance(targets, change, message):
     adapter = make_adapter(targets)
     fields = {name: getattr(adapter, name) for name in adapter.__dataclass_fields__} | change
     assert_one_line_value_error(lambda: LoRAAdapter(**fields), message)
 
 
-def test_sum_holds_the_chunks_of_both_in_order_the_bias_once_and_both_documents(targets):
+def test_sum_keeps_chunk_order_and_one_bias_block(targets):
     a, b = make_adapter(targets, 2, seed=1), make_adapter(targets, 1, seed=2)
     both, swapped = a + b, b + a
     assert both.num_chunks == 3 and both.rank == 4 * RANK
@@ -209,11 +209,11 @@ def test_sum_holds_the_chunks_of_both_in_order_the_bias_once_and_both_documents(
         ({"dtype": torch.bfloat16}, r"agree in dtype and device, got torch.float32 on cpu and torch.bfloat16"),
     ],
 )
-def test_adapters_of_another_generator_are_not_added(targets, change, message):
+def test_add_refuses_adapters_of_another_generator(targets, change, message):
     assert_one_line_value_error(lambda: make_adapter(targets) + make_adapter(targets, seed=2, **change), message)
 
 
-def test_adapters_for_other_targets_are_not_added_and_other_objects_neither(targets):
+def test_add_refuses_other_targets_and_other_types(targets):
     assert_one_line_value_error(lambda: make_adapter(targets) + make_adapter(targets[:1]), "have targets")
     with pytest.raises(TypeError):
         make_adapter(targets) + 1
@@ -224,7 +224,7 @@ def test_adapters_for_other_targets_are_not_added_and_other_objects_neither(targ
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_chunks", [0, 1, 3])
-def test_save_and_load_give_back_chunks_bias_dtype_and_provenance_exactly(targets, tmp_path, num_chunks, dtype):
+def test_save_load_roundtrip_is_exact(targets, tmp_path, num_chunks, dtype):
     adapter = make_adapter(targets, num_chunks, dtype=dtype)
     folder = tmp_path / "made" / "on the way" / "adapter"
     adapter.save(folder)
@@ -238,7 +238,7 @@ def test_save_and_load_give_back_chunks_bias_dtype_and_provenance_exactly(target
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
-def test_a_sum_survives_the_disk_and_a_loaded_adapter_can_be_added(targets, tmp_path):
+def test_sum_roundtrips_and_loaded_adapter_can_be_added(targets, tmp_path):
     a, b = make_adapter(targets, 2, seed=1), make_adapter(targets, 1, seed=2)
     (a + b).save(tmp_path / "both")
     a.save(tmp_path / "a")
@@ -249,7 +249,7 @@ def test_a_sum_survives_the_disk_and_a_loaded_adapter_can_be_added(targets, tmp_
     assert again.provenance["documents"] == fresh.provenance["documents"]
 
 
-def test_config_is_reproducible_and_scales_by_alpha_over_total_rank(targets, tmp_path):
+def test_peft_config_has_alpha_of_scaling_times_total_rank(targets, tmp_path):
     make_adapter(targets, 2).save(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["r"] == 3 * RANK and config["lora_alpha"] == SCALING * 3 * RANK
@@ -289,7 +289,7 @@ def no_space_in_safetensors(*args, **kwargs):
 
 
 @pytest.mark.parametrize("failure", [no_space, no_space_in_safetensors])
-def test_no_space_leaves_no_folder_and_nothing_temporary(targets, tmp_path, monkeypatch, failure):
+def test_save_on_full_disk_leaves_no_files(targets, tmp_path, monkeypatch, failure):
     monkeypatch.setattr(hypernet.io.files, "save_file", failure)
     with pytest.raises(OSError) as caught:
         make_adapter(targets).save(tmp_path / "made" / "adapter")
@@ -297,7 +297,7 @@ def test_no_space_leaves_no_folder_and_nothing_temporary(targets, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_real_write_failure_is_an_os_error_and_leaves_nothing(targets, tmp_path):
+def test_save_write_failure_raises_oserror_and_leaves_no_files(targets, tmp_path):
     adapter = make_adapter(targets, 3, rank=64)
     adapter._peft_config()  # imports what may want to write its bytecode
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -311,7 +311,7 @@ def test_a_real_write_failure_is_an_os_error_and_leaves_nothing(targets, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failed_overwrite_keeps_the_old_adapter(targets, tmp_path, monkeypatch):
+def test_failed_overwrite_keeps_old_adapter(targets, tmp_path, monkeypatch):
     old = make_adapter(targets, 1)
     old.save(tmp_path / "adapter")
     monkeypatch.setattr(hypernet.io.files, "save_file", no_space)
@@ -321,7 +321,7 @@ def test_failed_overwrite_keeps_the_old_adapter(targets, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_failed_rename_puts_the_old_adapter_back(targets, tmp_path, monkeypatch):
+def test_failed_rename_restores_old_adapter(targets, tmp_path, monkeypatch):
     old = make_adapter(targets, 1)
     old.save(tmp_path / "adapter")
     rename = hypernet.adapters.adapter.Path.rename
@@ -338,7 +338,7 @@ def test_failed_rename_puts_the_old_adapter_back(targets, tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_existing_folder_is_kept_unless_overwrite_and_then_replaced_whole(targets, tmp_path):
+def test_save_replaces_existing_folder_only_with_overwrite(targets, tmp_path):
     old, new = make_adapter(targets, 1), make_adapter(targets, 3, seed=2)
     old.save(tmp_path / "adapter")
     with pytest.raises(FileExistsError, match="exists and is not empty.*overwrite=True"):
@@ -349,7 +349,7 @@ def test_existing_folder_is_kept_unless_overwrite_and_then_replaced_whole(target
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_empty_folder_and_link_to_a_folder_can_be_saved_to(targets, tmp_path):
+def test_save_accepts_empty_folder_and_folder_symlink(targets, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     adapter = make_adapter(targets)
@@ -358,7 +358,7 @@ def test_empty_folder_and_link_to_a_folder_can_be_saved_to(targets, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
-def test_overwrite_refuses_what_is_not_an_adapter_folder(targets, tmp_path):
+def test_overwrite_refuses_folder_that_is_no_adapter(targets, tmp_path):
     adapter = make_adapter(targets)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
@@ -380,7 +380,7 @@ def saved(targets, tmp_path):
     return tmp_path / "adapter"
 
 
-def test_base_model_is_checked_on_request(saved):
+def test_load_checks_base_model_fingerprint_on_request(saved):
     LoRAAdapter.load(saved, base_model_fingerprint="base-1")
     assert_one_line_value_error(
         lambda: LoRAAdapter.load(saved, base_model_fingerprint="base-2"),
@@ -388,7 +388,7 @@ def test_base_model_is_checked_on_request(saved):
     )
 
 
-def test_missing_folder_and_files_are_named(saved, tmp_path):
+def test_load_names_missing_folder_and_files(saved, tmp_path):
     assert_one_line_value_error(lambda: LoRAAdapter.load(tmp_path / "nowhere"), "No adapter folder at .*nowhere")
     (saved / "adapter_model.safetensors").unlink()
     assert_one_line_value_error(lambda: LoRAAdapter.load(saved), "adapter_model.safetensors missing")
@@ -396,13 +396,13 @@ def test_missing_folder_and_files_are_named(saved, tmp_path):
     assert_one_line_value_error(lambda: LoRAAdapter.load(saved), "adapter_model.safetensors, provenance.json missing")
 
 
-def test_foreign_peft_folder_is_told_apart(saved):
+def test_load_refuses_peft_folder_without_provenance(saved):
     (saved / "provenance.json").unlink()
     assert_one_line_value_error(lambda: LoRAAdapter.load(saved), "PEFT adapter without provenance.json.*PeftModel")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, -1])
-def test_truncated_weights_are_refused(saved, kept):
+def test_load_refuses_truncated_weights(saved, kept):
     weights = saved / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
     assert_one_line_value_error(lambda: LoRAAdapter.load(saved), "cannot be read .*cut off")
@@ -411,7 +411,7 @@ def test_truncated_weights_are_refused(saved, kept):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "targets": [{}]}']
 )
-def test_damaged_provenance_is_refused(saved, text):
+def test_load_refuses_damaged_provenance(saved, text):
     (saved / "provenance.json").write_text(text)
     assert_one_line_value_error(lambda: LoRAAdapter.load(saved), "provenance.json is damaged")
 
@@ -428,13 +428,13 @@ def test_damaged_provenance_is_refused(saved, text):
         ({"targets": []}, "holds weights that provenance.json does not name, such as base_model.model"),
     ],
 )
-def test_provenance_that_does_not_fit_the_weights_is_refused(saved, change, message):
+def test_load_refuses_provenance_that_mismatches_weights(saved, change, message):
     provenance = json.loads((saved / "provenance.json").read_text())
     (saved / "provenance.json").write_text(json.dumps(provenance | change))
     assert_one_line_value_error(lambda: LoRAAdapter.load(saved), message)
 
 
-def test_missing_and_surplus_weights_are_refused(saved):
+def test_load_refuses_missing_and_surplus_weights(saved):
     weights = load_file(saved / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     save_file({name: tensor for name, tensor in weights.items() if name != key}, saved / "adapter_model.safetensors")

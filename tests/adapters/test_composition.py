@@ -84,7 +84,7 @@ def three(num_chunks=(2, 0, 3), **kwargs):
 # Concatenate, average, weight
 
 
-def test_concatenate_is_the_sum_of_many_and_the_same_as_adding_them():
+def test_concatenate_equals_repeated_addition():
     adapters = three()
     joined = concatenate(adapters)
     assert_same_weights(joined, adapters[0] + adapters[1] + adapters[2])
@@ -103,12 +103,12 @@ def assert_same_weights(a, b):
 
 
 @pytest.mark.parametrize("adapters", [[], make_adapter(UNEVEN)])
-def test_concatenate_wants_a_list(adapters):
+def test_concatenate_refuses_what_is_no_list(adapters):
     assert_one_line_value_error(lambda: concatenate(adapters), "Expected a list of at least one adapter")
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 0.002)])
-def test_average_is_the_mean_of_the_deltas(dtype, rtol):
+def test_average_equals_mean_of_deltas(dtype, rtol):
     adapters = three(dtype=dtype)
     mean = average(adapters)
     dense = [deltas(a) for a in adapters]
@@ -120,7 +120,7 @@ def test_average_is_the_mean_of_the_deltas(dtype, rtol):
     assert all(torch.equal(mean.bias_B[n], adapters[0].bias_B[n]) for n in mean.bias_B)
 
 
-def test_weight_scales_one_documents_chunks_and_leaves_everything_else_bit_identical():
+def test_weight_scales_chunks_of_one_document_only():
     both = concatenate(three((2, 1, 2)))
     halved = weight(both, 0.5, document="d2.txt")
     for name in both.B:
@@ -135,7 +135,7 @@ def test_weight_scales_one_documents_chunks_and_leaves_everything_else_bit_ident
     assert concatenate([again, halved]).num_chunks == 10  # weighted adapters can still be added
 
 
-def test_weights_travel_with_their_documents_through_the_disk_and_drop(tmp_path):
+def test_document_weights_survive_save_and_removal(tmp_path):
     both = weight(concatenate(three((2, 1, 2))), 2.0, document=2)
     both.save(tmp_path / "a")
     kept = remove_document(LoRAAdapter.load(tmp_path / "a"), "d1.txt")
@@ -143,7 +143,7 @@ def test_weights_travel_with_their_documents_through_the_disk_and_drop(tmp_path)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, "2", None, True])
-def test_weight_wants_a_finite_number(factor):
+def test_weight_refuses_nonfinite_factor(factor):
     assert_one_line_value_error(lambda: weight(uneven_adapter(), factor), "Expected a finite number as factor")
 
 
@@ -151,7 +151,7 @@ def test_weight_wants_a_finite_number(factor):
 
 
 @pytest.mark.parametrize("document", [0, 1, 2, "d1.txt", "d2.txt", "d3d3", "d2" * 8])
-def test_drop_is_bit_identical_to_never_having_had_the_document(document):
+def test_remove_document_equals_never_adding_it(document):
     adapters = three((2, 1, 3))
     joined = concatenate(adapters)
     index = find_document(joined, document)
@@ -162,7 +162,7 @@ def test_drop_is_bit_identical_to_never_having_had_the_document(document):
     assert removed.content_id() == without.content_id()
 
 
-def test_dropping_the_last_document_leaves_the_bias_block():
+def test_removing_last_document_leaves_bias_block():
     adapter = uneven_adapter(1)
     alone = remove_document(adapter, 0)
     assert alone.num_chunks == 0 and alone.provenance["documents"] == []
@@ -183,12 +183,12 @@ def test_dropping_the_last_document_leaves_the_bias_block():
         ("d1.txt", r"'d1.txt' could be 2 documents: 0: d1.txt \(d1d1d1d1d1d1\), 2: d1.txt"),
     ],
 )
-def test_unknown_and_ambiguous_documents_are_refused_with_the_list(document, message):
+def test_unknown_or_ambiguous_document_is_refused_with_list(document, message):
     one, two = uneven_adapter(1, seed=1), uneven_adapter(1, seed=2)
     assert_one_line_value_error(lambda: remove_document(concatenate([one, two, one]), document), message)
 
 
-def test_chunks_that_nobody_accounts_for_are_not_dropped():
+def test_remove_document_refuses_chunks_without_owner():
     adapter = uneven_adapter(2)
     adapter.provenance["documents"][0]["chunks"].pop()
     message = "counts 1 chunks in 1 documents, the weights hold 2"
@@ -198,7 +198,7 @@ def test_chunks_that_nobody_accounts_for_are_not_dropped():
 # Take
 
 
-def test_taken_chunks_keep_their_bits_and_their_documents():
+def test_select_chunks_keeps_weights_and_documents():
     joined = concatenate(three((2, 1, 3)))
     taken = select_chunks(joined, [1, 2, 5])
     for field in ("A", "B"):
@@ -217,12 +217,12 @@ def test_taken_chunks_keep_their_bits_and_their_documents():
 
 
 @pytest.mark.parametrize("chunks", [[2], [-1], [1, 0], [1, 1]])
-def test_chunks_that_are_not_there_cannot_be_taken(chunks):
+def test_select_chunks_refuses_missing_indices(chunks):
     message = r"ascending numbers from 0 to 1, each once, got \["
     assert_one_line_value_error(lambda: select_chunks(uneven_adapter(2), chunks), message)
 
 
-def test_every_taken_chunk_has_one_finite_weight():
+def test_select_chunks_wants_one_finite_weight_per_chunk():
     adapter = uneven_adapter(2)
     assert_one_line_value_error(lambda: select_chunks(adapter, [0, 1], [1.0]), "a weight for each of 2 chunks, got 1")
     assert_one_line_value_error(lambda: select_chunks(adapter, [0], [math.nan]), "Expected a finite number as weight")
@@ -232,7 +232,7 @@ def test_every_taken_chunk_has_one_finite_weight():
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_amplitude_is_linear_per_layer_and_takes_the_bias_block_along(dtype, rtol):
+def test_scale_is_linear_per_layer_and_includes_bias_block(dtype, rtol):
     adapter = uneven_adapter(2, dtype=dtype)
     factors = [0.5, 2.0, -3.0]
     scaled = scale(adapter, factors)
@@ -255,11 +255,11 @@ def test_amplitude_is_linear_per_layer_and_takes_the_bias_block_along(dtype, rto
         ([1, 2, "x"], "finite number as factor, got 'x'"),
     ],
 )
-def test_wrong_amplitudes_are_refused(factor, message):
+def test_scale_refuses_invalid_factors(factor, message):
     assert_one_line_value_error(lambda: scale(uneven_adapter(), factor), message)
 
 
-def test_adapters_amplified_alike_can_be_added_and_others_are_told_why_not():
+def test_add_refuses_differently_scaled_adapters():
     one, two = uneven_adapter(seed=1), uneven_adapter(seed=2)
     both = scale(one, 2) + scale(two, 2)
     assert_same_weights(both, scale(one + two, 2))
@@ -272,7 +272,7 @@ def test_adapters_amplified_alike_can_be_added_and_others_are_told_why_not():
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 5, 12, 20])
 @pytest.mark.parametrize("num_chunks, own_rank", [(0, 1), (0, 3), (1, 1), (1, 3), (5, 3)])
-def test_compress_is_the_optimum_of_a_dense_svd_and_reports_its_errors(num_chunks, own_rank, rank):
+def test_compress_matches_dense_svd_and_reports_errors(num_chunks, own_rank, rank):
     adapter = uneven_adapter(num_chunks, rank=own_rank)
     small, report = compress(adapter, rank)
     assert (small.num_chunks, small.rank, report.rank, report.rank_before) == (0, rank, rank, adapter.rank)
@@ -296,7 +296,7 @@ def test_compress_is_the_optimum_of_a_dense_svd_and_reports_its_errors(num_chunk
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 1e-3)])
-def test_enough_rank_gives_the_delta_back_to_rounding(dtype, rounding):
+def test_compress_at_full_rank_restores_delta(dtype, rounding):
     adapter = uneven_adapter(2, dtype=dtype)
     for rank in (adapter.rank, adapter.rank + 4):
         small, report = compress(adapter, rank)
@@ -306,7 +306,7 @@ def test_enough_rank_gives_the_delta_back_to_rounding(dtype, rounding):
             assert (delta - deltas(adapter)[path]).norm() < rounding * deltas(adapter)[path].norm()
 
 
-def test_compress_never_forms_the_dense_matrix_and_halves_the_singular_values(monkeypatch):
+def test_compress_avoids_dense_matrix_and_balances_factors(monkeypatch):
     adapter = make_adapter((LoRATarget("up", ("up",), 700, 900),), 2)
     largest = 0
     original = torch.linalg.svd
@@ -324,14 +324,14 @@ def test_compress_never_forms_the_dense_matrix_and_halves_the_singular_values(mo
     assert gram_A.diagonal().diff().max() < 0  # largest first
 
 
-def test_a_zero_delta_compresses_to_zero():
+def test_compress_of_zero_delta_is_zero():
     adapter = uneven_adapter(1)
     zero = scale(adapter, 0.0)
     small, report = compress(zero, 2)
     assert report.relative_error == 0 and all(not B.any() for B in small.bias_B.values())
 
 
-def test_a_compressed_adapter_keeps_its_documents_answers_and_disk_but_has_no_chunks(targets, tmp_path):  # noqa: F811
+def test_compressed_adapter_keeps_answers_but_has_no_chunks(targets, tmp_path):  # noqa: F811
     base_model, ids = make_base_model(), torch.arange(2, 16).view(2, 7)
     adapter = make_adapter(targets, 3, scaling=8.0)
     same, _ = compress(adapter, adapter.rank)
@@ -363,12 +363,12 @@ def test_a_compressed_adapter_keeps_its_documents_answers_and_disk_but_has_no_ch
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, "8", True])
-def test_a_rank_is_a_positive_integer(rank):
+def test_compress_refuses_rank_below_one(rank):
     for operation in (compress, pad):
         assert_one_line_value_error(lambda: operation(uneven_adapter(), rank), "Expected a rank of 1 or more")  # noqa: B023
 
 
-def test_weights_that_are_not_finite_are_not_compressed():
+def test_compress_refuses_nonfinite_weights():
     adapter = uneven_adapter()
     adapter.A["down"][0, 1, 0, 0] = math.nan
     assert_one_line_value_error(lambda: compress(adapter, 2), "a.1.down are not all finite")
@@ -377,7 +377,7 @@ def test_weights_that_are_not_finite_are_not_compressed():
 # Decorrelate
 
 
-def test_decorrelated_documents_keep_all_but_what_answers_the_others_questions(tmp_path):
+def test_decorrelated_rows_match_inverse_per_module(tmp_path):
     """Module by module as the rows themselves; bias block and B as they were; saved like any other adapter."""
     joined = concatenate(three((2, 1, 3)))
     result = joined.fused("ridge", ridge=0.8)
@@ -422,7 +422,7 @@ def test_fused_documents_can_not_change_any_more():
 
 
 @pytest.mark.parametrize("num_chunks, extra", [(0, 0), (0, 5), (1, 0), (3, 1)])
-def test_padding_is_exact_and_rows_beyond_are_zero(num_chunks, extra):
+def test_pad_keeps_delta_and_adds_zero_rows(num_chunks, extra):
     adapter = uneven_adapter(num_chunks, dtype=torch.bfloat16)
     padded = pad(adapter, adapter.rank + extra)
     assert padded.rank == adapter.rank + extra and padded.num_chunks == 0
@@ -434,5 +434,5 @@ def test_padding_is_exact_and_rows_beyond_are_zero(num_chunks, extra):
         assert_one_line_value_error(lambda: remove_document(padded, 0), r"pad\(\) made one block")
 
 
-def test_padding_does_not_shrink():
+def test_pad_refuses_smaller_rank():
     assert_one_line_value_error(lambda: pad(uneven_adapter(2), 8), "a rank of 9 or more to pad to, got 8")

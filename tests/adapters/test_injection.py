@@ -82,7 +82,7 @@ def token_ids(*shape, seed=0):
     return torch.randint(2, 61, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_without_adapter_the_model_is_bit_identical_and_its_tree_is_untouched(base_model, targets):
+def test_injector_without_adapter_leaves_model_bit_identical(base_model, targets):
     ids = token_ids(3, 7)
     logits = base_model(ids).logits
     tree, state = (
@@ -103,14 +103,14 @@ def test_without_adapter_the_model_is_bit_identical_and_its_tree_is_untouched(ba
     assert torch.equal(base_model(ids).logits, logits)
 
 
-def test_an_idle_hook_hands_on_the_same_output_tensor(base_model, targets):
+def test_idle_hook_returns_same_output_tensor(base_model, targets):
     LoRAInjector(base_model, targets)
     module = base_model.get_submodule(targets[0].paths[0])
     (hook,) = module._forward_hooks.values()
     assert hook(module, (torch.zeros(1, 48),), torch.zeros(1, 32)) is None
 
 
-def test_remove_leaves_the_model_as_before(base_model, targets):
+def test_injector_remove_restores_model(base_model, targets):
     logits = base_model(token_ids(2, 5)).logits
     injector = LoRAInjector(base_model, targets)
     injector._active = injector.pool(make_adapter(targets, 1, seed=1))
@@ -120,7 +120,7 @@ def test_remove_leaves_the_model_as_before(base_model, targets):
 
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 3])
-def test_one_adapter_for_all_equals_weights_merged_chunk_by_chunk_with_the_bias_once(base_model, targets, num_chunks):
+def test_shared_adapter_equals_merged_weights(base_model, targets, num_chunks):
     adapter = make_adapter(targets, num_chunks, seed=1)
     injector = LoRAInjector(base_model, targets)
     for ids in (token_ids(1, 1), token_ids(3, 7)):
@@ -187,7 +187,7 @@ def test_gate_weights_chunks_by_score_and_not_the_bias_block(base_model, targets
         torch.testing.assert_close(logits[row], own[row], rtol=1e-4, atol=1e-4)
 
 
-def test_gated_adapters_without_chunks_or_without_a_shared_block(base_model, targets):
+def test_gate_handles_adapters_without_chunks_or_bias_block(base_model, targets):
     none = [{t.name: torch.zeros(len(t.paths), 0, getattr(t, w)) for t in targets} for w in ("d_in", "d_out")]
     alone, empty = make_adapter(targets, 2, seed=1, bias=none), make_adapter(targets, 0, seed=2)
     ids = token_ids(2, 5)
@@ -205,7 +205,7 @@ def test_gated_adapters_without_chunks_or_without_a_shared_block(base_model, tar
         assert torch.equal(base_model(ids).logits, plain)
 
 
-def test_chunks_that_are_none_any_more_are_not_gated(base_model, targets):
+def test_gate_refuses_compressed_adapters(base_model, targets):
     from hypernet.adapters.composition import compress
 
     injector, adapter = LoRAInjector(base_model, targets), make_adapter(targets, 3, seed=1)
@@ -225,7 +225,7 @@ def test_chunks_that_are_none_any_more_are_not_gated(base_model, targets):
             base_model(token_ids(1, 3))
 
 
-def test_a_pool_is_put_in_force_again_and_again_without_a_copy(base_model, targets):
+def test_pool_is_activated_repeatedly_without_copy(base_model, targets):
     adapters = [make_adapter(targets, 2, seed=1), make_adapter(targets, 1, seed=2)]
     ids = token_ids(2, 5)
     injector = LoRAInjector(base_model, targets)
@@ -239,7 +239,7 @@ def test_a_pool_is_put_in_force_again_and_again_without_a_copy(base_model, targe
             assert torch.equal(base_model(ids).logits, pooled)
 
 
-def test_batch_with_mixed_adapters_equals_one_at_a_time(base_model, targets):
+def test_mixed_adapter_batch_equals_single_sequences(base_model, targets):
     one, three = make_adapter(targets, 1, seed=1), make_adapter(targets, 3, seed=2)
     adapters = [None, one, three, None, one]
     ids = token_ids(5, 7)
@@ -254,7 +254,7 @@ def test_batch_with_mixed_adapters_equals_one_at_a_time(base_model, targets):
             assert not torch.allclose(alone, base_model(ids[index : index + 1]).logits[0], atol=1e-2)
 
 
-def test_order_of_chunks_does_not_matter_and_sum_of_adapters_is_their_chunks_with_the_bias_once(base_model, targets):
+def test_summed_adapters_ignore_order_and_count_bias_once(base_model, targets):
     bias = tuple({n: b[0] for n, b in blocks.items()} for blocks in random_blocks(targets, 1, seed=99))
     a, b = make_adapter(targets, 2, seed=1, bias=bias), make_adapter(targets, 1, seed=2, bias=bias)
     ids = token_ids(2, 7)
@@ -265,7 +265,7 @@ def test_order_of_chunks_does_not_matter_and_sum_of_adapters_is_their_chunks_wit
             torch.testing.assert_close(base_model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bias_block_is_one_slot_for_adapters_that_share_it(base_model, targets):
+def test_shared_bias_block_uses_one_slot(base_model, targets):
     bias = tuple({n: b[0] for n, b in blocks.items()} for blocks in random_blocks(targets, 1, seed=99))
     a, b = make_adapter(targets, 2, seed=1, bias=bias), make_adapter(targets, 1, seed=2, bias=bias)
     c = make_adapter(targets, 1, seed=3)
@@ -277,7 +277,7 @@ def test_bias_block_is_one_slot_for_adapters_that_share_it(base_model, targets):
         assert injector._active.slots == [[0, 1, 2], [3, 4]]
 
 
-def test_two_dimensional_inputs_work_with_one_adapter_for_all(base_model, targets):
+def test_shared_adapter_accepts_two_dimensional_inputs(base_model, targets):
     adapter = make_adapter(targets, 2, seed=1)
     injector = LoRAInjector(base_model, targets)
     target = targets[0]
@@ -289,14 +289,14 @@ def test_two_dimensional_inputs_work_with_one_adapter_for_all(base_model, target
         module(x)
 
 
-def test_another_batch_size_than_adapters_is_refused_with_both_numbers(base_model, targets):
+def test_batch_size_must_equal_number_of_adapters(base_model, targets):
     injector = LoRAInjector(base_model, targets)
     with injector.using([make_adapter(targets, 1, seed=1), None]):
         with pytest.raises(ValueError, match="2 adapters are set, one per sequence.*batch of 3"):
             base_model(token_ids(3, 4))
 
 
-def test_using_restores_the_state_after_exceptions_and_nesting(base_model, targets):
+def test_using_restores_state_after_errors_and_nesting(base_model, targets):
     outer, inner = make_adapter(targets, 1, seed=1), make_adapter(targets, 2, seed=2)
     ids = token_ids(2, 5)
     plain = base_model(ids).logits
@@ -330,7 +330,7 @@ def greedy_without_cache(base_model, ids, mask, new_tokens):
     return ids
 
 
-def test_generate_with_cache_equals_full_forward_with_left_padded_mixed_batches(base_model, targets):
+def test_cached_generation_equals_full_forward_left_padded(base_model, targets):
     injector = LoRAInjector(base_model, targets)
     adapters = [make_adapter(targets, 3, seed=1), None, make_adapter(targets, 1, seed=2)]
     ids, mask = token_ids(3, 9), torch.ones(3, 9, dtype=torch.int64)
@@ -363,7 +363,7 @@ def gradients(base_model, injector, targets, *, through=None):
 
 
 @pytest.mark.parametrize("through", [None, torch.tanh], ids=["leaves", "generated"])
-def test_gradient_checkpointing_gives_the_gradients_of_the_plain_run(base_model, targets, through):
+def test_gradient_checkpointing_keeps_gradients(base_model, targets, through):
     injector = LoRAInjector(base_model, targets)
     base_model.train()
     loss, expected = gradients(base_model, injector, targets, through=through)
@@ -375,7 +375,7 @@ def test_gradient_checkpointing_gives_the_gradients_of_the_plain_run(base_model,
         torch.testing.assert_close(grad, reference)
 
 
-def test_reentrant_checkpointing_gives_the_same_gradients_on_leaves_and_refuses_generated_weights(base_model, targets):
+def test_reentrant_checkpointing_works_on_leaf_weights_only(base_model, targets):
     injector = LoRAInjector(base_model, targets)
     base_model.train()
     loss, expected = gradients(base_model, injector, targets)
@@ -399,7 +399,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "by block"])
-def test_a_compiled_model_notices_adapters_also_where_its_first_block_has_none(whole):
+def test_compiled_model_applies_adapters_of_later_blocks(whole):
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block()).requires_grad_(False)  # torch needs ten times as long for a Llama
     targets = [LoRATarget("down_proj", ("1.down_proj",), 6, 6)]
@@ -427,7 +427,7 @@ def test_a_compiled_model_notices_adapters_also_where_its_first_block_has_none(w
         torch.testing.assert_close(found, reference)
 
 
-def test_set_matches_using_for_the_same_blocks(base_model, targets):
+def test_set_matches_using_for_same_blocks(base_model, targets):
     adapter = make_adapter(targets, 2, seed=1)
     injector = LoRAInjector(base_model, targets)
     ids = token_ids(2, 5)
@@ -462,7 +462,7 @@ def test_bfloat16_base_model_takes_float32_adapters(base_model, targets):
         (lambda A, B, slots: slots.append([2]), r"Slot ids \[2\] are not all in the pool: it has 2 slots"),
     ],
 )
-def test_set_refuses_pools_and_ids_that_do_not_fit(base_model, targets, change, message):
+def test_set_refuses_mismatched_pools_and_ids(base_model, targets, change, message):
     injector = LoRAInjector(base_model, targets)
     A, B = random_blocks(targets, 2, seed=1)
     slots = [[0], [1]]
@@ -471,7 +471,7 @@ def test_set_refuses_pools_and_ids_that_do_not_fit(base_model, targets, change, 
         injector.set(A, B, slots, scaling=1.0)
 
 
-def test_using_refuses_adapters_for_other_targets_or_of_another_scaling(base_model, targets):
+def test_using_refuses_other_targets_or_scaling(base_model, targets):
     injector = LoRAInjector(base_model, targets)
     adapter = make_adapter(targets, 1, seed=1)
     with pytest.raises(ValueError, match=r"The adapter is for down_proj \(48 to 32, 2 layers\), the injector for"):
@@ -480,7 +480,7 @@ def test_using_refuses_adapters_for_other_targets_or_of_another_scaling(base_mod
         injector.using([adapter, make_adapter(targets, 1, seed=1, scaling=2.5)]).__enter__()
 
 
-def test_injector_refuses_a_model_without_these_targets(base_model, targets):
+def test_injector_refuses_model_without_targets(base_model, targets):
     with pytest.raises(ValueError, match="Sequential has no module 'model.layers.0.mlp.down_proj'"):
         LoRAInjector(nn.Sequential(), targets)
     wrong = [targets[0]._replace(d_in=7)]

@@ -52,7 +52,7 @@ def by_inverse(A, documents, ridge):
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("ridge", [0.1, 2.0])
-def test_it_is_the_formula(sizes, ridge):
+def test_decorrelated_equals_formula(sizes, ridge):
     A, documents = draw(*sizes)
     expected = by_inverse(A, documents, ridge)
     torch.testing.assert_close(decorrelated(A, documents, ridge=ridge), expected, rtol=0, atol=1e-9)
@@ -68,7 +68,7 @@ def test_it_is_the_formula(sizes, ridge):
 
 @pytest.mark.parametrize("sizes", [*SIZES, (29, 3, 7), (5, 8, 3), (12, 2, 4)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_in_place_and_in_pieces_it_is_the_same(sizes, dtype):
+def test_decorrelated_in_place_and_in_pieces_agree(sizes, dtype):
     A, _ = draw(*sizes, dtype=dtype)
     pool = torch.stack([A, torch.zeros_like(A)], dim=1)  # as an adapter's layers lie
     expected = decorrelated(A, ridge=0.7)
@@ -78,7 +78,7 @@ def test_in_place_and_in_pieces_it_is_the_same(sizes, dtype):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_one_document_and_orthogonal_ones_stay_and_a_large_ridge_changes_little(sizes):
+def test_decorrelated_leaves_orthogonal_documents_unchanged(sizes):
     A, documents = draw(*sizes)
     torch.testing.assert_close(decorrelated(A, torch.ones_like(documents), ridge=0.5), A, rtol=0, atol=1e-9)
     torch.testing.assert_close(decorrelated(A, documents, ridge=1e9), A, rtol=0, atol=1e-6)
@@ -88,7 +88,7 @@ def test_one_document_and_orthogonal_ones_stay_and_a_large_ridge_changes_little(
     torch.testing.assert_close(decorrelated(apart, torch.arange(3), ridge=0.5), apart, rtol=0, atol=1e-9)
 
 
-def test_without_a_ridge_a_documents_own_input_is_answered_as_alone_and_by_nobody_else():
+def test_tiny_ridge_removes_all_cross_talk():
     A, _ = draw(5, 2, 31)
     documents = torch.tensor([0, 1, 1, 2, 0])
     out = decorrelated(A, documents, ridge=1e-9)
@@ -100,7 +100,7 @@ def test_without_a_ridge_a_documents_own_input_is_answered_as_alone_and_by_nobod
         assert (out[~own] @ x).abs().max() < 1e-4
 
 
-def test_chunks_may_come_in_any_order_with_padding_and_in_batches():
+def test_decorrelated_ignores_order_padding_and_batching():
     A, documents = draw(5, 2, 9)
     expected = decorrelated(A, documents, ridge=0.7)
     order = torch.tensor([3, 0, 4, 1, 2])
@@ -117,7 +117,7 @@ def test_chunks_may_come_in_any_order_with_padding_and_in_batches():
 
 
 @pytest.mark.parametrize("sizes", [(3, 2, 11), (4, 2, 5)])
-def test_gradients_are_those_of_the_formula(sizes):
+def test_decorrelated_gradients_equal_formula(sizes):
     A, documents = draw(*sizes)
     A = torch.cat([A, torch.zeros_like(A[:1])]).requires_grad_()  # padding must not make them infinite
     documents = torch.cat([documents, documents.new_tensor([-1])])
@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_formula(sizes):
     torch.testing.assert_close(gradient[:-1], expected, rtol=0, atol=1e-9)
 
 
-def test_half_precision_and_autocast_are_computed_in_float32():
+def test_decorrelated_half_precision_computes_in_float32():
     A, documents = draw(4, 3, 29, dtype=torch.bfloat16)
     out = decorrelated(A, documents, ridge=0.5)
     assert out.dtype == torch.bfloat16
@@ -141,7 +141,7 @@ def test_half_precision_and_autocast_are_computed_in_float32():
 
 
 @pytest.mark.parametrize("ridge", [0, -1.0, float("nan")])
-def test_a_ridge_is_above_zero(ridge):
+def test_ridge_must_be_positive(ridge):
     A, documents = draw(2, 1, 3)
     assert_one_line_value_error(lambda: decorrelated(A, documents, ridge=ridge), "a ridge above 0")
 

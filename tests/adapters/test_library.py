@@ -41,7 +41,7 @@ def visible(library):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_chunks, rank", [(0, 1), (1, 1), (5, 3)])
-def test_what_is_added_is_loaded_exactly(library, num_chunks, rank, dtype):
+def test_library_loads_added_adapter_exactly(library, num_chunks, rank, dtype):
     adapter = uneven_adapter(num_chunks, rank=rank, dtype=dtype)
     identity = library.add(adapter)
     assert re.fullmatch("[0-9a-f]{64}", identity) and identity == adapter.content_id()
@@ -51,7 +51,7 @@ def test_what_is_added_is_loaded_exactly(library, num_chunks, rank, dtype):
     assert library.verify() == () and visible(library) == [identity]
 
 
-def test_peft_loads_an_entry_in_place(library, tmp_path):
+def test_peft_loads_library_entry_in_place(library, tmp_path):
     from peft import PeftModel
 
     from hypernet.base.targets import find_targets
@@ -62,7 +62,7 @@ def test_peft_loads_an_entry_in_place(library, tmp_path):
     assert any("lora_A" in name for name, _ in model.named_modules())
 
 
-def test_adding_again_changes_nothing_and_the_id_is_of_the_content(library):
+def test_add_is_idempotent_and_id_is_content_hash(library):
     adapter = uneven_adapter(2)
     identity = library.add(adapter)
     before = {path: path.stat().st_mtime_ns for path in (library.directory / identity).iterdir()}
@@ -88,7 +88,7 @@ def test_adding_again_changes_nothing_and_the_id_is_of_the_content(library):
     assert narrow.content_id() == identity
 
 
-def test_list_tells_what_is_there_without_the_weights(library):
+def test_list_describes_entries_without_reading_weights(library):
     one, two = uneven_adapter(2, seed=1), uneven_adapter(1, seed=2, dtype=torch.bfloat16)
     both = concatenate([uneven_adapter(2, seed=1), uneven_adapter(1, seed=3)])
     added = [library.add(adapter) for adapter in (two, both, one)]
@@ -106,7 +106,7 @@ def test_list_tells_what_is_there_without_the_weights(library):
     assert entry.created == both.provenance["created"] and entry.added >= entry.created[:19]
 
 
-def test_another_base_models_adapter_is_refused_with_both_names(library):
+def test_library_refuses_adapter_of_another_base_model(library):
     identity = library.add(uneven_adapter(1))
     library.load(identity, base_model_fingerprint="base-1")
     assert_one_line_value_error(
@@ -119,7 +119,7 @@ def test_another_base_models_adapter_is_refused_with_both_names(library):
     )
 
 
-def test_unknown_and_ambiguous_keys_are_refused_with_the_candidates(library):
+def test_unknown_or_ambiguous_key_is_refused_with_candidates(library):
     one, two = library.add(uneven_adapter(1)), library.add(uneven_adapter(2))
     for call in (library.find, library.load, library.remove):
         assert_one_line_value_error(
@@ -132,19 +132,19 @@ def test_unknown_and_ambiguous_keys_are_refused_with_the_candidates(library):
 
 
 @pytest.mark.parametrize("name", ["list", "verify", "clean"])
-def test_a_library_that_is_not_there_is_told(library, name):
+def test_missing_library_is_an_error(library, name):
     assert_one_line_value_error(getattr(library, name), "No adapter library at .*library")
     assert not library.directory.exists()
 
 
-def test_remove_takes_one_out(library):
+def test_remove_deletes_one_entry(library):
     one, two = library.add(uneven_adapter(1)), library.add(uneven_adapter(1, seed=2))
     assert library.remove("d1.txt") == one
     assert ids(library) == {two} and visible(library) == [two]
     assert_one_line_value_error(lambda: library.remove(one), "No adapter")
 
 
-def test_replace_keeps_a_record_and_never_leaves_the_library_without_either(library, monkeypatch):
+def test_replace_adds_before_removing_and_records_ids(library, monkeypatch):
     first, second, third = (uneven_adapter(1, seed=seed) for seed in (1, 2, 3))
     one = library.add(first)
     seen = []
@@ -212,7 +212,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found_refused_and_mended_by_adding_again(library, name):
+def test_verify_finds_damage_and_add_repairs_it(library, name):
     damage, reason = DAMAGES[name]
     adapter, other = uneven_adapter(2), uneven_adapter(1, seed=2)
     identity, sound = library.add(adapter), library.add(other)
@@ -228,21 +228,21 @@ def test_damage_is_found_refused_and_mended_by_adding_again(library, name):
 
 
 @pytest.mark.parametrize("name", ["provenance.json missing", "entry.json missing", f"{WEIGHTS} flipped at 40"])
-def test_what_is_damaged_can_be_removed(library, name):
+def test_damaged_entry_can_be_removed(library, name):
     identity = library.add(uneven_adapter(2))
     DAMAGES[name][0](library.directory / identity)
     assert library.remove(identity[:8]) == identity
     assert visible(library) == [] and library.verify() == ()
 
 
-def test_an_entry_under_a_wrong_name_is_damaged(library):
+def test_verify_reports_entry_under_wrong_name(library):
     identity = library.add(uneven_adapter(2))
     (library.directory / identity).rename(library.directory / ("0" * 64))
     (found,) = library.verify()
     assert found.name == "0" * 64 and f"belongs to {identity}" in found.reason
 
 
-def test_leftovers_and_strangers_are_told_and_only_leftovers_cleaned(library):
+def test_clean_removes_leftovers_and_keeps_other_files(library):
     identity = library.add(uneven_adapter(2))
     left = [library.directory / f".{'0' * 32}.new", library.directory / f".{'1' * 32}.old"]
     for path in left:
@@ -261,7 +261,7 @@ def test_leftovers_and_strangers_are_told_and_only_leftovers_cleaned(library):
     assert [damage.name for damage in library.verify()] == ["notes.txt"]
 
 
-def test_no_space_leaves_nothing(library, monkeypatch):
+def test_library_add_on_full_disk_leaves_no_files(library, monkeypatch):
     import hypernet.io.files
     from tests.adapters.test_adapter import no_space
 
@@ -282,7 +282,7 @@ def add_many(directory, adapters, barrier):
         library.add(adapter)
 
 
-def test_two_processes_that_add_the_same_at_once_do_not_disturb_each_other(library):
+def test_concurrent_adds_of_same_adapters_are_safe(library):
     adapters = [uneven_adapter(1, seed=seed) for seed in range(12)]
     adapters[0]._peft_config()  # imported before the fork
     barrier = FORK.Barrier(2)
@@ -305,7 +305,7 @@ def add_forever(directory, adapters):
             library.remove(adapter.content_id())
 
 
-def test_kill_9_at_any_moment_leaves_whole_adapters_or_none(library):
+def test_kill_9_leaves_complete_entries_only(library):
     wide = (UNEVEN[0]._replace(d_in=4000, d_out=3000, widths=None, paths=("a.0.up", "a.1.up")),)
     adapters = [make_adapter(wide, 4, seed=seed) for seed in range(3)]  # about a megabyte each
     adapters[0]._peft_config()

@@ -50,7 +50,7 @@ def uneven_model():
 
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 5])
-def test_merged_logits_are_the_injectors(base_model, num_chunks):
+def test_merged_logits_equal_injected_logits(base_model, num_chunks):
     adapter = make_adapter(find_targets(base_model, NAMES), num_chunks, scaling=2.0)
     plain = logits(base_model)
     injector = LoRAInjector(base_model, adapter.targets)
@@ -62,7 +62,7 @@ def test_merged_logits_are_the_injectors(base_model, num_chunks):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-def test_low_precision_models_merge_to_their_rounding(base_model, dtype, tolerance):
+def test_low_precision_merge_is_exact_to_rounding(base_model, dtype, tolerance):
     adapter = make_adapter(find_targets(base_model, NAMES), 2, scaling=2.0, dtype=dtype)
     reference = copy.deepcopy(base_model.to(dtype)).float()
     merge(reference, adapter)
@@ -77,7 +77,7 @@ def test_low_precision_models_merge_to_their_rounding(base_model, dtype, toleran
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_unmerge_gives_the_weights_back_to_rounding_and_merged_bit_by_bit(base_model, adapter, dtype):
+def test_unmerge_restores_to_rounding_and_merged_to_the_bit(base_model, adapter, dtype):
     base_model.to(dtype)
     before = state(base_model)
     with merged(base_model, adapter):
@@ -95,7 +95,7 @@ def test_unmerge_gives_the_weights_back_to_rounding_and_merged_bit_by_bit(base_m
         assert ((weight - before[name]).abs().double() <= 2 * torch.finfo(dtype).eps * largest + 1e-12).all()
 
 
-def test_layers_of_other_widths_and_without_the_module_merge():
+def test_merge_handles_uneven_widths_and_missing_modules():
     model, adapter = uneven_model(), uneven_adapter(2)
     before = state(model)
     merge(model, adapter)
@@ -108,7 +108,7 @@ def test_layers_of_other_widths_and_without_the_module_merge():
     }
 
 
-def test_compressed_and_padded_adapters_merge_too(base_model, adapter):
+def test_merge_accepts_compressed_and_padded_adapters(base_model, adapter):
     with merged(base_model, adapter):
         expected = logits(base_model)
     for other in (pad(adapter, 20), compress(adapter, adapter.rank)[0]):
@@ -116,14 +116,14 @@ def test_compressed_and_padded_adapters_merge_too(base_model, adapter):
             torch.testing.assert_close(logits(base_model), expected, rtol=0, atol=1e-3)
 
 
-def test_weights_that_require_gradients_merge_without_a_graph(base_model, adapter):
+def test_merge_records_no_autograd_graph(base_model, adapter):
     merge(base_model, adapter)
     weight = base_model.get_submodule(adapter.targets[0].paths[0]).weight
     assert weight.requires_grad and weight.is_leaf
     base_model(IDS).logits.sum().backward()
 
 
-def test_an_error_inside_the_block_still_restores_the_weights(base_model, adapter):
+def test_merged_restores_weights_after_error(base_model, adapter):
     before = state(base_model)
     with pytest.raises(RuntimeError, match="inside"), merged(base_model, adapter):
         raise RuntimeError("inside")
@@ -131,7 +131,7 @@ def test_an_error_inside_the_block_still_restores_the_weights(base_model, adapte
     merge(base_model, adapter)  # and it counts as not merged
 
 
-def test_twice_and_unmerging_what_is_not_merged_are_refused(base_model, adapter):
+def test_double_merge_and_unmatched_unmerge_are_refused(base_model, adapter):
     assert_one_line_value_error(lambda: unmerge(base_model, adapter), "not merged into the base model, 0 others")
     merge(base_model, adapter)
     same = adapter.to(dtype=torch.float64).to(dtype=torch.float32)
@@ -146,7 +146,7 @@ def test_twice_and_unmerging_what_is_not_merged_are_refused(base_model, adapter)
     unmerge(base_model, foreign)
 
 
-def test_adapters_without_a_bias_block_merge_one_after_the_other(base_model, adapter):
+def test_adapters_without_bias_block_merge_in_turn(base_model, adapter):
     a, b = (make_adapter(adapter.targets, n, seed=n, bias=False, scaling=2.0) for n in (1, 2))
     expected = copy.deepcopy(base_model)
     merge(expected, a + b)
@@ -202,7 +202,7 @@ def broken(model, adapter, how):
         ("overflow", "would not be finite in torch.float32"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_and_nothing_changes(base_model, adapter, how, message):
+def test_refused_merge_leaves_model_unchanged(base_model, adapter, how, message):
     broken(base_model, adapter, how)
     untouched = base_model.model.layers[0].mlp.down_proj.weight.clone()
     assert_one_line_value_error(lambda: merge(base_model, adapter), message)

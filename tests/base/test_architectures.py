@@ -138,7 +138,7 @@ def token_ids(tokenizer, rows):
     return torch.randint(4, len(tokenizer), (rows, 9), generator=torch.Generator().manual_seed(3))
 
 
-def test_an_untrained_hypernetwork_changes_no_bit(make, tiny_tokenizer):
+def test_untrained_hypernetwork_keeps_logits_bit_identical(make, tiny_tokenizer):
     model = make(trained=False)
     adapter = model.internalize(TEXT)
     ids = token_ids(tiny_tokenizer, 2)
@@ -148,7 +148,7 @@ def test_an_untrained_hypernetwork_changes_no_bit(make, tiny_tokenizer):
             assert torch.equal(model.base_model(ids).logits, plain)
 
 
-def test_every_parameter_of_the_hypernetwork_gets_a_gradient(make, tiny_tokenizer):
+def test_every_hypernetwork_parameter_gets_a_gradient(make, tiny_tokenizer):
     model = make(trained=True)
     ids = token_ids(tiny_tokenizer, 3)
     A, B = model.adapt(ids, torch.ones_like(ids, dtype=torch.bool))

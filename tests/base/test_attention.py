@@ -12,13 +12,13 @@ def inputs(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_is_torch_s_attention(dtype):
+def test_attention_equals_torch_attention(dtype):
     q, k, v = inputs(dtype)
     mask = torch.ones(5, 7, dtype=torch.bool).tril()
     assert torch.equal(attend(q, k, v, attn_mask=mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
-def test_bf16_is_attended_in_float32_and_rounded_once():
+def test_bf16_attention_computes_in_float32():
     q, k, v = inputs(torch.bfloat16)
     mixed = attend(q, k, v)
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
@@ -26,7 +26,7 @@ def test_bf16_is_attended_in_float32_and_rounded_once():
     assert all(grad.dtype == torch.bfloat16 for grad in torch.autograd.grad(mixed.sum(), (q, k, v)))
 
 
-def test_autocast_does_not_round_the_inputs():
+def test_attention_under_autocast_keeps_inputs_exact():
     q, k, v = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = attend(q, k, v)

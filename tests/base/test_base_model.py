@@ -31,25 +31,25 @@ def test_loaded_base_model_is_frozen_and_of_the_stored_type(tiny_base_model_fold
     assert tokenizer("Norbach")["input_ids"] and tokenizer.chat_template
 
 
-def test_dtype_and_attention_can_be_chosen(tiny_base_model_folder):
+def test_base_model_dtype_and_attention_can_be_chosen(tiny_base_model_folder):
     base_model, _ = load_base_model(str(tiny_base_model_folder), dtype="bfloat16", attention="eager")
     assert {parameter.dtype for parameter in base_model.parameters()} == {torch.bfloat16}
     assert base_model.config._attn_implementation == "eager"
 
 
-def test_a_type_that_is_stored_is_kept(tmp_path, tiny_base_model, tiny_tokenizer):
+def test_base_model_keeps_stored_dtype(tmp_path, tiny_base_model, tiny_tokenizer):
     tiny_base_model.to(torch.bfloat16).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     assert load_base_model(tmp_path)[0].dtype == torch.bfloat16
 
 
-def test_a_home_folder_is_found(tmp_path, monkeypatch, tiny_base_model_folder):
+def test_tilde_in_path_is_expanded(tmp_path, monkeypatch, tiny_base_model_folder):
     monkeypatch.setenv("HOME", str(tiny_base_model_folder.parent))
     base_model, _ = load_base_model(f"~/{tiny_base_model_folder.name}")
     assert fingerprint(base_model) == fingerprint(load_base_model(tiny_base_model_folder)[0])
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path, tiny_base_model, tiny_tokenizer):
+def test_tokenizer_without_pad_token_pads_with_eos(tmp_path, tiny_base_model, tiny_tokenizer):
     """As those of Llama 3 and Mistral; batches need some token to pad with."""
     tiny_base_model.save_pretrained(tmp_path)
     without_padding = copy.deepcopy(tiny_tokenizer)
@@ -93,12 +93,12 @@ def test_unloadable_source_is_refused_in_one_line_with_its_path(tmp_path, tiny_b
 
 
 @pytest.mark.parametrize("source", ["/nowhere/model", "./nowhere", "assets/nowhere/model", "~/nowhere"])
-def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(source):
+def test_missing_folder_is_not_looked_up_on_the_hub(source):
     with pytest.raises(ValueError, match=r"No base model in .*nowhere.*config.json is missing. Give a folder"):
         load_base_model(source)
 
 
-def test_a_hub_name_that_cannot_be_reached_is_one_line():
+def test_unreachable_hub_name_is_a_one_line_error():
     with pytest.raises(ValueError, match="Could not load the base model from nobody/nothing") as error:
         load_base_model("nobody/nothing")
     assert "\n" not in str(error.value)
@@ -119,7 +119,7 @@ def test_seed_decides_the_weights_and_leaves_torchs_rng():
 
 
 @pytest.mark.parametrize("model_type", [None, "lama"])
-def test_an_unknown_model_type_is_refused_with_examples(model_type):
+def test_unknown_model_type_is_refused_with_examples(model_type):
     with pytest.raises(ValueError, match=rf"model_type is {model_type!r}; give one .*llama"):
         build_base_model({**LLAMA, "model_type": model_type})
 
@@ -143,7 +143,7 @@ def test_fingerprint_depends_on_weights_and_not_on_place(tmp_path, tiny_base_mod
     assert fingerprint(strided) == expected
 
 
-def test_the_fingerprint_of_known_weights_is_known():
+def test_fingerprint_of_known_weights_is_stable():
     """Adapters and checkpoints hold fingerprints: another way to compute them would orphan these."""
     tensors = {"b": torch.tensor([True]), "a": torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)}
     text = b"a torch.bfloat16 (1, 2)" + b"\x80\x3f\x00\xc0" + b"b torch.bool (1,)" + b"\x01"
@@ -162,7 +162,7 @@ def test_the_fingerprint_of_known_weights_is_known():
     ],
     ids=["value", "shape", "type", "name", "missing", "scalar"],
 )
-def test_any_change_changes_the_fingerprint(changed):
+def test_fingerprint_changes_with_any_value_name_or_dtype(changed):
     tensors = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor(1)}
     assert fingerprint(changed) != fingerprint(tensors) == fingerprint(dict(tensors))
 
@@ -200,7 +200,7 @@ def test_generation_in_a_ragged_batch_equals_each_prompt_alone(tiny_base_model, 
     assert len(set(answers)) > 1
 
 
-def test_an_answer_stops_at_the_end_token(tiny_base_model, tiny_tokenizer):
+def test_generation_stops_at_end_token(tiny_base_model, tiny_tokenizer):
     """The end token is made the best one after a step, by turning the answer's first token into it."""
     prompts = ["Where is Norbach?", "When?"]
     ids = torch.tensor([tiny_tokenizer(prompts[0])["input_ids"]])

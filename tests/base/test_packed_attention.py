@@ -47,7 +47,7 @@ def dense_logits(model, rows, where):
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_logits_and_gradients_are_those_of_a_mask_over_the_rows(case):
+def test_packed_attention_equals_dense_row_mask(case):
     model, rows = build_base_model(LLAMA), make_rows(case)
     where = rows.segments >= 0  # every token, not only answers
     found, expected = packed_logits(model, rows, where), dense_logits(model, rows, where)
@@ -58,13 +58,13 @@ def test_logits_and_gradients_are_those_of_a_mask_over_the_rows(case):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_less_is_multiplied_than_with_a_mask_over_the_rows():
+def test_packed_attention_needs_fewer_flops_than_row_mask():
     blocks = RowBlocks.of(make_rows("no prefix at all"))
     pairs = sum(group.mask.numel() for group in blocks.groups)
     assert blocks.num_prefix == 0 and pairs <= 2 * 4**2 + 9**2 < 2 * 12**2
 
 
-def test_the_model_attends_as_before_afterwards():
+def test_packed_attention_restores_model_attention():
     model, rows = build_base_model(LLAMA), make_rows("a prefix alone")
     before = model.config._attn_implementation
     packed_logits(model, rows, rows.target_kind >= 0)
@@ -78,14 +78,14 @@ def test_the_model_attends_as_before_afterwards():
         {**LLAMA, "model_type": "mistral", "sliding_window": 8},
     ],
 )
-def test_models_of_other_attention_get_a_mask_over_the_rows(settings):
+def test_packed_attention_falls_back_to_mask_for_other_models(settings):
     model, rows = build_base_model(settings), make_rows("questions with and without the prefix")
     assert not supports_packed_attention(model)
     where = rows.target_kind >= 0
     torch.testing.assert_close(packed_logits(model, rows, where), dense_logits(model, rows, where), rtol=0, atol=0)
 
 
-def test_an_attention_implementation_that_was_asked_for_is_used():
+def test_packed_attention_respects_chosen_implementation():
     model, rows = build_base_model(LLAMA), make_rows("questions with and without the prefix")
     assert supports_packed_attention(model)
     model.set_attn_implementation("eager")
@@ -95,7 +95,7 @@ def test_an_attention_implementation_that_was_asked_for_is_used():
     torch.testing.assert_close(found, dense_logits(model, rows, where), rtol=0, atol=0)
 
 
-def test_gradient_checkpointing_gets_a_mask_over_the_rows():
+def test_packed_attention_uses_mask_when_checkpointing():
     """A checkpointed layer runs again in the backward pass, when the implementation is no longer set."""
     model, rows = build_base_model(LLAMA).train(), make_rows("questions with and without the prefix")
     plain = packed_logits(model, rows, rows.target_kind >= 0).sum()

@@ -52,7 +52,7 @@ def logits_of_prompt(base_model, ids):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("who", ["student", "teacher"])
-def test_packed_rows_give_the_logits_of_one_prompt_per_question(tiny_base_model, tiny_tokenizer, batch, who, attention):
+def test_packed_rows_equal_one_prompt_per_question(tiny_base_model, tiny_tokenizer, batch, who, attention):
     tiny_base_model.set_attn_implementation(attention)
     layout, rows = ChatLayout.of(tiny_tokenizer), getattr(batch, who)
     logits = logits_of(tiny_base_model, rows)
@@ -90,7 +90,7 @@ def test_segments_see_neither_each_other_nor_unwanted_prefix(tiny_base_model, ba
         assert torch.equal(after[own], before[own])
 
 
-def test_padding_changes_nothing(tiny_base_model, batches, batch):
+def test_packed_row_padding_changes_nothing(tiny_base_model, batches, batch):
     for who in ("student", "teacher"):
         both = logits_of(tiny_base_model, getattr(batch, who))
         assert both.isfinite().all()
@@ -103,13 +103,13 @@ def test_padding_changes_nothing(tiny_base_model, batches, batch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_mask_is_finite_and_of_the_type_asked_for(batch, dtype):
+def test_packed_mask_is_finite_and_of_given_dtype(batch, dtype):
     mask = batch.teacher.attention_mask(dtype)
     assert mask.dtype == dtype and mask.shape == (2, 1, *batch.teacher.ids.shape[1:] * 2)
     assert set(mask.unique().tolist()) == {0.0, torch.finfo(dtype).min}
 
 
-def test_the_mask_of_a_small_row_is_the_one_drawn_by_hand():
+def test_packed_mask_equals_handwritten_mask():
     row = pack_row([1, 2], [Segment([3, 4], 1, True, 0), Segment([5, 6, 7], 2, False, 2)])
     rows = pad_rows([row, pack_row([1] * 8, [])], pad_id=0)
     visible = rows.attention_mask(torch.float32)[0, 0] == 0
@@ -130,7 +130,7 @@ def test_the_mask_of_a_small_row_is_the_one_drawn_by_hand():
 # Which tokens are answers
 
 
-def test_exactly_the_answers_tokens_are_predicted(tiny_tokenizer, batch):
+def test_packed_targets_are_exactly_the_answer_tokens(tiny_tokenizer, batch):
     for rows in (batch.student, batch.teacher):
         predicted, kinds = rows.target_kind >= 0, rows.target_kind
         for row, questions in enumerate(ASKED):
@@ -155,7 +155,7 @@ def test_a_segment_without_a_prompt_is_predicted_whole():
     assert row.target_weight.tolist() == [0, 0, 0.5, 0.5, 0.5]
 
 
-def test_rows_move_together(batch):
+def test_packed_rows_move_to_a_device_together(batch):
     moved = batch.to("meta")
     tensors = [moved.chunk_ids, moved.chunk_mask, *moved.student, *moved.teacher]
     assert {tensor.device.type for tensor in tensors} == {"meta"} and moved.chunk_counts == batch.chunk_counts

@@ -23,7 +23,7 @@ def logits(model, adapter):
         return model.base_model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
 
 
-def test_int8_weights_take_adapters_as_plain_ones_do(make_doc_to_lora, tiny_base_model_folder):
+def test_int8_base_model_applies_adapters(make_doc_to_lora, tiny_base_model_folder):
     plain, quantised = make_doc_to_lora(), make_doc_to_lora(base_model=int8(tiny_base_model_folder))
     quantised.hypernetwork.load_state_dict(plain.hypernetwork.state_dict())
     weight = quantised.base_model.model.layers[0].mlp.down_proj.weight
@@ -41,7 +41,7 @@ def test_int8_weights_take_adapters_as_plain_ones_do(make_doc_to_lora, tiny_base
         assert not torch.equal(own.A[name], adapter.A[name])
 
 
-def test_int8_weights_pass_gradients_to_the_hypernetwork(make_doc_to_lora, tiny_base_model_folder):
+def test_int8_base_model_passes_gradients_to_hypernetwork(make_doc_to_lora, tiny_base_model_folder):
     model = make_doc_to_lora(base_model=int8(tiny_base_model_folder))
     ids = torch.randint(4, 600, (2, 9))
     A, B = model.adapt(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -51,7 +51,7 @@ def test_int8_weights_pass_gradients_to_the_hypernetwork(make_doc_to_lora, tiny_
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.hypernetwork.parameters())
 
 
-def test_quantised_answers_in_a_batch_equal_one_at_a_time(make_doc_to_lora, tiny_base_model_folder):
+def test_quantized_batch_equals_single_questions(make_doc_to_lora, tiny_base_model_folder):
     model = make_doc_to_lora(base_model=int8(tiny_base_model_folder))
     adapters = [model.internalize(TEXT), model.internalize("Corvale lies in the north.")]
     together = model.generate(QUESTIONS, adapters, max_new_tokens=5)
@@ -75,20 +75,20 @@ def test_fingerprint_of_quantised_weights_is_of_their_content(tiny_base_model_fo
     assert fingerprint(one) != fingerprint(two)
 
 
-def test_an_unknown_quantization_is_refused(tiny_base_model_folder):
+def test_unknown_quantization_is_refused(tiny_base_model_folder):
     with pytest.raises(ValueError, match="Unknown quantization 'int3': choose one of int8, 4bit or None"):
         load_base_model(tiny_base_model_folder, quantization="int3")
 
 
 @pytest.mark.parametrize("name, library", [("int8", "torchao"), ("4bit", "bitsandbytes")])
-def test_a_missing_library_is_named(tiny_base_model_folder, monkeypatch, name, library):
+def test_missing_quantization_library_is_named(tiny_base_model_folder, monkeypatch, name, library):
     monkeypatch.setattr("hypernet.base.base_model.find_spec", lambda asked: None if asked == library else sys)
     with pytest.raises(ValueError, match=f"quantization={name} needs {library}: pip install {library}"):
         load_base_model(tiny_base_model_folder, quantization=name)
 
 
 @pytest.mark.requires_gpu
-def test_4bit_weights_take_adapters(make_doc_to_lora, tiny_base_model_folder):
+def test_4bit_base_model_applies_adapters(make_doc_to_lora, tiny_base_model_folder):
     pytest.importorskip("bitsandbytes")
     base_model, _ = load_base_model(tiny_base_model_folder, quantization="4bit", device="cuda")
     model = make_doc_to_lora(base_model=base_model)

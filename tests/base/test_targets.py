@@ -48,7 +48,7 @@ def test_targets_are_sorted_with_one_path_per_layer():
     assert list(q.modules()) == [LayerTarget(i, f"model.layers.{i}.self_attn.q_proj", 32, 32) for i in (0, 1)]
 
 
-def test_layers_of_different_widths_and_without_the_module():
+def test_find_targets_handles_uneven_widths_and_missing_modules():
     model = Decoder(linear(a=(3, 4), b=(4, 3)), linear(b=(5, 3)), linear(a=(3, 4), b=(2, 9)))
     a, b = find_targets(model, ["a", "b"])
     assert a == LoRATarget("a", ("layers.0.a", None, "layers.2.a"), 3, 4)
@@ -57,7 +57,7 @@ def test_layers_of_different_widths_and_without_the_module():
     assert [(place.d_in, place.d_out) for place in b.modules()] == [(4, 3), (5, 3), (2, 9)]
 
 
-def test_some_layers_alone_have_the_places_in_that_order():
+def test_find_targets_keeps_order_of_chosen_layers():
     model = Decoder(linear(a=(3, 4)), linear(b=(5, 3)), linear(a=(9, 4)), linear(a=(3, 4)))
     (a,) = find_targets(model, ["a"], layers=[1, 3])
     assert a == LoRATarget("a", (None, "layers.3.a"), 3, 4)
@@ -68,17 +68,17 @@ def test_some_layers_alone_have_the_places_in_that_order():
 @pytest.mark.parametrize(
     ("share", "layers"), [(0.5, [3, 4, 5]), (1.0, [0, 1, 2, 3, 4, 5]), (0.01, [5]), (0.7, [2, 3, 4, 5])]
 )
-def test_a_share_of_the_layers_is_the_last_ones(share, layers):
+def test_target_layer_share_selects_last_layers(share, layers):
     assert adapted_layers(Decoder(*[linear(a=(3, 4))] * 6), share) == layers
 
 
 @pytest.mark.parametrize("layers", [[], [0, 2], [1, 0], [0, 0], [-1], 1, "0", 0.0, 1.5, ["0"]])
-def test_layers_that_there_are_not_are_refused(layers):
+def test_find_targets_refuses_missing_layers(layers):
     with pytest.raises(ValueError, match="layers to adapt as an ascending list from 0 to 1, or the share .*, got"):
         find_targets(llama(), ["down_proj"], layers=layers)
 
 
-def test_a_target_goes_through_json_and_back():
+def test_target_roundtrips_through_json():
     model = Decoder(linear(a=(3, 4), b=(4, 3)), linear(b=(5, 3)))
     for target in find_targets(model, ["a", "b"]):
         assert LoRATarget.of(json.loads(json.dumps(target.plain()))) == target
@@ -97,7 +97,7 @@ def test_a_target_goes_through_json_and_back():
         ({"name": None, "d_out": None}, TypeError),
     ],
 )
-def test_fields_that_are_no_target_are_refused(change, error):
+def test_target_refuses_invalid_fields(change, error):
     fields = find_targets(llama(), ["q_proj"])[0].plain()
     with pytest.raises(error):
         LoRATarget.of(fields | change)
@@ -140,7 +140,7 @@ def test_missing_or_ambiguous_targets_are_refused(model, names, message):
     "model_type, name, fused",
     [("phi3", "q_proj", "qkv_proj"), ("phi3", "up_proj", "gate_up_proj"), ("gpt_neox", "v_proj", "query_key_value")],
 )
-def test_a_projection_inside_a_fused_one_is_named(model_type, name, fused):
+def test_find_targets_names_the_fused_projection(model_type, name, fused):
     sizes = {**SIZES, "bos_token_id": 1, "eos_token_id": 2}
     model = build_base_model({"model_type": model_type, **sizes})
     with pytest.raises(ValueError, match=f"named {name!r}.*It is part of {fused} here"):
@@ -148,20 +148,20 @@ def test_a_projection_inside_a_fused_one_is_named(model_type, name, fused):
     assert [target.name for target in find_targets(model, [fused])] == [fused]
 
 
-def test_a_model_whose_projections_are_no_linear_modules_says_so():
+def test_find_targets_refuses_non_linear_projections():
     model = build_base_model({"model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4})
     with pytest.raises(ValueError, match="The blocks of GPT2LMHeadModel hold no nn.Linear.*Conv1D"):
         find_targets(model, ["c_proj"])
 
 
-def test_a_model_without_one_list_of_blocks_is_refused():
+def test_find_targets_refuses_model_without_block_list():
     model = Decoder(linear(a=(3, 4)))
     model.config.num_hidden_layers = 2
     with pytest.raises(ValueError, match=r"Found no list of 2 blocks in Decoder, which has \['layers'\]"):
         find_blocks(model)
 
 
-def test_the_vision_tower_below_a_wrapper_is_left_alone():
+def test_find_targets_skips_the_vision_tower():
     text = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}

@@ -16,11 +16,11 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_any_text_comes_back_from_its_tokens(tiny_tokenizer, text):
+def test_trained_tokenizer_roundtrips_any_text(tiny_tokenizer, text):
     assert tiny_tokenizer.decode(tiny_tokenizer(text)["input_ids"]) == text
 
 
-def test_a_saved_tokenizer_gives_the_same_tokens(tmp_path, tiny_tokenizer):
+def test_saved_tokenizer_gives_same_tokens(tmp_path, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert [again(text)["input_ids"] for text in TEXTS] == [tiny_tokenizer(text)["input_ids"] for text in TEXTS]
@@ -48,14 +48,14 @@ def test_vocabulary_has_the_size_and_special_tokens_are_single(tiny_tokenizer):
     assert [tiny_tokenizer(token)["input_ids"] for token in special] == [[i] for i in range(4)]
 
 
-def test_the_chat_template_writes_turns_one_after_the_other(tiny_tokenizer):
+def test_trained_tokenizer_chat_template_writes_turns(tiny_tokenizer):
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ilda"}]
     render = lambda turns, **settings: tiny_tokenizer.apply_chat_template(turns, tokenize=False, **settings)  # noqa: E731
     assert render(turns) == "<|user|>Who?<|end|><|assistant|> Ilda<|end|>"
     assert render(turns[:1], add_generation_prompt=True) == "<|user|>Who?<|end|><|assistant|>"
 
 
-def test_training_a_tokenizer_twice_gives_the_same_one():
+def test_tokenizer_training_is_deterministic():
     def texts():
         yield from ["Norbach lies on the river Vel.", "The river Vel flows through Norbach."] * 3
 

@@ -38,7 +38,7 @@ def test_questions_are_grouped_by_the_values_of_attributes(cells) -> None:
     assert not [r for r in slices if r["task"] == "encyclopedia"]
 
 
-def test_rows_without_attributes_give_the_same_tables(cells) -> None:
+def test_rows_without_attributes_give_same_tables(cells) -> None:
     cells = [row for row in cells if row["task"] in ("encyclopedia", "needles")]
     bare = [{key: value for key, value in row.items() if key != "attributes"} for row in cells]
     kept = [row for row in summarize(cells, cost_model=no_model) if row["kind"] == "summary"]
@@ -46,7 +46,7 @@ def test_rows_without_attributes_give_the_same_tables(cells) -> None:
     assert [{**row, "attributes": {}} for row in kept] == found
 
 
-def test_cases_of_two_sets_with_one_name_stay_apart_in_a_slice(cells) -> None:
+def test_slices_separate_sets_with_equal_case_names(cells) -> None:
     for row in cells:
         if row["task"] == "needles" and row["kind"] != "summary":
             row["case"] = row["case"].split("/")[1]
@@ -77,14 +77,14 @@ def test_gradient_methods_have_a_curve_and_their_last_step(cells) -> None:
     assert own["exact_match"] == 0.25 and own["break_even"]["full_context"]["seconds"] == pytest.approx(1.999 / 0.04)
 
 
-def test_two_settings_of_one_name_are_refused(cells) -> None:
+def test_summary_refuses_two_settings_of_one_name(cells) -> None:
     other = dict(next(row for row in cells if row["kind"] == "summary"))
     other["run"] = {"config": {**other["run"]["config"], "method": {"lr": 0.1}}}
     with pytest.raises(ValueError, match="method_name="):
         summarize([*cells, other], cost_model=no_model)
 
 
-def test_commands_of_one_sweep_become_one(cells) -> None:
+def test_summary_merges_commands_of_one_sweep(cells) -> None:
     rows = encyclopedia(cells)
     (command,) = commands(rows)
     methods = "no_context,full_context,prefix_cache,retrieval,doc_to_lora,wrong_document,text_lora"
@@ -96,5 +96,5 @@ def test_commands_of_one_sweep_become_one(cells) -> None:
     assert describe(rows, [])["commands_by_task"] == {"encyclopedia": ["python -m benchmarks.run sweep=tiny"]}
 
 
-def test_settings_that_are_none_are_not_listed(cells) -> None:
+def test_summary_omits_settings_that_are_none(cells) -> None:
     assert ["text_lora", "lr=0.01"] in describe(cells, [])["choices"]

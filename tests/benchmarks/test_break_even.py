@@ -18,7 +18,7 @@ def encyclopedia(cells: list[dict]) -> list[dict]:
     return [row for row in cells if row["task"] == "encyclopedia"]
 
 
-def test_break_even_follows_from_costs_at_equal_answer_length(cells) -> None:
+def test_break_even_uses_costs_at_equal_answer_length(cells) -> None:
     even = by_method(summarize(encyclopedia(cells), cost_model=no_model))["doc_to_lora"]["break_even"]
     assert even["full_context"]["seconds"] == pytest.approx((0.2 - 0.001) / (0.05 - 0.01))
     assert even["full_context"]["seconds_interval"] == pytest.approx([even["full_context"]["seconds"]] * 2)
@@ -40,7 +40,7 @@ def test_an_alternative_cheaper_in_both_parts_is_never_beaten(cells) -> None:
     assert even["full_context"] == {"seconds": None, "seconds_interval": [None, None]}
 
 
-def test_flops_come_from_the_checkpoint_s_own_model(cells, cost_model) -> None:
+def test_flops_come_from_the_checkpoint_model(cells, cost_model) -> None:
     asked = []
     rows = summarize(encyclopedia(cells), cost_model=lambda checkpoint: asked.append(checkpoint) or cost_model)
     assert asked == ["assets/tiny"]
@@ -50,7 +50,7 @@ def test_flops_come_from_the_checkpoint_s_own_model(cells, cost_model) -> None:
     assert even["flops"] == pytest.approx((own.prepare - full.prepare) / (full.question - own.question))
 
 
-def test_the_surface_is_fitted_to_the_measured_seconds(cells, cost_model) -> None:
+def test_surface_is_fitted_to_measured_seconds(cells, cost_model) -> None:
     rows = [r for r in summarize(encyclopedia(cells), cost_model=lambda _: cost_model) if r["kind"] == "surface"]
     assert {r["method"] for r in rows} == {"doc_to_lora", "full_context", "prefix_cache", "retrieval"}
     assert all(r["longest_measured"] == 130 and r["fit_error"] < 1e-6 for r in rows)

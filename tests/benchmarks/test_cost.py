@@ -37,7 +37,7 @@ def positions_without_a_matrix_product(monkeypatch):
 
 
 @pytest.mark.parametrize("new", [1, 7, 37])
-def test_forward_flops_are_those_that_torch_counts(tiny_base_model, new) -> None:
+def test_forward_flops_equal_torch_counter(tiny_base_model, new) -> None:
     ids = torch.arange(new)[None] + 5
     shape = ModelShape.of(tiny_base_model)
     counted = flops_of(lambda: tiny_base_model(input_ids=ids, use_cache=False, logits_to_keep=1))
@@ -53,7 +53,7 @@ def test_forward_flops_are_those_that_torch_counts(tiny_base_model, new) -> None
     assert shape.forward_flops(new, past=13) == flops_of(with_cache)
 
 
-def test_generation_flops_are_those_of_the_decoding_loop(tiny_base_model, tiny_tokenizer) -> None:
+def test_generation_flops_equal_decoding_loop(tiny_base_model, tiny_tokenizer) -> None:
     generated = []
     prompt = [list(range(5, 25))]
     counted = flops_of(lambda: generated.append(greedy(tiny_base_model, tiny_tokenizer, prompt, max_new_tokens=6)))
@@ -61,7 +61,7 @@ def test_generation_flops_are_those_of_the_decoding_loop(tiny_base_model, tiny_t
     assert shape.generation_flops(20, answer=generated[0].num_tokens[0]) == counted
 
 
-def test_adapter_flops_are_those_that_an_adapter_adds(make_doc_to_lora) -> None:
+def test_adapter_flops_equal_what_an_adapter_adds(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     adapter = model.internalize("One sentence here. " * 20)
     x = torch.randn(11, 48)
@@ -70,7 +70,7 @@ def test_adapter_flops_are_those_that_an_adapter_adds(make_doc_to_lora) -> None:
     assert counted == adapter_flops(adapter.targets, adapter.rank, 11)
 
 
-def test_break_even_is_where_the_totals_cross() -> None:
+def test_break_even_is_where_totals_cross() -> None:
     own, other = Costs(prepare=100, question=2), Costs(prepare=10, question=5)
     assert break_even(own, other) == 30
     assert 100 + 30 * 2 == 10 + 30 * 5
@@ -107,7 +107,7 @@ def test_costs_are_those_that_torch_counts_for_each_method(make_doc_to_lora) -> 
 
 
 @pytest.mark.parametrize("num_tokens", [12, 55, 130])
-def test_internalizing_costs_what_two_counted_documents_foretell(make_doc_to_lora, num_tokens) -> None:
+def test_internalize_flops_are_linear_in_document_length(make_doc_to_lora, num_tokens) -> None:
     doc_to_lora = make_doc_to_lora().requires_grad_(False)
     document = make_document(doc_to_lora, num_tokens)
     counted = flops_of(lambda: doc_to_lora.internalize(document))
@@ -117,7 +117,7 @@ def test_internalizing_costs_what_two_counted_documents_foretell(make_doc_to_lor
     assert per_chunk * chunks + per_token * num_tokens == pytest.approx(counted, rel=0.1)
 
 
-def test_a_line_is_found_again_and_never_has_a_part_below_zero() -> None:
+def test_line_fit_recovers_nonnegative_coefficients() -> None:
     exact = Line.fitted([(x, 2 + 3 * x) for x in (1, 5, 40)])
     assert exact == pytest.approx((2, 3)) and exact.at(10) == pytest.approx(32)
     assert Line.fitted([(1, 10), (2, 5)]).slope == 0

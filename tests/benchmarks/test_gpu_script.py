@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks/gpu.sh"
 
 
-def test_its_benchmarks_have_the_settings_that_it_gives_them() -> None:
+def test_gpu_script_passes_existing_settings() -> None:
     text = SCRIPT.read_text(encoding="utf-8").replace("\\\n", " ")
     found = re.findall(r'"\$python" -m benchmarks\.(\w+) (.*)', text)
     assert [name for name, _ in found] == ["training_speed", "training_speed", "kernel_speed", "internalize_cost"]
@@ -26,7 +26,7 @@ def test_its_benchmarks_have_the_settings_that_it_gives_them() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it takes many minutes")
-def test_without_a_gpu_it_ends_with_one_line(tmp_path) -> None:
+def test_gpu_script_without_gpu_fails_with_one_line(tmp_path) -> None:
     done = subprocess.run(
         ["bash", str(SCRIPT), str(tmp_path / "out")],
         **{"capture_output": True, "text": True, "env": {**os.environ, "PYTHON": sys.executable}},

@@ -39,7 +39,7 @@ def settings(*overrides):
         return compose("internalize_cost", overrides=list(overrides))
 
 
-def test_both_ways_give_the_same_matrices(model):
+def test_internalize_methods_give_same_matrices(model):
     document = make_document(model, 700)
     adapter = ours(model, document, max_batch_tokens=200)
     A, B = at_once(model, document, max_batch_tokens=200)
@@ -49,12 +49,12 @@ def test_both_ways_give_the_same_matrices(model):
 
 
 @pytest.mark.parametrize("num_tokens", [5, 256, 1000])
-def test_a_document_has_the_tokens_that_were_asked_for(model, num_tokens):
+def test_make_document_has_given_number_of_tokens(model, num_tokens):
     count = len(model.tokenizer(make_document(model, num_tokens), add_special_tokens=False)["input_ids"])
     assert abs(count - num_tokens) <= 1  # the last token, cut off from its word, may be read as two
 
 
-def test_peaks_are_those_of_tensors():
+def test_peak_bytes_counts_tensors():
     def run():
         big = torch.zeros(2**20)
         del big
@@ -65,7 +65,7 @@ def test_peaks_are_those_of_tensors():
     assert process is None or process >= 0
 
 
-def test_operations_are_counted():
+def test_flops_of_counts_a_matrix_product():
     assert flops_of(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 2 * 3 * 5 * 7
     assert matmul_rate("cpu", torch.float32) > 1e6
 
@@ -81,7 +81,7 @@ def test_memory_without_the_adapter_does_not_grow_with_length(model):
     assert beyond(4096) < 1.1 * beyond(1024)
 
 
-def test_the_rows_explain_themselves_and_make_table_and_plot(tmp_path, capsys):
+def test_internalize_cost_rows_make_table_and_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     output = tmp_path / "cost.jsonl"
     cfg = settings("tokens=[120,400]", "adapter_chunks=[2]", "runs=1", "budget_s=0", f"output={output}")
@@ -114,7 +114,7 @@ def test_internalizing_out_of_memory_is_a_result(model, monkeypatch):
 
 
 @pytest.mark.parametrize("override, wrong", [("model=gpt-5", "gpt-5"), ("methods=[ours,magic]", "magic")])
-def test_unknown_names_end_with_one_line(override, wrong):
+def test_unknown_method_name_is_a_one_line_error(override, wrong):
     with pytest.raises(SystemExit, match=f"internalize_cost: unknown {wrong}; models: tiny, gemma-2-2b; methods: ours"):
         main.__wrapped__(settings(override))
 
@@ -130,7 +130,7 @@ def test_gemma_2_2b_shape_has_the_papers_number_of_parameters():
     assert math.isclose(hypernetwork.parameter_counts()["total"], 309_456_384, rel_tol=1e-3)
 
 
-def test_a_model_of_another_shape_is_built_in_bfloat16_and_runs(monkeypatch):
+def test_model_of_another_shape_runs_in_bfloat16(monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 2100}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16}
     monkeypatch.setattr(internalize_cost, "GEMMA_2_2B", GEMMA_2_2B | small)

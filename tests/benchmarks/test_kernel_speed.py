@@ -31,7 +31,7 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(kernel_speed.MODELS, "tiny", (12, 40))
 
 
-def test_cases_are_every_combination_with_enough_tokens():
+def test_kernel_cases_are_all_combinations_with_enough_tokens():
     found = list(cases(OmegaConf.create(SETTINGS)))
     assert len(found) == len(set(found)) == 2 * 2 * (1 + 2)  # three tokens do not make four segments
     case = Case("tiny", "down_proj", 18, 24, 4)
@@ -43,7 +43,7 @@ def test_cases_are_every_combination_with_enough_tokens():
 
 @pytest.mark.parametrize("method", ["repeat_per_token", "loop_of_addmm", "padded_bmm"])
 @pytest.mark.parametrize("case", [Case("tiny", "down_proj", 18, 24, 4), Case("tiny", "up_proj", 7, 8, 1)])
-def test_every_alternative_computes_what_ours_does(method, case):
+def test_every_kernel_alternative_computes_the_same(method, case):
     inputs = make_inputs(case, device="cpu", dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     results = []
     for name in ("ours", method):
@@ -53,7 +53,7 @@ def test_every_alternative_computes_what_ours_does(method, case):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # gradients of some tens
 
 
-def test_rows_say_what_was_measured_and_the_table_compares():
+def test_kernel_speed_rows_make_comparison_table():
     case = Case("tiny", "down_proj", 20, 24, 4)
     rows = measure(case, OmegaConf.create(SETTINGS), MACHINE, device="cpu", dtype=torch.float32)
     rows = json.loads(json.dumps(rows))
@@ -75,7 +75,7 @@ def test_rows_say_what_was_measured_and_the_table_compares():
     assert table.count("\n") == 3 + 3 * len(set(METHODS) - {"grouped_mm"})
 
 
-def test_methods_beyond_the_memory_limit_are_left_out():
+def test_kernel_methods_beyond_memory_limit_are_skipped():
     case = Case("gemma-2-2b", "down_proj", 4096, 64, 8)
     assert not legal("repeat_per_token", case, dtype=torch.bfloat16, device="cpu", memory_limit=2**33)
     assert legal("repeat_per_token", case, dtype=torch.bfloat16, device="cpu", memory_limit=2**34)
@@ -89,14 +89,14 @@ def run(*overrides: str) -> None:
     kernel_speed.main.__wrapped__(cfg)
 
 
-def test_no_speed_is_printed_while_the_tests_fail(monkeypatch, capsys):
+def test_kernel_speed_prints_nothing_while_tests_fail(monkeypatch, capsys):
     monkeypatch.setattr(kernel_speed, "tests_pass", lambda: False)
     with pytest.raises(SystemExit, match="the tests of lora_delta fail, so no speed is printed"):
         run("output=null")
     assert "|" not in capsys.readouterr().out
 
 
-def test_the_command_writes_rows_and_prints_the_table(tmp_path, capsys):
+def test_kernel_speed_command_writes_rows_and_table(tmp_path, capsys):
     settings = ["models=[tiny]", "tokens=[9]", "ranks=[16]", "adapters=[1]", "budget_s=0", "verify=false", "device=cpu"]
     run(*settings, f"output={tmp_path / 'rows.jsonl'}", "rotate_mib=1")
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -107,12 +107,12 @@ def test_the_command_writes_rows_and_prints_the_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("setting", ["models=[gpt-9]", "methods=[ours,magic]"])
-def test_unknown_names_are_refused_with_the_known_ones(setting):
+def test_unknown_kernel_names_are_refused_with_known_ones(setting):
     with pytest.raises(SystemExit, match="unknown (gpt-9|magic); models: .*gemma-2-2b.* methods: ours"):
         run(setting)
 
 
-def test_the_plot_is_made_from_rows(tmp_path):
+def test_roofline_plot_is_drawn_from_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="the plot needs the extra [bench]")
     case = Case("tiny", "down_proj", 20, 24, 4)
     rows = measure(case, OmegaConf.create(SETTINGS), MACHINE, device="cpu", dtype=torch.float32)

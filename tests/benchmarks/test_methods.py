@@ -38,7 +38,7 @@ def prepared(method, case: Case = CASE):
     return method
 
 
-def test_the_decoding_loop_gives_the_library_s_answers(make_doc_to_lora) -> None:
+def test_decoding_loop_equals_generate(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     adapter = model.internalize(DOCUMENT)
     texts = [question.text for question in QUESTIONS]
@@ -49,7 +49,7 @@ def test_the_decoding_loop_gives_the_library_s_answers(make_doc_to_lora) -> None
     assert all(0 < n <= 9 for n in ours.num_tokens) and 0 < ours.first_token_s <= ours.total_s
 
 
-def test_log_likelihoods_are_those_of_the_answer_tokens(make_doc_to_lora) -> None:
+def test_log_likelihood_sums_answer_tokens(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     method = prepared(NoContext(model=model, max_new_tokens=4))
     ids = method.prompt(QUESTIONS[1])[0]
@@ -62,7 +62,7 @@ def test_log_likelihoods_are_those_of_the_answer_tokens(make_doc_to_lora) -> Non
 
 
 @pytest.mark.parametrize("documents", [(DOCUMENT,), (DOCUMENT, OTHER), (DOCUMENT * 30,), ("",)])
-def test_a_kept_prefix_gives_exactly_the_answers_of_full_context(make_doc_to_lora, documents) -> None:
+def test_prefix_cache_answers_equal_full_context(make_doc_to_lora, documents) -> None:
     model = make_doc_to_lora()
     case = CASE._replace(documents=documents)
     full, kept = (prepared(kind(model=model, max_new_tokens=8), case) for kind in (FullContext, PrefixCache))
@@ -74,7 +74,7 @@ def test_a_kept_prefix_gives_exactly_the_answers_of_full_context(make_doc_to_lor
     assert [answer.fits for answer in ours] == [len(documents[0]) < 1000] * 3
 
 
-def test_documents_that_do_not_fit_lose_their_middle(make_doc_to_lora) -> None:
+def test_full_context_truncates_the_middle(make_doc_to_lora) -> None:
     method = prepared(
         FullContext(model=make_doc_to_lora(), max_new_tokens=8), CASE._replace(documents=(DOCUMENT * 30,))
     )
@@ -86,7 +86,7 @@ def test_documents_that_do_not_fit_lose_their_middle(make_doc_to_lora) -> None:
     assert ids[-len(method.tail(QUESTIONS[2])) - 50 : -len(method.tail(QUESTIONS[2]))] == text[-50:]
 
 
-def test_a_random_adapter_has_the_documents_norm_in_every_layer(make_doc_to_lora) -> None:
+def test_random_adapter_matches_norm_per_layer(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     own, drawn = (prepared(kind(model=model)).adapter for kind in (DocToLoRAMethod, RandomAdapter))
     for name, norms in delta_norms(own).items():
@@ -97,7 +97,7 @@ def test_a_random_adapter_has_the_documents_norm_in_every_layer(make_doc_to_lora
         assert not torch.allclose(drawn.A[name], own.A[name])
 
 
-def test_the_wrong_document_s_adapter_is_the_other_s(make_doc_to_lora) -> None:
+def test_wrong_document_uses_the_other_adapter(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     wrong = prepared(WrongDocument(model=model)).adapter
     assert wrong.content_id() == model.internalize(OTHER).content_id()
@@ -108,7 +108,7 @@ def test_the_wrong_document_s_adapter_is_the_other_s(make_doc_to_lora) -> None:
     assert both.prompt(QUESTIONS[0]) == prepared(FullContext(model=model)).prompt(QUESTIONS[0])
 
 
-def test_documents_are_joined_as_in_training_and_the_replaced_leave_before(make_doc_to_lora) -> None:
+def test_method_joins_documents_and_removes_replaced_ones(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     model.trained_joining = Joining("ridge", ridge=0.5)
     case = CASE._replace(documents=(DOCUMENT, OTHER), replaced=(DOCUMENT * 2,))
@@ -124,7 +124,7 @@ def test_documents_are_joined_as_in_training_and_the_replaced_leave_before(make_
     assert prepared(DocToLoRAMethod(model=model), CASE._replace(documents=())).adapter.num_chunks == 0
 
 
-def test_a_second_hypernetwork_s_adapter_is_its_own_with_the_same_base_model(make_doc_to_lora, tmp_path) -> None:
+def test_second_hypernetwork_shares_the_base_model(make_doc_to_lora, tmp_path) -> None:
     model = make_doc_to_lora()
     settings = {"rank": 3, "aggregator": {"name": "outer_product", "inner_dim": 5}}
     second = make_doc_to_lora(hypernetwork=settings)
@@ -141,7 +141,7 @@ def test_a_second_hypernetwork_s_adapter_is_its_own_with_the_same_base_model(mak
         SecondHypernetwork(model=model, checkpoint=str(tmp_path / "other"))
 
 
-def test_a_replaced_document_leaves_nothing_in_the_adapter(make_doc_to_lora) -> None:
+def test_replaced_document_leaves_nothing_in_adapter(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     updated = prepared(DocToLoRAMethod(model=model), CASE._replace(replaced=(OTHER,))).adapter
     plain = prepared(DocToLoRAMethod(model=model)).adapter
@@ -153,7 +153,7 @@ def test_a_replaced_document_leaves_nothing_in_the_adapter(make_doc_to_lora) -> 
         assert torch.allclose(updated.B[name], plain.B[name], atol=1e-6)
 
 
-def test_without_text_prompts_are_the_question_alone_and_adapters_the_bias_block(make_doc_to_lora) -> None:
+def test_empty_document_means_bare_question_or_bias_block(make_doc_to_lora) -> None:
     model = make_doc_to_lora()
     case = CASE._replace(documents=("",))
     alone = prepared(NoContext(model=model), case)
@@ -163,7 +163,7 @@ def test_without_text_prompts_are_the_question_alone_and_adapters_the_bias_block
     assert prepared(DocToLoRAMethod(model=model), case).adapter.num_chunks == 0
 
 
-def test_retrieval_puts_the_chunk_with_the_fact_into_the_prompt(make_doc_to_lora) -> None:
+def test_retrieval_prompts_with_the_chunk_of_the_fact(make_doc_to_lora) -> None:
     pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")
     method = prepared(Retrieval(model=make_doc_to_lora(), num_chunks=1, max_chunk_tokens=25))
     assert len(method.chunks) >= 3
@@ -173,7 +173,7 @@ def test_retrieval_puts_the_chunk_with_the_fact_into_the_prompt(make_doc_to_lora
     assert prepared(method, CASE._replace(documents=("",))).documents_for(QUESTIONS[0]) == ()
 
 
-def test_dense_retrieval_puts_the_chunk_of_the_nearest_embedding_into_the_prompt(make_doc_to_lora) -> None:
+def test_dense_retrieval_prompts_with_the_nearest_chunk(make_doc_to_lora) -> None:
     """With the mean of the tiny base model's last states as embedding; a chunk's own text is nearest to itself."""
     pytest.importorskip("sentence_transformers", reason="dense retrieval needs sentence-transformers")
     model = make_doc_to_lora()
@@ -187,7 +187,7 @@ def test_dense_retrieval_puts_the_chunk_of_the_nearest_embedding_into_the_prompt
     assert prepared(method, CASE._replace(documents=("",))).documents_for(QUESTIONS[0]) == ()
 
 
-def test_dense_retrieval_says_what_it_needs(make_doc_to_lora, monkeypatch) -> None:
+def test_dense_retrieval_names_its_missing_package(make_doc_to_lora, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match="pip install sentence-transformers"):
         Retrieval(model=make_doc_to_lora(), num_chunks=1, max_chunk_tokens=25, encoder="some/model")
@@ -202,7 +202,7 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_gradient_methods_lower_their_loss_and_start_where_they_should(make_doc_to_lora, name) -> None:
+def test_gradient_methods_lower_loss_from_their_start(make_doc_to_lora, name) -> None:
     model = make_doc_to_lora().requires_grad_(False)
     model.trained_joining = Joining("ridge", ridge=0.5)
     case = CASE._replace(documents=(DOCUMENT, OTHER)) if name == "warm" else CASE  # as they are joined
@@ -229,7 +229,7 @@ def test_distillation_refuses_unknown_questions(make_doc_to_lora) -> None:
 
 
 @pytest.mark.parametrize("kind", [FullContext, DocToLoRAMethod, RandomAdapter, TextLoRA])
-def test_equal_seeds_give_equal_rows(make_doc_to_lora, kind) -> None:
+def test_methods_give_equal_rows_for_equal_seeds(make_doc_to_lora, kind) -> None:
     task = EncyclopediaTask(sets={"one": {"facts_per_entity": [2, 2]}}, num_cases=2)
     settings = {"lr": 1e-2, "record_at": [2]} if kind is TextLoRA else {}
 

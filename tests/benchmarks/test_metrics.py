@@ -87,7 +87,7 @@ def test_rouge_l_counts_words_without_stemming(reference, prediction, precision,
     assert rouge_l(prediction, reference) == pytest.approx(RougeL(precision, recall, f1))
 
 
-def test_the_best_reference_counts():
+def test_metrics_take_the_best_reference():
     assert exact_match("cat", ["dog", "the cat"]) == 1.0
     assert token_f1("big cat", ["dog", "big", "big red cat"]) == pytest.approx(0.8)
     # rouge_score's score_multi takes all three values from the reference with the best F1.
@@ -97,7 +97,7 @@ def test_the_best_reference_counts():
 
 
 @pytest.mark.parametrize("metric", [exact_match, token_f1, rouge_l])
-def test_no_reference_is_refused(metric):
+def test_metrics_refuse_empty_references(metric):
     with pytest.raises(ValueError, match="at least one reference answer, but the list is empty"):
         metric("x", [])
 
@@ -169,7 +169,7 @@ def test_gap_closed_needs_a_gap(floor, ceiling):
         gap_closed(0.5, floor, ceiling)
 
 
-def test_a_paired_interval_of_one_column_is_that_of_its_mean():
+def test_paired_interval_of_one_column_is_that_of_its_mean():
     rng = np.random.default_rng(0)
     values, groups = rng.random(120), np.arange(120) // 4
     low, high = paired_interval([values], lambda a: a, groups=groups.tolist(), num_samples=20000)
@@ -194,6 +194,6 @@ def test_paired_ratio_covers_the_true_one_or_is_none():
     assert paired_interval([[1.0, 0.0]], lambda a: a, groups=["x", "x"]) is None
 
 
-def test_a_paired_interval_wants_the_same_questions():
+def test_paired_interval_needs_the_same_questions():
     with pytest.raises(ValueError, match="same questions"):
         paired_interval([[1.0], [1.0, 2.0]], lambda a, b: a - b, groups=[0, 1])

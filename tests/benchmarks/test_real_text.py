@@ -27,7 +27,7 @@ def settings(path: Path, **changes) -> OmegaConf:
     )
 
 
-def test_every_paragraph_becomes_an_adapter_that_peft_loads(make_doc_to_lora, tmp_path) -> None:
+def test_real_text_paragraphs_become_peft_adapters(make_doc_to_lora, tmp_path) -> None:
     paragraphs = [
         ("The river Öl is 12 km long. Nobody swims in it – it is cold.", "How long is the Öl?", "12 km"),
         ("日本の首都は東京です。", "What is the capital?", "東京"),
@@ -39,7 +39,7 @@ def test_every_paragraph_becomes_an_adapter_that_peft_loads(make_doc_to_lora, tm
     assert "3 of 3 paragraphs became adapters" in markdown([result])
 
 
-def test_a_file_of_another_format_is_refused(tmp_path) -> None:
+def test_real_text_refuses_other_file_formats(tmp_path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"rows": []}', encoding="utf-8")
     with pytest.raises(ValueError, match="not in SQuAD's v1.1 JSON format"):

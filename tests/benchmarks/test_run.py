@@ -73,7 +73,7 @@ def test_failed_cell_says_so_in_one_line_and_is_retried(monkeypatch, tmp_path) -
     assert not error.exists() and read_cells(tmp_path)[-1]["kind"] == "summary"
 
 
-def test_a_sweep_ends_with_the_cells_that_failed(monkeypatch, tmp_path) -> None:
+def test_sweep_ends_with_its_failed_cells(monkeypatch, tmp_path) -> None:
     sweep = ["--multirun", f"output_dir={tmp_path}", "task=encyclopedia", *ONE_SET, "seed=0", *SMALL]
     message = run(monkeypatch, *sweep, "method=no_context", "max_new_tokens=none,4")
     assert "1 cells failed: encyclopedia/no_context/0" in message
@@ -81,7 +81,7 @@ def test_a_sweep_ends_with_the_cells_that_failed(monkeypatch, tmp_path) -> None:
     assert not (tmp_path / "sweep.json").exists()
 
 
-def test_half_a_cell_is_never_left(tmp_path) -> None:
+def test_interrupted_cell_leaves_no_partial_file(tmp_path) -> None:
     path = cell_path(tmp_path, task="t", method="m", seed=0, identity="x")
 
     def rows():
@@ -96,7 +96,7 @@ def test_half_a_cell_is_never_left(tmp_path) -> None:
     assert not error_path(path).exists() and read_cells(tmp_path) == [{"kind": "summary"}]
 
 
-def test_another_setting_or_checkpoint_is_another_cell(tmp_path) -> None:
+def test_cell_id_depends_on_settings_and_checkpoint(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text("fingerprint: a")
     first = identity_of({"lr": 1}, str(tmp_path))
     assert first == identity_of({"lr": 1}, str(tmp_path)) != identity_of({"lr": 2}, str(tmp_path))
@@ -104,12 +104,12 @@ def test_another_setting_or_checkpoint_is_another_cell(tmp_path) -> None:
     assert first != identity_of({"lr": 1}, str(tmp_path))
 
 
-def test_progress_says_how_long_the_rest_takes() -> None:
+def test_sweep_progress_estimates_remaining_time() -> None:
     assert Sweep(10, 100.0).progress(3, 140.0) == "cell 4 of 10, 40 s so far, 1 min 00 s to go"
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_file_is_composed_and_built(path, make_doc_to_lora, tmp_path) -> None:
+def test_every_benchmark_config_is_composed_and_built(path, make_doc_to_lora, tmp_path) -> None:
     group, _, option = str(path).partition("/")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(group if not option else "run", [f"{group}={option}"] if option else [], return_hydra_config=True)
@@ -148,7 +148,7 @@ def test_sweep_header_has_command_hardware_and_time(path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_sweep_measures_the_controls_and_says_what_they_mean(path) -> None:
+def test_sweep_config_lists_and_explains_controls(path) -> None:
     text = path.read_text(encoding="utf-8")
     assert re.search(r"^# Controls: \S", text, re.MULTILINE)
     # A header may give more methods in a command of their own.
@@ -158,7 +158,7 @@ def test_a_sweep_measures_the_controls_and_says_what_they_mean(path) -> None:
         assert {"no_context", "full_context", "wrong_document", "doc_to_lora"} <= methods
 
 
-def test_a_sweep_prints_its_progress_and_nothing_else(tmp_path) -> None:
+def test_sweep_prints_only_its_progress(tmp_path) -> None:
     """In a process of its own: what is imported first decides what is printed."""
     pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")
     sweep = [
@@ -179,7 +179,7 @@ def test_a_sweep_prints_its_progress_and_nothing_else(tmp_path) -> None:
     ]
 
 
-def test_cells_of_one_task_and_seed_make_their_cases_once(monkeypatch) -> None:
+def test_cells_of_one_task_and_seed_share_cases(monkeypatch) -> None:
     made = []
 
     class Counting:
@@ -195,7 +195,7 @@ def test_cells_of_one_task_and_seed_make_their_cases_once(monkeypatch) -> None:
     measure.load_cases.cache_clear()
 
 
-def test_every_row_of_a_case_has_its_attributes(make_doc_to_lora) -> None:
+def test_case_rows_carry_case_attributes(make_doc_to_lora) -> None:
     case = Case("set", "0", ("Town A has 3 houses.",), (Asked("How many?", ("3",)),), attributes={"num_chunks": 4})
     method = NoContext(model=make_doc_to_lora(), max_new_tokens=3)
     rows = measure.run_cell([case], method, seed=0, num_timed=0, num_profiled=0)
@@ -205,7 +205,7 @@ def test_every_row_of_a_case_has_its_attributes(make_doc_to_lora) -> None:
     ]
 
 
-def test_a_question_s_row_has_attributes_of_its_own_too(make_doc_to_lora) -> None:
+def test_question_rows_carry_own_attributes(make_doc_to_lora) -> None:
     asked = tuple(Asked("How many?", ("3",), attributes={"times_asked": times}) for times in (300, 0))
     case = Case("set", "0", ("Town A has 3 houses.",), asked, attributes={"num_chunks": 4})
     method = NoContext(model=make_doc_to_lora(), max_new_tokens=3)

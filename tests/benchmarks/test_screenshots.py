@@ -38,7 +38,7 @@ def run(**settings: object) -> str | None:
     return None
 
 
-def test_a_light_desktop_and_a_dark_phone_are_taken(page, tmp_path, monkeypatch) -> None:
+def test_screenshots_cover_light_desktop_and_dark_phone(page, tmp_path, monkeypatch) -> None:
     given = stand_in(tmp_path, 'printf picture > "$out"', monkeypatch)
     assert run(page=page, output_dir=tmp_path / "docs") is None
     assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == [
@@ -59,14 +59,14 @@ def test_a_light_desktop_and_a_dark_phone_are_taken(page, tmp_path, monkeypatch)
         ('head -c 400000 /dev/zero > "$out"', "would have 391 KiB, more than 200"),
     ],
 )
-def test_a_browser_that_fails_leaves_nothing(page, tmp_path, monkeypatch, body, message) -> None:
+def test_failing_browser_leaves_no_screenshot(page, tmp_path, monkeypatch, body, message) -> None:
     stand_in(tmp_path, body, monkeypatch)
     with pytest.raises(ValueError, match=message):
         screenshots.take(page, tmp_path / "docs/picture.png", screenshots.SHOTS[0])
     assert not list(tmp_path.glob("docs/*"))
 
 
-def test_without_a_browser_or_a_page_one_line_says_what_to_do(page, tmp_path, monkeypatch) -> None:
+def test_screenshots_without_browser_or_page_fail_with_one_line(page, tmp_path, monkeypatch) -> None:
     message = run(page=tmp_path / "none.html", output_dir=tmp_path)
     assert "No page at" in message and "python -m benchmarks.report" in message
     monkeypatch.setenv("PATH", str(tmp_path))

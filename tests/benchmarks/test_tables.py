@@ -12,7 +12,7 @@ BLOCK = "<!-- table: {} -->\n{}\n<!-- end -->"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_table_is_what_its_committed_rows_give(name: str) -> None:
+def test_every_table_matches_its_committed_rows(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- table:" in text, f"{name} has no table; put <!-- table: NAME --> and <!-- end --> into it"
     assert with_tables(text) == text, f"{name} differs from benchmarks/results; run python -m benchmarks.tables"
@@ -42,7 +42,7 @@ def test_readme_s_table_has_six_rows_with_all_controls() -> None:
     assert all(name in head for name in ("no context", "another document's adapter", "document in the prompt"))
 
 
-def test_a_changed_figure_is_noticed() -> None:
+def test_changed_figure_is_detected() -> None:
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     changed = text.replace("| one entity | adapter |", "| one entity | adapter, surely |")
     assert changed != text
@@ -60,7 +60,7 @@ def test_text_outside_of_the_marks_stays() -> None:
     assert with_tables(made) == made
 
 
-def test_every_plot_is_what_its_committed_rows_give() -> None:
+def test_every_plot_matches_its_committed_rows() -> None:
     for name, svg in made_plots().items():
         path = ROOT / name
         assert path.is_file(), f"{name} is not there; run python -m benchmarks.tables"

@@ -70,13 +70,13 @@ def build(make_doc_to_lora, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_seed_same_cases_and_another_seed_others(build, name) -> None:
+def test_task_cases_depend_on_the_seed(build, name) -> None:
     one, another = build(name), build(name)
     assert list(one.cases(0)) == list(another.cases(0)) != list(another.cases(1))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cases_are_what_the_harness_takes_for_granted(build, name) -> None:
+def test_task_cases_satisfy_harness_assumptions(build, name) -> None:
     cases = list(build(name).cases(0))
     sets = [key for key, _ in groupby(cases, key=lambda case: case.set)]
     assert len(sets) == len(set(sets))  # a set's cases follow each other
@@ -94,7 +94,7 @@ def test_cases_are_what_the_harness_takes_for_granted(build, name) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in DATASETS])
-def test_no_entity_that_is_asked_about_occurs_in_training(build, name) -> None:
+def test_task_entities_never_occur_in_training(build, name) -> None:
     """Of two-word names. A training article holds names of its own split alone, by a hash of the whole name."""
     train = Encyclopedia("train", seed=0)
     read = " ".join(train.record(i, num_entities=2, num_facts=6).document for i in range(400))
@@ -110,7 +110,7 @@ def test_no_entity_that_is_asked_about_occurs_in_training(build, name) -> None:
             assert " ".join(names) not in read
 
 
-def test_at_most_so_many_are_drawn_and_none_twice() -> None:
+def test_sample_draws_at_most_n_without_repeats() -> None:
     assert sorted(some(random.Random(0), range(5), None)) == sorted(some(random.Random(0), range(5), 9)) == [*range(5)]
     drawn = some(random.Random(0), range(50), 20)
     assert len(drawn) == len(set(drawn)) == 20

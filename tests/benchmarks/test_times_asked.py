@@ -33,7 +33,7 @@ def curriculum() -> Curriculum:
     )
 
 
-def test_counts_are_of_the_questions_that_training_tokenizes(curriculum, tokenizer, monkeypatch) -> None:
+def test_times_asked_counts_training_questions(curriculum, tokenizer, monkeypatch) -> None:
     tokenized = Counter()
     encode = BaseModelBatches._encode
 
@@ -61,7 +61,7 @@ def test_counts_are_of_the_questions_that_training_tokenizes(curriculum, tokeniz
         assert counts[group, subject] == sum(prompts[form] for form in forms)
 
 
-def test_steps_add_up(curriculum, tokenizer) -> None:
+def test_times_asked_adds_up_over_steps(curriculum, tokenizer) -> None:
     whole, halves = Counter(count(curriculum, tokenizer)), Counter()
     for steps in (range(2), range(2, 6)):
         halves.update(count(curriculum, tokenizer, steps=steps))
@@ -94,7 +94,7 @@ def test_committed_counts_are_of_the_shipped_base_model(monkeypatch, tmp_path) -
     assert len(read_times_asked(output).counts) == len(known_facts()) + len(background_facts())
 
 
-def test_bands_hold_about_as_many_facts_each() -> None:
+def test_times_asked_bands_are_balanced() -> None:
     counts = [*range(10, 100), *[50] * 10, 0]
     lowest = bands(counts, 3)
     assert lowest[0] == 10 and len(lowest) == 3
@@ -105,14 +105,14 @@ def test_bands_hold_about_as_many_facts_each() -> None:
 
 
 @pytest.mark.parametrize("stages", ["[4]", "[]"])
-def test_stages_that_the_training_does_not_have_are_refused(commands, stages) -> None:
+def test_times_asked_refuses_unknown_stages(commands, stages) -> None:
     result = commands.run("benchmarks.times_asked", ["output=null", f"stages={stages}"], cwd=ROOT)
     assert result.code == 1 and "Traceback" not in result.stderr
     message = f"benchmarks.times_asked: stages is {stages}; give some of [0, 1, 2, 3], or null for all."
     assert result.stderr.splitlines()[-1] == message
 
 
-def test_a_file_that_holds_no_counts_is_refused_with_the_command(tmp_path) -> None:
+def test_file_without_counts_is_refused_with_the_command(tmp_path) -> None:
     path = tmp_path / "counts.jsonl"
     for text in (None, "", "nonsense", '{"kind": "sweep"}\n'):
         if text is not None:

@@ -11,7 +11,7 @@ def rows_of(name: str, method: str, values: list[float]) -> list[dict]:
     return [{"set": name, "method": method, "document": i // 2, "exact_match": v} for i, v in enumerate(values)]
 
 
-def test_summary_gives_means_and_the_share_of_the_gap_closed() -> None:
+def test_tiny_figures_summary_has_means_and_gap_closed() -> None:
     rows = (
         rows_of("one entity", "no_context", [0, 0, 0, 0])
         + rows_of("one entity", "wrong_adapter", [0, 0, 0, 0])
@@ -26,7 +26,7 @@ def test_summary_gives_means_and_the_share_of_the_gap_closed() -> None:
     assert "| one entity | adapter | 4 | 0.500 |" in markdown(list(by_method.values()))
 
 
-def test_every_method_answers_the_same_held_out_questions(make_doc_to_lora) -> None:
+def test_every_method_answers_same_held_out_questions(make_doc_to_lora) -> None:
     settings = {
         "seeds": [3, 4],
         "article_tokens": 200,
@@ -57,6 +57,6 @@ def test_articles_follow_the_seed_and_have_the_asked_sizes(tiny_tokenizer) -> No
         assert least <= min(pieces) and max(pieces) <= most
 
 
-def test_sizes_that_no_article_has_are_refused(tiny_tokenizer) -> None:
+def test_held_out_articles_refuse_impossible_sizes(tiny_tokenizer) -> None:
     with pytest.raises(ValueError, match="article_tokens=3"):
         held_out_articles(tiny_tokenizer, seed=1, article_tokens=3, one_entity=2, many_entities=1)

@@ -52,7 +52,7 @@ def shipped():
 # The same step
 
 
-def test_a_question_s_row_is_its_prompt(make_doc_to_lora):
+def test_padded_question_row_equals_its_prompt(make_doc_to_lora):
     model = make_doc_to_lora()
     (batch,) = make_batches(model, CHUNKED, number=1, seed=3)
     decode = model.tokenizer.decode
@@ -77,7 +77,7 @@ def test_a_question_s_row_is_its_prompt(make_doc_to_lora):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("num_joined, ridge", [([1, 1], None), ([1, 3], None), ([1, 3], 2.0)])
 @pytest.mark.parametrize("per_token", [True, False])
-def test_the_packed_step_is_the_padded_one_to_every_gradient(make_doc_to_lora, attention, num_joined, ridge, per_token):
+def test_packed_step_equals_padded_step_in_every_gradient(make_doc_to_lora, attention, num_joined, ridge, per_token):
     """By blocks, and with a mask over whole rows; adapters of several chunks, also of several documents."""
     model = make_doc_to_lora()
     model.trained_joining = Joining() if ridge is None else Joining("ridge", ridge=ridge)
@@ -96,7 +96,7 @@ def test_the_packed_step_is_the_padded_one_to_every_gradient(make_doc_to_lora, a
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_leaves_the_base_model_plain(shipped, name):
+def test_training_methods_leave_base_model_plain(shipped, name):
     (batch,) = make_batches(shipped, CHUNKED, number=1, seed=1)
     ids = batch.chunk_ids[:1]
     before = shipped.base_model(ids).logits
@@ -114,7 +114,7 @@ def test_shipped_model_takes_the_same_step_in_both_precisions(shipped, dtype):
         assert found < TOLERANCE[dtype] / 3
 
 
-def test_a_method_that_takes_another_step_is_not_timed(shipped, monkeypatch):
+def test_method_with_another_step_is_not_timed(shipped, monkeypatch):
     class Wrong(Padded):
         def loss(self, prepared):
             return 1.01 * super().loss(prepared)
@@ -136,7 +136,7 @@ def test_stages_have_the_same_documents_in_one_or_eight_chunks(shipped):
         assert b.teacher.positions.max() < shipped.base_model.config.max_position_embeddings
 
 
-def test_the_rows_explain_themselves_and_make_the_table(tmp_path, capsys):
+def test_training_speed_rows_make_the_table(tmp_path, capsys):
     output = tmp_path / "speed.jsonl"
     main.__wrapped__(small(f"output={output}"))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -184,7 +184,7 @@ def test_hypernetwork_is_compiled_as_in_training(monkeypatch):
     assert compiled == ["eager"]
 
 
-def test_quantiles_of_few_and_many():
+def test_quantiles_of_few_and_many_values():
     assert quantiles([2.0], "s") == {"p20_s": 2.0, "p50_s": 2.0, "p80_s": 2.0}
     assert quantiles(range(101), "s") == {"p20_s": 20, "p50_s": 50, "p80_s": 80}
 
@@ -199,7 +199,7 @@ def test_quantiles_of_few_and_many():
         ("compile=indctor", "torch.compile has no backend 'indctor'. Use one of: .*inductor"),
     ],
 )
-def test_mistakes_end_with_one_line(override, message):
+def test_training_speed_errors_are_one_line(override, message):
     with pytest.raises(SystemExit, match=f"training_speed: {message}"):
         main.__wrapped__(settings(override))
 
@@ -221,7 +221,7 @@ def test_model_of_another_shape_steps_in_mixed_precision(monkeypatch):
 
 
 @pytest.mark.requires_gpu
-def test_gemma_2_2b_s_shape_takes_the_same_step_on_a_gpu():
+def test_gemma_2_2b_shape_takes_same_step_on_a_gpu():
     model = build_model("gemma-2-2b", device="cuda")
     (batch,) = make_batches(model, {**CHUNKED, "batch_size": 2, "min_chunk_tokens": 25}, number=1, seed=1)
     methods = [Ours(model), Padded(model, per_token=True)]

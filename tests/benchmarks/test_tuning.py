@@ -64,7 +64,7 @@ def test_best_setting_and_step_are_chosen_and_edges_named() -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_seeds_of_one_setting_are_taken_together() -> None:
+def test_tuning_pools_seeds_of_one_setting() -> None:
     rows = cell("text_lora", {"lr": 0.01}, {40: [1, 1]}) + cell("text_lora", {"lr": 0.01}, {40: [0, 1]}, seed=1)
     (row,) = tried(rows)
     assert (row["questions"], row["seeds"], row["exact_match"]) == (4, 2, 0.75)
@@ -79,7 +79,7 @@ def test_ties_go_to_the_likelihood_then_to_the_fewest_steps() -> None:
     assert chosen(tried(rows))[0]["step"] == 40
 
 
-def test_another_search_budget_split_or_no_setting_is_refused() -> None:
+def test_tuning_refuses_uneven_budget_or_other_split() -> None:
     with pytest.raises(ValueError, match="same number of settings .* text_lora 3, retrieval 2. Run the missing cells"):
         tried([row for row in made() if row["method"] != "retrieval_5"])
     with pytest.raises(
@@ -92,7 +92,7 @@ def test_another_search_budget_split_or_no_setting_is_refused() -> None:
         tried(rows)
 
 
-def test_the_command_prints_the_table_and_writes_what_it_read(monkeypatch, tmp_path, capsys) -> None:
+def test_tuning_command_prints_table_and_writes_rows(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.chdir(ROOT)
     output = tmp_path / "tuning.jsonl"
     monkeypatch.setattr(sys, "argv", ["benchmarks.tuning", f"input_dir={tmp_path}", f"output={output}"])
@@ -111,7 +111,7 @@ def test_the_command_prints_the_table_and_writes_what_it_read(monkeypatch, tmp_p
     assert all(row["run"]["commits"] == ["abc"] for row in rows)
 
 
-def test_every_method_is_set_to_what_was_chosen() -> None:
+def test_method_configs_use_the_tuned_settings() -> None:
     rows = [json.loads(line) for line in CHOSEN.read_text(encoding="utf-8").splitlines()]
     for row in (row for row in rows if row["kind"] == "chosen"):
         settings = yaml.safe_load((METHODS / f"{row['method']}.yaml").read_text(encoding="utf-8"))

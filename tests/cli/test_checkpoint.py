@@ -22,7 +22,7 @@ from tests.cli.command import hypernet
         (["--source", "a", "--output-dir", "b", "--max-chunk-tokens", "1e3"], 2, "value for '--max-chunk-tokens'"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, status, says, tmp_path, monkeypatch, capsys):
+def test_command_line_mistakes_are_one_line_errors(arguments, status, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert hypernet("checkpoint", "convert", *arguments) == status
     captured = capsys.readouterr()

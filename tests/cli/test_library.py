@@ -110,7 +110,7 @@ def test_clean_removes_what_a_killed_writer_left(library, capsys):
         (["list", "--depth", "1"], 2, "No such option: --depth"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, status, says, tmp_path, monkeypatch, capsys):
+def test_command_line_mistakes_are_one_line_errors(arguments, status, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert hypernet("library", *arguments) == status
     captured = capsys.readouterr()

@@ -47,7 +47,7 @@ def test_help_shows_every_setting_with_its_default(capsys):
         (["--base-model", "b", "--documents", "c", "--engine", "x"], 1, "Unknown engine 'x'"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, status, says, tmp_path, capsys):
+def test_command_line_mistakes_are_one_line_errors(arguments, status, says, tmp_path, capsys):
     assert hypernet("self-study", "--output-dir", tmp_path / "study", *arguments) == status
     captured = capsys.readouterr()
     assert captured.err.startswith("hypernet: ") and says in captured.err

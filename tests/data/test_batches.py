@@ -42,12 +42,12 @@ def distillation(tiny_tokenizer):
     return DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=40)
 
 
-def test_there_is_one_batch_for_each_step(distillation):
+def test_batches_has_one_batch_per_step(distillation):
     assert len(distillation) == len(list(distillation)) == 6
 
 
 @pytest.mark.parametrize("step", [0, 4])
-def test_a_batch_holds_the_chunks_of_its_articles(distillation, tiny_tokenizer, step):
+def test_batch_holds_the_chunks_of_its_articles(distillation, tiny_tokenizer, step):
     batch, records = distillation[step], distillation.curriculum.records(step)
     assert len(batch.chunk_counts) == len(records) and batch.chunk_ids.shape == batch.chunk_mask.shape
     rows = iter(zip(batch.chunk_ids, batch.chunk_mask, strict=True))
@@ -62,9 +62,7 @@ def test_a_batch_holds_the_chunks_of_its_articles(distillation, tiny_tokenizer, 
 
 
 @pytest.mark.parametrize("step", [2, 5])
-def test_only_the_teachers_document_questions_see_the_document(
-    distillation, tiny_tokenizer, step
-):
+def test_only_the_teachers_document_questions_see_the_document(distillation, tiny_tokenizer, step):
     batch, records = distillation[step], distillation.curriculum.records(step)
     _, stage, _ = distillation.curriculum.stage(step)
     protected = {question.text: question.answer for question in background_questions(held_out=False)}
@@ -127,9 +125,7 @@ def base_model_batches(tiny_tokenizer):
     return BaseModelBatches(make_curriculum(stages=stages), tiny_tokenizer)
 
 
-def test_base_model_rows_hold_every_kind_of_question(
-    base_model_batches, tiny_tokenizer
-):
+def test_base_model_rows_hold_every_kind_of_question(base_model_batches, tiny_tokenizer):
     rows, records = base_model_batches[0], base_model_batches.curriculum.records(0)
     known = {question.text: question.answer for question in background_questions()}
     for row, record in enumerate(records):

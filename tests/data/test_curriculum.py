@@ -12,7 +12,7 @@ from tests.data.curricula import make_curriculum, make_mixed
 # Stages
 
 
-def test_stages_follow_one_another_and_end():
+def test_curriculum_stages_follow_in_order_and_end():
     curriculum = make_curriculum()
     assert curriculum.num_steps == 6
     assert [curriculum.stage(step)[0] for step in range(6)] == [0, 0, 1, 1, 1, 2]
@@ -21,7 +21,7 @@ def test_stages_follow_one_another_and_end():
         curriculum.stage(6)
 
 
-def test_each_step_has_the_articles_its_stage_asks_for():
+def test_each_step_has_the_articles_of_its_stage():
     curriculum = make_curriculum()
     for step in range(6):
         _, stage, _ = curriculum.stage(step)
@@ -58,7 +58,7 @@ def test_records_depend_on_step_and_seed_alone():
     assert make_curriculum(seed=1).records(0) != in_order[0]
 
 
-def test_stages_in_turn_are_the_same_written_out():
+def test_alternating_stages_equal_written_out_stages():
     short, long = {"steps": 2, "batch_size": 3}, {"steps": 1, "batch_size": 4, "num_entities": [2, 3]}
     first = {"steps": 1, "batch_size": 2}
     written_out = make_curriculum(stages=[first, short, long, short, long, {**short, "steps": 1}])
@@ -79,14 +79,14 @@ def test_incomplete_or_overfull_alternate_is_refused(stage):
     assert "\n" not in str(error.value)
 
 
-def test_no_article_comes_twice():
+def test_curriculum_repeats_no_article():
     same = {"steps": 2, "batch_size": 3, "facts_per_entity": [5, 5], "num_distractors": [0, 0]}
     curriculum = make_curriculum(stages=[same, same])
     documents = [record.document for step in range(4) for record in curriculum.records(step)]
     assert len(set(documents)) == len(documents) == 12
 
 
-def test_no_stages_are_refused_and_so_are_misspelt_ones():
+def test_curriculum_refuses_empty_or_misspelt_stages():
     with pytest.raises(ValueError, match="at least one stage; give steps and batch_size"):
         make_curriculum(stages=[])
     with pytest.raises(TypeError, match="batchsize"):
@@ -181,7 +181,7 @@ def test_a_mixture_takes_shares_and_repeats_nothing():
     assert again.named_records(59) == named[-10:]
 
 
-def test_documents_of_a_step_can_be_of_similar_length(tiny_tokenizer):
+def test_bucketed_step_has_documents_of_similar_length(tiny_tokenizer):
     curriculum = make_mixed({"steps": 8, "batch_size": 4, "source": "a", "bucket_documents": 16})
     steps = [numbers_of(curriculum.records(step)) for step in range(8)]
     assert sorted(steps[:4]) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]] != steps[:4]
@@ -194,6 +194,6 @@ def test_documents_of_a_step_can_be_of_similar_length(tiny_tokenizer):
         make_mixed({"steps": 1, "max_step_tokens": 100})
 
 
-def test_a_source_that_is_not_there_is_refused_by_name():
+def test_unknown_source_is_refused_by_name():
     with pytest.raises(ValueError, match="Stage 1 draws from c, d, but the sources are encyclopedia, a, b"):
         make_mixed({"steps": 1}, {"steps": 1, "source": {"d": 1, "a": 2, "c": 1}})

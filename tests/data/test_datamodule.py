@@ -71,17 +71,17 @@ def test_training_batches_begin_at_the_trainers_step(start):
     assert [extra for _, extra in loader] == [[4]]
 
 
-def test_validation_batches_are_always_all_of_them():
+def test_validation_uses_all_batches():
     data = BatchDataModule(train=Squares(5), validation=Squares(3))
     data.trainer = fake_trainer(global_step=2, max_steps=5)
     assert [extra for _, extra in data.val_dataloader()] == [[0], [1], [2]]
 
 
-def test_without_validation_there_is_none():
+def test_datamodule_without_validation_has_no_batches():
     assert BatchDataModule(train=Squares(5)).val_dataloader() == []
 
 
-def test_a_run_sees_each_batch_once_and_a_resumed_one_the_rest(tmp_path):
+def test_resumed_run_sees_each_remaining_batch_once(tmp_path):
     module = Counting()
     trainer = make_trainer(tmp_path, max_steps=4, val_check_interval=2, check_val_every_n_epoch=None)
     trainer.fit(module, BatchDataModule(train=Squares(9), validation=Squares(2)))
@@ -96,7 +96,7 @@ def test_a_run_sees_each_batch_once_and_a_resumed_one_the_rest(tmp_path):
     assert resumed.validated == [0, 1, 0, 1]  # after steps 6 and 8
 
 
-def test_more_steps_than_batches_are_refused_before_training(tmp_path):
+def test_datamodule_refuses_more_steps_than_batches(tmp_path):
     """Otherwise the run would go round for ever without a batch."""
     module = Counting()
     with pytest.raises(ValueError, match=r"max_steps is 10.*3 batches"):
@@ -104,7 +104,7 @@ def test_more_steps_than_batches_are_refused_before_training(tmp_path):
     assert module.seen == []
 
 
-def test_batches_can_be_prepared_in_another_process(tmp_path):
+def test_datamodule_prepares_batches_in_a_worker(tmp_path):
     data = BatchDataModule(train=Squares(4), num_workers=1)
     data.trainer = fake_trainer(global_step=1, max_steps=4)
     assert data.train_dataloader().num_workers == 1
@@ -112,7 +112,7 @@ def test_batches_can_be_prepared_in_another_process(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, [0, 1, 0, 1]), (1, [2, 3, 2, 3])])
-def test_each_process_takes_its_parts_of_every_step(rank, expected):
+def test_each_rank_takes_its_parts_of_every_step(rank, expected):
     rows = pad_rows([pack_row([], [Segment([7, i, 3], 1, False, 0)]) for i in range(4)], pad_id=0)
     data = BatchDataModule(train=[rows] * 5)
     data.trainer = fake_trainer(global_step=3, accumulate_grad_batches=2, global_rank=rank, world_size=2)
@@ -156,13 +156,13 @@ def run_into(kind, **settings):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_batch_that_cannot_be_made_is_named_by_its_step(num_workers):
+def test_failing_batch_is_named_by_its_step(num_workers):
     seen, error = run_into("corrupt", num_workers=num_workers)
     assert seen == [0, 1]
     assert "The batch of step 2 cannot be made (KeyError: 'question\\nanswer')" in str(error)
 
 
-def test_a_lost_worker_is_an_error_and_not_a_wait_for_ever():
+def test_lost_worker_raises_instead_of_hanging():
     # In another process: torch raises from a signal handler there, whatever the main thread is doing.
     script = (
         "from hypernet.data import datamodule\n"
@@ -187,7 +187,7 @@ class Slow(Squares):
         return super().__getitem__(step)
 
 
-def test_a_slow_worker_is_looked_after_and_waited_for(monkeypatch):
+def test_slow_worker_is_waited_for(monkeypatch):
     monkeypatch.setattr("hypernet.data.datamodule.CHECK_EVERY_S", 0.1)
     data = BatchDataModule(train=Slow(5), num_workers=1)
     data.trainer = fake_trainer()
@@ -197,7 +197,7 @@ def test_a_slow_worker_is_looked_after_and_waited_for(monkeypatch):
     assert seen == list(data.train_dataloader()) and len(seen) == 5
 
 
-def test_no_process_outlives_a_trainer_that_was_killed():
+def test_workers_end_when_the_trainer_is_killed():
     script = """
 import os, signal
 from tests.data.test_datamodule import Squares
@@ -230,7 +230,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not left
 
 
-def test_a_validation_batch_that_cannot_be_made_is_named_too():
+def test_failing_validation_batch_is_named_by_its_step():
     data = BatchDataModule(train=Squares(5), validation=Corrupt(5, "corrupt"))
     with pytest.raises(ValueError, match="The batch of validation step 2 cannot be made"):
         list(data.val_dataloader())

@@ -34,12 +34,12 @@ def test_a_mixture_draws_by_weight_and_in_each_sources_order():
 
 
 @pytest.mark.parametrize("num_draws", [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 77])
-def test_what_a_mixture_has_drawn_so_far_is_counted(num_draws):
+def test_mixture_counts_draws_so_far(num_draws):
     mixture = Mixture({"a": 0.2, "b": 0.5, "never": 0}, 1)
     assert mixture.counts(num_draws) == Counter(mixture[i][0] for i in range(num_draws))
 
 
-def test_a_mixture_is_the_same_whatever_was_asked_before():
+def test_mixture_is_independent_of_access_order():
     places = [9000, 3, 4096, 17]
     first, second = Mixture({"a": 1, "b": 1}, 5), Mixture({"a": 1, "b": 1}, 5)
     assert [first[i] for i in places] == [second[i] for i in reversed(places)][::-1]
@@ -48,7 +48,7 @@ def test_a_mixture_is_the_same_whatever_was_asked_before():
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": 0}, {"a": 1, "b": -1}])
-def test_weights_that_say_nothing_are_refused(weights):
+def test_mixture_refuses_invalid_weights(weights):
     with pytest.raises(ValueError, match="weights that are not negative and not all 0"):
         Mixture(weights)
 
@@ -75,7 +75,7 @@ def test_buckets_hold_similar_lengths_and_each_document_once():
     assert buckets.num_draws(1) == 64 and buckets.num_draws(8) == 64 and buckets.num_draws(9) == 128
 
 
-def test_a_token_budget_is_kept_and_used():
+def test_buckets_keep_and_fill_the_token_budget():
     length = lengths(high=400)
     buckets = Buckets(length, "key", window=50, batch_size=3, max_step_tokens=350)
     steps = [buckets[i] for i in range(60)]
@@ -91,7 +91,7 @@ def test_a_token_budget_is_kept_and_used():
 
 
 @pytest.mark.parametrize("max_step_tokens", [None, 500])
-def test_a_step_can_be_asked_for_alone(max_step_tokens):
+def test_bucket_step_is_independent_of_access_order(max_step_tokens):
     settings = {"window": 40, "batch_size": 5, "max_step_tokens": max_step_tokens}
     in_order = Buckets(lengths(), 1, **settings)
     steps = [in_order[i] for i in range(25)]

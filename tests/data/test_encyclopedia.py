@@ -89,13 +89,13 @@ def is_about(sentence: str, forms: list[str], name: str) -> bool:
 # What there is
 
 
-def test_there_are_enough_relations_sentences_and_questions():
+def test_encyclopedia_has_enough_relations_and_phrasings():
     assert len(relations()) == len(RELATIONS) >= 12
     for relation in relations():
         assert len(set(relation.sentences)) >= 6 and len(set(relation.questions)) >= 4
 
 
-def test_the_sentences_of_a_relation_are_built_differently():
+def test_relation_sentences_differ_in_structure():
     for name, relation in RELATIONS.items():
         skeletons = {" ".join(re.sub(r"\{\w+\}", "_", form).lower().split()) for form in relation["sentences"]}
         assert len(skeletons) == len(relation["sentences"]), name
@@ -109,7 +109,7 @@ def test_every_form_names_subject_and_value_once():
             assert re.findall(r"\{\w+\}", form) == ["{n}"] and form.endswith("?"), (name, form)
 
 
-def test_no_two_relations_share_a_question_or_a_sentence():
+def test_relations_share_no_question_or_sentence():
     for (one, first), (other, second) in combinations(RELATIONS.items(), 2):
         for key in ("sentences", "questions"):
             shared = {form.replace("{s}", "{n}") for form in first[key]} & {
@@ -118,7 +118,7 @@ def test_no_two_relations_share_a_question_or_a_sentence():
             assert not shared, (one, other)
 
 
-def test_all_kinds_of_values_are_asked_for():
+def test_encyclopedia_asks_for_all_kinds_of_values():
     kinds = {relation.value_kind for relation in relations()}
     assert {"person", "place", "date"} <= kinds and kinds & NUMBERS
     phrases = kinds - {"person", "place", "date"} - NUMBERS
@@ -131,7 +131,7 @@ def test_all_kinds_of_values_are_asked_for():
         assert all(re.fullmatch(shapes.get(kind, r"[\w ]+ \w+"), value) for value in values), kind
 
 
-def test_the_yaml_file_holds_nothing_but_texts():
+def test_encyclopedia_yaml_holds_only_texts():
     """Unquoted no, true or 1 would become False, True or 1, and then "False" in an article."""
 
     def walk(tree, place):
@@ -186,7 +186,7 @@ def test_every_sentence_states_its_fact_and_no_other(split):
         assert len(facts) == len(asked) and len(asked) + others == len(record.sentences), record
 
 
-def test_what_is_unanswerable_is_not_stated_and_answered_unknown():
+def test_unanswerable_questions_are_unstated_and_unknown():
     seen = 0
     for record in articles("train", 600) + articles("test", 300):
         names = {asked_about(question) for question in record.questions}
@@ -200,7 +200,7 @@ def test_what_is_unanswerable_is_not_stated_and_answered_unknown():
     assert seen > 300
 
 
-def test_distractors_never_have_the_form_of_a_relation():
+def test_distractors_never_match_a_relation_form():
     kinds = list(DATA["relations"])
     for kind in kinds:
         others = DATA["distractors"]["any"] + DATA["distractors"][kind] + DATA["distractors"]["opening"][kind]
@@ -220,32 +220,32 @@ def test_sentences_about_several_entities_name_theirs():
                 assert any(name in sentence.lower() for name in names), sentence
 
 
-def test_the_first_sentence_of_an_article_about_one_names_it():
+def test_first_sentence_names_the_only_entity():
     for record in articles("train", 400):
         names = {asked_about(question).lower() for question in record.questions if question.kind == "document"}
         if len(names) == 1:
             assert names.pop() in record.sentences[0].lower(), record.sentences
 
 
-def test_sentences_begin_with_capitals_and_end_with_a_full_stop():
+def test_sentences_start_capitalized_and_end_with_full_stop():
     for record in articles("test", 300):
         for sentence in record.sentences:
             assert re.fullmatch(r"[A-Z0-9].*[^.]\.", sentence) and "  " not in sentence and "{" not in sentence
 
 
-def test_two_entities_of_one_article_never_share_a_name():
+def test_article_entities_never_share_a_name():
     """Article 2833 drew the same company name twice and said two things of it."""
     record = Encyclopedia("test").record(2833, num_entities=4, num_facts=16)
     assert len({asked_about(question) for question in record.questions}) == 4
 
 
-def test_a_value_is_never_the_name_of_an_entity():
+def test_values_are_never_entity_names():
     """This article said that Branmimouth was built beside the river Branmimouth."""
     record = Encyclopedia("test").record(62, num_entities=3, num_facts=9, num_distractors=2, num_unanswerable=2)
     assert not {asked_about(question) for question in record.questions} & {q.answer for q in record.questions}
 
 
-def test_the_sizes_asked_for_are_given():
+def test_encyclopedia_record_has_the_given_sizes():
     encyclopedia = Encyclopedia("train")
     for num_entities, num_facts, num_unanswerable in [(1, 1, 0), (1, 3, 2), (3, 3, 1), (2, 7, 3), (4, 9, 4)]:
         record = encyclopedia.record(
@@ -275,7 +275,7 @@ def test_an_unknown_split_is_refused():
 # Splits and seeds
 
 
-def test_a_record_depends_on_seed_split_index_and_sizes_alone():
+def test_record_depends_on_seed_split_index_and_sizes_only():
     record = Encyclopedia("train", seed=3).record(7, num_facts=3)
     again = Encyclopedia("train", seed=3)
     again.record(6)
@@ -289,7 +289,7 @@ def test_a_record_depends_on_seed_split_index_and_sizes_alone():
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_a_record_is_the_same_in_every_process(hash_seed):
+def test_encyclopedia_record_is_equal_in_every_process(hash_seed):
     code = "from hypernet.data.encyclopedia import Encyclopedia as E; print([E('test').record(i) for i in range(9)])"
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     root = Path(hypernet.data.__file__).parents[2]
@@ -314,7 +314,7 @@ def invented_names(split: str) -> set[str]:
     return names
 
 
-def test_the_splits_share_no_invented_name():
+def test_splits_share_no_invented_name():
     names = {split: invented_names(split) for split in SPLITS}
     assert all(len(found) > 2000 for found in names.values())
     for one, other in combinations(SPLITS, 2):

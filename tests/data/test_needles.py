@@ -37,12 +37,12 @@ def test_document_has_the_tokens_asked_for_or_hardly_fewer(tiny_tokenizer, fille
         assert num_tokens - 80 < found <= num_tokens
 
 
-def test_without_a_tokenizer_words_are_counted():
+def test_needle_length_without_tokenizer_counts_words():
     sizes = [len(Needles(num_tokens=(50, 50)).record(i).document.split()) for i in range(9)]
     assert max(sizes) <= 50 and min(sizes) > 35
 
 
-def test_lengths_are_known_beforehand_and_spread_over_the_range(tiny_tokenizer):
+def test_needle_lengths_are_known_and_spread_over_the_range(tiny_tokenizer):
     needles = Needles("train", tokenizer=tiny_tokenizer, num_tokens=(60, 256))
     aimed = [needles.num_tokens(i) for i in range(200)]
     assert 60 <= min(aimed) < 75 and 240 < max(aimed) <= 256
@@ -71,7 +71,7 @@ def test_depth_keeps_number_and_filler_and_length_adds_filler():
     assert longer.sentences[: len(start.sentences)] == start.sentences and longer.questions == start.questions
 
 
-def test_keys_tell_several_numbers_apart_and_each_is_asked_for():
+def test_each_needle_key_has_its_own_question():
     record = Needles(num_tokens=(150, 150), num_keys=(4, 4)).record(5)
     told = {name: number for _, name, number in planted(record)}
     assert len(told) == len(set(told.values())) == 4
@@ -104,7 +104,7 @@ def test_splits_share_no_numbers_names_or_filler_order():
     assert not train & validation and not train & test and not validation & test
 
 
-def test_a_record_depends_on_its_number_and_the_seed_alone(tiny_tokenizer):
+def test_needle_record_depends_on_index_and_seed_only(tiny_tokenizer):
     needles = Needles("train", tokenizer=tiny_tokenizer, num_keys=(1, 3), filler="encyclopedia")
     records = [needles.record(i) for i in range(6)]
     assert len({record.document for record in records}) == 6
@@ -114,7 +114,7 @@ def test_a_record_depends_on_its_number_and_the_seed_alone(tiny_tokenizer):
 
 
 @pytest.mark.parametrize(("num_chunks", "size"), [(1, 60), (2, 100), (5, 60), (40, 128), (128, 100)])
-def test_a_haystack_of_just_so_many_chunks_can_be_asked_for(tiny_tokenizer, num_chunks, size):
+def test_needle_document_has_given_number_of_chunks(tiny_tokenizer, num_chunks, size):
     needles = Needles("test", tokenizer=tiny_tokenizer)
     record = needles.record(2, num_chunks=num_chunks, max_chunk_tokens=size, depth=0.5)
     assert len(chunk_document(record.document, tiny_tokenizer, max_chunk_tokens=size).ids) == num_chunks
@@ -122,7 +122,7 @@ def test_a_haystack_of_just_so_many_chunks_can_be_asked_for(tiny_tokenizer, num_
     assert abs(place / len(record.sentences) - 0.5) < 0.1 or num_chunks < 3
 
 
-def test_what_cannot_be_made_is_refused(tiny_tokenizer):
+def test_needles_refuse_invalid_settings(tiny_tokenizer):
     with pytest.raises(ValueError, match="num_chunks needs max_chunk_tokens, and a tokenizer"):
         Needles().record(0, num_chunks=3, max_chunk_tokens=50)
     with pytest.raises(ValueError, match="Found no haystack of 1 chunks of 10 tokens; the last had"):
@@ -135,7 +135,7 @@ def test_what_cannot_be_made_is_refused(tiny_tokenizer):
         Needles("dev")
 
 
-def test_own_sentences_can_be_the_filler():
+def test_needle_filler_can_be_a_list_of_sentences():
     record = Needles(filler=["It hums.", "It rings."], num_tokens=(40, 40)).record(0)
     assert {s for s in record.sentences if not NEEDLE.match(s)} == {"It hums.", "It rings."}
 

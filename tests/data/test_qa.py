@@ -107,7 +107,7 @@ SQUAD = {
 }
 
 
-def test_squad_s_json_is_read_with_its_unanswerable_questions(tmp_path):
+def test_squad_json_is_read_with_unanswerable_questions(tmp_path):
     path = tmp_path / "questions.json"
     path.write_text(json.dumps(SQUAD), encoding="utf-8")
     sources = [QuestionAnswering(split, path=path) for split in SPLITS]
@@ -120,7 +120,7 @@ def test_squad_s_json_is_read_with_its_unanswerable_questions(tmp_path):
             ]
 
 
-def test_a_finite_dataset_goes_round_in_another_order_each_time(tmp_path):
+def test_qa_dataset_reshuffles_every_epoch(tmp_path):
     source = QuestionAnswering("train", name="pwc", path=write(tmp_path / "rows.jsonl", rows_of("pwc", 20)))
     size = len(source.records)
     epochs = [[source.record(epoch * size + i).document for i in range(size)] for epoch in range(2)]
@@ -131,7 +131,7 @@ def test_a_finite_dataset_goes_round_in_another_order_each_time(tmp_path):
     assert isinstance(source, Source) and source.num_tokens(3) == 2
 
 
-def test_documents_that_are_too_long_are_left_out(tmp_path, tiny_tokenizer):
+def test_qa_skips_documents_that_are_too_long(tmp_path, tiny_tokenizer):
     rows = [{"input": "word " * (i + 1), "prompt": "How many?", "answer": str(i)} for i in range(50)]
     path = write(tmp_path / "rows.jsonl", rows)
     source = QuestionAnswering("train", name="pwc", path=path, max_document_tokens=20)
@@ -212,7 +212,7 @@ def test_a_datasets_test_split_is_ours_and_no_code_of_it_runs(hub, name):
     assert all("trust_remote_code" not in settings for _, settings in hub)
 
 
-def test_nothing_is_read_before_the_first_record(hub):
+def test_qa_reads_nothing_before_the_first_record(hub):
     source = QuestionAnswering("test", name="qasper")
     assert not hub
     assert len(source.records) == 30
@@ -223,7 +223,7 @@ def test_nothing_is_read_before_the_first_record(hub):
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_dataset_is_measured_on_the_hub_s_test_split(hub, name):
+def test_accepted_answers_read_the_hub_test_split(hub, name):
     found = accepted_answers(name)
     assert len(found) == 30 and all(answers for questions in found.values() for answers in questions.values())
     ((_, settings),) = hub
@@ -232,7 +232,7 @@ def test_a_dataset_is_measured_on_the_hub_s_test_split(hub, name):
     assert ("data_files" in settings) == long_bench
 
 
-def test_a_task_of_long_bench_is_read_out_of_its_archive(tmp_path, monkeypatch):
+def test_long_bench_task_is_read_from_its_archive(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr("data/qasper.jsonl", "\n".join(map(json.dumps, rows_of("long_bench", 4))))
     local = f"zip://data/qasper.jsonl::{tmp_path / 'data.zip'}"
@@ -246,7 +246,7 @@ def test_a_task_of_long_bench_is_read_out_of_its_archive(tmp_path, monkeypatch):
 # What is refused
 
 
-def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_unreadable_qa_file_is_a_one_line_error(tmp_path, monkeypatch):
     bad, text = tmp_path / "bad.json", tmp_path / "a.txt"
     bad.write_text('{"data": [{"title": "T"}]}')
     text.write_text("A")
@@ -316,7 +316,7 @@ def test_a_corrupt_row_is_left_out_and_logged(tmp_path, caplog, corrupt, reason)
         _ = QuestionAnswering(name="pwc", path=damaged, max_corrupt_rows=0).records
 
 
-def test_corrupt_questions_of_squad_s_json_leave_the_others(tmp_path, caplog):
+def test_corrupt_squad_questions_leave_the_others(tmp_path, caplog):
     content = json.loads(json.dumps(SQUAD))
     paragraphs = content["data"][0]["paragraphs"]
     del paragraphs[3]["context"]

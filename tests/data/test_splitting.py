@@ -74,7 +74,7 @@ def assert_same(found, expected):
     ],
     ids=["alone", "joined", "all together", "joined with distractors", "documents in the prompt"],
 )
-def test_one_step_over_8_documents_is_its_parts_together(batches, distillation, stage, num_parts):
+def test_step_over_8_documents_equals_its_parts(batches, distillation, stage, num_parts):
     batch = batches(**stage)[0]
     assert max(batch.chunk_counts) > min(batch.chunk_counts)
     parameters = list(distillation.model.hypernetwork.parameters())
@@ -103,7 +103,7 @@ def test_documents_without_a_kind_do_not_count_in_its_mean(batches, distillation
 
 
 @pytest.mark.parametrize("num_parts", [2, 3, 8])
-def test_the_base_model_s_step_is_its_parts_together(tiny_base_model_folder, tiny_tokenizer, num_parts):
+def test_base_model_step_equals_its_parts(tiny_base_model_folder, tiny_tokenizer, num_parts):
     base_model, tokenizer = load_base_model(tiny_base_model_folder)
     base_model.double().requires_grad_(True)
     module = LitBaseModel(base_model=base_model, tokenizer=tokenizer, optimizer={}, document_weight=0.3)
@@ -132,7 +132,7 @@ def test_a_part_brings_its_members_chunks_and_no_others(batches):
         assert part.chunk_mask.any(0).all() and (part.student.segments >= 0).any(0).all()  # no needless padding
 
 
-def test_stored_probabilities_go_with_their_rows(batches):
+def test_split_keeps_stored_probabilities_with_their_rows(batches):
     batch = batches()[0]
     shape = batch.student.ids.shape
     where = batch.student.target_kind >= 0
@@ -145,7 +145,7 @@ def test_stored_probabilities_go_with_their_rows(batches):
         assert torch.equal(part.stored.indices[part.stored.where], numbers[rows][where[rows]][:, None])
 
 
-def test_the_chunks_of_answers_go_with_their_rows(batches):
+def test_split_keeps_answer_chunks_with_their_rows(batches):
     batch = batches()[0]
     for number in range(4):
         part = split(batch, number, 4).batch
@@ -163,17 +163,17 @@ def test_parts_are_adjacent_even_and_the_last_is_marked(batches):
     assert StepPart.of(parts[0]) is parts[0] and StepPart.of(batch).share["document"] == 1
 
 
-def test_a_part_moves_to_a_device_as_a_whole_batch_does(batches):
+def test_part_moves_to_a_device_as_a_whole_batch_does(batches):
     part = split(batches()[0], 0, 2).to("meta")
     assert part.batch.chunk_ids.is_meta and part.batch.student.ids.is_meta and part.num_parts == 2
 
 
-def test_more_parts_than_documents_are_refused_with_what_to_do(batches):
+def test_split_refuses_more_parts_than_documents(batches):
     with pytest.raises(ValueError, match=r"8 documents cannot be split into 9 parts.*Raise batch_size"):
         split(batches()[0], 0, 9)
 
 
-def test_what_cannot_be_split_is_refused():
+def test_split_refuses_unknown_types_and_too_many_parts():
     with pytest.raises(ValueError, match="A list cannot be split; set trainer.accumulate_grad_batches"):
         split([1, 2], 0, 2)
     rows = pad_rows([pack_row([], [Segment([1, 2], 1, False, 0)])], pad_id=0)

@@ -33,7 +33,7 @@ def convert(source: str | Path, output_dir: Path, *options: str | Path) -> int:
     return hypernet("checkpoint", "convert", "--source", source, "--output-dir", output_dir, *options)
 
 
-def test_a_converted_checkpoint_is_the_same_model(file, tmp_path, capsys):
+def test_converted_checkpoint_is_the_same_model(file, tmp_path, capsys):
     assert convert(file, tmp_path / "out") == 0
     assert "rank 4, down_proj in 2 layers" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.yaml", "hypernetwork.safetensors"]
@@ -45,14 +45,14 @@ def test_a_converted_checkpoint_is_the_same_model(file, tmp_path, capsys):
     assert adapter.provenance["base_model"]["fingerprint"] == converted.base_model_fingerprint
 
 
-def test_a_converted_checkpoint_with_shared_blocks(make, tmp_path):
+def test_converted_checkpoint_keeps_shared_blocks(make, tmp_path):
     model = make(aggregator={"num_blocks": 3, "num_self_attention_blocks": 1, "share_blocks": True})
     path = save(published_content(model), tmp_path / "pytorch_model.bin")
     assert convert(path, tmp_path / "out") == 0
     assert_same_adapters(model, DocToLoRA.from_pretrained(tmp_path / "out"))
 
 
-def test_a_conversion_needs_no_weights_of_the_base_model(file, tmp_path, tiny_base_model_folder):
+def test_convert_needs_no_base_model_weights(file, tmp_path, tiny_base_model_folder):
     (tmp_path / "only").mkdir()
     (tmp_path / "only/config.json").write_bytes((tiny_base_model_folder / "config.json").read_bytes())
     arguments = ["--base-model", tmp_path / "only", "--max-chunk-tokens", "77"]
@@ -61,7 +61,7 @@ def test_a_conversion_needs_no_weights_of_the_base_model(file, tmp_path, tiny_ba
     assert open_checkpoint(tmp_path / "out").base_model == str(tmp_path / "only")
 
 
-def test_an_existing_output_stays_unless_overwrite_is_set(file, tmp_path, capsys):
+def test_convert_replaces_output_only_with_overwrite(file, tmp_path, capsys):
     out = tmp_path / "out"
     assert convert(file, out) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -76,7 +76,7 @@ def test_an_existing_output_stays_unless_overwrite_is_set(file, tmp_path, capsys
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_conversion_that_fails_leaves_everything_as_it_was(file, tmp_path, monkeypatch, capsys, existing):
+def test_failing_convert_leaves_output_unchanged(file, tmp_path, monkeypatch, capsys, existing):
     out = tmp_path / "out"
     if existing:
         assert convert(file, out, "--overwrite") == 0
@@ -92,7 +92,7 @@ def test_a_conversion_that_fails_leaves_everything_as_it_was(file, tmp_path, mon
     assert {path.name for path in tmp_path.iterdir()} <= {"pytorch_model.bin", "out"}
 
 
-def test_another_base_model_of_a_converted_checkpoint_is_refused(file, tmp_path, tiny_tokenizer):
+def test_converted_checkpoint_refuses_another_base_model(file, tmp_path, tiny_tokenizer):
     assert convert(file, tmp_path / "out") == 0
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     base_model = build_base_model({"model_type": "llama", **sizes, "vocab_size": len(tiny_tokenizer)})
@@ -111,7 +111,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_command_converts_from_the_hubs_cache(file, tmp_path):
+def test_convert_command_reads_the_hub_cache(file, tmp_path):
     cache = hub_cache(tmp_path / "hub", {"gemma_demo/checkpoint-80000/pytorch_model.bin": file})
     arguments = ("--source", "hub:SakanaAI/doc-to-lora/gemma_demo", "--output-dir", str(tmp_path / "out"))
     result = run("-m", "hypernet", "checkpoint", "convert", *arguments, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
@@ -119,7 +119,7 @@ def test_the_command_converts_from_the_hubs_cache(file, tmp_path):
     assert open_checkpoint(tmp_path / "out").hypernetwork.rank == 4
 
 
-def test_the_command_refuses_harm_in_one_line(commands, tmp_path):
+def test_convert_command_refuses_malicious_file(commands, tmp_path):
     program = pickle.dumps({"a": Calls(os.mkdir, str(tmp_path / "DAMAGE"))}, protocol=2)
     path = with_pickle(tmp_path / "pytorch_model.bin", program)
     arguments = ["checkpoint", "convert", "--source", str(path), "--output-dir", str(tmp_path / "out")]
@@ -129,7 +129,7 @@ def test_the_command_refuses_harm_in_one_line(commands, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pytorch_model.bin"]
 
 
-def test_generate_adapter_takes_a_published_file(commands, file, tmp_path):
+def test_generate_adapter_accepts_published_file(commands, file, tmp_path):
     document = tmp_path / "document.txt"
     document.write_text("Norbach was founded by Ilda Renwick.")
     arguments = [f"document={document}", f"output_dir={tmp_path / 'adapter'}", f"checkpoint={file}", "device=cpu"]

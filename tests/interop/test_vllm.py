@@ -61,9 +61,7 @@ def injected_logits(adapter):
 @pytest.mark.parametrize(
     "num_chunks, rank, expected", [(0, 1, 1), (0, 3, 8), (1, 4, 8), (1, 3, 8), (5, 3, 32), (4, 13, 128)]
 )
-def test_padding_to_an_allowed_rank_keeps_the_delta_exactly(
-    tmp_path, num_chunks, rank, expected
-):
+def test_padding_to_an_allowed_rank_keeps_the_delta_exactly(tmp_path, num_chunks, rank, expected):
     adapter = uneven_adapter(num_chunks, rank=rank)
     export = export_vllm(adapter, tmp_path / "served")
     assert (export.rank_before, export.rank, export.max_lora_rank) == (adapter.rank, expected, expected)
@@ -84,14 +82,14 @@ def test_padding_to_an_allowed_rank_keeps_the_delta_exactly(
     assert again.scaling == adapter.scaling and again.provenance["documents"] == adapter.provenance["documents"]
 
 
-def test_a_rank_that_is_allowed_stays_with_its_chunks(targets, tmp_path):  # noqa: F811
+def test_vllm_export_keeps_allowed_rank(targets, tmp_path):  # noqa: F811
     adapter = make_adapter(targets, 3, rank=4)
     assert export_vllm(adapter, tmp_path / "a").rank == 16
     assert LoRAAdapter.load(tmp_path / "a").num_chunks == 3
 
 
 @pytest.mark.parametrize("names", [["down_proj"], ["q_proj", "v_proj", "gate_proj"]])
-def test_peft_gives_the_injectors_logits_padded_and_compressed(tmp_path, names):
+def test_vllm_export_keeps_injected_logits_in_peft(tmp_path, names):
     adapter = make_adapter(find_targets(make_base_model(), names), 6, scaling=8.0)  # rank 21
     export = export_vllm(adapter, tmp_path / "padded")
     assert export.rank == 32
@@ -104,20 +102,20 @@ def test_peft_gives_the_injectors_logits_padded_and_compressed(tmp_path, names):
     torch.testing.assert_close(peft_logits(tmp_path / "small"), injected_logits(small), rtol=0, atol=1e-4)
 
 
-def test_compress_leaves_alone_what_fits(tmp_path):
+def test_vllm_export_compresses_only_above_max_rank(tmp_path):
     export = export_vllm(uneven_adapter(4), tmp_path / "a", max_lora_rank=16, fit="compress")
     assert (export.rank, export.compression) == (16, None)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", None])
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
-def test_dtype_of_the_file(tmp_path, dtype, own):
+def test_vllm_export_writes_given_dtype(tmp_path, dtype, own):
     export_vllm(uneven_adapter(1, dtype=own), tmp_path / "a", dtype=dtype)
     expected = own if dtype is None else getattr(torch, dtype)
     assert {weight.dtype for weight in load_file(tmp_path / "a" / "adapter_model.safetensors").values()} == {expected}
 
 
-def test_flags_to_serve_it_with(tmp_path):
+def test_vllm_export_prints_serving_flags(tmp_path):
     export = export_vllm(uneven_adapter(2, base_model_name="org/tiny model"), tmp_path / "fenda", max_lora_rank=64)
     # 9 rows need 16, whatever the server could do.
     assert export.serve_arguments == (
@@ -140,12 +138,12 @@ def test_flags_to_serve_it_with(tmp_path):
         ({"fit": "cut"}, 'fit to be "pad" or "compress", got'),
     ],
 )
-def test_wrong_settings_are_refused_and_nothing_is_written(tmp_path, change, message):
+def test_vllm_export_refuses_wrong_settings(tmp_path, change, message):
     assert_one_line_value_error(lambda: export_vllm(uneven_adapter(2), tmp_path / "a", **change), message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_the_server_could_not_hold_are_refused(tmp_path):
+def test_vllm_export_refuses_weights_beyond_its_dtype(tmp_path):
     adapter = uneven_adapter(1)
     adapter.B["up"][0, 0, 0, 0] = 60000  # times the scaling of 45.25 is beyond float16
     assert_one_line_value_error(
@@ -161,7 +159,7 @@ def test_weights_that_the_server_could_not_hold_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_existing_folders_are_kept_unless_overwrite(tmp_path):
+def test_vllm_export_replaces_folder_only_with_overwrite(tmp_path):
     export_vllm(uneven_adapter(1), tmp_path / "a")
     with pytest.raises(FileExistsError):
         export_vllm(uneven_adapter(2), tmp_path / "a")

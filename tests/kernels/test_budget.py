@@ -43,7 +43,7 @@ def test_16_bit_launches_multiply_in_16_bits():
     assert result.stdout.strip() == "[('bf16', 'bf16'), ('fp32', 'fp32')]"
 
 
-def test_more_than_the_budget_is_found():
+def test_kernel_over_budget_is_reported():
     found = {name: dict(needs) for name, needs in COMMITTED["kernels"].items()}
     assert exceeded(found, COMMITTED["kernels"]) == []
     found["sm_90 bf16 decode shrink_kernel"]["stack"] = 8
@@ -70,7 +70,7 @@ def test_every_kernel_compiles_within_its_budget():
         (["--write", "sm_90"], "budget: --write makes the whole budget; leave out 'sm_90'."),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message, monkeypatch):
+def test_budget_command_errors_are_one_line(arguments, message, monkeypatch):
     monkeypatch.setattr("sys.argv", ["budget", *arguments])
     with pytest.raises(SystemExit) as exit:
         main()

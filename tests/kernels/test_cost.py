@@ -7,7 +7,7 @@ from hypernet.kernels.lora_delta.cost import H100, Machine, application_cost, de
 GEMMA_DOWN = {"d_in": 9216, "d_out": 2304}
 
 
-def test_floors_are_the_sums_by_hand():
+def test_cost_floors_equal_hand_computed_sums():
     """x 4096·9216, base and y 4096·2304 each, A and B of 8 adapters of rank 64; two bytes each."""
     sizes = {**GEMMA_DOWN, "num_tokens": 4096, "rank": 64, "num_adapters": 8}
     floor = delta_floor(**sizes)
@@ -19,7 +19,7 @@ def test_floors_are_the_sums_by_hand():
     assert backward.flops == 2 * floor.flops
 
 
-def test_the_longer_of_bytes_and_arithmetic_is_the_floor():
+def test_cost_floor_is_the_larger_of_bytes_and_flops():
     machine = Machine("made up", bytes_per_s=100, flops_per_s=10, launch_s=0)
     floor = delta_floor(num_tokens=1, d_in=1, d_out=1, rank=1, num_adapters=1)
     assert floor == (10, 4) and floor.seconds(machine) == 0.4
@@ -33,7 +33,7 @@ def test_merging_pays_for_one_adapter_and_many_steps():
     assert by_steps == sorted(by_steps, reverse=True)
 
 
-def test_merging_never_pays_for_many_adapters_at_a_time():
+def test_merging_never_pays_for_many_adapters():
     many = {**GEMMA_DOWN, "num_tokens": 16, "rank": 64, "num_adapters": 16}
     cost = application_cost(**many, steps=10_000)
     assert cost.cheapest != "merge"
@@ -47,7 +47,7 @@ def test_the_product_hides_the_delta_if_bound_by_arithmetic():
 
 
 @pytest.mark.parametrize("name", ["num_tokens", "d_in", "d_out", "rank", "num_adapters", "steps"])
-def test_sizes_below_one_are_refused(name):
+def test_cost_refuses_sizes_below_one(name):
     sizes = {**GEMMA_DOWN, "num_tokens": 1, "rank": 8, "num_adapters": 1, "steps": 1, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         application_cost(**sizes)

@@ -192,7 +192,7 @@ def test_autocast_does_not_round_A_and_B():
 
 
 @pytest.mark.parametrize("gate", [0.0, 1.5])
-def test_gradcheck_in_float64(gate, implementation):
+def test_lora_delta_passes_gradcheck_in_float64(gate, implementation):
     if implementation == "triton":
         pytest.skip("the kernels sum up in float32; float64 is the reference's")
     inputs = {n: t.double().requires_grad_() for n, t in make_inputs(6, 3, 3, 2, 2).items()}
@@ -236,7 +236,7 @@ def test_a_high_gate_power_leaves_the_top_slot_alone():
     torch.testing.assert_close(sharp[apart], top[apart], rtol=1e-5, atol=1e-5)
 
 
-def test_slots_that_answer_nothing_have_a_weight_and_a_gradient():
+def test_gate_handles_slots_with_zero_scores():
     inputs = make_inputs(5, 3, 37, 3, 8)
     inputs["A"][:2] = 0
     plan = plan_of([3, 2], [[0, 1, 2], [0, 1]], num_slots=3)
@@ -246,7 +246,7 @@ def test_slots_that_answer_nothing_have_a_weight_and_a_gradient():
 
 
 @pytest.mark.parametrize("gate", [-0.1, float("nan"), float("inf")])
-def test_a_gate_that_is_no_power_is_refused(gate):
+def test_gate_refuses_invalid_power(gate):
     with pytest.raises(ValueError, match=f"gate should be a number of at least 0, got {gate}"):
         lora_delta(plan=plan_of([4], [[0]], num_slots=2), scaling=1.0, gate=gate, **make_inputs(4, 2, 3, 3, 1))
 
@@ -331,7 +331,7 @@ def test_malformed_plans_are_refused(lengths, slots, message):
         ({"A": torch.zeros(2, 8, 3, device="meta")}, "A on meta"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(change, message):
+def test_lora_delta_refuses_mismatched_inputs(change, message):
     inputs = make_inputs(4, 2, 3, 6, 8) | {"plan": plan_of([4], [[0]], num_slots=2)} | change
     with pytest.raises(ValueError, match=message):
         lora_delta(scaling=SCALING, **inputs)
@@ -462,7 +462,7 @@ def test_offsets_past_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("gate", [0.0, 1.5])
-def test_a_plan_takes_over_the_work_of_another_of_its_capacity(gate):
+def test_plan_copies_another_of_equal_capacity(gate):
     capacity = Capacity(max_runs=4, max_slots=3)
     cases = [([20, 30, 100], [[0, 3], [1], [2, 1, 0]]), ([150], [[]]), ([3, 147], [[3], [0, 1]])]
     inputs = make_inputs(150, 4, 37, 100, 8)
@@ -505,7 +505,7 @@ def test_a_plan_of_another_capacity_is_not_copied():
 
 @pytest.mark.parametrize("gate", [0.0, 1.5])
 @pytest.mark.parametrize("tokens", [6, DECODE_TOKENS + 40])
-def test_opcheck(tokens, gate):
+def test_lora_delta_passes_opcheck(tokens, gate):
     lengths, slots = [2, 1, tokens - 3], [[0, 2], [], [2, 1, 1]]
     inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(tokens, 3, 3, 2, 2).items()}
     plan = plan_of(lengths, slots, num_slots=3)
@@ -518,7 +518,7 @@ def test_opcheck(tokens, gate):
     torch.library.opcheck(_backward, arguments)
 
 
-def test_compiles_without_graph_breaks_and_gives_the_same():
+def test_lora_delta_compiles_without_graph_breaks():
     torch._dynamo.reset()
     function = lambda base, x, A, B, plan: lora_delta(base * 2, x, A, B, plan, scaling=SCALING).sin()  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -540,7 +540,7 @@ def test_compiles_without_graph_breaks_and_gives_the_same():
 @pytest.mark.parametrize("gate", [0.0, 1.5])
 @pytest.mark.parametrize("sizes", [(9216, 2304, 8), (100, 37, 3), (2560, 9728, 16)])
 @pytest.mark.parametrize("case", ["uniform", "ragged", "segments_without_slots", "many_chunks"])
-def test_bf16_on_a_gpu_matches(case, sizes, gate):
+def test_bf16_on_a_gpu_matches_reference(case, sizes, gate):
     assert_matches_loop_but_for_rounding(case, sizes, torch.bfloat16, gate)
 
 
@@ -552,7 +552,7 @@ def compiled(implementation):
 
 @pytest.mark.requires_gpu
 @pytest.mark.usefixtures("compiled")
-def test_a_captured_graph_replays_other_plans():
+def test_captured_cuda_graph_replays_other_plans():
     capacity = Capacity(max_runs=4, max_slots=3)
     for tokens in (64, 300):
         inputs = {n: t.bfloat16() for n, t in make_inputs(tokens, 4, 512, 256, 8).items() if n != "slot_scale"}
@@ -576,7 +576,7 @@ def test_a_captured_graph_replays_other_plans():
 
 @pytest.mark.requires_gpu
 @pytest.mark.usefixtures("compiled")
-def test_nothing_waits_for_the_device():
+def test_lora_delta_never_synchronizes_the_device():
     inputs = {n: t.bfloat16() for n, t in make_inputs(300, 4, 512, 256, 8).items() if n != "slot_scale"}
     lora_delta(plan=plan_of([300], [[0]], num_slots=4), scaling=SCALING, **inputs)  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -589,7 +589,7 @@ def test_nothing_waits_for_the_device():
 
 
 @pytest.mark.requires_gpu
-def test_two_streams_give_what_one_gives():
+def test_two_streams_give_same_result_as_one():
     inputs = {n: t.bfloat16() for n, t in make_inputs(300, 4, 512, 256, 8).items() if n != "slot_scale"}
     plan = plan_of([100, 200], [[0, 3], [2, 1, 0]], num_slots=4)
     expected = lora_delta(plan=plan, scaling=SCALING, **inputs)
@@ -603,7 +603,7 @@ def test_two_streams_give_what_one_gives():
 
 
 @pytest.mark.requires_gpu
-def test_inductor_compiles_it():
+def test_inductor_compiles_lora_delta():
     inputs = make_inputs(300, 4, 512, 256, 8)
     plan = plan_of([100, 200], [[0, 3], [2, 1, 0]], num_slots=4)
     function = lambda **kw: lora_delta(plan=plan, scaling=SCALING, **kw).sin()  # noqa: E731

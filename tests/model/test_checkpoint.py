@@ -71,7 +71,7 @@ def refusal(folder) -> str:
 
 
 @pytest.mark.parametrize("hypernetwork", SIZES, indirect=True)
-def test_everything_comes_back_as_it_was(folder, hypernetwork):
+def test_checkpoint_roundtrip_is_exact(folder, hypernetwork):
     checkpoint = load_checkpoint(folder)
     assert checkpoint.hypernetwork.config == hypernetwork.config
     assert checkpoint.hypernetwork.targets == hypernetwork.targets
@@ -99,7 +99,7 @@ def test_the_folder_holds_readable_yaml_and_safetensors(folder):
         assert {path.stat().st_mode & 0o444 for path in folder.iterdir()} == {0o444}
 
 
-def test_saving_again_replaces_what_was_there(folder, hypernetwork):
+def test_checkpoint_save_replaces_older_one(folder, hypernetwork):
     for parameter in hypernetwork.parameters():
         parameter.data += 1
     save(hypernetwork, folder)
@@ -107,7 +107,7 @@ def test_saving_again_replaces_what_was_there(folder, hypernetwork):
     assert len(list(folder.iterdir())) == 2
 
 
-def test_a_home_folder_is_found(folder, monkeypatch):
+def test_tilde_in_path_is_expanded(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert load_checkpoint("~/checkpoint").max_chunk_tokens == 33
 
@@ -115,7 +115,7 @@ def test_a_home_folder_is_found(folder, monkeypatch):
 # With the base model: DocToLoRA
 
 
-def test_a_saved_model_answers_as_before_from_its_folder_alone(tmp_path, monkeypatch, make_doc_to_lora):
+def test_checkpoint_with_base_model_answers_as_before(tmp_path, monkeypatch, make_doc_to_lora):
     model = make_doc_to_lora()
     model.save_pretrained(tmp_path / "here", include_base_model=True)
     (tmp_path / "here").rename(tmp_path / "there")  # the folder can be moved
@@ -128,7 +128,7 @@ def test_a_saved_model_answers_as_before_from_its_folder_alone(tmp_path, monkeyp
     assert again.generate(questions, adapters[0]) == model.generate(questions, adapters[1])
 
 
-def test_without_the_base_model_the_folder_names_where_it_is(tmp_path, make_doc_to_lora, tiny_base_model_folder):
+def test_checkpoint_without_base_model_names_its_source(tmp_path, make_doc_to_lora, tiny_base_model_folder):
     model = make_doc_to_lora()
     model.save_pretrained(tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint" / "base_model").exists()
@@ -137,7 +137,7 @@ def test_without_the_base_model_the_folder_names_where_it_is(tmp_path, make_doc_
     assert again.base_model_fingerprint == model.base_model_fingerprint
 
 
-def test_another_base_model_is_refused_with_both(tmp_path, make_doc_to_lora):
+def test_checkpoint_refuses_another_base_model(tmp_path, make_doc_to_lora):
     model = make_doc_to_lora()
     model.save_pretrained(tmp_path / "checkpoint")
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_another_base_model_is_refused_with_both(tmp_path, make_doc_to_lora):
     assert fingerprint(model.base_model)[:12] in message
 
 
-def test_a_base_model_in_another_type_reads_the_same_checkpoint(tmp_path, make_doc_to_lora):
+def test_checkpoint_loads_with_base_model_of_another_dtype(tmp_path, make_doc_to_lora):
     model = make_doc_to_lora()
     model.save_pretrained(tmp_path / "checkpoint")
     half = DocToLoRA.from_pretrained(tmp_path / "checkpoint", dtype="bfloat16")
@@ -183,25 +183,25 @@ def test_without_a_fingerprint_any_fitting_base_model_is_taken(tmp_path, make_do
 # What cannot be loaded
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_missing_checkpoint_folder_is_named(tmp_path):
     assert "there is no such folder. Give a folder that holds config.yaml" in refusal(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "hypernetwork.safetensors"])
-def test_a_missing_file_is_named(folder, name):
+def test_missing_checkpoint_file_is_named(folder, name):
     (folder / name).unlink()
     assert f"{name} is missing. Copy or train it again." in refusal(folder)
 
 
 @pytest.mark.parametrize("size", [0, 5, 300, -1])
-def test_weights_that_are_cut_off_are_refused(folder, size):
+def test_truncated_checkpoint_weights_are_refused(folder, size):
     path = folder / "hypernetwork.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     assert "cut off. Copy it again." in refusal(folder)
 
 
 @pytest.mark.parametrize("place", [0.3, 0.9, 1.0])
-def test_a_single_changed_bit_of_the_weights_is_noticed(folder, place):
+def test_changed_weight_bit_is_detected(folder, place):
     path = folder / "hypernetwork.safetensors"
     content = bytearray(path.read_bytes())
     header = 8 + struct.unpack("<Q", content[:8])[0]
@@ -210,7 +210,7 @@ def test_a_single_changed_bit_of_the_weights_is_noticed(folder, place):
     assert "is not what config.yaml was written for (fingerprint). Copy both again." in refusal(folder)
 
 
-def test_a_single_changed_value_of_a_large_matrix_is_noticed(tmp_path):
+def test_changed_value_of_large_matrix_is_detected(tmp_path):
     """The base model's fingerprint samples large matrices; the weights here are all checked."""
     targets = [LoRATarget("down_proj", ("layers.0.mlp.down_proj",), 9000, 9000)]
     aggregator = {"name": "mean_pool", "latent_dim": 64}
@@ -245,12 +245,12 @@ def test_weights_of_another_checkpoint_are_refused(folder, tmp_path, hypernetwor
         "format_version: 1\nbase_model: x",
     ],
 )
-def test_a_damaged_config_is_refused(folder, text):
+def test_damaged_checkpoint_config_is_refused(folder, text):
     (folder / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert "config.yaml is damaged" in (message := refusal(folder)) and "Copy it again." in message
 
 
-def test_another_format_version_is_named(folder):
+def test_other_checkpoint_format_version_is_named(folder):
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("format_version: 1", "format_version: 2"))
     assert "has checkpoint format 2, this version reads format 1. Use the version that wrote it." in refusal(folder)
@@ -271,7 +271,7 @@ def test_another_format_version_is_named(folder):
     ],
     ids=lambda value: "".join(map(str, value)) if isinstance(value, list) else str(value),
 )
-def test_a_config_that_does_not_fit_the_weights_is_refused(folder, keys, value):
+def test_config_that_mismatches_weights_is_refused(folder, keys, value):
     path = folder / "config.yaml"
     config = yaml.safe_load(path.read_text())
     entry = config["hypernetwork"]
@@ -319,7 +319,7 @@ def test_any_damaged_config_entry_is_refused_in_one_line(folder):
 @pytest.mark.parametrize(
     "tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir", "!!python/name:os.mkdir"]
 )
-def test_a_config_cannot_execute_anything(folder, tmp_path, tag):
+def test_checkpoint_config_cannot_execute_code(folder, tmp_path, tag):
     made = tmp_path / "made"
     path = folder / "config.yaml"
     path.write_text(path.read_text() + f"extra: {tag} [{made}]\n")
@@ -327,7 +327,7 @@ def test_a_config_cannot_execute_anything(folder, tmp_path, tag):
     assert not made.exists()
 
 
-def test_a_pickle_in_place_of_the_weights_is_not_read(folder, hypernetwork):
+def test_pickle_in_place_of_weights_is_not_read(folder, hypernetwork):
     torch.save(hypernetwork.state_dict(), folder / "hypernetwork.safetensors")
     assert "cannot be read" in refusal(folder)
 
@@ -341,9 +341,7 @@ class Crash(BaseException):
 
 @pytest.mark.parametrize("existing", [True, False], ids=["over an older one", "into a new folder"])
 @pytest.mark.parametrize("step", ["before the weights", "halfway into the weights", "before the config"])
-def test_a_crash_while_saving_leaves_nothing_wrong_that_loads(
-    tmp_path, hypernetwork, monkeypatch, step, existing
-):
+def test_a_crash_while_saving_leaves_nothing_wrong_that_loads(tmp_path, hypernetwork, monkeypatch, step, existing):
     folder = tmp_path / "checkpoint"
     if existing:
         save(hypernetwork, folder)
@@ -382,7 +380,7 @@ def test_beside_of_version_0_1_is_read_as_concat_layer(folder):
     assert load_checkpoint(folder).context_encoder == {"kind": "per_layer_activations", "concat_layer": 4}
 
 
-def test_an_unknown_key_of_the_context_encoder_is_refused(folder):
+def test_unknown_context_encoder_key_is_refused(folder):
     path = folder / "config.yaml"
     config = yaml.safe_load(path.read_text())
     config["context_encoder"]["depth"] = 3

@@ -94,7 +94,7 @@ def test_per_layer_maps_are_hidden_states_of_the_cut_model(model_type):
 
 
 @by_model
-def test_some_layers_maps_are_theirs_among_all(model_type):
+def test_chosen_layers_maps_equal_those_among_all(model_type):
     base_model = make_base_model(model_type)
     ids, mask = batch()
     every = PerLayerActivations(base_model)(ids, mask)
@@ -153,7 +153,7 @@ by_kind = pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: set
 
 
 @by_kind
-def test_padding_does_not_change_a_chunks_features(settings):
+def test_padding_does_not_change_chunk_features(settings):
     encoder = make_context_encoder(make_base_model(), settings)
     ids, mask = batch()
     features = encoder(ids, mask)
@@ -163,7 +163,7 @@ def test_padding_does_not_change_a_chunks_features(settings):
 
 
 @by_kind
-def test_no_graph_is_kept_even_if_the_base_model_could_train(settings):
+def test_context_encoder_keeps_no_autograd_graph(settings):
     base_model = make_base_model()
     features = make_context_encoder(base_model, settings)(*batch())
     assert all(p.requires_grad for p in base_model.parameters())
@@ -171,13 +171,13 @@ def test_no_graph_is_kept_even_if_the_base_model_could_train(settings):
 
 
 @by_model
-def test_the_base_model_is_not_part_of_the_encoder(model_type):
+def test_context_encoder_does_not_own_the_base_model(model_type):
     encoder = PerLayerActivations(make_base_model(model_type))
     assert not encoder.state_dict() and not list(encoder.parameters()) and not list(encoder.children())
 
 
 @by_model
-def test_the_base_model_is_left_as_it_was(model_type):
+def test_context_encoder_leaves_base_model_unchanged(model_type):
     base_model, untouched = make_base_model(model_type), make_base_model(model_type)
     modules = [(name, id(module)) for name, module in base_model.named_modules()]
     ids, mask = batch()
@@ -192,7 +192,7 @@ def test_the_base_model_is_left_as_it_was(model_type):
     assert not any(module._forward_pre_hooks for module in base_model.modules())
 
 
-def test_the_base_model_is_left_as_it_was_after_an_error():
+def test_context_encoder_restores_base_model_after_error():
     base_model = make_base_model()
     blocks = base_model.get_decoder().layers
     with pytest.raises(IndexError):
@@ -243,7 +243,7 @@ def test_null_settings_may_be_another_kind_s():
     assert make_context_encoder(make_base_model(), every).settings == {"kind": "embed_only", "context_tokens": 2}
 
 
-def test_a_base_model_without_a_list_of_blocks_is_refused():
+def test_context_encoder_refuses_model_without_block_list():
     base_model = make_base_model()
     base_model.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match="no list of 5 blocks in LlamaModel, which has .*layers"):
@@ -255,7 +255,7 @@ def test_a_base_model_without_a_list_of_blocks_is_refused():
 
 @by_model
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=lambda settings: settings["kind"])
-def test_what_stands_before_a_chunk_is_seen_and_dropped(model_type, settings):
+def test_context_tokens_are_attended_and_dropped(model_type, settings):
     """Reference: the whole text without any mask, and its last tokens' features picked out by hand."""
     base_model = make_base_model(model_type)
     encoder = make_context_encoder(base_model, {**settings, "context_tokens": 4})
@@ -273,7 +273,7 @@ def test_what_stands_before_a_chunk_is_seen_and_dropped(model_type, settings):
     assert (features[0, :, 1:] - without[0])[-1].abs().max() > 1e-3  # the context was seen
 
 
-def test_without_context_nothing_moves():
+def test_zero_context_tokens_change_nothing():
     features, (_, mask) = torch.randn(3, 2, 9, 4), batch()
     kept, own = drop_context(features, mask)
     assert kept is features
@@ -281,6 +281,6 @@ def test_without_context_nothing_moves():
 
 
 @pytest.mark.parametrize("context_tokens", [-1, 2.0, True, None])
-def test_an_impossible_number_of_context_tokens_is_refused(context_tokens):
+def test_impossible_context_tokens_are_refused(context_tokens):
     with pytest.raises(ValueError, match="context_tokens should be a whole number, at least 0"):
         PerLayerActivations(make_base_model(), context_tokens=context_tokens)

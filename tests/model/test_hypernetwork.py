@@ -45,7 +45,7 @@ def assert_same(got, expected, **tolerance):
 
 @by_aggregator
 @pytest.mark.parametrize("num_maps", [1, LAYERS])
-def test_every_chunk_layer_and_target_gets_its_matrices(aggregator, num_maps):
+def test_hypernetwork_yields_matrices_per_chunk_layer_target(aggregator, num_maps):
     hypernetwork = make(aggregator=aggregator, num_maps=num_maps)
     A, B = hypernetwork(*batch(num_maps))
     assert list(A) == list(B) == list(hypernetwork.bias_A) == ["down_proj", "up_proj"]
@@ -56,7 +56,7 @@ def test_every_chunk_layer_and_target_gets_its_matrices(aggregator, num_maps):
         assert hypernetwork.bias_B[target.name].shape == (LAYERS, RANK, target.d_out)
 
 
-def test_each_map_yields_the_weights_of_its_own_layer_only():
+def test_each_map_yields_weights_of_its_own_layer_only():
     hypernetwork = make()
     features, mask = batch()
     A, _ = hypernetwork(features, mask)
@@ -76,7 +76,7 @@ def test_a_single_maps_outputs_go_by_layer_target_rank():
 
 
 @by_aggregator
-def test_padding_changes_nothing_even_where_it_is_nan(aggregator):
+def test_hypernetwork_ignores_nan_padding(aggregator):
     hypernetwork = make(aggregator=aggregator)
     features, mask = batch()
     expected = hypernetwork(features, mask)
@@ -88,7 +88,7 @@ def test_padding_changes_nothing_even_where_it_is_nan(aggregator):
 
 
 @by_aggregator
-def test_permuting_the_chunks_permutes_their_matrices(aggregator):
+def test_permuting_chunks_permutes_their_matrices(aggregator):
     hypernetwork = make(aggregator=aggregator)
     features, mask = batch()
     expected = hypernetwork(features, mask)
@@ -99,7 +99,7 @@ def test_permuting_the_chunks_permutes_their_matrices(aggregator):
     )
 
 
-def test_an_integer_mask_means_the_same():
+def test_hypernetwork_accepts_integer_mask():
     hypernetwork = make()
     features, mask = batch()
     assert_same(hypernetwork(features, mask.long()), hypernetwork(features, mask))
@@ -115,7 +115,7 @@ def test_b_starts_at_zero_and_a_depends_on_the_chunk(aggregator, num_maps):
 
 
 @by_aggregator
-def test_every_parameter_gets_a_gradient_once_b_is_not_zero(aggregator):
+def test_every_parameter_gets_a_gradient_once_b_is_nonzero(aggregator):
     hypernetwork = make(aggregator=aggregator)
     A, B = hypernetwork(*batch())
     chunks = sum((A[n].mT @ B[n]).square().sum() for n in A)
@@ -146,7 +146,7 @@ def test_config_survives_yaml_and_json_and_rebuilds(settings):
         assert_same(rebuilt(*batch()), hypernetwork(*batch()), rtol=0, atol=0)
 
 
-def test_the_config_spells_defaults_out():
+def test_hypernetwork_config_spells_out_defaults():
     assert make(aggregator={"name": "perceiver", "latent_dim": 8}).config["aggregator"] == dict(
         name="perceiver",
         latent_dim=8,
@@ -163,7 +163,7 @@ def test_the_config_spells_defaults_out():
 
 
 @pytest.mark.parametrize("aggregator", [PERCEIVER, OUTER_PRODUCT])
-def test_without_a_bias_block_it_is_zero_and_stays_so(aggregator):
+def test_disabled_bias_block_is_zero_and_stays_zero(aggregator):
     hypernetwork = make(aggregator=aggregator, bias_block=False, trained=False)
     shared = [*hypernetwork.bias_A.values(), *hypernetwork.bias_B.values()]
     assert not any(p.requires_grad or p.abs().max() for p in shared)
@@ -173,7 +173,7 @@ def test_without_a_bias_block_it_is_zero_and_stays_so(aggregator):
     assert all(p.requires_grad for p in others)
 
 
-def test_only_a_network_with_a_head_has_settings_of_one():
+def test_head_settings_need_an_aggregator_with_head():
     head = {"num_pre_head_blocks": 1, "pre_head_multiple": 4}
     assert make().config.items() >= head.items()
     config = make(aggregator={"name": "outer_product"}).config
@@ -210,7 +210,7 @@ def test_scaling_defaults_to_the_published_one():
         ),
     ],
 )
-def test_what_cannot_be_built_is_refused_with_the_choices(changes, hint):
+def test_hypernetwork_refuses_invalid_settings(changes, hint):
     with pytest.raises(ValueError, match=hint):
         make(**changes)
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_built_is_refused_with_the_choices(changes, hint):
     [((5, 3, 11, 7), (5, 11)), ((5, 2, 11, 6), (5, 11)), ((5, 3, 11, 6), (5, 10)), ((5, 3, 11, 6), (4, 11))]
     + [((3, 11, 6), (3, 11)), ((5, 3, 11, 6), (5, 3, 11))],
 )
-def test_features_that_do_not_fit_are_refused_with_both_shapes(shapes):
+def test_hypernetwork_refuses_mismatched_features(shapes):
     features, mask = torch.zeros(shapes[0]), torch.ones(shapes[1], dtype=torch.bool)
     with pytest.raises(ValueError) as error:
         make()(features, mask)
@@ -229,7 +229,7 @@ def test_features_that_do_not_fit_are_refused_with_both_shapes(shapes):
     )
 
 
-def test_a_chunk_without_a_token_is_refused():
+def test_chunk_without_tokens_is_refused():
     features, mask = batch()
     mask[2] = False
     with pytest.raises(ValueError, match="Every chunk needs a token"):

@@ -45,7 +45,7 @@ def slow_row(head: LoRAHead, latent, layer, m):
 
 
 @pytest.mark.parametrize("targets", [TARGETS[:1], TARGETS], ids=["one target", "two targets"])
-def test_matrices_and_every_gradient_equal_a_loop_over_rows(targets):
+def test_lora_head_and_gradients_equal_loop_over_rows(targets):
     head = make(targets)
     latents = make_latents(targets).requires_grad_()
     A, B = head(latents)
@@ -75,7 +75,7 @@ def test_matrices_and_every_gradient_equal_a_loop_over_rows(targets):
 
 
 @pytest.mark.parametrize("targets", [TARGETS[:1], TARGETS], ids=["one target", "two targets"])
-def test_b_starts_at_exactly_zero_and_a_at_the_scale_of_lora(targets):
+def test_b_starts_at_zero_and_a_at_lora_scale(targets):
     head = make(targets, start=True)
     A, B = head(make_latents(targets))
     for target in targets:
@@ -87,7 +87,7 @@ def test_b_starts_at_exactly_zero_and_a_at_the_scale_of_lora(targets):
         assert (head.scaler_A[target.name] == 1).all() and (head.scaler_B[target.name] == 1).all()
 
 
-def test_the_head_gets_a_gradient_at_the_zero_start():
+def test_lora_head_gets_a_gradient_at_zero_start():
     head = make(TARGETS, start=True)
     A, B = head(make_latents(TARGETS))
     name = TARGETS[0].name
@@ -97,12 +97,12 @@ def test_the_head_gets_a_gradient_at_the_zero_start():
     assert not head.head.weight.grad[:, 0, :, :d_in].any()
 
 
-def test_each_layer_is_contiguous_as_the_injected_pools_are_read():
+def test_generated_matrices_of_a_layer_are_contiguous():
     A, B = make(TARGETS)(make_latents(TARGETS))
     assert all(matrices[name][:, 1].is_contiguous() for matrices in (A, B) for name in matrices)
 
 
-def test_without_pre_head_blocks_the_head_reads_the_latents():
+def test_lora_head_without_pre_head_blocks_reads_latents():
     head = make(TARGETS[:1], num_pre_head_blocks=0)
     latents = make_latents(TARGETS[:1])
     A, _ = head(latents)

@@ -97,7 +97,7 @@ def test_padding_is_never_read_and_chunks_are_independent():
                 torch.testing.assert_close(alone[side][name][0], wanted[name][chunk])
 
 
-def test_b_starts_at_exactly_zero_and_a_at_the_scale_of_lora():
+def test_b_starts_at_zero_and_a_at_lora_scale():
     targets = [LoRATarget("down_proj", ("a", "b", "c"), 300, 70)]
     generator = make(targets, start=True)
     A, B = generator(*batch())
@@ -120,12 +120,12 @@ def test_all_but_the_bias_block_learn_from_the_second_step():
         optimizer.step()
 
 
-def test_each_layer_is_contiguous_as_the_injected_pools_are_read():
+def test_generated_matrices_of_a_layer_are_contiguous():
     A, B = make(TARGETS[:1])(*batch())
     assert all(matrices["down_proj"][:, 1].is_contiguous() for matrices in (A, B))
 
 
-def test_keys_without_a_direction_are_refused():
+def test_outer_product_refuses_inner_dim_below_one():
     with pytest.raises(ValueError, match="inner_dim must be at least 1, got 0"):
         OuterProduct(TARGETS, feature_dim=D, rank=RANK, inner_dim=0)
 
@@ -152,7 +152,7 @@ def test_document_delta_is_the_sum_of_chunks_and_bias_block(make_doc_to_lora):
         torch.testing.assert_close(B[layer].mT @ A[layer], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_untrained_one_leaves_the_base_model_bit_identical(make_doc_to_lora, tiny_base_model):
+def test_untrained_outer_product_keeps_base_model_bit_equal(make_doc_to_lora, tiny_base_model):
     model = make_doc_to_lora(trained=False, hypernetwork=SETTINGS, target_modules=["down_proj", "q_proj"])
     ids = torch.tensor([model.tokenizer(TEXT)["input_ids"][:50]])
     with torch.no_grad(), model.injector.using(model.internalize(TEXT)):

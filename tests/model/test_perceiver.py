@@ -93,7 +93,7 @@ def test_outputs_and_gradients_equal_a_written_out_loop(num_self_attention_block
         torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_padding_is_never_read_not_even_nan():
+def test_aggregator_ignores_nan_padding():
     perceiver = make()
     features, mask = batch()
     outputs = perceiver(features, mask)
@@ -103,7 +103,7 @@ def test_padding_is_never_read_not_even_nan():
     assert gradient.isfinite().all()
 
 
-def test_a_ragged_batch_equals_one_sequence_at_a_time():
+def test_perceiver_ragged_batch_equals_single_sequences():
     perceiver = make()
     features, mask = batch()
     outputs = perceiver(features, mask)
@@ -129,12 +129,12 @@ def test_norms_of_bfloat16_are_computed_in_float32():
     torch.testing.assert_close(outputs.double(), perceiver.double()(features, mask), rtol=0, atol=0.2)
 
 
-def test_heads_that_do_not_divide_are_refused_with_the_rule():
+def test_perceiver_refuses_indivisible_heads():
     with pytest.raises(ValueError, match="multiple of num_kv_heads, got 6 and 4"):
         make(num_kv_heads=4)
 
 
-def test_shared_blocks_compute_what_copies_of_them_compute():
+def test_published_shared_blocks_equal_copies():
     sizes = {"feature_dim": 7, "num_outputs": 2, "latent_dim": 6, "num_latents": 3, "num_blocks": 4}
     sizes |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 3, "num_self_attention_blocks": 2}
     shared, copied = Perceiver(**sizes, share_blocks=True), Perceiver(**sizes)

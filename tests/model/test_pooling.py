@@ -51,7 +51,7 @@ def test_outputs_and_gradients_equal_the_formula_alone():
         torch.testing.assert_close(got, wanted, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_padding_is_never_read_not_even_nan():
+def test_aggregator_ignores_nan_padding():
     pool = make()
     features, mask = batch()
     assert torch.equal(pool(features, mask), pool(features.masked_fill(~mask.unsqueeze(-1), float("nan")), mask))

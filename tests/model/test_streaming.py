@@ -45,9 +45,7 @@ def test_layer_and_batch_streaming_agree_with_all_at_once(make_doc_to_lora, enco
 
 
 @pytest.mark.parametrize("max_batch_tokens, expected", [(1, "h0h"), (1000, "0h")])
-def test_features_are_used_before_the_next_block_runs(
-    make_doc_to_lora, max_batch_tokens, expected
-):
+def test_features_are_used_before_the_next_block_runs(make_doc_to_lora, max_batch_tokens, expected):
     model = make_doc_to_lora()
     order = []
     blocks = model.base_model.model.layers
@@ -59,7 +57,7 @@ def test_features_are_used_before_the_next_block_runs(
 
 
 @pytest.mark.parametrize("max_batch_tokens, batches", [(1, [1] * 5), (60, [2, 2, 1]), (75, [2, 2, 1]), (10_000, [5])])
-def test_a_batch_holds_what_the_budget_allows_with_its_padding(make_doc_to_lora, max_batch_tokens, batches):
+def test_streaming_batch_fits_budget_with_padding(make_doc_to_lora, max_batch_tokens, batches):
     model = make_doc_to_lora()
     sizes = []
     stream = model.context_encoder.stream
@@ -99,7 +97,7 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
-def test_out_of_memory_halves_the_budget_and_the_work_goes_on(make_doc_to_lora, error, caplog):
+def test_out_of_memory_halves_the_budget_and_continues(make_doc_to_lora, error, caplog):
     model = make_doc_to_lora()
     rows = rows_of(model, TEXT)
     expected = read_chunks(rows, model.context_encoder, model.hypernetwork)
@@ -124,7 +122,7 @@ def test_a_chunk_that_does_not_fit_alone_is_one_line(make_doc_to_lora, error):
     assert "\n" not in str(caught.value)
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(make_doc_to_lora):
+def test_streaming_reraises_other_errors(make_doc_to_lora):
     model = make_doc_to_lora()
     failing(model, most_tokens=3, error=RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
@@ -132,7 +130,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(make_doc_to_lora):
 
 
 @pytest.mark.parametrize("budget", [0, -3, 2.5, True])
-def test_a_budget_below_one_token_is_refused(make_doc_to_lora, budget):
+def test_token_budget_below_one_is_refused(make_doc_to_lora, budget):
     model = make_doc_to_lora()
     with pytest.raises(ValueError, match=f"max_batch_tokens should be a whole number, at least 1, got {budget}"):
         read_chunks(rows_of(model, "A."), model.context_encoder, model.hypernetwork, max_batch_tokens=budget)

@@ -10,7 +10,7 @@ from tests.text.small_tokenizers import TEMPLATE, make_metaspace_tokenizer, make
 # ChatLayout
 
 
-def test_the_layout_is_what_the_chat_template_writes(tiny_tokenizer):
+def test_chat_layout_equals_chat_template(tiny_tokenizer):
     layout = ChatLayout.of(tiny_tokenizer)
     turns = [{"role": "user", "content": "A text.\n\nWho?"}, {"role": "assistant", "content": "Ilda"}]
     render = lambda turns, **settings: tiny_tokenizer.apply_chat_template(turns, tokenize=False, **settings)  # noqa: E731
@@ -74,7 +74,7 @@ def test_an_unusable_template_is_refused_with_what_to_do(template, hint):
     ids=["plain", "bos", "default system prompt", "stripped content", "thinking", "no special token before"],
 )
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_prefix_content_suffix_is_what_apply_chat_template_gives(template, add_bos):
+def test_chat_affixes_reproduce_apply_chat_template(template, add_bos):
     tokenizer = make_tokenizer(template=template, add_bos=add_bos)
     prefix, suffix = chat_affixes(tokenizer)
     for content in ("The keeper wrote a letter.", "1997 (cold)", "Привет, 今日は", "two\nlines"):
@@ -135,13 +135,13 @@ def test_a_template_must_repeat_the_content_once(template, times):
         chat_affixes(make_tokenizer(template=template))
 
 
-def test_a_template_that_fails_is_refused_with_its_reason():
+def test_failing_chat_template_is_refused_with_its_reason():
     tokenizer = make_tokenizer(template="{{ raise_exception('needs a system prompt') }}")
     with pytest.raises(ValueError, match="fails on a lone user message .needs a system prompt.. Set tokenizer.chat_"):
         chat_affixes(tokenizer)
 
 
-def test_a_template_with_todays_date_warns():
+def test_chat_template_with_todays_date_warns():
     tokenizer = make_tokenizer(template="<|system|>{{ strftime_now('%Y') }}<|end|>" + TEMPLATE)
     with pytest.warns(UserWarning, match="today's date .* fixed date"):
         prefix, _ = chat_affixes(tokenizer)

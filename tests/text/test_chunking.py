@@ -73,7 +73,7 @@ def check(text: str, tokenizer, max_chunk_tokens: int) -> Chunks:
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_any_text_keeps_every_token_and_every_character(seed, trim_offsets):
+def test_chunking_keeps_every_token_and_character(seed, trim_offsets):
     tokenizer = make_tokenizer(trim_offsets=trim_offsets)
     rng = random.Random(seed)
     bits = [
@@ -128,7 +128,7 @@ def test_any_text_keeps_every_token_and_every_character(seed, trim_offsets):
 
 
 @pytest.mark.parametrize("kind", ["bert", "nfkc", "metaspace"])
-def test_tokenizers_that_rewrite_the_text_keep_tokens_and_spans(kind):
+def test_chunking_keeps_spans_with_rewriting_tokenizers(kind):
     """BERT drops blanks and control characters, NFKC joins and splits characters, Llama 2 adds a blank in front."""
     if kind == "metaspace":
         tokenizer = make_metaspace_tokenizer(template=None)
@@ -152,7 +152,7 @@ def test_short_text_is_one_chunk_in_the_chat_template(tokenizer):
     assert chunks.spans == ((0, len(text)),)
 
 
-def test_cuts_fall_between_sentences(characters):
+def test_chunks_are_cut_between_sentences(characters):
     text = "One two three. Four five. Six seven eight nine. Ten."
     chunks = check(text, characters, 26)
     assert pieces(text, chunks) == ["One two three. Four five. ", "Six seven eight nine. Ten."]
@@ -165,7 +165,7 @@ def test_chunks_are_as_few_as_possible_and_balanced(characters):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_last_chunk_is_not_a_leftover(characters, seed):
+def test_last_chunk_is_not_much_shorter(characters, seed):
     rng = random.Random(seed)
     for _ in range(40):
         text = " ".join("x" * rng.randint(3, 9) + "." for _ in range(rng.randint(20, 300))).replace("x.", "X.")
@@ -206,7 +206,7 @@ def test_a_token_across_a_sentence_end_leaves_no_border():
     assert check(text, tokenizer, 6).spans == ((0, 25), (25, 40))
 
 
-def test_a_heading_goes_with_the_text_below_it(characters):
+def test_heading_stays_with_the_text_below_it(characters):
     text = "Some text here. And more of it.\n\n## The heading\n\nThe text below it. It goes on.\n"
     assert pieces(text, check(text, characters, 60))[1].startswith("## The heading\n\nThe text")
 
@@ -222,7 +222,7 @@ def test_indentation_stays_with_its_line(characters):
     assert pieces(text, check(text, characters, 20)) == ["- item one\n", "    - item two\n", "    - item three\n"]
 
 
-def test_a_sentence_longer_than_a_chunk_is_cut_between_words(characters):
+def test_long_sentence_is_cut_between_words(characters):
     text = "Short one. " + "alpha beta gamma delta " * 5 + "end. Short two."
     parts = pieces(text, check(text, characters, 30))
     for part in parts:
@@ -236,37 +236,37 @@ def test_words_stay_whole_even_at_the_cost_of_balance(characters):
     assert all(set(map(len, part.split())) == {19} for part in parts)
 
 
-def test_a_long_chinese_sentence_is_cut_at_its_commas(tokenizer):
+def test_long_chinese_sentence_is_cut_at_commas(tokenizer):
     text = "今日天气很好我们出去走走吧，" * 5
     for piece in pieces(text, check(text, tokenizer, 100)):
         assert piece.endswith("，")
 
 
-def test_a_long_unpunctuated_text_is_cut_at_line_ends_first(characters):
+def test_unpunctuated_text_is_cut_at_line_ends_first(characters):
     text = "\n".join(f"row {i} of the table" for i in range(20))
     for piece in pieces(text, check(text, characters, 70))[1:]:
         assert piece.startswith("row")
 
 
-def test_a_word_longer_than_a_chunk_is_cut_between_characters(tokenizer, characters):
+def test_long_word_is_cut_between_characters(tokenizer, characters):
     assert [len(part) for part in pieces("x" * 100, check("x" * 100, characters, 30))] == [25, 25, 25, 25]
     # Each of these is four byte tokens: a chunk of 10 holds two whole ones.
     assert pieces("🦄" * 6, check("🦄" * 6, tokenizer, 10)) == ["🦄🦄"] * 3
     assert pieces("🦄" * 6, check("🦄" * 6, tokenizer, 7)) == ["🦄"] * 6
 
 
-def test_a_chunk_smaller_than_a_character_still_loses_nothing(tokenizer):
+def test_chunk_smaller_than_a_character_loses_nothing(tokenizer):
     chunks = check("🦄🦄", tokenizer, 3)
     assert max(chunks.mask.sum(dim=1).tolist()) <= 3 + 3
 
 
-def test_chinese_is_cut_at_its_full_stops(tokenizer):
+def test_chinese_is_cut_at_full_stops(tokenizer):
     text = "今日は晴れ。明日は雨。" * 6
     for piece in pieces(text, check(text, tokenizer, 60)):
         assert piece.endswith("。")
 
 
-def test_the_same_text_gives_the_same_chunks(tokenizer):
+def test_chunking_is_deterministic(tokenizer):
     text = "".join(CORPUS) * 5
     first, second = (chunk_document(text, tokenizer, max_chunk_tokens=41) for _ in range(2))
     assert torch.equal(first.ids, second.ids) and first.spans == second.spans
@@ -298,7 +298,7 @@ def test_real_articles_are_cut_at_sentences_only(real_texts, tokenizer):
 
 
 @pytest.mark.parametrize("unit", ["The keeper wrote. It was cold.\n", "x", "word "])
-def test_chunking_is_linear_in_the_text(characters, unit):
+def test_chunking_is_linear_in_text_length(characters, unit):
     text = unit * (50_000 // len(unit))
     started = time.process_time()
     chunks = chunk_document(text, characters, max_chunk_tokens=512)
@@ -307,7 +307,7 @@ def test_chunking_is_linear_in_the_text(characters, unit):
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n\t", "\u3000\u2028"])
-def test_a_blank_document_is_refused(tokenizer, text):
+def test_chunking_refuses_blank_document(tokenizer, text):
     with pytest.raises(ValueError, match=f"{len(text)} characters, all blank. Give one that has text"):
         chunk_document(text, tokenizer, max_chunk_tokens=10)
 
@@ -318,12 +318,12 @@ def test_chunk_size_must_be_a_positive_whole_number(tokenizer, value):
         chunk_document("text", tokenizer, max_chunk_tokens=value)
 
 
-def test_a_lone_surrogate_is_refused_with_its_place(tokenizer):
+def test_lone_surrogate_is_refused_with_its_offset(tokenizer):
     with pytest.raises(ValueError, match="lone surrogate '.ud83e'. at character 3; .* Replace it"):
         chunk_document("abc\ud83e def", tokenizer, max_chunk_tokens=10)
 
 
-def test_a_slow_tokenizer_is_refused():
+def test_slow_tokenizer_is_refused():
     class SlowTokenizer:
         is_fast = False
 
@@ -331,7 +331,7 @@ def test_a_slow_tokenizer_is_refused():
         chunk_document("text", SlowTokenizer(), max_chunk_tokens=10)
 
 
-def test_a_text_the_tokenizer_drops_is_refused():
+def test_text_dropped_by_the_tokenizer_is_refused():
     backend = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("x", "removed")
     with pytest.raises(ValueError, match="makes no token of this document's 2 characters"):
@@ -358,7 +358,7 @@ def test_chunks_without_a_template_lose_nothing(add_bos):
 
 
 @pytest.mark.parametrize("context_tokens", [1, 7, 10_000])
-def test_context_stands_before_a_chunk_outside_its_mask(context_tokens):
+def test_context_tokens_precede_chunk_outside_its_mask(context_tokens):
     tokenizer = make_tokenizer(add_bos=True)
     text = CORPUS[0] * 2
     plain = chunk_document(text, tokenizer, max_chunk_tokens=20)
@@ -381,6 +381,6 @@ def test_context_stands_before_a_chunk_outside_its_mask(context_tokens):
 
 
 @pytest.mark.parametrize("context_tokens", [-1, 1.5, True, None])
-def test_an_impossible_number_of_context_tokens_is_refused(context_tokens):
+def test_impossible_context_tokens_are_refused(context_tokens):
     with pytest.raises(ValueError, match="context_tokens should be a whole number, at least 0, but is"):
         chunk_document("A text.", make_tokenizer(), max_chunk_tokens=9, context_tokens=context_tokens)

@@ -90,7 +90,7 @@ def test_stray_control_characters_are_dropped_with_a_warning(tmp_path, caplog):
     assert "3 control characters dropped, 0 half characters replaced" in caplog.text
 
 
-def test_ordinary_text_warns_of_nothing(tmp_path, caplog):
+def test_ordinary_text_gives_no_warning(tmp_path, caplog):
     read_document(write(tmp_path / "a.txt", TEXT))
     assert not caplog.records
 
@@ -112,7 +112,7 @@ def test_another_encoding_is_refused_with_offset_and_iconv(tmp_path, data, offse
     assert f"iconv -f WINDOWS-1252 -t UTF-8 '{path}' > '{converted}'" in message
 
 
-def test_the_suggested_iconv_command_makes_the_file_readable(tmp_path):
+def test_suggested_iconv_command_makes_file_readable(tmp_path):
     if not shutil.which("iconv"):
         pytest.skip("needs iconv")
     message = refusal(read_document, write(tmp_path / "a b.txt", "naïve – text".encode("windows-1252")))
@@ -144,7 +144,7 @@ def test_binary_files_are_refused(tmp_path, data):
     assert "is binary" in refusal(read_document, write(tmp_path / "a.txt", data))
 
 
-def test_the_null_byte_is_named_with_its_offset(tmp_path):
+def test_null_byte_is_named_with_its_offset(tmp_path):
     message = refusal(read_document, write(tmp_path / "a.txt", b"abc\x00def"))
     assert "null byte at byte offset 3" in message and "iconv -f UTF-16LE -t UTF-8" in message
 
@@ -182,7 +182,7 @@ def test_a_folder_is_read_recursively_without_hidden_files(tmp_path):
     assert read_documents(tmp_path) == read_documents(str(tmp_path)) == documents
 
 
-def test_files_folders_and_standard_input_keep_the_order_given(tmp_path, monkeypatch):
+def test_files_folders_and_stdin_keep_given_order(tmp_path, monkeypatch):
     for name in ("z.txt", "folder/b.md", "folder/a.md"):
         write(tmp_path / name, name)
     feed(monkeypatch, b"piped")
@@ -190,24 +190,24 @@ def test_files_folders_and_standard_input_keep_the_order_given(tmp_path, monkeyp
     assert [document.name for document in documents] == ["z.txt", "standard input", "a.md", "b.md"]
 
 
-def test_a_file_of_another_suffix_is_read_where_it_is_named(tmp_path):
+def test_named_file_of_any_suffix_is_read(tmp_path):
     assert read_documents([write(tmp_path / "code.py", "print()")])[0].text == "print()"
 
 
-def test_a_folder_without_documents_is_refused(tmp_path):
+def test_folder_without_documents_is_refused(tmp_path):
     assert "none of its 0 files ends in .txt" in refusal(read_documents, [tmp_path])
     write(tmp_path / "image.png", "x")
     message = refusal(read_documents, [tmp_path])
     assert str(tmp_path) in message and "none of its 1 files ends in .txt" in message
 
 
-def test_one_bad_file_in_a_folder_is_named_with_its_path(tmp_path):
+def test_bad_file_in_a_folder_is_named_with_its_path(tmp_path):
     write(tmp_path / "a.txt", "text")
     bad = write(tmp_path / "b/bad.txt", b"\x00")
     assert str(bad) in refusal(read_documents, [tmp_path])
 
 
-def test_a_folder_that_may_not_be_listed_is_refused(tmp_path, monkeypatch):
+def test_unlistable_folder_is_refused(tmp_path, monkeypatch):
     write(tmp_path / "a.txt", "text")
 
     def deny(path):
@@ -217,14 +217,14 @@ def test_a_folder_that_may_not_be_listed_is_refused(tmp_path, monkeypatch):
     assert "Permission denied. Change its permissions" in refusal(read_documents, [tmp_path])
 
 
-def test_no_path_and_a_path_given_twice_are_refused(tmp_path):
+def test_missing_and_repeated_paths_are_refused(tmp_path):
     assert "No document given. Name at least one" in refusal(read_documents, [])
     path = write(tmp_path / "a.txt", "text")
     assert "asked for twice" in refusal(read_documents, [path, tmp_path])
     assert "'-' is asked for twice" in refusal(read_documents, ["-", "-"])
 
 
-def test_a_missing_path_among_several_is_named(tmp_path):
+def test_missing_path_among_several_is_named(tmp_path):
     path = write(tmp_path / "a.txt", "text")
     assert "none.txt': No such file" in refusal(read_documents, [path, tmp_path / "none.txt"])
 
@@ -241,7 +241,7 @@ house</h1><p>It is <b>tall</b>,<i> white</i> &amp; <a href="x">old</a>.<br>Built
     return  1</pre>&#xD800;tail</body></html>"""
 
 
-def test_html_gives_the_text_a_reader_sees(tmp_path):
+def test_html_gives_the_visible_text(tmp_path):
     pytest.importorskip("bs4")
     assert read_document(write(tmp_path / "a.html", HTML)).text == (
         "The light- house\n\nIt is tall, white & old.\nBuilt 1997.\n\n- one\n\n- two\n\nYear\tShips\n\n1997\t12\n\n"
@@ -249,7 +249,7 @@ def test_html_gives_the_text_a_reader_sees(tmp_path):
     )
 
 
-def test_html_from_standard_input_is_seen_by_its_start(monkeypatch):
+def test_html_from_stdin_is_detected(monkeypatch):
     pytest.importorskip("bs4")
     feed(monkeypatch, b"\n <!doctype HTML><p>Text</p>")
     assert read_document("-").text == "Text\n"
@@ -263,7 +263,7 @@ def test_html_is_decoded_as_it_declares(tmp_path, declared, encoding):
     assert read_document(write(tmp_path / "a.htm", data)).text == f"{word}\n"
 
 
-def test_html_that_cannot_be_decoded_or_has_no_text_is_refused(tmp_path):
+def test_undecodable_or_empty_html_is_refused(tmp_path):
     pytest.importorskip("bs4")
     assert "should be UTF-8" in refusal(read_document, write(tmp_path / "a.html", b"<p>na\xefve</p>"))
     unknown = write(tmp_path / "b.html", b'<meta charset="klingon"><p>x</p>')
@@ -291,7 +291,7 @@ def test_pdf_gives_the_text_of_its_pages(tmp_path, caplog):
     assert "1 of 3 pages have no text" in caplog.text
 
 
-def test_pdf_from_standard_input_is_seen_by_its_start(monkeypatch):
+def test_pdf_from_stdin_is_detected(monkeypatch):
     pytest.importorskip("pypdf")
     feed(monkeypatch, make_pdf("Piped."))
     assert read_document("-").text == "Piped."
@@ -311,7 +311,7 @@ def test_pdf_without_text_encrypted_or_damaged_is_refused(tmp_path):
         assert "cannot be read as PDF" in refusal(read_document, write(tmp_path / f"{name}.pdf", data))
 
 
-def test_pdf_that_is_locked_against_changes_only_is_read(tmp_path):
+def test_pdf_locked_against_changes_is_read(tmp_path):
     pypdf = pytest.importorskip("pypdf")
     writer = pypdf.PdfWriter(clone_from=io.BytesIO(make_pdf("Open.")))
     writer.encrypt("", owner_password="owner", algorithm="RC4-128")

@@ -29,7 +29,7 @@ def sentences(text: str) -> list[str]:
         "A line that is\nwrapped by an editor\nat forty characters.",
     ],
 )
-def test_what_does_not_end_a_sentence(text):
+def test_abbreviations_and_numbers_do_not_end_a_sentence(text):
     assert sentences(text) == [text]
 
 
@@ -55,11 +55,11 @@ def test_what_does_not_end_a_sentence(text):
         ("\n\n  One. Two.  \n", ["\n\n  One.", "Two."]),
     ],
 )
-def test_what_ends_a_sentence(text, expected):
+def test_sentence_ends_are_recognized(text, expected):
     assert sentences(text) == expected
 
 
-def test_sentences_cover_the_text_without_gap():
+def test_sentences_cover_the_text_without_gaps():
     text = "".join(CORPUS)
     spans = split_sentences(text)
     assert "".join(text[start:end] for start, end in spans) == text
@@ -69,7 +69,7 @@ def test_sentences_cover_the_text_without_gap():
 @pytest.mark.parametrize(
     "unit", ["Some words here. ", ".", "\n", " x", ". ", "a.", "1. ", "\n# ", '."', ".[", "。", "A.B."]
 )
-def test_borders_are_found_in_time_linear_in_the_text(unit):
+def test_border_search_is_linear_in_text_length(unit):
     started = time.process_time()
     spans = split_sentences("Start" + unit * (200_000 // len(unit)))
     assert time.process_time() - started < 5  # well below a second; a quadratic scan takes minutes

@@ -49,7 +49,7 @@ def make(tiny_base_model_folder, tmp_path):
 # The hypernetwork
 
 
-def test_the_settings_arrive_where_they_belong(make):
+def test_build_passes_settings_to_their_parts(make):
     module, data = make()
     given = {name: (type(term), term.weight) for name, term in module.objective.items()}
     assert given == {"kl": (ContextDistillation, 0.5), "locality_kl": (Locality, 2.0), "nll": (AnswerNLL, 0.25)}
@@ -60,7 +60,7 @@ def test_the_settings_arrive_where_they_belong(make):
     assert not any(parameter.requires_grad for parameter in module.model.base_model.parameters())
 
 
-def test_the_seed_decides_the_weights_and_the_articles(make):
+def test_build_seed_decides_weights_and_articles(make):
     torch.manual_seed(4)
     expected = torch.rand(2)
     torch.manual_seed(4)
@@ -90,7 +90,7 @@ def test_stages_draw_from_sources_made_for_each_split(make, few_texts, tmp_path)
             assert len(batches[1]) > 0
 
 
-def test_training_can_start_from_a_checkpoint(make, tmp_path):
+def test_training_starts_from_a_checkpoint(make, tmp_path):
     first, _ = make(seed=1)
     for parameter in first.model.hypernetwork.parameters():
         parameter.data += 0.1
@@ -120,7 +120,7 @@ def test_settings_that_init_from_cannot_honour_are_refused(make, tmp_path, chang
 
 
 @pytest.mark.parametrize("rank", [1, 5])
-def test_training_can_start_from_a_checkpoint_of_another_rank(make, tmp_path, rank):
+def test_training_starts_from_checkpoint_of_another_rank(make, tmp_path, rank):
     first, _ = make(seed=1)
     first.model.save_pretrained(tmp_path / "first")
     torch.manual_seed(4)
@@ -152,7 +152,7 @@ def make_base_model(tmp_path, **changes):
     return base_model_training(**{**settings, **changes})
 
 
-def test_base_model_and_tokenizer_fit_each_other(few_texts, tmp_path):
+def test_built_base_model_fits_its_tokenizer(few_texts, tmp_path):
     module, data = make_base_model(tmp_path)
     config, tokenizer = module.base_model.config, module.tokenizer
     assert config.vocab_size == len(tokenizer) == 500
@@ -165,13 +165,13 @@ def test_base_model_and_tokenizer_fit_each_other(few_texts, tmp_path):
     assert [part.curriculum.encyclopedia.split for part in (data.train, data.validation)] == ["train", "validation"]
 
 
-def test_the_seed_decides_the_base_model(few_texts, tmp_path):
+def test_build_seed_decides_the_base_model(few_texts, tmp_path):
     one, again, other = (make_base_model(tmp_path, seed=seed)[0] for seed in (1, 1, 2))
     assert fingerprint(one) == fingerprint(again) != fingerprint(other)
     assert one.tokenizer.get_vocab() == again.tokenizer.get_vocab() != other.tokenizer.get_vocab()
 
 
-def test_training_can_start_from_a_base_model_and_its_tokenizer(few_texts, tmp_path):
+def test_training_starts_from_a_base_model_and_tokenizer(few_texts, tmp_path):
     first, _ = make_base_model(tmp_path, seed=1)
     save_base_model(first.base_model, first.tokenizer, tmp_path / "first")
     second, _ = make_base_model(tmp_path, seed=2, init_from=str(tmp_path / "first"))

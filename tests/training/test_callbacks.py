@@ -96,7 +96,7 @@ def test_nonfinite_loss_stops_before_the_weights_change(tmp_path, value):
     assert find_checkpoint("last", tmp_path).name == "step-000002.safetensors"
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
+def test_nonfinite_gradient_stops_the_run(tmp_path):
     class Root(Simple):
         def training_step(self, batch, batch_idx):
             return ((self.weight - 1) * 0).sqrt().sum()  # 0, with the gradient 0 · inf
@@ -121,7 +121,7 @@ def test_skipped_steps_change_nothing_and_are_counted(tmp_path, caplog):
         fit(tmp_path, Simple({6: math.nan}), again, steps=8, batches=list(range(8)), ckpt_path=last)
 
 
-def test_one_bad_part_spoils_the_whole_accumulated_step(tmp_path):
+def test_one_nonfinite_part_skips_the_accumulated_step(tmp_path):
     rows = pad_rows([pack_row([], [Segment([1, 2, 3], 1, False, 0)])] * 2, pad_id=0)
     guard = NonFiniteGuard("skip")
     module = Simple({2: math.nan})
@@ -131,7 +131,7 @@ def test_one_bad_part_spoils_the_whole_accumulated_step(tmp_path):
     assert module.weight.isfinite().all()
 
 
-def test_another_word_for_on_nan_is_refused():
+def test_unknown_on_nan_value_is_refused():
     with pytest.raises(ValueError, match="on_nan must be stop or skip, got 'ignore'"):
         NonFiniteGuard("ignore")
 
@@ -182,7 +182,7 @@ def stop(folder, module, told, **settings):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_lets_the_step_finish_and_saves(tmp_path, number):
+def test_signal_finishes_the_step_and_saves(tmp_path, number):
     before = signal.getsignal(number)
     code, logged = stop(tmp_path, Simple(), Tell(number, step=2))
     assert code == 128 + number and logged == [0, 1, 2]
@@ -190,7 +190,7 @@ def test_a_signal_lets_the_step_finish_and_saves(tmp_path, number):
     assert signal.getsignal(number) == before
 
 
-def test_with_accumulated_batches_the_whole_step_is_finished(tmp_path):
+def test_signal_finishes_an_accumulated_step(tmp_path):
     rows = pad_rows([pack_row([], [Segment([1, 2, 3], 1, False, 0)])] * 3, pad_id=0)
     told = Tell(signal.SIGTERM, step=3)
     code, logged = stop(tmp_path, Simple(), told, batches=[rows] * 8, accumulate_grad_batches=3)
@@ -198,7 +198,7 @@ def test_with_accumulated_batches_the_whole_step_is_finished(tmp_path):
     assert find_checkpoint("last", tmp_path).name == "step-000002.safetensors"
 
 
-def test_on_slurm_the_job_is_put_back_into_the_queue(tmp_path, monkeypatch):
+def test_signal_on_slurm_requeues_the_job(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(hypernet.training.callbacks, "SLURMEnvironment", SimpleNamespace(detect=lambda: True))
     run = lambda command, check: commands.append(command)  # noqa: E731
@@ -232,7 +232,7 @@ def distillation(make_doc_to_lora, tiny_tokenizer):
     return LitDocToLoRA(model=make_doc_to_lora(), objective=objective(), optimizer=OPTIMIZER), batches
 
 
-def test_phases_shares_and_utilisation_of_a_real_step(tmp_path, distillation):
+def test_throughput_logs_phases_and_utilisation_of_a_step(tmp_path, distillation):
     module, batches = distillation
     trainer = fit(tmp_path, module, Throughput(peak_tflops="measure"), steps=2, batches=batches)
     for row in trainer.logger.rows.values():
@@ -243,7 +243,7 @@ def test_phases_shares_and_utilisation_of_a_real_step(tmp_path, distillation):
         assert row["perf/context_tokens_per_s"] > 0 and row["perf/answer_tokens_per_s"] > 0
 
 
-def test_counting_operations_changes_no_loss(tmp_path, distillation, make_doc_to_lora):
+def test_counting_flops_changes_no_loss(tmp_path, distillation, make_doc_to_lora):
     module, batches = distillation
     counted = fit(tmp_path / "a", module, Throughput(peak_tflops=1.0), steps=3, batches=batches)
     other = LitDocToLoRA(model=make_doc_to_lora(), objective=objective(), optimizer=OPTIMIZER)
@@ -253,12 +253,12 @@ def test_counting_operations_changes_no_loss(tmp_path, distillation, make_doc_to
     ]
 
 
-def test_what_is_no_peak_is_refused():
+def test_invalid_peak_flops_is_refused():
     with pytest.raises(ValueError, match="peak_tflops must be a number, measure or null, got 'guess'"):
         Throughput(peak_tflops="guess")
 
 
-def test_the_measured_peak_and_memory_are_those_of_a_computer():
+def test_measured_peak_and_memory_are_plausible():
     assert 1e-4 < measured_tflops(torch.device("cpu"), torch.float32, "32-true", size=256) < 1000
     before = torch.get_rng_state()
     measured_tflops(torch.device("cpu"), torch.float32, "bf16-mixed", size=64)
@@ -275,7 +275,7 @@ def train_losses(folder, distillation, *callbacks):
     return [row["train/loss"] for row in trainer.logger.rows.values()], module
 
 
-def test_with_activation_checkpointing_the_run_is_the_same(tmp_path, distillation, make_doc_to_lora):
+def test_activation_checkpointing_keeps_the_run_unchanged(tmp_path, distillation, make_doc_to_lora):
     module, batches = distillation
     other = LitDocToLoRA(model=make_doc_to_lora(), objective=objective(), optimizer=OPTIMIZER)
     plain, _ = train_losses(tmp_path / "a", (other, batches), ActivationCheckpointing(enabled=False))
@@ -288,7 +288,7 @@ def test_with_activation_checkpointing_the_run_is_the_same(tmp_path, distillatio
     assert sum(calls) == 6  # the student's forward of 3 steps, each a second time in backward
 
 
-def test_activation_checkpointing_turns_no_dropout_on(make_doc_to_lora):
+def test_activation_checkpointing_enables_no_dropout(make_doc_to_lora):
     base_model = make_doc_to_lora().base_model.eval()
     checkpoint_activations(base_model)
     assert base_model.training and base_model.model.layers[0].training
@@ -309,13 +309,13 @@ def test_compiled_hypernetwork_trains_alike_with_its_names(tmp_path, distillatio
     assert list(module.model.hypernetwork.state_dict()) == names
 
 
-def test_compiling_without_a_hypernetwork_is_refused_in_one_line(tmp_path):
+def test_compile_without_hypernetwork_is_refused(tmp_path):
     expected = r"^callbacks.compile.backend=inductor is for .* a hypernetwork, but Simple has none. Leave it out.$"
     with pytest.raises(ValueError, match=expected):
         fit(tmp_path, Simple(), Compile(backend="inductor"))
 
 
-def test_an_unknown_backend_is_refused_before_anything_is_loaded():
+def test_unknown_compile_backend_is_refused_before_loading():
     with pytest.raises(ValueError, match=r"^torch.compile has no backend 'indctor'. Use one of: .*inductor.*\.$"):
         Compile(backend="indctor")
 

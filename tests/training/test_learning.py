@@ -96,13 +96,13 @@ def trained(tiny_tokenizer, tmp_path_factory):
     return model, scores, before
 
 
-def test_the_own_adapter_answers_every_question(trained):
+def test_trained_own_adapter_answers_every_question(trained):
     model, _, _ = trained
     for document, answers in zip(DOCUMENTS, ANSWERS, strict=True):
         assert model.generate(QUESTIONS, model.internalize(document), max_new_tokens=16) == answers
 
 
-def test_without_an_adapter_no_answer_is_right(trained):
+def test_trained_model_without_adapter_answers_nothing(trained):
     model, _, _ = trained
     answers = model.generate(QUESTIONS, max_new_tokens=16)
     assert not set(answers) & {answer for both in ANSWERS for answer in both}
@@ -115,12 +115,12 @@ def test_other_adapter_answers_from_the_other_document(trained):
     assert answers == ANSWERS[1] + ANSWERS[0]
 
 
-def test_validation_says_the_same(trained):
+def test_validation_metrics_agree_with_the_answers(trained):
     _, scores, _ = trained
     assert scores["val/document_adapter"] == 1
     assert scores["val/document_no_context"] == scores["val/document_wrong_adapter"] == 0
 
 
-def test_the_base_model_is_what_it_was(trained):
+def test_training_leaves_base_model_unchanged(trained):
     model, _, before = trained
     assert fingerprint(model.base_model) == before

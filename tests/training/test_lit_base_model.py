@@ -45,7 +45,7 @@ def test_base_model_of_another_size_is_refused_in_one_line(tmp_path, make_module
     assert "\n" not in str(error.value)
 
 
-def test_the_trained_base_model_can_be_loaded(tmp_path, make_module, make_data):
+def test_trained_base_model_can_be_loaded(tmp_path, make_module, make_data):
     module = make_module("base_model", output_dir=str(tmp_path / "base_model"))
     make_trainer(tmp_path, max_steps=1).fit(module, make_data("base_model"))
     base_model, tokenizer = load_base_model(tmp_path / "base_model")

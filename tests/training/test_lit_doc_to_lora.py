@@ -84,7 +84,7 @@ EVERY_TERM = objective(
 
 
 @pytest.mark.parametrize("terms", [objective(nll=0.3), EVERY_TERM], ids=["distillation", "all"])
-def test_gradients_are_the_same_with_gradient_checkpointing(make_module, make_data, terms):
+def test_gradient_checkpointing_keeps_training_gradients(make_module, make_data, terms):
     """There the base model's layers run again during backward, and must find the adapters still active."""
     gradients = []
     for checkpointing in (False, True):
@@ -99,7 +99,7 @@ def test_gradients_are_the_same_with_gradient_checkpointing(make_module, make_da
         torch.testing.assert_close(recomputed, plain, rtol=1.3e-6, atol=1e-5)  # losses are in single precision
 
 
-def test_training_changes_the_hypernetwork_alone(tmp_path, make_module, make_data):
+def test_training_changes_only_the_hypernetwork(tmp_path, make_module, make_data):
     module = make_module("doc_to_lora")
     base, before = fingerprint(module.model.base_model), fingerprint(module.model.hypernetwork)
     make_trainer(tmp_path, max_steps=2).fit(module, make_data("doc_to_lora"))
@@ -159,7 +159,7 @@ def test_missing_weight_is_refused(resume):
         resume(lambda checkpoint: checkpoint["state_dict"].pop("model.hypernetwork.lora_head.head.weight"))
 
 
-def test_another_base_model_is_refused(resume, tiny_base_model, make_doc_to_lora):
+def test_resume_refuses_another_base_model(resume, tiny_base_model, make_doc_to_lora):
     with torch.no_grad():
         tiny_base_model.lm_head.weight[0, 0] += 1
     with pytest.raises(ValueError, match="made with another base model. Resume with the one it was made with."):

@@ -39,7 +39,7 @@ def copy_of(net):
     return twin
 
 
-def test_singular_values_become_alike_and_directions_stay():
+def test_muon_equalizes_singular_values_and_keeps_directions():
     matrices = torch.randn(2, 12, 20)
     U, _, V = torch.linalg.svd(matrices, full_matrices=False)
     found = orthogonalized(matrices)
@@ -62,7 +62,7 @@ def test_groups_are_muon_matrices_adamw_rest_vectors_undecayed():
     }
 
 
-def test_without_muon_it_is_torch_s_adamw_bit_for_bit():
+def test_muon_adamw_without_muon_equals_torch_adamw():
     net = Net()
     twin = copy_of(net)
     decayed = [p for p in twin.parameters() if p.requires_grad and p.ndim >= 2]
@@ -77,7 +77,7 @@ def test_without_muon_it_is_torch_s_adamw_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
 
 
-def test_a_matrix_is_stepped_as_by_torch_s_muon():
+def test_muon_step_equals_torch_muon():
     net = Net()
     twin = copy_of(net)
     # Their size of an update has the factor 0.2 that AdamW's updates have.
@@ -124,7 +124,7 @@ def test_step_keeps_gradients_and_returns_the_closures_loss():
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
 
 
-def test_a_loaded_state_goes_on_bit_for_bit():
+def test_optimizer_state_resumes_bit_for_bit():
     net = Net()
     optimizer = MuonAdamW(groups(net, 0.5), **SETTINGS)
     for step in range(2):
@@ -139,7 +139,7 @@ def test_a_loaded_state_goes_on_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
 
 
-def test_a_parameter_in_pieces_is_refused_with_what_to_set():
+def test_muon_refuses_sharded_parameters():
     class Piece(torch.Tensor):
         pass
 

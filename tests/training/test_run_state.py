@@ -65,7 +65,7 @@ def round_trip(value, folder):
     ],
     ids=range(10),
 )
-def test_values_come_back_exactly(tmp_path, value):
+def test_run_state_roundtrip_is_exact(tmp_path, value):
     assert same(round_trip(value, tmp_path), value)
 
 
@@ -74,20 +74,20 @@ def test_tensors_in_places_of_equal_names_stay_apart(tmp_path):
     assert same(round_trip(value, tmp_path), value)
 
 
-def test_tied_weights_and_views_are_saved_as_what_they_show(tmp_path):
+def test_tied_weights_and_views_are_saved_by_value(tmp_path):
     weight = torch.arange(12.0).view(3, 4)
     got = round_trip({"one": weight, "two": weight, "row": weight[1], "every other": weight[:, ::2]}, tmp_path)
     assert same(got, {"one": weight, "two": weight, "row": weight[1].clone(), "every other": weight[:, ::2].clone()})
 
 
-def test_parameters_and_ordered_containers_become_plain_ones(tmp_path):
+def test_parameters_and_ordered_dicts_become_plain(tmp_path):
     Pair = namedtuple("Pair", "first second")
     value = OrderedDict(weight=nn.Parameter(torch.ones(2)), pair=Pair(1, 2), path=Path("a/b"))
     expected = {"weight": torch.ones(2), "pair": (1, 2), "path": str(Path("a/b"))}
     assert same(round_trip(value, tmp_path), expected)
 
 
-def test_an_optimizer_goes_on_as_if_it_had_not_been_saved(tmp_path):
+def test_saved_optimizer_resumes_unchanged(tmp_path):
     def step(optimizer, parameter):
         optimizer.zero_grad()
         (parameter * torch.arange(3)).square().sum().backward()
@@ -106,7 +106,7 @@ def test_an_optimizer_goes_on_as_if_it_had_not_been_saved(tmp_path):
     assert torch.equal(straight, resumed)
 
 
-def test_the_file_is_safetensors_with_json_and_no_pickle(tmp_path):
+def test_run_checkpoint_is_safetensors_with_json(tmp_path):
     IO.save_checkpoint({"weights": {"w": torch.ones(3)}, "epoch": 2}, tmp_path / "new" / "a.safetensors")
     path = tmp_path / "new" / "a.safetensors"
     with safe_open(path, framework="pt") as file:
@@ -122,13 +122,13 @@ def test_the_file_is_safetensors_with_json_and_no_pickle(tmp_path):
     ("value", "name"),
     [({1, 2}, "set"), (len, "builtin_function_or_method"), (Exception("x"), "Exception"), (b"x", "bytes")],
 )
-def test_another_type_is_refused_with_its_name_and_place(tmp_path, value, name):
+def test_run_state_refuses_other_types_with_their_place(tmp_path, value, name):
     with pytest.raises(TypeError, match=rf"holds a {name} at /callbacks/mine/1"):
         IO.save_checkpoint({"callbacks": {"mine": [0, value]}}, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_key_of_another_type_is_refused(tmp_path):
+def test_run_state_refuses_keys_of_other_types(tmp_path):
     with pytest.raises(TypeError, match="at /state"):
         IO.save_checkpoint({"state": {frozenset(): 1}}, tmp_path / "a.safetensors")
 
@@ -163,7 +163,7 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("existing", [True, False])
-def test_a_crash_while_saving_leaves_the_older_file_or_none(tmp_path, monkeypatch, existing):
+def test_crash_while_saving_leaves_older_file_or_none(tmp_path, monkeypatch, existing):
     path = tmp_path / "a.safetensors"
     if existing:
         IO.save_checkpoint({"step": 1}, path)
@@ -187,7 +187,7 @@ def test_remove_does_not_mind_a_file_that_is_gone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_last_is_the_newest_checkpoint_whatever_its_name(tmp_path):
+def test_last_finds_the_newest_checkpoint_by_time(tmp_path):
     for age, name in enumerate(["b", "c", "a"]):
         IO.save_checkpoint({"step": 1}, tmp_path / f"{name}.safetensors")
         os.utime(tmp_path / f"{name}.safetensors", (1000 - age, 1000 - age))
@@ -217,13 +217,13 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(tmp_path, caplog, na
     assert "\n" not in str(error.value)
 
 
-def test_auto_starts_anew_where_there_is_none(tmp_path):
+def test_auto_starts_anew_without_checkpoints(tmp_path):
     assert find_checkpoint("auto", tmp_path / "never made") is None
     IO.save_checkpoint({"step": 1}, tmp_path / "a.safetensors")
     assert find_checkpoint("auto", tmp_path) == tmp_path / "a.safetensors"
 
 
-def test_a_named_checkpoint_is_taken_and_none_stays_none(tmp_path):
+def test_find_checkpoint_accepts_path_or_none(tmp_path):
     (tmp_path / "a.safetensors").touch()
     assert find_checkpoint(str(tmp_path / "a.safetensors"), "elsewhere") == tmp_path / "a.safetensors"
     assert find_checkpoint(None, tmp_path) is None
@@ -269,7 +269,7 @@ def seed(number):
         start(number)
 
 
-def test_random_numbers_go_on_where_the_checkpoint_was_made(tmp_path):
+def test_resume_restores_random_state(tmp_path):
     seed(1)
     whole = fit(tmp_path / "whole", 5)
     seed(1)
@@ -318,7 +318,7 @@ def said(caplog):
 
 
 @pytest.mark.parametrize(("every", "keep"), [(0, 2), (1, 0)])
-def test_impossible_numbers_are_refused(tmp_path, every, keep):
+def test_run_checkpoint_refuses_impossible_intervals(tmp_path, every, keep):
     with pytest.raises(ValueError, match="must be at least 1"):
         RunCheckpoint(tmp_path, every_n_train_steps=every, keep=keep)
 

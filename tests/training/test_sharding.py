@@ -78,18 +78,18 @@ def test_two_processes_of_divided_weights_step_as_one(train, tmp_path):
         assert logged(folder, *LOSSES) == {2: pytest.approx(expected[2], rel=1e-5, abs=1e-6)}
 
 
-def test_gradients_of_divided_weights_are_those_of_whole_ones(commands, tmp_path, tiny_base_model_folder):
+def test_sharded_gradients_equal_whole_ones(commands, tmp_path, tiny_base_model_folder):
     """With activation checkpointing too. The base model's embeddings are divided where they train."""
     result = commands.run("tests.two_processes", [str(tiny_base_model_folder)], cwd=tmp_path)
     assert result.code == 0, result.output
 
 
-def test_whole_leaves_a_plain_tensor_as_it_is():
+def test_whole_returns_plain_tensors_unchanged():
     tensor = torch.ones(2)
     assert whole(tensor) is tensor
 
 
 @pytest.mark.requires_gpu
-def test_divided_weights_train_on_a_gpu(train):
+def test_sharded_weights_train_on_a_gpu(train):
     folder = train("trainer.max_steps=2", "trainer=fsdp", "trainer.devices=1", name="gpu", accelerator="gpu")
     assert list(logged(folder, *LOSSES)) == [0, 1]

@@ -71,7 +71,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "checkpoint" / "hypernetwork.safetensors").read_bytes()
 
 
-def test_an_undisturbed_run_logs_every_step(whole):
+def test_uninterrupted_run_logs_every_step(whole):
     assert sorted(losses(whole)) == list(range(NUM_STEPS))
     assert all(len(values) == 1 for values in losses(whole).values())
 
@@ -101,7 +101,7 @@ def test_run_killed_ten_times_is_the_undisturbed_one(runs, arguments, whole):
     assert not list(checkpoints.glob(".*"))  # nothing half-written stays
 
 
-def test_the_command_itself_survives_a_kill(runs, arguments, whole):
+def test_train_command_resumes_after_a_kill(runs, arguments, whole):
     command = [sys.executable, str(SCRIPT), *arguments, "output_dir=command"]
     checkpoints = runs.folder / "command" / "checkpoints"
     with subprocess.Popen(command, cwd=runs.folder, stderr=subprocess.DEVNULL) as process:
@@ -122,7 +122,7 @@ def wait_for(condition, *, timeout_s: float = 120) -> None:
         time.sleep(0.002)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_named(runs, arguments, whole):
+def test_resume_skips_and_names_damaged_checkpoint(runs, arguments, whole):
     assert runs.run([*arguments, "output_dir=damaged", "trainer.max_steps=4"]).code == 0
     newest = find_checkpoint("last", runs.folder / "damaged" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-100])

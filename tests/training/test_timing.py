@@ -14,7 +14,7 @@ def phases():
     return PhaseTimes(now=lambda: float(next(clock)))
 
 
-def test_phases_add_up_and_are_taken_once(phases):
+def test_phases_add_up_and_reset_when_taken(phases):
     for _ in range(2):  # from 0 to 1, from 3 to 6
         with phases("encode"):
             pass

@@ -86,7 +86,7 @@ def test_command_leaves_checkpoint_logs_and_configuration(commands, small, tmp_p
     assert model.generate(["Who?"], model.internalize("Norbach is a town."), max_new_tokens=2)
 
 
-def test_a_run_goes_on_where_the_last_one_stopped(train, small, tmp_path):
+def test_train_resumes_where_the_last_run_stopped(train, small, tmp_path):
     train(*small, "trainer.max_steps=2")
     checkpoints = tmp_path / "outputs/small/checkpoints"
     saved = SafetensorsCheckpointIO().load_checkpoint(find_checkpoint("last", checkpoints))
@@ -106,7 +106,7 @@ def test_same_seed_gives_the_same_model(train, small, tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_a_base_model_is_trained_and_a_hypernetwork_for_it(train, tmp_path, monkeypatch):
+def test_train_makes_base_model_and_its_hypernetwork(train, tmp_path, monkeypatch):
     few = lambda seed: encyclopedia_texts(seed=seed, num_articles=60)  # noqa: E731
     monkeypatch.setattr(hypernet.training.build, "encyclopedia_texts", few)
     printed = train(*SMALL, *BASE_MODEL, "trainer.max_steps=2")
@@ -160,7 +160,7 @@ def test_two_processes_train_as_one_does(train, commands, small, tmp_path):
     assert len(states) == 2
 
 
-def test_a_sweep_gives_each_run_a_folder_of_its_own(train, small, tmp_path):
+def test_sweep_gives_each_run_its_own_folder(train, small, tmp_path):
     train("--multirun", *small, "seed=1,2", "trainer.max_steps=1")
     sweep = tmp_path / "outputs/small/sweep"
     networks = [DocToLoRA.from_pretrained(sweep / str(i) / "checkpoint").hypernetwork for i in range(2)]
@@ -172,13 +172,13 @@ def test_a_sweep_gives_each_run_a_folder_of_its_own(train, small, tmp_path):
         assert checkpoint["config"]["output_dir"].endswith(f"sweep/{i}")
 
 
-def test_a_failed_run_of_a_sweep_is_told_in_one_line(train, small, tmp_path):
+def test_failed_sweep_run_is_a_one_line_error(train, small, tmp_path):
     with pytest.raises(SystemExit) as exit:
         train("--multirun", *small, "trainer.max_steps=9,1")
     assert exit.value.code.startswith("train.py: max_steps is 9") and "\n" not in exit.value.code
 
 
-def test_a_sweep_runs_in_processes_side_by_side(commands, small, tmp_path):
+def test_sweep_runs_in_parallel_processes(commands, small, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra sweep")
     sweep = ["--multirun", *small, "hydra/launcher=joblib", "seed=1,2", "trainer.max_steps=1"]
     result = commands.run("train.py", sweep, cwd=tmp_path)
@@ -187,7 +187,7 @@ def test_a_sweep_runs_in_processes_side_by_side(commands, small, tmp_path):
         assert steps_logged(tmp_path / "outputs/small/sweep" / str(i) / "logs") == [0]
 
 
-def test_the_launchers_are_those_of_hydra_s_plugins():
+def test_sweep_launchers_are_hydra_plugins():
     for name, plugin in (("joblib", "JoblibLauncher"), ("slurm", "SlurmLauncher")):
         with initialize_config_dir(str(SCRIPT.parent / "conf"), version_base="1.3"):
             cfg = compose("train", overrides=[f"hydra/launcher={name}"], return_hydra_config=True)
@@ -231,7 +231,7 @@ def test_the_launchers_are_those_of_hydra_s_plugins():
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
-def test_a_mistake_ends_the_run_with_one_line_that_names_it(train, small, tmp_path, arguments, hints):
+def test_train_mistake_is_a_one_line_error(train, small, tmp_path, arguments, hints):
     with pytest.raises(SystemExit) as exit:
         train(*small, *arguments)
     message = str(exit.value.code)
@@ -240,7 +240,7 @@ def test_a_mistake_ends_the_run_with_one_line_that_names_it(train, small, tmp_pa
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_help_says_what_there_is(train, capsys):
+def test_train_help_lists_the_choices(train, capsys):
     with pytest.raises(SystemExit) as exit:
         train("--help")
     assert not exit.value.code

@@ -1,7 +1,7 @@
 """SelfStudy: stored answers as a source of training.
 
-    source = SelfStudy("train", path="outputs/study", tokenizer=tokenizer)
-    source.record(7)                                   # a passage with its questions and their stored answers
+source = SelfStudy("train", path="outputs/study", tokenizer=tokenizer)
+source.record(7)                                   # a passage with its questions and their stored answers
 """
 
 import random

@@ -1,6 +1,6 @@
 """Where a published checkpoint lies: on disk, or on the hub and in its cache.
 
-    find_published("hub:SakanaAI/doc-to-lora/gemma_demo")      # the Path of its pytorch_model.bin
+find_published("hub:SakanaAI/doc-to-lora/gemma_demo")      # the Path of its pytorch_model.bin
 """
 
 import re

@@ -28,13 +28,13 @@ def ranked(rows: list[dict], method: str, *ranks: int) -> list[dict]:
     ]
 
 
-def test_every_figure_is_drawn_where_its_rows_are_there(report_rows, figures) -> None:
+def test_every_figure_with_rows_is_drawn(report_rows, figures) -> None:
     assert list(figures) == list(TEXTS["figures"]) and set(figures) == set(FIGURES)
     assert all_figures(report_rows)[1] == []
 
 
 @pytest.mark.parametrize("key", QUALITY)
-def test_every_panel_of_quality_has_its_controls(figures, key) -> None:
+def test_every_quality_panel_has_its_controls(figures, key) -> None:
     assert CONTROLS <= {name for name, _ in figures[key].legend}
     assert figures[key].panels and all(set(names(panel)) >= CONTROLS for panel in figures[key].panels)
 
@@ -59,7 +59,7 @@ def test_every_panel_can_be_drawn(figures, key) -> None:
     assert all(inline(panel, key).startswith("<svg ") for panel in figures[key].panels)
 
 
-def test_what_has_no_rows_is_named_with_its_command(report_rows) -> None:
+def test_figure_without_rows_names_its_command(report_rows) -> None:
     rows = [row for row in report_rows if row.get("task") not in ("needles", "capacity")]
     drawn, missing = all_figures(rows)
     assert {"needles", "capacity"}.isdisjoint(figure.key for figure in drawn)
@@ -79,7 +79,7 @@ def test_a_prefix_cache_equal_to_full_context_is_not_drawn(figures, report_rows)
     assert not figure.notes and "prefix cache" in names(figure.panels[0])
 
 
-def test_needles_have_a_panel_by_depth_where_depths_differ(report_rows) -> None:
+def test_needles_figure_has_a_depth_panel(report_rows) -> None:
     pairs = [
         {**row, "by": ["num_chunks", "depth"], "attributes": {**row["attributes"], "depth": depth}}
         for row in report_rows
@@ -132,7 +132,7 @@ def test_conflict_has_a_panel_for_each_kind_of_fact(report_rows) -> None:
     assert [(point.x, point.y) for point in adapter.points] == [(0, 0.5), (1, 0.5)]
 
 
-def test_conflict_says_what_is_left_of_what_was_learned(report_rows) -> None:
+def test_conflict_figure_states_remaining_learned_answers(report_rows) -> None:
     rows = [
         {**row, "old_answer": 0.25} if row.get("by") and row["attributes"].get("times_asked_from") == 260 else row
         for row in report_rows

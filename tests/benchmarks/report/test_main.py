@@ -23,7 +23,7 @@ def run(monkeypatch, *arguments: str) -> int | str | None:
     return None
 
 
-def test_the_page_of_written_rows_is_the_page_of_the_cells(cells, monkeypatch, tmp_path, capsys) -> None:
+def test_page_from_written_rows_equals_page_from_cells(cells, monkeypatch, tmp_path, capsys) -> None:
     for row in cells:
         row["run"] = row.get("run")
     methods = ("no_context", "full_context", "doc_to_lora")
@@ -46,7 +46,7 @@ def test_the_page_of_written_rows_is_the_page_of_the_cells(cells, monkeypatch, t
     assert all({"commits", "hardware", "dates"} == set(row["run"]) for row in written)
 
 
-def test_rows_that_no_report_wrote_are_refused_in_one_line(monkeypatch, tmp_path) -> None:
+def test_report_refuses_rows_it_did_not_write(monkeypatch, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     assert "Cannot read rows" in run(monkeypatch, f"rows={path}", "page=null")
     path.write_text('{"kind": "summary"}\n', encoding="utf-8")

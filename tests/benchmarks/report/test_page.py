@@ -47,17 +47,17 @@ def few(report_rows) -> list[dict]:
     return [row for row in report_rows if row.get("task") in (None, "composition") and row["kind"] != "surface"]
 
 
-def test_nothing_is_fetched_and_nothing_runs(text) -> None:
+def test_page_fetches_and_runs_nothing(text) -> None:
     assert not re.search(r'(?:src|href)="(?!#)', text)
     assert "<script" not in text and "@import" not in text and "http" not in re.sub(r'xmlns="[^"]*"', "", text)
 
 
-def test_it_follows_the_reader_s_light_or_dark_and_width(text) -> None:
+def test_page_follows_colour_scheme_and_width(text) -> None:
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert all(f"--{name}:" in text for name in re.findall(r"var\(--(\w+)\)", text))
 
 
-def test_tags_are_closed_and_links_lead_somewhere(text) -> None:
+def test_page_closes_tags_and_resolves_links(text) -> None:
     parser = Balance()
     parser.feed(text)
     assert not parser.wrong and not parser.open
@@ -70,7 +70,7 @@ def test_every_id_is_there_once(text) -> None:
     assert len(parser.ids) == len(set(parser.ids))
 
 
-def test_every_table_scrolls_by_itself_and_has_a_caption(text) -> None:
+def test_page_tables_scroll_and_have_captions(text) -> None:
     assert text.count("<table>") == text.count("<caption>") == text.count('class="scroll" tabindex="0" role="region"')
 
 
@@ -113,7 +113,7 @@ def test_each_figure_of_a_summary_is_compared_with_its_row(report_rows, summary,
     assert list(unconfirmed(summary, report_rows)) == wrong
 
 
-def test_failed_cells_are_listed_and_text_is_escaped(text) -> None:
+def test_page_lists_failed_cells_and_escapes_text(text) -> None:
     assert "squad, no_context, seed 0: ValueError: &lt;no file&gt;" in text
 
 
@@ -122,6 +122,6 @@ def test_what_is_not_measured_is_named_with_its_command(few) -> None:
     assert "Not measured yet" in made and "python -m benchmarks.run sweep=niah" in made
 
 
-def test_rows_without_what_made_them_are_refused(report_rows) -> None:
+def test_page_refuses_rows_without_a_sweep_row(report_rows) -> None:
     with pytest.raises(ValueError, match="kind sweep"):
         page(report_rows[1:])

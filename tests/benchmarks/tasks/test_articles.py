@@ -8,7 +8,7 @@ from benchmarks.tasks.articles import entity_of, practice_questions, with_new_va
 from hypernet.data.encyclopedia import Encyclopedia
 
 
-def test_a_new_version_has_every_value_changed_and_nothing_else() -> None:
+def test_updated_article_changes_only_the_values() -> None:
     encyclopedia = Encyclopedia("test", seed=0)
     record = encyclopedia.record(4, num_facts=5)
     newer, values = with_new_values(record, encyclopedia, random.Random(0))

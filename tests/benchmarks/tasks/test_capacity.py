@@ -11,7 +11,7 @@ def entities(case) -> set[str]:
     return {entity_of(Question(q.text, q.answers[0], group=q.group)) for q in case.questions}
 
 
-def test_every_fact_is_told_and_asked_for_once(make_doc_to_lora) -> None:
+def test_capacity_states_and_asks_each_fact_once(make_doc_to_lora) -> None:
     task = CapacityTask(
         model=make_doc_to_lora(max_chunk_tokens=500), sets=[[1, 1], [5, 1], [8, 2], [6, 6]], num_cases=4
     )
@@ -27,6 +27,6 @@ def test_every_fact_is_told_and_asked_for_once(make_doc_to_lora) -> None:
 
 
 @pytest.mark.parametrize("facts, number", [(6, 1), (2, 3), (16, 3)])
-def test_more_facts_than_relations_are_refused(make_doc_to_lora, facts, number) -> None:
+def test_capacity_refuses_more_facts_than_relations(make_doc_to_lora, facts, number) -> None:
     with pytest.raises(ValueError, match=f"{facts} facts about {number} entities; each has 1 to 5"):
         CapacityTask(model=make_doc_to_lora(), sets=[[facts, number]], num_cases=1)

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.tasks.composition import CompositionTask
 
 
-def test_every_set_asks_the_same_of_the_same_articles() -> None:
+def test_composition_sets_share_articles_and_questions() -> None:
     task = CompositionTask(num_documents=[1, 2, 4], num_cases=3)
     sets: dict[int, list] = {}
     for case in task.cases(0):
@@ -32,6 +32,6 @@ def test_every_document_is_asked_about_and_has_its_own_entities() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[2, 3], [0, 4], []])
-def test_sizes_that_give_other_groups_are_refused(sizes) -> None:
+def test_composition_refuses_uneven_group_sizes(sizes) -> None:
     with pytest.raises(ValueError, match="each must divide the largest"):
         CompositionTask(num_documents=sizes, num_cases=1)

@@ -21,7 +21,7 @@ def task(**settings) -> ConflictTask:
     return ConflictTask(model=model, **{"num_cases": 5, "statements": STATEMENTS, **settings})
 
 
-def test_conflicts_contradict_what_the_base_model_learned() -> None:
+def test_conflicts_contradict_learned_facts() -> None:
     learned = {question.text: question.answer for question in background_questions()}
     cases = list(task().cases(0))
     assert list(dict.fromkeys(case.set for case in cases)) == [*LEARNED, "entities never learned"]
@@ -61,7 +61,7 @@ def test_without_counts_questions_are_the_same_without_bands() -> None:
     assert texts(bare) == texts(task(times_asked=TIMES_ASKED).cases(3))
 
 
-def test_counts_of_another_base_model_are_refused() -> None:
+def test_conflict_refuses_counts_of_another_base_model() -> None:
     other = SimpleNamespace(base_model_fingerprint="0" * 64)
     with pytest.raises(ValueError, match="python -m benchmarks.times_asked, or set task.times_asked=null"):
         ConflictTask(model=other, num_cases=2, statements=STATEMENTS, times_asked=TIMES_ASKED)

@@ -10,7 +10,7 @@ def task(**changes) -> EncyclopediaTask:
     return EncyclopediaTask(**{"sets": sets, "num_cases": 3, **changes})
 
 
-def test_answers_stand_in_the_documents_as_many_as_asked_for() -> None:
+def test_encyclopedia_answers_stand_in_their_documents() -> None:
     cases = list(task().cases(3))
     assert [(case.set, len(case.documents)) for case in cases] == [("one", 1)] * 3 + [("two documents", 2)] * 3
     for case in cases:
@@ -20,7 +20,7 @@ def test_answers_stand_in_the_documents_as_many_as_asked_for() -> None:
 
 
 @pytest.mark.parametrize("control", ["shuffled_facts", "empty_document"])
-def test_controls_tell_no_answer(control) -> None:
+def test_control_documents_hold_no_answer(control) -> None:
     plain, controlled = (list(task(control=c).cases(0)) for c in (None, control))
     for case, original in zip(controlled, plain, strict=True):
         assert [q.text for q in case.questions] == [q.text for q in original.questions]

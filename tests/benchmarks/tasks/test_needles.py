@@ -18,7 +18,7 @@ def make(make_doc_to_lora):
     return make
 
 
-def test_each_set_has_its_number_of_the_model_s_own_chunks(make) -> None:
+def test_needle_sets_have_the_given_number_of_chunks(make) -> None:
     task = make()
     cases = list(task.cases(0))
     assert [case.set for case in cases] == ["1 chunk"] * 6 + ["2 chunks"] * 6 + ["5 chunks"] * 6
@@ -29,7 +29,7 @@ def test_each_set_has_its_number_of_the_model_s_own_chunks(make) -> None:
         assert str(len(chunks.ids)) in case.set
 
 
-def test_the_needle_stands_at_its_depth(make) -> None:
+def test_needle_stands_at_its_depth(make) -> None:
     for case in make().cases(0):
         document = case.documents[0]
         sentences = [document[start:end] for start, end in split_sentences(document)]
@@ -37,7 +37,7 @@ def test_the_needle_stands_at_its_depth(make) -> None:
         assert place / (len(sentences) - 1) == pytest.approx(case.attributes["depth"], abs=0.5 / (len(sentences) - 1))
 
 
-def test_a_longer_haystack_hides_the_same_needle(make) -> None:
+def test_needle_is_the_same_at_every_filler_length(make) -> None:
     by_case: dict[str, set] = {}
     for case in make().cases(0):
         by_case.setdefault(case.name, set()).add((case.questions, case.attributes["depth"]))
@@ -55,7 +55,7 @@ def test_several_keys_are_each_asked_for(make) -> None:
     assert len(case.questions) == 2
 
 
-def test_the_wrong_haystack_does_not_hold_the_number(make) -> None:
+def test_wrong_document_lacks_the_needle(make) -> None:
     for case in make().cases(0):
         assert not any(question.answers[0] in case.others[0] for question in case.questions)
 

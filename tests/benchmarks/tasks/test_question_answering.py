@@ -27,7 +27,7 @@ def test_accepted_answers_count_and_all_questions_are_asked(tmp_path) -> None:
     assert all(case.name == case.documents[0].split()[1].rstrip(".") for case in few)  # its place in the dataset
 
 
-def test_a_set_of_a_file_without_a_dataset_s_name_has_the_file_s(tmp_path) -> None:
+def test_qa_set_without_dataset_has_the_file_name(tmp_path) -> None:
     content = {"data": [{"paragraphs": [{"context": "A.", "qas": [{"question": "B?", "answers": [{"text": "C"}]}]}]}]}
     path = tmp_path / "towns.json"
     path.write_text(json.dumps(content), encoding="utf-8")
@@ -35,7 +35,7 @@ def test_a_set_of_a_file_without_a_dataset_s_name_has_the_file_s(tmp_path) -> No
     assert (case.set, case.questions[0].answers) == ("towns", ("C",))
 
 
-def test_a_missing_dataset_is_one_line(tmp_path, monkeypatch) -> None:
+def test_missing_qa_dataset_is_a_one_line_error(tmp_path, monkeypatch) -> None:
     def offline(*_, **__):
         raise ConnectionError("no\nnetwork")
 

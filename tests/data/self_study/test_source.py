@@ -44,7 +44,7 @@ def test_every_passage_of_a_split_comes_once_an_epoch(studied, tiny_tokenizer):
     assert sum(map(len, found.values())) == len(set.union(*found.values()))
 
 
-def test_a_stage_trains_on_the_stored_probabilities(studied, engine, tiny_tokenizer):
+def test_stage_trains_on_stored_probabilities(studied, engine, tiny_tokenizer):
     """From parquet to the loss: what was stored is what the teacher would say now."""
     settings, _ = studied
     source = SelfStudy("train", path=settings.output_dir, tokenizer=tiny_tokenizer)
@@ -77,7 +77,7 @@ def test_cross_document_questions_have_no_stored_answer(studied):
     assert (question.kind, question.answer, question.stored) == ("cross_document", UNKNOWN, None)
 
 
-def test_what_cannot_be_read_back_is_refused(studied, tmp_path, engine):
+def test_self_study_refuses_missing_or_incompatible_shards(studied, tmp_path, engine):
     with pytest.raises(ValueError, match="No shards in .*Make them: hypernet self-study --help"):
         SelfStudy(path=tmp_path).record(0)
     with pytest.raises(ValueError, match="Unknown split 'dev'"):
@@ -117,7 +117,7 @@ def damaged_copy(shards, folder, change):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_corrupt_answer_is_left_out_and_told(studied, tmp_path, caplog, damage, reason):
+def test_corrupt_stored_answer_is_skipped_with_warning(studied, tmp_path, caplog, damage, reason):
     settings, shards = studied
     intact = SelfStudy("train", path=settings.output_dir)
     size = len(intact._index)
@@ -164,7 +164,7 @@ def test_passage_without_answers_gives_way_to_the_next(studied, tmp_path):
     assert all(sources[0].cross_document(random.Random(i), intact.record(0)).text for i in range(20))
 
 
-def test_shards_of_corrupt_answers_alone_are_refused(studied, tmp_path):
+def test_shards_with_only_corrupt_answers_are_refused(studied, tmp_path):
     def change(rows):
         for row in rows:
             row["question"] = ""
@@ -174,7 +174,7 @@ def test_shards_of_corrupt_answers_alone_are_refused(studied, tmp_path):
         source.record(0)
 
 
-def test_a_damaged_shard_says_which_one(studied, tmp_path):
+def test_damaged_shard_is_named(studied, tmp_path):
     folder = damaged_copy(studied[1], tmp_path / "damaged", lambda rows: None)
     source = SelfStudy("train", path=folder)
     size = len(source._index)

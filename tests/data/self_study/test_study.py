@@ -55,7 +55,7 @@ def test_chunks_cover_the_texts_and_name_their_sources(studied, notes, settings,
         assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
 
 
-def test_a_shard_holds_its_provenance(studied, engine, notes):
+def test_shard_holds_its_provenance(studied, engine, notes):
     found = read_provenance(studied[1][0])
     assert found["base_model_fingerprint"] == found["questions_by_fingerprint"] == engine.fingerprint
     assert found["settings"]["seed"] == 0 and found["settings"]["top_k"] == 4 and found["prompts"]
@@ -63,7 +63,7 @@ def test_a_shard_holds_its_provenance(studied, engine, notes):
     assert json.dumps(found).count(studied[0].output_dir) == 0
 
 
-def test_the_seed_decides_what_is_asked(settings, engine, studied):
+def test_self_study_seed_decides_the_questions(settings, engine, studied):
     again, other = settings(max_documents=2), settings(max_documents=2, seed=1)
     first = [rows_of(study(s, answerer=engine)) for s in (again, settings(max_documents=2), other)]
     assert first[0] == first[1] != first[2]
@@ -72,7 +72,7 @@ def test_the_seed_decides_what_is_asked(settings, engine, studied):
     assert [row["answer_ids"] for row in sampled] != [row["answer_ids"] for row in first[0]]
 
 
-def test_another_model_can_ask(settings, engine, tiny_base_model_folder):
+def test_self_study_questions_can_come_from_another_model(settings, engine, tiny_base_model_folder):
     base_model, tokenizer = load_base_model(tiny_base_model_folder)
     with torch.no_grad():
         base_model.lm_head.weight.mul_(1.5)
@@ -81,7 +81,7 @@ def test_another_model_can_ask(settings, engine, tiny_base_model_folder):
     assert read_provenance(shard)["questions_by_fingerprint"] == asker.fingerprint != engine.fingerprint
 
 
-def test_questions_are_cleaned_of_what_models_put_around_them():
+def test_self_study_questions_are_cleaned():
     assert clean_question('\n 1. "Who leads it?"\nBecause') == "Who leads it?"
     assert clean_question("**\n") == clean_question("  \n ") == ""
 
@@ -98,7 +98,7 @@ def test_second_run_makes_only_the_missing_shards(settings, engine):
     assert study(made, answerer=engine) == [shards[1]] and rows_of(shards) == before
 
 
-def test_a_shard_that_fails_leaves_nothing_behind(settings, engine, monkeypatch):
+def test_failing_shard_leaves_no_file(settings, engine, monkeypatch):
     made = settings(max_documents=4, chunks_per_shard=4)
     real = engine.top_k
     calls = []
@@ -118,7 +118,7 @@ def test_a_shard_that_fails_leaves_nothing_behind(settings, engine, monkeypatch)
     assert study(made, answerer=engine)[0].name == "shard-00001.parquet"
 
 
-def test_processes_divide_the_shards(settings, engine):
+def test_self_study_processes_divide_the_shards(settings, engine):
     alone = settings(max_documents=3, chunks_per_shard=3)
     together = settings(max_documents=3, chunks_per_shard=3, num_processes=2, process_index=1, batch_size=3)
     shards = study(alone, answerer=engine)
@@ -127,7 +127,7 @@ def test_processes_divide_the_shards(settings, engine):
     assert rows_of(second) == rows_of(shards[1::2])
 
 
-def test_shards_of_another_run_are_refused(settings, engine, tmp_path):
+def test_self_study_refuses_shards_of_another_run(settings, engine, tmp_path):
     made = settings(max_documents=2)
     study(made, answerer=engine)
     other = settings(max_documents=2, output_dir=made.output_dir, top_k=3)
@@ -141,7 +141,7 @@ def test_shards_of_another_run_are_refused(settings, engine, tmp_path):
 # A stream from the hub
 
 
-def test_rows_of_a_stream_without_a_text_are_left_out(monkeypatch):
+def test_stream_rows_without_text_are_skipped(monkeypatch):
     import datasets
 
     rows = [{"text": "A."}, {"text": None}, {"text": "B."}, {"text": 3}]
@@ -155,7 +155,7 @@ def test_rows_of_a_stream_without_a_text_are_left_out(monkeypatch):
         list(module._documents(settings))
 
 
-def test_a_dataset_is_read_as_a_stream(monkeypatch):
+def test_self_study_streams_a_dataset(monkeypatch):
     import datasets
 
     calls = []

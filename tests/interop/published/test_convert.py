@@ -44,14 +44,14 @@ ROOT = Path(__file__).parents[3]
     ],
     ids=str,
 )
-def test_any_setting_of_the_format_comes_back(make, tmp_path, settings):
+def test_published_checkpoint_settings_roundtrip(make, tmp_path, settings):
     model = make(**settings)
     path = save(published_content(model), tmp_path / "pytorch_model.bin")
     assert_same_adapters(model, DocToLoRA.from_pretrained(path))
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", ""])
-def test_bfloat16_tensors_and_the_prefix_of_compiled_modules(make, tmp_path, prefix):
+def test_published_reads_bfloat16_and_compiled_prefix(make, tmp_path, prefix):
     model = make()
     with torch.no_grad():
         for parameter in model.hypernetwork.parameters():
@@ -65,7 +65,7 @@ def test_bfloat16_tensors_and_the_prefix_of_compiled_modules(make, tmp_path, pre
     assert_same_adapters(model, loaded)
 
 
-def test_pre_head_blocks_that_serve_all_layers(make, tmp_path):
+def test_published_reads_pre_head_blocks_shared_by_layers(make, tmp_path):
     model = make(num_pre_head_blocks=2)
     content = published_content(model, changes={"config": {"per_layer_processing": False}})
     network = model.hypernetwork
@@ -81,7 +81,7 @@ def test_pre_head_blocks_that_serve_all_layers(make, tmp_path):
     assert_same_adapters(model, DocToLoRA.from_pretrained(save(content, tmp_path / "pytorch_model.bin")))
 
 
-def test_without_a_bias_block_nothing_is_added(make, tmp_path):
+def test_published_without_bias_block_adds_none(make, tmp_path):
     model = make()
     content = published_content(model, changes={"config": {"use_bias": False}})
     loaded = open_checkpoint(save(content, tmp_path / "pytorch_model.bin")).hypernetwork
@@ -96,7 +96,7 @@ def test_early_exit_layer_may_be_null_or_negative(make, tmp_path):
         assert open_checkpoint(path).context_encoder == {"kind": "early_exit", "layer_idx": layer_idx}
 
 
-def test_the_older_name_of_a_module_lists_and_ranges_are_read(make, tmp_path):
+def test_published_reads_older_module_names_and_ranges(make, tmp_path):
     model = make()
     content = published_content(
         model, changes={"peft": {"target_modules": ["down_proj"]}, "config": {"layer_indices": range(2)}}
@@ -106,7 +106,7 @@ def test_the_older_name_of_a_module_lists_and_ranges_are_read(make, tmp_path):
     assert_same_adapters(model, DocToLoRA.from_pretrained(save(content, tmp_path / "pytorch_model.bin")))
 
 
-def test_real_peft_classes_are_read_without_importing_them(make, tmp_path):
+def test_published_reads_peft_classes_without_importing(make, tmp_path):
     from peft import LoraConfig
 
     model = make()
@@ -135,7 +135,7 @@ def test_a_four_bit_encoder_is_warned_of(make, tmp_path, caplog):
     assert "4-bit" in caplog.text
 
 
-def test_the_names_of_targets_come_from_the_base_model(file):
+def test_published_target_paths_come_from_base_model(file):
     (target,) = open_checkpoint(file).hypernetwork.targets
     paths = tuple(f"model.layers.{i}.mlp.down_proj" for i in range(2))
     assert target == LoRATarget(name="down_proj", paths=paths, d_in=48, d_out=32)
@@ -144,7 +144,7 @@ def test_the_names_of_targets_come_from_the_base_model(file):
 # What does not fit
 
 
-def test_another_base_model_is_refused_with_both_numbers(file, tmp_path):
+def test_published_refuses_another_base_model(file, tmp_path):
     for changes, said in (
         ({"num_hidden_layers": 3}, "with layers 2, hidden size 32, but .* has layers 3, hidden size 32"),
         ({"hidden_size": 16}, "with layers 2, hidden size 32, but .* has layers 2, hidden size 16"),
@@ -156,7 +156,7 @@ def test_another_base_model_is_refused_with_both_numbers(file, tmp_path):
         assert re.search(said, message) and "Give the base model it was trained with." in message
 
 
-def test_a_base_model_that_is_nowhere(file, tmp_path):
+def test_published_missing_base_model_is_refused(file, tmp_path):
     message = refusal(file, base_model=tmp_path / "nowhere")
     assert "Cannot read the configuration of the base model" in message and str(tmp_path / "nowhere") in message
 
@@ -192,7 +192,7 @@ def test_configs_that_contradict_the_tensors_are_refused(make, tmp_path, changes
     assert re.search(says, message) and str(path) in message
 
 
-def test_blocks_that_should_be_shared_but_differ(make, tmp_path):
+def test_published_refuses_shared_blocks_that_differ(make, tmp_path):
     model = make(aggregator={"num_blocks": 3})
     content = published_content(model, changes={"aggregator": {"shared_weights": True}})
     assert "should share its blocks (shared_weights), but" in refusal(save(content, tmp_path / "pytorch_model.bin"))
@@ -223,7 +223,7 @@ def test_blocks_that_should_be_shared_but_differ(make, tmp_path):
         ("base_model_name_or_path", lambda _: 3, "has no base_model_name_or_path"),
     ],
 )
-def test_tensors_that_do_not_fit(make, tmp_path, key, change, says):
+def test_published_refuses_mismatched_tensors(make, tmp_path, key, change, says):
     content = published_content(make())
     value = content.pop(key, None)
     if change:

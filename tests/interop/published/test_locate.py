@@ -34,17 +34,17 @@ def test_hub_path_reads_the_cache_and_takes_the_last_checkpoint(make, file, tmp_
     assert "There is no pytorch_model.bin in hub:SakanaAI/doc-to-lora/none" in refusal("hub:SakanaAI/doc-to-lora/none")
 
 
-def test_the_hub_without_network_or_cache(tmp_path, monkeypatch):
+def test_published_hub_without_network_or_cache_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert "Cannot get SakanaAI/doc-to-lora from the hub" in refusal("hub:SakanaAI/doc-to-lora/gemma_demo")
 
 
 @pytest.mark.parametrize("source", ["hub:", "hub:SakanaAI", "hub:a/../../b", "hub:a/b/../c", "hub:a b/c", "hub:/a/b"])
-def test_names_that_no_hub_has(source):
+def test_published_refuses_impossible_hub_names(source):
     assert "names nothing on the hub. Write hub:owner/repository/name" in refusal(source)
 
 
-def test_a_folder_with_the_file_with_checkpoints_and_with_models(file, tmp_path):
+def test_published_folder_is_resolved_to_its_checkpoint(file, tmp_path):
     numbered = tmp_path / "runs/gemma/checkpoint-100/pytorch_model.bin"
     numbered.parent.mkdir(parents=True)
     numbered.write_bytes(file.read_bytes())

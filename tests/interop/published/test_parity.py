@@ -65,13 +65,13 @@ def adapters(model, expected) -> list[LoRAAdapter]:
     ]
 
 
-def test_the_matrices_of_every_chunk(adapters, expected):
+def test_parity_of_the_matrices_of_every_chunk(adapters, expected):
     for letter in "AB":
         chunks = torch.cat([getattr(adapter, letter)["down_proj"] for adapter in adapters])
         torch.testing.assert_close(chunks, expected[f"chunk.down_proj.{letter}"], **MATRICES)
 
 
-def test_the_adapter_of_every_document_with_its_bias_block(adapters, expected):
+def test_parity_of_document_adapters_with_bias_block(adapters, expected):
     for i, adapter in enumerate(adapters):
         for letter, ours in zip("AB", adapter.concatenated()["down_proj"], strict=True):
             theirs = expected[f"combined.down_proj.{letter}"][i]
@@ -79,17 +79,17 @@ def test_the_adapter_of_every_document_with_its_bias_block(adapters, expected):
             assert not theirs[:, ours.shape[1] :].any()  # padding up to the longest document
 
 
-def test_the_logits_of_the_adapted_base_model(model, adapters, expected):
+def test_parity_of_adapted_base_model_logits(model, adapters, expected):
     with torch.no_grad(), model.injector.using(adapters):
         torch.testing.assert_close(model.base_model(expected["query_ids"]).logits, expected["logits_adapted"], **LOGITS)
     assert (expected["logits_adapted"] - expected["logits_base"]).abs().max() > 1e-3
 
 
-def test_the_logits_of_the_base_model_alone(model, expected):
+def test_parity_of_base_model_logits(model, expected):
     with torch.no_grad():
         torch.testing.assert_close(model.base_model(expected["query_ids"]).logits, expected["logits_base"], **LOGITS)
 
 
-def test_it_internalizes_and_answers(model):
+def test_published_model_internalizes_and_answers(model):
     adapter = model.internalize("Norbach was founded by Ilda Renwick.")
     assert len(model.generate(["Who founded Norbach?"], adapter, max_new_tokens=2)) == 1

@@ -90,7 +90,7 @@ FLOATS = b"(X\x07\x00\x00\x00storage" + global_("torch.FloatStorage") + b"X\x01\
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_pickle_that_wants_anything_else_is_refused_by_name(tmp_path, monkeypatch, program, named):
+def test_published_refuses_other_pickle_globals_by_name(tmp_path, monkeypatch, program, named):
     monkeypatch.chdir(tmp_path)
     path = with_pickle(tmp_path / "pytorch_model.bin", program, storages={"0": b"\0" * 16})
     message = refusal(path)
@@ -100,7 +100,7 @@ def test_a_pickle_that_wants_anything_else_is_refused_by_name(tmp_path, monkeypa
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("place", ["config", "peft", "encoder", "tensor", "key"])
-def test_harm_that_hides_inside_a_complete_checkpoint_is_refused(make, tmp_path, place, protocol):
+def test_published_refuses_malicious_pickle_in_checkpoint(make, tmp_path, place, protocol):
     made = tmp_path / "DAMAGE"
     harm = Calls(os.mkdir, str(made))
     changes = {place: {"extra": [harm]}} if place in ("config", "peft", "encoder") else {}
@@ -125,7 +125,7 @@ def test_harm_that_hides_inside_a_complete_checkpoint_is_refused(make, tmp_path,
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_pickle_protocol_that_torch_may_have_used_is_read(make, tmp_path, protocol, monkeypatch):
+def test_published_reads_every_pickle_protocol(make, tmp_path, protocol, monkeypatch):
     monkeypatch.setattr(torch.serialization, "DEFAULT_PROTOCOL", protocol)
     model = make()
     content = published_content(model)
@@ -134,14 +134,14 @@ def test_every_pickle_protocol_that_torch_may_have_used_is_read(make, tmp_path, 
     assert_same_adapters(model, DocToLoRA.from_pretrained(save(content, tmp_path / "pytorch_model.bin")))
 
 
-def test_compressed_and_oversized_entries_are_refused(tmp_path):
+def test_published_refuses_compressed_or_oversized_entries(tmp_path):
     bomb = with_pickle(tmp_path / "bomb.bin", b"N" * 10**8, compress=True)
     assert bomb.stat().st_size < 10**6
     assert "its entry data.pkl is compressed" in refusal(bomb)
     assert "its entry data.pkl has 5000000 bytes" in refusal(with_pickle(tmp_path / "large.bin", b"N" * 5_000_000))
 
 
-def test_one_storage_under_many_names_is_not_multiplied(make, tmp_path):
+def test_published_shared_storage_is_read_once(make, tmp_path):
     model = make(num_pre_head_blocks=30)
     content = published_content(model)
     block = {key: value for key, value in content.items() if key.startswith("layers.0.")}
@@ -174,7 +174,7 @@ def small(make, tmp_path) -> Path:
     return save(published_content(model), tmp_path / "small.bin")
 
 
-def test_a_file_that_is_cut_off_anywhere_is_refused(small, tmp_path):
+def test_published_refuses_file_truncated_anywhere(small, tmp_path):
     content, intact = small.read_bytes(), read_published(small).weights
     ends = [
         *range(0, 100, 9),
@@ -184,7 +184,7 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(small, tmp_path):
     assert {outcome(tmp_path / "cut.bin", content[:end], intact) for end in ends} == {"refused"}
 
 
-def test_a_file_with_a_flipped_bit_is_refused_or_read_as_it_was(small, tmp_path):
+def test_published_file_with_flipped_bit_is_refused_or_equal(small, tmp_path):
     content, intact = small.read_bytes(), read_published(small).weights
     directory = zipfile.ZipFile(small).start_dir
     generator = torch.Generator().manual_seed(0)
@@ -202,7 +202,7 @@ def test_a_file_with_a_flipped_bit_is_refused_or_read_as_it_was(small, tmp_path)
     assert outcomes.count("refused") > len(outcomes) // 2
 
 
-def test_a_changed_pickle_with_a_right_checksum_does_no_harm(small, tmp_path):
+def test_published_changed_pickle_with_valid_crc_is_harmless(small, tmp_path):
     """What no checksum can notice: a flipped bit of the pickle in a zip that is made anew."""
     archive = zipfile.ZipFile(small)
     entries = {info.filename: archive.read(info) for info in archive.infolist()}

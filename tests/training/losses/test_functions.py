@@ -27,7 +27,7 @@ def logits_of(*probabilities):
 # Losses
 
 
-def test_the_nll_of_known_probabilities():
+def test_nll_of_known_probabilities():
     logits = logits_of([0.5, 0.25, 0.25], [0.1, 0.2, 0.7]) + 3  # a constant does not count
     losses = answer_nll(logits, torch.tensor([1, 2]))
     torch.testing.assert_close(losses, torch.tensor([math.log(4), -math.log(0.7)]))
@@ -54,7 +54,7 @@ def test_kl_gradient_is_the_students_error_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_of_half_precision_logits_are_computed_in_float32(dtype):
+def test_losses_of_half_precision_logits_use_float32(dtype):
     student, teacher, targets = torch.randn(3, 400).to(dtype), torch.randn(3, 400).to(dtype), torch.arange(3)
     kl, nll = context_distillation_kl(student, teacher), answer_nll(student, targets)
     assert kl.dtype == nll.dtype == torch.float32
@@ -232,14 +232,14 @@ def test_topk_kl_of_every_token_is_the_whole_kl():
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 12])
-def test_it_is_never_more_than_the_whole_kl_and_grows_with_k(k):
+def test_topk_kl_is_bounded_by_full_kl_and_grows_with_k(k):
     student, teacher = torch.randn(50, 13), torch.randn(50, 13) * 3
     fewer, more = (context_distillation_kl_topk(student, *top_k(teacher, n)) for n in (k, k + 1))
     assert (fewer <= more + 1e-5).all() and (more <= context_distillation_kl(student, teacher) + 1e-5).all()
     assert (fewer >= -1e-5).all()
 
 
-def test_the_gradient_of_the_rest_is_that_of_one_outcome():
+def test_topk_kl_gradient_of_the_rest_is_one_outcome():
     """Reference: the same sums written down plainly, in double precision."""
     student, teacher = torch.randn(9, 20, dtype=torch.double, requires_grad=True), torch.randn(9, 20) * 3
     indices, log_probs = top_k(teacher, 4)
@@ -252,7 +252,7 @@ def test_the_gradient_of_the_rest_is_that_of_one_outcome():
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
-def test_it_stays_finite_where_teacher_or_student_is_certain():
+def test_topk_kl_is_finite_for_certain_distributions():
     logits = torch.tensor([[100.0, 0, 0, -50], [0.0, 100, 0, 0]], requires_grad=True)
     sure = (torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.0, -100], [-1e-4, -9.2]]))
     loss = context_distillation_kl_topk(logits, *sure)
@@ -264,7 +264,7 @@ def test_it_stays_finite_where_teacher_or_student_is_certain():
     assert more.isfinite().all()
 
 
-def test_what_only_fills_up_changes_nothing():
+def test_topk_kl_ignores_padding_entries():
     student, (indices, log_probs) = torch.randn(3, 9), top_k(torch.randn(3, 9), 3)
     filled = (torch.nn.functional.pad(indices, (0, 2)), torch.nn.functional.pad(log_probs, (0, 2), value=-torch.inf))
     torch.testing.assert_close(
@@ -280,14 +280,14 @@ def test_mean_per_document_weighs_documents_alike():
     assert mean_per_document(values, document, 3) == (2 + 5) / 2  # document 1 has no values
 
 
-def test_the_order_of_the_tokens_does_not_matter():
+def test_mean_per_document_ignores_token_order():
     values, document = torch.randn(50, dtype=torch.float64), torch.randint(7, (50,))
     expected = torch.stack([values[document == d].mean() for d in document.unique()]).mean()
     order = torch.randperm(50)
     torch.testing.assert_close(mean_per_document(values[order], document[order], 7), expected)
 
 
-def test_no_values_have_mean_zero_and_no_gradient_trouble():
+def test_mean_per_document_of_nothing_is_zero():
     values = torch.zeros(0, requires_grad=True)
     mean = mean_per_document(values, torch.zeros(0, dtype=torch.long), 4)
     mean.backward()
@@ -298,7 +298,7 @@ def test_no_values_have_mean_zero_and_no_gradient_trouble():
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 37])
-def test_an_answer_is_right_if_all_its_tokens_are(num_tokens):
+def test_answer_is_exact_if_all_its_tokens_are(num_tokens):
     predicted, targets = torch.randint(3, (2, num_tokens)).unbind()
     answer = torch.randint(-5, 12, (num_tokens,)) * 100
     expected = []
@@ -308,7 +308,7 @@ def test_an_answer_is_right_if_all_its_tokens_are(num_tokens):
 
 
 @torch.no_grad()
-def test_an_answer_is_right_exactly_if_greedy_decoding_gives_it(tiny_base_model, tiny_tokenizer):
+def test_exact_answer_agrees_with_greedy_decoding(tiny_base_model, tiny_tokenizer):
     """Teacher-forced and generated answers agree: the shortcut that validation takes is exact."""
     prompts = tiny_tokenizer(
         [f"<|user|>Where is {name}?<|end|><|assistant|>" for name in ("A", "Norbach", "Vel", "it")]

@@ -110,7 +110,7 @@ def test_stored_probabilities_stand_in_for_the_teacher(make_module, make_data, e
 
 
 @pytest.mark.parametrize("num_background", [0, 2])
-def test_the_teacher_is_not_asked_what_was_stored(make_module, make_doc_to_lora, tiny_tokenizer, num_background):
+def test_teacher_skips_stored_answers(make_module, make_doc_to_lora, tiny_tokenizer, num_background):
     """The same loss and gradients from fewer of the teacher's tokens; none at all where everything was stored."""
     model = make_doc_to_lora()
     size = len(tiny_tokenizer)
@@ -144,7 +144,7 @@ def test_the_teacher_is_not_asked_what_was_stored(make_module, make_doc_to_lora,
     assert widths[1] == [0, 0, 0] if not num_background else widths[1][1] > widths[1][0] > 0
 
 
-def test_an_untrained_hypernetwork_starts_without_locality_loss(make_doc_to_lora, make_module, make_data):
+def test_untrained_hypernetwork_has_zero_locality_loss(make_doc_to_lora, make_module, make_data):
     model = make_doc_to_lora(trained=False)
     module = make_module("doc_to_lora", model=model, objective={"locality_kl": Locality(weight=0.5)})
     assert quietly(module).training_step(make_data("doc_to_lora").train[0], 0).item() == pytest.approx(0, abs=1e-6)

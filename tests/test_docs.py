@@ -170,7 +170,7 @@ def test_command_tells_its_use(script, commands):
 
 
 def _with_chat_template(source: Path, target: Path) -> Path:
-    from hypernet.base.base_model import CHAT_TEMPLATE
+    from hypernet.base.tokenizer import CHAT_TEMPLATE
 
     shutil.copytree(source, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
     target.chmod(0o755)

@@ -80,8 +80,8 @@ class LitBaseModel(LitModule):
     def describe(self, batch: PackedRows | StepPart) -> list[str]:
         """How each of a batch's documents begins, for messages."""
         rows = StepPart.of(batch).batch
-        trunks = [ids[place == 0] for ids, place in zip(rows.ids, rows.segments, strict=True)]
-        return beginnings(self.tokenizer, trunks)
+        prefixes = [ids[place == 0] for ids, place in zip(rows.ids, rows.segments, strict=True)]
+        return beginnings(self.tokenizer, prefixes)
 
     def count_tokens(self, batch: PackedRows | StepPart) -> dict[str, Tensor]:
         """Tokens of the documents ("context") and of the answers ("answer")."""

@@ -65,9 +65,9 @@ def test_padded_question_row_equals_its_prompt(make_doc_to_lora):
             own_kinds = {next(kinds) for _ in range(int(predicts.sum()))}
             answer = decode(ids[1:][predicts[:-1]])
             (kind,) = (QUESTION_KINDS[kind] for kind in own_kinds)
-            trunk = rows.ids[document][rows.segments[document] == 0]
+            prefix = rows.ids[document][rows.segments[document] == 0]
             about = with_document and kind in ("document", "unanswerable")
-            context = decode(trunk).removeprefix(model.layout.before_user) if about else None
+            context = decode(prefix).removeprefix(model.layout.before_user) if about else None
             assert answer.endswith(model.layout.after_answer)
             assert text == model.layout.prompt(question, context) + answer
         assert torch.equal(prompts.targets, rows.targets()[rows.target_kind >= 0])

@@ -16,13 +16,13 @@ def test_base_model_loss_is_that_of_single_prompts(make_module, make_data):
     answers, weights, documents = [], [], []
     for row in range(len(batch.ids)):
         segments, ids = batch.segments[row], batch.ids[row]
-        trunk = ids[segments == 0]
+        prefix = ids[segments == 0]
         with torch.no_grad():
-            log_p = module.base_model(trunk[None]).logits[0].double().log_softmax(-1)
-        documents += [-float(log_p[i, trunk[i + 1]]) for i in range(len(trunk) - 1)]
+            log_p = module.base_model(prefix[None]).logits[0].double().log_softmax(-1)
+        documents += [-float(log_p[i, prefix[i + 1]]) for i in range(len(prefix) - 1)]
         for number in range(1, int(segments.max()) + 1):
             own = segments == number
-            before = trunk if batch.sees_trunk[row, own].all() else trunk[:0]
+            before = prefix if batch.sees_prefix[row, own].all() else prefix[:0]
             prompt = torch.cat([before, ids[own]])
             with torch.no_grad():
                 log_p = module.base_model(prompt[None]).logits[0].double().log_softmax(-1)

@@ -165,12 +165,12 @@ def test_locality_of_rows_with_a_document_in_the_prompt(make_module, tiny_tokeni
     for row in (3, 4):
         (other,) = batch.members[row]
         adapter = model.internalize(documents[other])
-        trunk = rows.ids[row][rows.segments[row] == 0]
+        prefix = rows.ids[row][rows.segments[row] == 0]
         of_row = []
         for number in range(1, int(rows.segments[row].max()) + 1):
             own = rows.segments[row] == number
-            prompt = torch.cat([trunk, rows.ids[row][own]])
-            where = torch.cat([torch.zeros(len(trunk), dtype=torch.bool), rows.target_kind[row][own] >= 0])
+            prompt = torch.cat([prefix, rows.ids[row][own]])
+            where = torch.cat([torch.zeros(len(prefix), dtype=torch.bool), rows.target_kind[row][own] >= 0])
             with torch.no_grad():
                 expected = model.base_model(prompt[None]).logits[0, where].double().log_softmax(-1)
                 with model.injector.using(adapter):
@@ -196,19 +196,19 @@ def answers_in_prompts_of_their_own(model, batch, adapters=None):
         for segment in range(1, int(rows.segments[i].max()) + 1):
             inside = rows.segments[i] == segment
             kinds, ids = rows.target_kind[i][inside], rows.ids[i][inside]
-            trunk = rows.ids[i][rows.segments[i] == 0]
+            prefix = rows.ids[i][rows.segments[i] == 0]
             seen, hooks = [], []
             for path in model.hypernetwork.targets[0].paths:
                 module = model.base_model.get_submodule(path)
                 hooks.append(module.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0][0])))
             with torch.no_grad(), model.injector.using(adapters and adapters[i]):
-                model.base_model(torch.cat([trunk, ids])[None])
+                model.base_model(torch.cat([prefix, ids])[None])
             for hook in hooks:
                 hook.remove()
             for token in (kinds >= 0).nonzero()[:, 0].tolist():
                 owner.append(i if QUESTION_KINDS[kinds[token]] in ("document", "unanswerable") else -1)
                 for of_layer, x in zip(inputs, seen, strict=True):
-                    of_layer.append(x[len(trunk) + token])
+                    of_layer.append(x[len(prefix) + token])
     return [torch.stack(of_layer) for of_layer in inputs], torch.tensor(owner)
 
 

@@ -30,6 +30,7 @@ test: $(STAMP) ## run the tests
 
 check: $(STAMP) ## lint (ruff) and check types (mypy)
 	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check --quiet .
 	$(VENV_PYTHON) -m mypy
 
 train: $(STAMP) ## train a hypernetwork; settings: TRAIN_ARGS="key=value ..."

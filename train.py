@@ -30,7 +30,7 @@ def train(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True")  # every process validates on all of it
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of tensors of a few numbers
 
-    from hypernet.base.base_model import silence_torchao_warnings
+    from hypernet.io.logs import silence_torchao_warnings
     from hypernet.training.callbacks import StepProgressBar
     from hypernet.training.run_state import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 

@@ -39,9 +39,7 @@ def main(cfg: DictConfig) -> None:
         outcome = "is there, skipped"
     else:
         try:
-            from hypernet.base.base_model import (
-                silence_torchao_warnings,  # seconds, and a cell that is there needs none of it
-            )
+            from hypernet.io.logs import silence_torchao_warnings
 
             silence_torchao_warnings()  # before measure imports it
             from benchmarks.measure import measure

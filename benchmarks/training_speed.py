@@ -413,7 +413,7 @@ def markdown(rows: Sequence[dict]) -> str:
 @hydra.main(config_path="../conf", config_name="training_speed", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     from benchmarks.rows import describe_run, write_rows
-    from hypernet.base.base_model import silence_torchao_warnings
+    from hypernet.io.logs import silence_torchao_warnings
     from hypernet.training.callbacks import check_backend, compile_hypernetwork
 
     silence_torchao_warnings()

@@ -5,7 +5,6 @@ fingerprint(base_model)      # names the weights; adapters carry it
 """
 
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,12 +92,6 @@ def _quantization_config(name: str | None) -> object | None:
     from transformers import TorchAoConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-def silence_torchao_warnings() -> None:
-    """For commands: where torchao is installed, transformers imports it, and it warns of each GPU library it lacks."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def freeze(base_model: PreTrainedModel) -> PreTrainedModel:

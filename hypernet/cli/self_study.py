@@ -30,7 +30,7 @@ def self_study(**settings: Any) -> None:
       --engine vllm --output-dir outputs/fineweb
     """
     asked = StudySettings(**settings)
-    from hypernet.base.base_model import silence_torchao_warnings
+    from hypernet.io.logs import silence_torchao_warnings
 
     silence_torchao_warnings()
     from hypernet.data.self_study.study import study

@@ -22,7 +22,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks.peak import peak_bytes
+from benchmarks.measuring.peak import peak_bytes
 
 if TYPE_CHECKING:
     from hypernet.doc_to_lora import DocToLoRA
@@ -312,7 +312,7 @@ def main(cfg: DictConfig) -> None:
 
     from tqdm import tqdm
 
-    from benchmarks.rows import describe_run, write_rows
+    from benchmarks.measuring.rows import describe_run, write_rows
 
     if cfg.model not in MODELS or (unknown := [name for name in cfg.methods if name not in METHODS]):
         wrong = cfg.model if cfg.model not in MODELS else ", ".join(unknown)

@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from benchmarks.peak import peak_bytes
+from benchmarks.measuring.peak import peak_bytes
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent
@@ -418,7 +418,7 @@ def main(cfg: DictConfig) -> None:
 
     from tqdm import tqdm
 
-    from benchmarks.rows import describe_run, write_rows
+    from benchmarks.measuring.rows import describe_run, write_rows
 
     unknown = [m for m in cfg.models if m not in MODELS] + [m for m in cfg.methods if m not in METHODS]
     if unknown:

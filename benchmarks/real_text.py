@@ -58,7 +58,7 @@ def evaluate(model: Any, cfg: DictConfig) -> dict[str, Any]:
     """Counts, the largest PEFT difference, seconds, and exact match and F1 by method."""
     from tqdm import tqdm
 
-    from benchmarks.metrics import exact_match, token_f1
+    from benchmarks.measuring.metrics import exact_match, token_f1
     from benchmarks.tiny_figures import answer_all
 
     paragraphs = read_squad(cfg.squad_file)[: cfg.max_paragraphs]
@@ -128,7 +128,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 @hydra.main(config_path="../conf", config_name="real_text", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    from benchmarks.rows import describe_run, write_rows
+    from benchmarks.measuring.rows import describe_run, write_rows
     from hypernet.doc_to_lora import DocToLoRA
 
     try:

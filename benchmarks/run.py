@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from benchmarks.cells import Sweep, cell_path, identity_of, write_cell, write_error
+    from benchmarks.measuring.cells import Sweep, cell_path, identity_of, write_cell, write_error
 
     config = OmegaConf.to_container(cfg, resolve=True)
     relevant = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
             from hypernet.io.logs import silence_torchao_warnings
 
             silence_torchao_warnings()  # before measure imports it
-            from benchmarks.measure import measure
+            from benchmarks.measuring.measure import measure
 
             rows = measure(cfg, config)
             rows[-1]["overrides"] = list(HydraConfig.get().overrides.task)

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from benchmarks.measuring.rows import Row, Rows, merged
 from benchmarks.report import figures
 from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRONG, name_of, order, task_name
 from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
 from benchmarks.report.tables import METHOD, Cell, Table, number, questions, scaled
-from benchmarks.rows import Row, Rows, merged
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results"

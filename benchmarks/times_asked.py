@@ -127,7 +127,7 @@ def main(cfg: DictConfig) -> None:
     from hypernet.base.base_model import fingerprint, load_base_model
 
     disable_progress_bar()
-    from benchmarks.rows import describe_run, write_rows
+    from benchmarks.measuring.rows import describe_run, write_rows
     from hypernet.training.build import make_curriculum
 
     try:

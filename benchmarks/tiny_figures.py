@@ -73,7 +73,7 @@ def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
 
 
 def _of_seed(model: Any, cfg: DictConfig, seed: int) -> list[dict]:
-    from benchmarks.metrics import exact_match
+    from benchmarks.measuring.metrics import exact_match
     from hypernet.data.encyclopedia import background_questions
 
     sets = held_out_articles(
@@ -137,7 +137,7 @@ def _of_seed(model: Any, cfg: DictConfig, seed: int) -> list[dict]:
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
     """Mean exact match per set and method with its interval over documents, and the share of the gap closed."""
-    from benchmarks.metrics import bootstrap_interval, gap_closed
+    from benchmarks.measuring.metrics import bootstrap_interval, gap_closed
 
     summary = []
     for name in dict.fromkeys(row["set"] for row in rows):
@@ -185,7 +185,7 @@ def markdown(summary: Sequence[dict]) -> str:
 
 @hydra.main(config_path="../conf", config_name="tiny_figures", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    from benchmarks.rows import describe_run, write_rows
+    from benchmarks.measuring.rows import describe_run, write_rows
     from hypernet.doc_to_lora import DocToLoRA
 
     try:

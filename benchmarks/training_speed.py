@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.peak import peak_bytes
+from benchmarks.measuring.peak import peak_bytes
 
 if TYPE_CHECKING:
     from hypernet.base.packed_rows import PackedRows
@@ -412,7 +412,7 @@ def markdown(rows: Sequence[dict]) -> str:
 
 @hydra.main(config_path="../conf", config_name="training_speed", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    from benchmarks.rows import describe_run, write_rows
+    from benchmarks.measuring.rows import describe_run, write_rows
     from hypernet.io.logs import silence_torchao_warnings
     from hypernet.training.callbacks import check_backend, compile_hypernetwork
 

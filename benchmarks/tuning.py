@@ -23,7 +23,7 @@ def tried(rows: Sequence[Row]) -> list[Row]:
     """One row per method, setting and number of steps: means over all questions.
 
     Args:
-        rows: of cells, as `benchmarks.cells.read_cells` gives them.
+        rows: of cells, as `benchmarks.measuring.cells.read_cells` gives them.
 
     Raises:
         ValueError: a cell is not of the validation split or names no setting of its method, or methods were tried with
@@ -127,8 +127,8 @@ def _settings(rows: Sequence[Row]) -> list[tuple[dict[str, float], list[Row]]]:
 
 @hydra.main(config_path="../conf/benchmark", config_name="tuning", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    from benchmarks.cells import read_cells
-    from benchmarks.rows import write_rows
+    from benchmarks.measuring.cells import read_cells
+    from benchmarks.measuring.rows import write_rows
 
     try:
         cells = read_cells(cfg.input_dir)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from benchmarks.cost import adapter_flops, flops_of
-from benchmarks.decoding import Generated, Prefix, greedy, log_likelihoods
-from benchmarks.peak import peak_bytes
+from benchmarks.measuring.cost import adapter_flops, flops_of
+from benchmarks.measuring.decoding import Generated, Prefix, greedy, log_likelihoods
+from benchmarks.measuring.peak import peak_bytes
 from benchmarks.tasks.base import Asked, Case
 from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.doc_to_lora import DocToLoRA

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cost import flops_of
-from benchmarks.decoding import greedy
+from benchmarks.measuring.cost import flops_of
+from benchmarks.measuring.decoding import greedy
+from benchmarks.measuring.peak import peak_bytes
 from benchmarks.methods.adapters import internalized
 from benchmarks.methods.base import Method
-from benchmarks.peak import peak_bytes
 from benchmarks.tasks.base import Asked, Case
 from hypernet.adapters.adapter import LoRAAdapter, new_provenance
 from hypernet.base.base_model import logits_at

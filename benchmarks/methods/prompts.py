@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.decoding import Prefix
+from benchmarks.measuring.decoding import Prefix
 from benchmarks.methods.base import Method
 from benchmarks.tasks.base import Asked, Case
 from hypernet.doc_to_lora import DocToLoRA

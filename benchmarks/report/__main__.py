@@ -15,16 +15,16 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from benchmarks.measuring.rows import Row, merged, read_report_rows, rounded, write_report_rows
 from benchmarks.report.names import ADAPTER
-from benchmarks.rows import Row, merged, read_report_rows, rounded, write_report_rows
 
 log = logging.getLogger("benchmarks.report")
 
 
 def read_rows(cfg: DictConfig) -> list[Row]:
-    from benchmarks.aggregate import describe, summarize
-    from benchmarks.break_even import cost_model
-    from benchmarks.cells import read_cells, read_errors
+    from benchmarks.measuring.aggregate import describe, summarize
+    from benchmarks.measuring.break_even import cost_model
+    from benchmarks.measuring.cells import read_cells, read_errors
 
     if cfg.rows:
         files = [cfg.rows] if isinstance(cfg.rows, str) else list(cfg.rows)

@@ -8,8 +8,9 @@ A figure whose rows are absent is left out, and `missing` says which command mea
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from benchmarks.break_even import at_equal_length, is_by_length
-from benchmarks.cost import Costs, amortised
+from benchmarks.measuring.break_even import at_equal_length, is_by_length
+from benchmarks.measuring.cost import Costs, amortised
+from benchmarks.measuring.rows import Row, Rows
 from benchmarks.report.names import (
     ADAPTER,
     ALTERNATIVES,
@@ -41,7 +42,6 @@ from benchmarks.report.plots import (
     style_of,
 )
 from benchmarks.report.tables import METHOD, Cell, Table, break_even_table, number, scaled, score_cells, score_table
-from benchmarks.rows import Row, Rows
 
 QUESTIONS_PER_VERSION = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 SHOWN = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER, GATED, ROUTED)  # where every method takes a line of its own

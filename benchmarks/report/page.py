@@ -1,6 +1,6 @@
 """The report as one HTML page that needs nothing but itself: follows the reader's light or dark, fits a phone.
 
-text = page(rows, summary="...")    # rows of benchmarks.aggregate, the sweep's among them
+text = page(rows, summary="...")    # rows of benchmarks.measuring.aggregate, the sweep's among them
 """
 
 import re
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.measuring.rows import Rows
 from benchmarks.report.figures import all_figures
 from benchmarks.report.names import METHODS, TEXTS, name_of, order, task_name
 from benchmarks.report.plots import PALETTE, inline, key_of
 from benchmarks.report.tables import differences, set_tables
-from benchmarks.rows import Rows
 
 _MARKED = re.compile(r'<data value="([^"]*)">([^<]*)</data>')
 

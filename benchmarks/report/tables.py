@@ -7,6 +7,7 @@ table = score_table("Exact match", rows, {"set": lambda row: row["set"]})
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from benchmarks.measuring.rows import Row, Rows
 from benchmarks.report.names import (
     ADAPTER,
     ALTERNATIVES,
@@ -19,7 +20,6 @@ from benchmarks.report.names import (
     short,
     task_name,
 )
-from benchmarks.rows import Row, Rows
 
 Cell = Callable[[Row], str]
 

@@ -70,7 +70,7 @@ def save_checkpoint(
         "ridge": ridge,
         "hypernetwork": hypernetwork.config,
     }
-    # A config beside older weights must not load, so the old one goes first; weights without a config are no
+    # A config next to older weights must not load, so the old one goes first; weights without a config are no
     # checkpoint.
     (directory / CONFIG_FILE).unlink(missing_ok=True)
     with replaced(directory / WEIGHTS_FILE) as path:
@@ -144,7 +144,7 @@ def load_checkpoint(source: str | Path) -> SavedHypernetwork:
     except Exception as error:  # sizes that do not fit fail in a dozen ways; all of them mean this
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{directory / CONFIG_FILE} does not describe the weights beside it ({reason}). Copy both again."
+            f"{directory / CONFIG_FILE} does not describe the weights next to it ({reason}). Copy both again."
         ) from error
     if (directory / source / "config.json").is_file():
         source = str(directory / source)

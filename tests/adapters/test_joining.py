@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.metrics import exact_match
+from benchmarks.measuring.metrics import exact_match
 from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.adapters.composition import concatenate, select_chunks
 from hypernet.adapters.joining import (

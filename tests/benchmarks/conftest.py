@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.aggregate import describe, summarize
-from benchmarks.cost import CostModel, ModelShape
+from benchmarks.measuring.aggregate import describe, summarize
+from benchmarks.measuring.cost import CostModel, ModelShape
 
 SCORES = {
     "no_context": [0, 0, 0, 0],

@@ -23,7 +23,7 @@ from benchmarks.internalize_cost import (
     plot,
     process_bytes,
 )
-from benchmarks.peak import peak_bytes
+from benchmarks.measuring.peak import peak_bytes
 from hypernet.base.base_model import build_base_model
 from hypernet.base.targets import find_targets
 from hypernet.model.hypernetwork import HyperNetwork

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.decoding import greedy
-from benchmarks.measure import run_cell
+from benchmarks.measuring.decoding import greedy
+from benchmarks.measuring.measure import run_cell
 from benchmarks.methods.adapters import (
     DocToLoRAInPrompt,
     DocToLoRAMethod,

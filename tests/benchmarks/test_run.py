@@ -13,9 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks import measure
-from benchmarks.cells import Sweep, cell_path, error_path, identity_of, read_cells, write_cell, write_error
-from benchmarks.measure import build_task
+from benchmarks.measuring import measure
+from benchmarks.measuring.cells import Sweep, cell_path, error_path, identity_of, read_cells, write_cell, write_error
+from benchmarks.measuring.measure import build_task
 from benchmarks.methods.prompts import NoContext
 from benchmarks.tasks.base import Asked, Case
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from benchmarks.measure import build_task
+from benchmarks.measuring.measure import build_task
 from benchmarks.tasks.base import practice_on_text, some
 from hypernet.data.encyclopedia import Encyclopedia
 

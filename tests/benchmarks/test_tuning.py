@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.cells import cell_path, write_cell
+from benchmarks.measuring.cells import cell_path, write_cell
 from benchmarks.tuning import chosen, markdown, tried
 
 ROOT = Path(__file__).parents[2]

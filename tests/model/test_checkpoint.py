@@ -279,7 +279,7 @@ def test_config_that_mismatches_weights_is_refused(folder, keys, value):
         entry = entry[key]
     entry[keys[-1]] = value
     path.write_text(yaml.safe_dump(config))
-    assert "does not describe the weights beside it" in refusal(folder)
+    assert "does not describe the weights next to it" in refusal(folder)
 
 
 def paths_of(tree, path=()):

@@ -5,7 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from benchmarks.cells import cell_path, write_cell
+from benchmarks.measuring.cells import cell_path, write_cell
 
 ROOT = Path(__file__).parents[3]
 
@@ -56,7 +56,7 @@ def test_report_refuses_rows_it_did_not_write(monkeypatch, tmp_path) -> None:
 
 
 def test_a_summary_that_is_not_there_is_one_line(monkeypatch, tmp_path, report_rows) -> None:
-    from benchmarks.rows import write_report_rows
+    from benchmarks.measuring.rows import write_report_rows
 
     write_report_rows(tmp_path / "rows.jsonl", report_rows)
     message = run(monkeypatch, f"rows={tmp_path}/rows.jsonl", f"summary={tmp_path}/none.html", "page=null")

@@ -1,8 +1,8 @@
-"""benchmarks/aggregate.py: rows of tables and plots that follow from synthetic cells."""
+"""benchmarks/measuring/aggregate.py: rows of tables and plots that follow from synthetic cells."""
 
 import pytest
 
-from benchmarks.aggregate import commands, describe, summarize
+from benchmarks.measuring.aggregate import commands, describe, summarize
 
 
 def no_model(checkpoint: str) -> None:

@@ -1,9 +1,9 @@
-"""benchmarks/break_even.py: questions after which a method is cheaper, and what a document of some length costs."""
+"""break_even: questions after which a method is cheaper, and what a document of some length costs."""
 
 import pytest
 
-from benchmarks.aggregate import summarize
-from benchmarks.break_even import at_equal_length
+from benchmarks.measuring.aggregate import summarize
+from benchmarks.measuring.break_even import at_equal_length
 
 
 def no_model(checkpoint: str) -> None:

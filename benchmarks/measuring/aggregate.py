@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.break_even import (
+from benchmarks.measuring.break_even import (
     add_answer_tokens,
     add_break_even,
     is_by_length,
@@ -21,10 +21,10 @@ from benchmarks.break_even import (
     sized,
     surface,
 )
-from benchmarks.cost import CostModel
-from benchmarks.metrics import paired_interval
+from benchmarks.measuring.cost import CostModel
+from benchmarks.measuring.metrics import paired_interval
+from benchmarks.measuring.rows import Row, Rows
 from benchmarks.report.names import ADAPTER, CEILING, FLOOR, order, task_order
-from benchmarks.rows import Row, Rows
 
 SCORES = ("exact_match", "token_f1", "rouge_l_precision", "rouge_l_recall", "rouge_l_f1", "log_likelihood")
 COSTS = ("prepare_s", "first_token_s", "question_s", "tokens_per_s", "stored_bytes")
@@ -38,7 +38,7 @@ def summarize(rows: Rows, *, cost_model: Callable[[str], CostModel | None]) -> l
     """Rows of all tables and plots, in their order.
 
     Args:
-        rows: of cells, as `benchmarks.cells.read_cells` gives them.
+        rows: of cells, as `benchmarks.measuring.cells.read_cells` gives them.
         cost_model: FLOPs of a checkpoint's model; None leaves out what follows from them, the surface among it.
 
     Raises:

@@ -1,10 +1,10 @@
-"""benchmarks/rows.py: files of rows that are complete, and reports put together."""
+"""benchmarks/measuring/rows.py: files of rows that are complete, and reports put together."""
 
 import json
 
 import pytest
 
-from benchmarks.rows import describe_run, merged, read_report_rows, rounded, write_report_rows, write_rows
+from benchmarks.measuring.rows import describe_run, merged, read_report_rows, rounded, write_report_rows, write_rows
 
 
 def test_rows_say_what_made_them(tmp_path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torchmetrics.functional.text import squad
 
-from benchmarks.metrics import (
+from benchmarks.measuring.metrics import (
     RougeL,
     bootstrap_interval,
     exact_match,

@@ -1,4 +1,4 @@
-"""benchmarks/cost.py: FLOPs from shapes are those that torch counts; break-even from hand-made costs."""
+"""benchmarks/measuring/cost.py: FLOPs from shapes are those that torch counts; break-even from hand-made costs."""
 
 import copy
 import math
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.cost import (
+from benchmarks.internalize_cost import flops_of as torch_flops_of
+from benchmarks.internalize_cost import make_document
+from benchmarks.measuring.cost import (
     CostModel,
     Costs,
     Line,
@@ -20,9 +22,7 @@ from benchmarks.cost import (
     break_evens,
     flops_of,
 )
-from benchmarks.decoding import Prefix, greedy
-from benchmarks.internalize_cost import flops_of as torch_flops_of
-from benchmarks.internalize_cost import make_document
+from benchmarks.measuring.decoding import Prefix, greedy
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from benchmarks.measuring.metrics import exact_match, rouge_l, token_f1
+from benchmarks.measuring.rows import describe_run
 from benchmarks.methods.base import Method
-from benchmarks.metrics import exact_match, rouge_l, token_f1
-from benchmarks.rows import describe_run
 from benchmarks.tasks.base import Case, Task
 from hypernet.doc_to_lora import DocToLoRA
 

@@ -38,11 +38,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 # Processes take the files in this order (--no-loadscope-reorder): a long one at the end would leave the others idle.
-LONGEST_FILES = ("test_sharding.py", "test_survival.py", "test_datamodule.py", "test_lora_delta.py", "test_train.py")
+LONGEST_FILES = (
+    *("test_datamodule.py", "test_docs.py", "test_survival.py", "test_train.py", "test_sharding.py"),
+    *("test_lora_delta.py", "test_training_speed.py", "test_internalize_cost.py", "test_generate_adapter.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+    order = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -299,6 +299,7 @@ def test_experiment_page_says_question_and_verdict(path):
 
 
 def test_experiment_pages_named_in_code_and_conf_exist():
-    files = [path for folder in ("conf", "hypernet", "benchmarks") for path in (ROOT / folder).rglob("*.[py][ya]*")]
+    folders = [ROOT / folder for folder in ("conf", "hypernet", "benchmarks")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml")]
     named = {name for path in files for name in re.findall(r"docs/experiments/[\w*.-]+\.md", path.read_text("utf-8"))}
     assert named and all(list(ROOT.glob(name)) for name in named)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hypernet.adapters.library import AdapterLibrary
     from hypernet.doc_to_lora import DocToLoRA
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["AdapterLibrary", "DocToLoRA", "LoRAAdapter"]
 
 # Public name → its module, imported when the name is first used: torch and transformers take seconds.

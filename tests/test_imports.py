@@ -1,8 +1,8 @@
 """Imports point one way, folder by folder, and each outside library stays where it belongs. Late imports count too.
 
 A module may import from its own folder and from those before it in LAYERS, and never in a circle. A new folder must be
-entered here: that is the moment to ask where it belongs. memory/ and consolidation/ go behind
-doc_to_lora, serving/ before cli.
+entered here: that is the moment to ask where it belongs. memory/ and consolidation/ go between
+doc_to_lora and data, serving/ between training and cli.
 """
 
 import ast

@@ -1,7 +1,7 @@
 """What every method of the benchmark is: `prepare` a case's documents, then `answer` questions on them.
 
-A method is a prompt, and an adapter or none. What it costs is measured from outside, alike for all (benchmarks/run.py);
-a method says only what it keeps.
+A method is a prompt, and an adapter or none. What it costs is measured from outside, alike for all
+(benchmarks/measuring/measure.py); a method says only what it keeps.
 """
 
 import time

@@ -1,7 +1,8 @@
 """LoRAAdapter: what a document became, one LoRA block per chunk, and its folder on disk (PEFT's format).
 
     both = adapter_of_document_1 + adapter_of_document_2  # the chunks of both; the shared bias block stays single
-    both.save("adapters/both")  # PeftModel.from_pretrained(base_model, "adapters/both") works
+    both.save("adapters/both")  # the chunks as generated; in other programs they add up to their plain sum
+    both.fused().save("adapters/plain")  # joined as trained: PeftModel.from_pretrained(base_model, "adapters/plain")
     again = LoRAAdapter.load("adapters/both", base_model_fingerprint=fingerprint)
 
 An adapter says what it contains: `provenance` names its documents with their hashes and chunk spans, the generator, the
@@ -77,8 +78,9 @@ def new_provenance(
 class LoRAAdapter:
     """LoRA weights of one or more documents: C chunks of rank R and one bias block of rank R_b that counts once.
 
-    On a target layer it adds scaling * (the sum of B_cᵀA_c over the chunks + bias_Bᵀ bias_A) x: the order of the chunks
-    is free, and the total rank is C * R + R_b. R_b is R, or 0 where the generator has no block that documents share.
+    By itself it adds scaling * (the sum of B_cᵀA_c over the chunks + bias_Bᵀ bias_A) x to a target layer; where it is
+    used its chunks can be joined in other ways (`hypernet.adapters.joining`). The order of the chunks is free, and the
+    total rank is C * R + R_b. R_b is R, or 0 where the generator has no block that documents share.
 
     Attributes:
         targets: the layers it is for.
@@ -159,11 +161,11 @@ class LoRAAdapter:
         """Both adapters' chunks, this one's first, in one adapter; the bias block still counts once.
 
         Raises:
-            ValueError: as `joined`.
+            ValueError: as `with_chunks_of`.
         """
-        return self.joined([other]) if isinstance(other, LoRAAdapter) else NotImplemented
+        return self.with_chunks_of([other]) if isinstance(other, LoRAAdapter) else NotImplemented
 
-    def joined(self, others: Sequence[Self]) -> Self:
+    def with_chunks_of(self, others: Sequence[Self]) -> Self:
         """This adapter's chunks, then each other's, in one adapter; the bias block still counts once.
 
         Raises:

@@ -2,7 +2,7 @@
 
 No model is needed. How chunks are joined is `hypernet.adapters.joining` and `LoRAAdapter.fused`.
 
-    both = concatenate([fenda, town])                 # the sum of their deltas; the generator's bias block counts once
+    both = concatenate([fenda, town])                 # the chunks of both; the generator's bias block counts once
     one = remove_document(both, "town.txt")           # bit-identical to an adapter that never had it
     weaker = weight(both, 0.5, document="fenda.txt")  # scales one document's chunks
     small, report = compress(both, 8)                 # the nearest adapter of rank 8, and how far it is
@@ -67,18 +67,18 @@ class CompressionReport:
 
 
 def concatenate(adapters: Sequence[LoRAAdapter]) -> LoRAAdapter:
-    """All adapters' chunks in one adapter, in order, each copied once: the sum of the deltas, with one bias block.
+    """All adapters' chunks in one adapter, in order, each copied once, with one bias block; joined where it is used.
 
     Raises:
         ValueError: there is none; or they come from different generators, base models or targets; or one of them went
             through an operation that is final (`LoRAAdapter.check_open`).
     """
     first, *others = _some(adapters, "concatenate")
-    return first.joined(others)
+    return first.with_chunks_of(others)
 
 
 def average(adapters: Sequence[LoRAAdapter]) -> LoRAAdapter:
-    """The mean of the adapters' deltas: chunks weighted by one over their number, the shared bias block as it is.
+    """All adapters' chunks, weighted by one over the number of adapters; the shared bias block as it is.
 
     Raises:
         ValueError: as `concatenate`.
@@ -222,7 +222,8 @@ def compress(adapter: LoRAAdapter, rank: int) -> tuple[LoRAAdapter, CompressionR
     half to B.
 
     Args:
-        adapter: of any total rank; where that is no more than `rank`, nothing is lost.
+        adapter: of any total rank; where that is no more than `rank`, nothing is lost. Its chunks are joined as the
+            hypernetwork was trained (`LoRAAdapter.fused`); fuse it before for another way.
         rank: of the result, in every module; rows beyond a module's own rank are zero.
 
     Returns:
@@ -235,6 +236,7 @@ def compress(adapter: LoRAAdapter, rank: int) -> tuple[LoRAAdapter, CompressionR
     Source: Eckart & Young 1936, https://doi.org/10.1007/BF02288367
     """
     _check_rank(rank)
+    adapter = adapter.fused()
     A, B, modules = {}, {}, []
     for target in adapter.targets:
         A_all, B_all = (rows.detach() for rows in adapter.concatenated()[target.name])
@@ -281,12 +283,14 @@ def compress(adapter: LoRAAdapter, rank: int) -> tuple[LoRAAdapter, CompressionR
 def pad(adapter: LoRAAdapter, rank: int) -> LoRAAdapter:
     """The same delta, exactly, in one block of a larger rank: chunks and bias block, then rows of zeros.
 
+    Chunks are joined as the hypernetwork was trained (`LoRAAdapter.fused`); fuse the adapter before for another way.
     For servers that take only certain ranks. Like a compressed adapter, it has no chunks any more.
 
     Raises:
         ValueError: the rank is no integer, or less than the adapter's.
     """
     _check_rank(rank)
+    adapter = adapter.fused()
     if rank < adapter.rank:
         raise ValueError(
             f"Expected a rank of {adapter.rank} or more to pad to, got {rank}. Use compress() for a smaller one."

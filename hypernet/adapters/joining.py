@@ -77,7 +77,7 @@ class Joining:
             if name in own and value is None:
                 object.__setattr__(self, name, own[name])
         if self.way == "ridge" and self.ridge is None:
-            raise ValueError("join=ridge needs a ridge, such as 8.0: this generator was not trained with one.")
+            raise ValueError("join=ridge needs a ridge, such as 8.0: this hypernetwork was not trained with one.")
         for name in own:
             _check(name, getattr(self, name))
 

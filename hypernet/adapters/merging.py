@@ -31,12 +31,14 @@ def merge(base_model: nn.Module, adapter: LoRAAdapter) -> None:
 
     Args:
         base_model: the model the adapter was made for, with plain floating point weights.
-        adapter: on any device; of low precision, it is summed in float32 too.
+        adapter: on any device; of low precision, it is summed in float32 too. Its chunks are joined as the hypernetwork
+            was trained (`LoRAAdapter.fused`); fuse it before for another way.
 
     Raises:
         ValueError: a target is missing, has another shape, is quantised, shared with another module or on the meta
             device; the adapter, or another one with the same bias block, is merged already; or a weight overflows.
     """
+    adapter = adapter.fused()
     weights = _target_weights(base_model, adapter)
     already, identity = _merged_into(base_model), adapter.content_id()
     generator = adapter.provenance["generator"] if adapter.bias_rank else None  # no bias block counts twice
@@ -57,6 +59,7 @@ def unmerge(base_model: nn.Module, adapter: LoRAAdapter) -> None:
     Raises:
         ValueError: the adapter is not merged into this base model; or as `merge`.
     """
+    adapter = adapter.fused()
     weights = _target_weights(base_model, adapter)
     already, identity = _merged_into(base_model), adapter.content_id()
     if identity not in already:

@@ -1,4 +1,4 @@
-"""attend: scaled dot product attention in the type that the device is quick in."""
+"""attend: scaled dot product attention in the dtype that is fastest on the device."""
 
 from typing import Any
 

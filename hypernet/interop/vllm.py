@@ -79,7 +79,8 @@ def export_vllm(
     same, exactly, and lora_alpha grows with r. A total rank above the limit is compressed to it, if that is allowed.
 
     Args:
-        adapter: any, compressed ones too.
+        adapter: any, compressed ones too. Its chunks are joined as the hypernetwork was trained
+            (`LoRAAdapter.fused`); fuse it before for another way.
         directory: the folder to make; its name is the model's name at the server.
         max_lora_rank: what the server is, or can be, started with; None: the most there is.
         dtype: float16, bfloat16 or float32; None: the adapter's own.
@@ -100,6 +101,7 @@ def export_vllm(
         raise ValueError(f"Expected dtype to be one of {', '.join(VLLM_DTYPES)}, got {dtype!r}.")
     directory = Path(directory).expanduser().resolve()
     check_destination(directory, overwrite=overwrite)
+    adapter = adapter.fused()
     if expert := next((m.path for t in adapter.targets for m in t.modules() if ".experts" in m.path), None):
         raise ValueError(
             f"vLLM reads paths with .experts, such as {expert}, as mixture-of-experts weights of another layout. "

@@ -1,1 +1,1 @@
-"""Files and the command line."""
+"""Files that are written completely or not at all, and what libraries log."""

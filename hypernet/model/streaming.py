@@ -1,4 +1,4 @@
-"""read_chunks: any number of chunks to their LoRA matrices, with memory that does not grow with their number.
+"""read_chunks: any number of chunks to their LoRA matrices; memory beyond these does not grow with their number.
 
     A, B = read_chunks(rows, context_encoder, hypernetwork, max_batch_tokens=4096)
 

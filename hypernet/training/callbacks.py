@@ -2,7 +2,7 @@
 
     Trainer(callbacks=[NonFiniteGuard(), Throughput(), StopOnSignal(), RunCheckpoint(...)])
 
-Each is one entry below `callbacks` in conf/train.yaml; train.py adds the bar where the trainer shows one.
+Each is one entry below `callbacks` in conf/train.yaml; train.py adds `RunCheckpoint`, and the bar where there is one.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """What the trainings of the base model and of the hypernetwork share, as a Lightning module.
 
-A step is one whole batch from `hypernet.data.curriculum`, or with several processes or accumulated gradients a part of
+A step is one whole batch from `hypernet.data.batches`, or with several processes or accumulated gradients a part of
 it (`hypernet.data.splitting`): the parts' losses add up to the step's.
 """
 

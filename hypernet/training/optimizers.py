@@ -3,7 +3,7 @@
     make_optimizer(hypernetwork.named_parameters(), num_steps=6500, **settings)     # conf/optimizer/adamw.yaml
     optimizer = MuonAdamW(parameter_groups(hypernetwork.named_parameters(), weight_decay=0.01, muon_scale=0.5), lr=1e-3)
 
-Muon replaces a matrix's averaged gradient by the nearest matrix whose singular values are all alike, so that directions
+Muon orthogonalizes a matrix's momentum (all singular values become 1, by Newton-Schulz), so that directions
 with small gradients, such as what tells one name from another, are learned as fast as the large ones that all documents
 share. The hypernetwork's keys learned in 140 steps what took AdamW more than 260
 (docs/experiments/2026-11-26-keys-first-muon-three-layers.md).

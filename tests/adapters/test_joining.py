@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.measuring.metrics import exact_match
 from hypernet.adapters.adapter import LoRAAdapter
-from hypernet.adapters.composition import concatenate, select_chunks
+from hypernet.adapters.composition import compress, concatenate, select_chunks
 from hypernet.adapters.joining import (
     SETTINGS,
     WAYS,
@@ -21,8 +21,10 @@ from hypernet.adapters.joining import (
     separated,
     separated_slots,
 )
+from hypernet.adapters.merging import merged
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.interop.vllm import export_vllm
 from tests.adapters.test_adapter import assert_one_line_value_error
 
 # Chunks, rank and width: rows fewer than the width, as many, and more (where the smaller system is solved).
@@ -385,6 +387,26 @@ def test_fusing_what_is_plain_already_returns_it(make_doc_to_lora) -> None:
     single = with_ridge(make_doc_to_lora).internalize(DOCUMENTS[1][:29])
     assert single.num_chunks == 1 and single.fused() is single
     assert_one_line_value_error(lambda: plain.fused("ridge"), "join=ridge needs a ridge")
+
+
+def test_plain_outputs_join_as_the_hypernetwork_was_trained(make_doc_to_lora, tmp_path) -> None:
+    model = with_ridge(make_doc_to_lora)
+    adapter = model.internalize(DOCUMENTS)
+    summed, separated_ = adapter.fused("sum"), adapter.fused()
+    small, wanted, other = (compress(each, 8)[0] for each in (adapter, separated_, summed))
+    exported, exported_wanted = (
+        LoRAAdapter.load(export_vllm(each, tmp_path / name).directory)
+        for name, each in {"one": adapter, "two": separated_}.items()
+    )
+    for name in adapter.A:
+        assert torch.equal(small.bias_A[name], wanted.bias_A[name])
+        assert not torch.equal(small.bias_A[name], other.bias_A[name])
+        assert torch.equal(exported.bias_A[name], exported_wanted.bias_A[name])
+    answers = {}
+    for name, each in {"generated": adapter, "fused": separated_, "sum": summed}.items():
+        with merged(model.base_model, each):
+            answers[name] = model.generate(QUESTIONS, max_new_tokens=8)
+    assert answers["generated"] == answers["fused"] != answers["sum"]
 
 
 def test_adapters_of_version_0_1_are_used_as_they_were(make_doc_to_lora, tmp_path) -> None:

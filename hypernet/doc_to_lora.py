@@ -27,7 +27,8 @@ from hypernet.adapters.adapter import LoRAAdapter, new_provenance
 from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.injection import LoRAInjector
 from hypernet.adapters.joining import Joining, highest, routing_scores, separated_slots
-from hypernet.base.base_model import fingerprint, generate_text, load_base_model
+from hypernet.base.base_model import fingerprint, load_base_model
+from hypernet.base.generation import generate_text
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import PackedRows
 from hypernet.base.targets import adapted_layers, find_targets

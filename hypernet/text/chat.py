@@ -60,6 +60,27 @@ class ChatLayout(NamedTuple):
         return self.before_answer + answer + self.after_answer
 
 
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The control tokens that the chat template writes behind an assistant's message, first where the conversation
+    ends, then where it goes on. Most templates write the same one there; those that write none, the next turn's."""
+    if not tokenizer.chat_template:
+        return []
+    ends = [ChatLayout.of(tokenizer).after_answer]
+    answer, more = "§answer§", "§more§"
+    turns = [("user", "§user§"), ("assistant", answer), ("user", more)]
+    try:
+        rendered = cast(
+            str,
+            tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False),
+        )
+        ends.append(rendered.split(answer)[1].split(more)[0])
+    except Exception:  # a template is a program: one that takes a single question only may raise anything
+        pass
+    control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    found = (next((token for token in _ids(tokenizer, end) if token in control), None) for end in ends)
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
 def chat_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids that stand before and after the content of a user turn: the chat template's opening (with the BOS token
     and a default system prompt, where it has them) and its closing with the start of the assistant's turn.

@@ -5,6 +5,7 @@ ends = end_ids(base_model, tokenizer)
 rows = generate_ids(base_model, tokenizer, prompts, max_new_tokens=32, temperature=1.0)
 """
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,27 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: 
     return str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
 
 
+def context_window(base_model: nn.Module) -> int:
+    """Most tokens that the base model takes at once, its answer included; no limit where its configuration has none."""
+    config: Any = base_model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def check_fits(base_model: nn.Module, lengths: Sequence[int], *, max_new_tokens: int) -> None:
+    """Prompts of these lengths and their answers fit the window; beyond it, a model writes something, but nonsense.
+
+    Raises:
+        ValueError: one does not.
+    """
+    window = context_window(base_model)
+    for number, length in enumerate(lengths, start=1):
+        if length + max_new_tokens > window:
+            raise ValueError(
+                f"Prompt {number} does not fit: {length} tokens and {max_new_tokens} for the answer, the base model "
+                f"takes {window}. Shorten the question or its document, or lower max_new_tokens."
+            )
+
+
 def generate_text(
     base_model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -48,7 +70,7 @@ def generate_text(
     *,
     max_new_tokens: int = 32,
 ) -> list[str]:
-    """Greedy continuations of rendered prompts, one batch."""
+    """Greedy continuations of rendered prompts, one batch; raises as `generate_ids` does."""
     ends = end_ids(base_model, tokenizer)
     rows = generate_ids(base_model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     return [decode_answer(tokenizer, row, ends) for row in rows]
@@ -66,8 +88,19 @@ def generate_ids(
 
     Args:
         temperature: 0 takes the most likely token; above, tokens are drawn.
+
+    Raises:
+        ValueError: a prompt and its answer do not fit the model's window.
     """
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    batch = tokenizer(
+        list(prompts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        verbose=False,
+    )
+    check_fits(base_model, batch["attention_mask"].sum(1).tolist(), max_new_tokens=max_new_tokens)
     batch = {key: batch[key].to(next(base_model.parameters()).device) for key in ("input_ids", "attention_mask")}
     ends = end_ids(base_model, tokenizer)
     settings = GenerationConfig(

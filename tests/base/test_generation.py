@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.measuring.decoding import greedy as benchmark_greedy
-from hypernet.base.base_model import load_base_model
-from hypernet.base.generation import decode_answer, end_ids, generate_ids, generate_text
+from hypernet.base.base_model import build_base_model, load_base_model
+from hypernet.base.generation import check_fits, decode_answer, end_ids, generate_ids, generate_text
 from hypernet.data.self_study.engines import TransformersEngine
 from hypernet.doc_to_lora import DocToLoRA
 
@@ -170,3 +170,27 @@ def test_generation_config_is_the_models_own_again_afterwards(tiny_base_model, t
     own = tiny_base_model.generation_config
     generate_text(tiny_base_model, tiny_tokenizer, ["Who?"], max_new_tokens=1)
     assert tiny_base_model.generation_config is own
+
+
+# The window
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 9, 600])
+def test_prompt_beyond_the_window_is_refused_with_its_length(tiny_base_model, tiny_tokenizer, max_new_tokens):
+    room = 512 - max_new_tokens
+    prompts = ["<|user|>", "<|user|>" * (room + 1)]
+    message = (
+        rf"Prompt \d does not fit: \d+ tokens and {max_new_tokens} for the answer, the base model takes 512. Shorten"
+    )
+    with pytest.raises(ValueError, match=message):
+        generate_ids(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=max_new_tokens)
+
+
+def test_prompt_that_just_fits_the_window_is_answered(tiny_base_model, tiny_tokenizer):
+    (row,) = generate_ids(tiny_base_model, tiny_tokenizer, ["<|user|>" * 509], max_new_tokens=3)
+    assert 1 <= len(row) <= 3
+
+
+def test_model_without_a_window_takes_any_length():
+    bloom = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50}
+    check_fits(build_base_model(bloom), [10**6], max_new_tokens=10**6)

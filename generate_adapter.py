@@ -316,7 +316,9 @@ def answer(
         joining: how the adapter's chunks are joined; one plain LoRA is used as it is.
         in_prompt: a text to put into the prompt.
     """
-    window = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    from hypernet.base.generation import context_window
+
+    window = context_window(model.base_model)
     lengths = [num_tokens(model, model.layout.prompt(question, in_prompt)) for question in questions]
     fitting = [q for q, length in zip(questions, lengths, strict=True) if length + max_new_tokens <= window]
     each = joining if joining and not joining.is_plain_lora else None

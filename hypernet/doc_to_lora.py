@@ -27,7 +27,8 @@ from hypernet.adapters.adapter import LoRAAdapter, new_provenance
 from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.injection import LoRAInjector
 from hypernet.adapters.joining import Joining, highest, routing_scores, separated_slots
-from hypernet.base.base_model import fingerprint, generate_text, load_base_model
+from hypernet.base.base_model import fingerprint, load_base_model
+from hypernet.base.generation import check_fits, generate_text
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import PackedRows
 from hypernet.base.targets import adapted_layers, find_targets
@@ -304,8 +305,9 @@ class DocToLoRA(nn.Module):
             documents: a text per question to put into the prompt, or None.
 
         Raises:
-            ValueError: the numbers of questions, adapters and documents differ; an adapter is another base model's; or
-                the way is unknown, has another setting, or needs chunks as they were generated and they are not.
+            ValueError: the numbers of questions, adapters and documents differ; a prompt and its answer do not fit the
+                base model's window; an adapter is another base model's; or the way is unknown, has another setting, or
+                needs chunks as they were generated and they are not.
         """
         joining = self.joining(join, ridge=ridge, gate_power=gate_power, top_k=top_k)
         prompts = self._prompts(questions, documents)
@@ -316,7 +318,10 @@ class DocToLoRA(nn.Module):
             _check_one_each("adapters", adapters, questions)
         if not prompts:
             return []
-        ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"] if joining.way == "route" else []
+        ids = []
+        if joining.way == "route":  # which reads the prompts once more, and before the others are
+            ids = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+            check_fits(self.base_model, [len(row) for row in ids], max_new_tokens=max_new_tokens)
         with self.using(adapters, joining, prompts=ids):
             return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
 

@@ -464,3 +464,12 @@ def test_adapter_of_some_layers_reads_and_changes_only_those(make_doc_to_lora, t
     with torch.no_grad():
         logits = PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits
     torch.testing.assert_close(logits, states["adapted"].logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("join", ["sum", "gate", "route"])
+def test_generate_past_the_window_says_so(model, join):
+    adapter = model.internalize(LONG)
+    with pytest.raises(ValueError, match="Prompt 2 does not fit: .* 32 for the answer, the base model takes 512"):
+        model.generate(QUESTIONS[:2], adapter, join=join, documents=[None, LONG * 20])
+    with pytest.raises(ValueError, match="Prompt 1 does not fit"):
+        model.generate(["Who? " * 400, QUESTIONS[0]], adapter, join=join)

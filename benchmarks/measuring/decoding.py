@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from hypernet.base.generation import decode_answer, end_ids, until_end
+
 
 class Prefix(NamedTuple):
     """Keys and values of the first `length` tokens, one sequence."""
@@ -62,8 +64,8 @@ def greedy(
     max_new_tokens: int,
     prefix: Prefix | None = None,
 ) -> Generated:
-    """The most likely token again and again, until the end token or max_new_tokens."""
-    device = _device(base_model)
+    """The most likely token again and again, until an end token or max_new_tokens."""
+    device, ends = _device(base_model), end_ids(base_model, tokenizer)
     started = time.perf_counter()
     number, width = len(prompts), max(map(len, prompts))
     before = prefix.length if prefix else 0
@@ -76,7 +78,7 @@ def greedy(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, before + width - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    ends = torch.tensor(_end_ids(base_model, tokenizer), device=device)
+    end_tensor = torch.tensor(ends, dtype=torch.long, device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, before:]
     done = torch.zeros(number, dtype=torch.bool, device=device)
     tokens: list[Tensor] = []
@@ -92,18 +94,15 @@ def greedy(
         ).logits[:, -1]
         chosen = logits.argmax(-1).masked_fill(done, tokenizer.pad_token_id)
         tokens.append(chosen)
-        done |= torch.isin(chosen, ends)
+        done |= torch.isin(chosen, end_tensor)
         if len(tokens) == 1:
             first_token_s = _seconds_since(started, device)
         ids, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(number, 1)], dim=1)
     columns = torch.stack(tokens, dim=1).tolist()
     total_s = _seconds_since(started, device)
-    end_set, answers = set(ends.tolist()), []
-    for row in columns:
-        stop = next((i + 1 for i, token in enumerate(row) if token in end_set), len(row))
-        answers.append(row[:stop])
-    texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    answers = [until_end(row, ends) for row in columns]
+    texts = [decode_answer(tokenizer, answer, ends) for answer in answers]
     return Generated(texts, [len(answer) for answer in answers], first_token_s, total_s)
 
 
@@ -131,13 +130,6 @@ def log_likelihoods(
         log_probs = logits[row, where].float().log_softmax(-1)
         result.append(log_probs.gather(1, torch.tensor(answer, device=device)[:, None]).sum().item())
     return result
-
-
-def _end_ids(base_model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: those that the model's own generation stops at."""
-    own = base_model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return [token for token in dict.fromkeys([*own, tokenizer.eos_token_id]) if token is not None]
 
 
 def _device(base_model: nn.Module) -> torch.device:

@@ -14,6 +14,7 @@ from benchmarks.measuring.decoding import Generated, Prefix, greedy, log_likelih
 from benchmarks.measuring.peak import peak_bytes
 from benchmarks.tasks.base import Asked, Case
 from hypernet.adapters.adapter import LoRAAdapter
+from hypernet.base.generation import context_window
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.text.chat import DOCUMENT_SEPARATOR
 
@@ -43,7 +44,7 @@ class Method:
     def __init__(self, *, model: DocToLoRA, max_new_tokens: int = 32) -> None:
         self.model = model
         self.max_new_tokens = max_new_tokens
-        self.window = model.base_model.config.get_text_config().max_position_embeddings
+        self.window = context_window(model.base_model)
         self.documents: tuple[str, ...] = ()
         self.adapter: LoRAAdapter | None = None
         self.tail_tokens = 0

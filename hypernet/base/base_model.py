@@ -5,7 +5,7 @@ fingerprint(base_model)      # names the weights; adapters carry it
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -163,22 +163,3 @@ def logits_at(base_model: PreTrainedModel, where: Tensor, **inputs: Any) -> Tens
         return base_model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
-
-
-def generate_text(
-    base_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 32,
-) -> list[str]:
-    """Greedy continuations of rendered prompts, one batch, left-padded."""
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    batch = {key: batch[key].to(next(base_model.parameters()).device) for key in ("input_ids", "attention_mask")}
-    output = base_model.generate(  # type: ignore[operator]  # which only models with a head have
-        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, use_cache=True
-    )
-    return [
-        text.strip()
-        for text in tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    ]

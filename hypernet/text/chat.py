@@ -7,6 +7,8 @@ prefix, suffix = chat_affixes(tokenizer)           # token ids around the conten
 """
 
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -34,22 +36,26 @@ class ChatLayout(NamedTuple):
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatLayout":
         """Derived from the template by marking the contents.
 
+        A template that ignores `add_generation_prompt` still says how an answer begins: as one that has been given. Its
+        header, up to the blanks before the answer, is then part of the prompt.
+
         Raises:
-            ValueError: the tokenizer has no chat template, or the template does not contain the contents as given.
+            ValueError: the tokenizer has no chat template, or the template fails, or does not contain the contents as
+                given.
         """
         if not tokenizer.chat_template:
             raise ValueError("The base model's tokenizer has no chat template; set tokenizer.chat_template.")
         user, answer = "§user§", "§answer§"
-        turns = [{"role": "user", "content": user}]
-        answered = [*turns, {"role": "assistant", "content": answer}]
-        prompt = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        full = cast(str, tokenizer.apply_chat_template(answered, tokenize=False))
+        prompt = _render(tokenizer, [user], add_generation_prompt=True)
+        full = _render(tokenizer, [user, answer])
         if prompt.count(user) != 1 or full.count(answer) != 1 or not full.startswith(prompt):
             raise ValueError(
                 "The chat template does not begin an answered conversation with its own prompt; use a plain one."
             )
         before_user, after_user = prompt.split(user)
         before_answer, after_answer = full[len(prompt) :].split(answer)
+        header = _missing_header(tokenizer)
+        after_user, before_answer = after_user + header, before_answer[len(header) :]
         return cls(before_user, after_user, before_answer, after_answer.rstrip("\n"))
 
     def prompt(self, question: str, document: str | None = None) -> str:
@@ -58,6 +64,20 @@ class ChatLayout(NamedTuple):
 
     def answer(self, answer: str) -> str:
         return self.before_answer + answer + self.after_answer
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The control tokens that the chat template writes behind an assistant's message, first where the conversation
+    ends, then where it goes on. Most templates write the same one there; those that write none, the next turn's."""
+    if not tokenizer.chat_template:
+        return []
+    ends = [ChatLayout.of(tokenizer).after_answer]
+    answer, more = "§answer§", "§more§"
+    with suppress(ValueError, IndexError):  # one that takes a single question only
+        ends.append(_render(tokenizer, ["§user§", answer, more]).split(answer)[1].split(more)[0])
+    control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    found = (next((token for token in _ids(tokenizer, end) if token in control), None) for end in ends)
+    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def chat_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -81,7 +101,7 @@ def chat_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
         framed = [tokenizer(probe)["input_ids"] for probe in _PROBES]
         prefix_text = suffix_text = ""
     else:
-        rendered = _render(tokenizer, _PROBES[0])
+        rendered = _render(tokenizer, [_PROBES[0]], add_generation_prompt=True)
         if rendered.count(_PROBES[0]) != 1:
             raise ValueError(
                 f"The chat template of {type(tokenizer).__name__} should contain the user's text once, word for word, "
@@ -89,7 +109,11 @@ def chat_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
                 "chunk with add_affixes=False."
             )
         prefix_text, suffix_text = rendered.split(_PROBES[0])
-        framed = [_ids(tokenizer, _render(tokenizer, probe)) for probe in _PROBES]
+        header = _missing_header(tokenizer)
+        suffix_text += header
+        framed = [
+            _ids(tokenizer, _render(tokenizer, [probe], add_generation_prompt=True) + header) for probe in _PROBES
+        ]
         if "strftime_now" in tokenizer.get_chat_template():
             warnings.warn(
                 "The chat template writes today's date around the document, so the same document gives another adapter "
@@ -107,15 +131,35 @@ def chat_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return _ids(tokenizer, prefix_text), _ids(tokenizer, suffix_text)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, contents: Sequence[str], *, add_generation_prompt: bool = False) -> str:
+    """A conversation of these contents: the user's, the assistant's, the user's ... ."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     try:
-        turns = [{"role": "user", "content": content}]
-        return cast(str, tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, tokenize=False)
     except Exception as error:  # a template is a program: it may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        asked = "a lone user message" if len(contents) == 1 else "a user message and its answer"
         raise ValueError(
-            f"The chat template of {type(tokenizer).__name__} fails on a lone user message ({error}). Set "
-            "tokenizer.chat_template to one that takes it, or chunk with add_affixes=False."
+            f"The chat template of {type(tokenizer).__name__} fails on {asked} ({reason}). Set "
+            "tokenizer.chat_template (chat_template.jinja in the model's folder) to one that takes it."
         ) from error
+    return cast(str, rendered)
+
+
+def _missing_header(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a template that ignores `add_generation_prompt` writes between a user's turn and an answer; else nothing."""
+    user, answer = "§user§", "§answer§"
+    prompt = _render(tokenizer, [user], add_generation_prompt=True)
+    if prompt != _render(tokenizer, [user]):
+        return ""
+    full = _render(tokenizer, [user, answer])
+    if not full.startswith(prompt):
+        return ""
+    # A blank before the answer is part of the answer's first token.
+    header = full[len(prompt) :].split(answer)[0].rstrip(" ")
+    # One that writes all turns alike has no header of the assistant's.
+    of_all = prompt.split(user)[0].rstrip(" ").endswith(header)
+    return header if header.strip() and not of_all else ""
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hypernet.base.base_model import build_base_model, fingerprint, freeze, generate_text, load_base_model
+from hypernet.base.base_model import build_base_model, fingerprint, freeze, load_base_model
+from hypernet.base.generation import generate_text
 
 LLAMA = {
     "model_type": "llama",
@@ -176,36 +177,3 @@ def test_fingerprint_samples_large_tensors_unless_exact():
     assert fingerprint(tensors) != sampled
     small = {"small": torch.zeros(2**20)}
     assert fingerprint(small) == fingerprint(small, exact=True)
-
-
-# Greedy batches
-
-
-@torch.no_grad()
-def greedy(base_model, tokenizer, prompt, max_new_tokens):
-    """Independent reference: one prompt, no cache, argmax by hand."""
-    ids = tokenizer(prompt)["input_ids"]
-    answer = []
-    while len(answer) < max_new_tokens:
-        answer.append(int(base_model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
-        if answer[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(answer, skip_special_tokens=True).strip()
-
-
-def test_generation_in_a_ragged_batch_equals_each_prompt_alone(tiny_base_model, tiny_tokenizer):
-    prompts = ["A", "Who founded Norbach Works and when, in which town?", "Norbach\n\nWhere?", "<|user|>Hm<|end|>"]
-    answers = generate_text(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=9)
-    assert answers == [greedy(tiny_base_model, tiny_tokenizer, prompt, 9) for prompt in prompts]
-    assert len(set(answers)) > 1
-
-
-def test_generation_stops_at_end_token(tiny_base_model, tiny_tokenizer):
-    """The end token is made the best one after a step, by turning the answer's first token into it."""
-    prompts = ["Where is Norbach?", "When?"]
-    ids = torch.tensor([tiny_tokenizer(prompts[0])["input_ids"]])
-    first = int(tiny_base_model(ids).logits[0, -1].argmax())
-    tiny_base_model.generation_config.eos_token_id = first
-    stopped, other = generate_text(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=6)
-    assert stopped == tiny_tokenizer.decode([first]).strip()
-    assert len(tiny_tokenizer(other)["input_ids"]) > 1

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hypernet.text.chat import ChatLayout, chat_affixes
+from hypernet.text.chat import ChatLayout, chat_affixes, closing_ids
 from tests.text.small_tokenizers import TEMPLATE, make_metaspace_tokenizer, make_tokenizer, user_ids
 
 # ChatLayout
@@ -56,6 +56,64 @@ def test_layout_of_a_template_with_system_text_and_newline():
 def test_an_unusable_template_is_refused_with_what_to_do(template, hint):
     with pytest.raises(ValueError, match=hint):
         ChatLayout.of(Templated(template))
+
+
+@pytest.mark.parametrize("messages", [1, 2])
+def test_template_that_raises_is_one_line_with_its_reason(messages):
+    raises = f"{{% if messages | length == {messages} %}}{{{{ raise_exception('no\n roles') }}}}{{% endif %}}"
+    with pytest.raises(ValueError, match=r"fails on a .* \(no roles\). Set tokenizer.chat_template") as error:
+        ChatLayout.of(Templated(raises + TEMPLATE))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ nothing() }}", "{{ messages[1].content.x.y }}"])
+def test_template_that_is_broken_is_one_line(template):
+    with pytest.raises(ValueError, match=r"fails on a lone user message \(.+\). Set tokenizer.chat_template"):
+        ChatLayout.of(Templated(template))
+
+
+NO_PROMPT = TEMPLATE.replace("{% if add_generation_prompt %}<|assistant|>{% endif %}", "")
+
+
+def test_missing_generation_prompt_is_read_off_an_answer():
+    assert ChatLayout.of(Templated(NO_PROMPT)) == ChatLayout.of(Templated(TEMPLATE))
+    assert chat_affixes(make_tokenizer(template=NO_PROMPT)) == chat_affixes(make_tokenizer(template=TEMPLATE))
+
+
+@pytest.mark.parametrize(
+    ("written", "after_user", "before_answer"),
+    [
+        ("<{{ m['role'] }}>\n{{ m['content'] }}<end>\n", "<end>\n<assistant>\n", ""),
+        ("<{{ m['role'] }}> {{ m['content'] }}<end>", "<end><assistant>", " "),
+        ("[INST] {{ m['content'] }} [/INST]", " [/INST]", "[INST] "),
+        ("{{ m['content'] }}\n", "\n", ""),
+    ],
+    ids=["header with a newline", "header with a blank", "all turns alike", "no header"],
+)
+def test_header_ends_before_the_answers_blank(written, after_user, before_answer):
+    layout = ChatLayout.of(Templated(f"{{% for m in messages %}}{written}{{% endfor %}}"))
+    assert (layout.after_user, layout.before_answer) == (after_user, before_answer)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TEMPLATE, ["<|end|>"]),
+        (TEMPLATE.replace("<|end|>{%", " <|end|>\n{%"), ["<|end|>"]),
+        (TEMPLATE.replace("<|end|>", "{% if not (loop.last and loop.index == 2) %}<|end|>{% endif %}"), ["<|end|>"]),
+        (
+            TEMPLATE.replace("<|end|>", "{{ '<bos>' if loop.index * loop.length == 4 else '<|end|>' }}"),
+            ["<bos>", "<|end|>"],
+        ),
+        (TEMPLATE.replace("<|end|>", "\n"), ["<|user|>"]),
+        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", []),
+        (None, []),
+    ],
+    ids=["plain", "after a blank", "between turns", "two", "next turn's", "none", "no template"],
+)
+def test_closing_ids_are_the_control_tokens_after_an_answer(template, expected):
+    tokenizer = make_tokenizer(template=template)
+    assert tokenizer.convert_ids_to_tokens(closing_ids(tokenizer)) == expected
 
 
 # Affixes

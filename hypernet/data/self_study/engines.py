@@ -9,11 +9,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hypernet.base.base_model import fingerprint, load_base_model
+from hypernet.base.generation import decode_answer, end_ids, generate_ids
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.data.records import StoredAnswer
 from hypernet.data.self_study.settings import StudySettings
-from hypernet.text.chat import ChatLayout
+from hypernet.text.chat import ChatLayout, closing_ids
 
 
 class Engine(Protocol):
@@ -25,6 +26,10 @@ class Engine(Protocol):
 
     def write(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
         """Continuations of rendered prompts, the closing token included where there is one."""
+        ...
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What a continuation says, without the closing token."""
         ...
 
     def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
@@ -41,35 +46,25 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.layout = ChatLayout.of(tokenizer)
         self.fingerprint = fingerprint(base_model)
+        self._ends = end_ids(base_model, tokenizer)
 
-    @torch.no_grad()
     def write(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
         device = next(self.base_model.parameters()).device
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         found = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for start in range(0, len(prompts), self.batch_size):
-                some = list(prompts[start : start + self.batch_size])
-                inputs = self.tokenizer(
-                    some, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-                ).to(device)
-                output = self.base_model.generate(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
+                found += generate_ids(
+                    self.base_model,
+                    self.tokenizer,
+                    prompts[start : start + self.batch_size],
                     max_new_tokens=max_new_tokens,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    **sampling,
+                    temperature=temperature,
                 )
-                found += [self._ended(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
         return found
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        """Up to the first closing token; behind it is padding."""
-        ends = self.base_model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-        return ids[:end]
+    def text(self, ids: Sequence[int]) -> str:
+        return decode_answer(self.tokenizer, ids, self._ends)
 
     @torch.no_grad()
     def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
@@ -99,15 +94,22 @@ class VllmEngine:
         self.model = LLM(model=source, dtype=dtype or "auto", seed=seed, max_logprobs=64)
         self.tokenizer = self.model.get_tokenizer()
         self.layout = ChatLayout.of(self.tokenizer)
+        self._ends = closing_ids(self.tokenizer)
         # Its weights are spread over processes; the name has to do.
         self.fingerprint = f"vllm:{source}"
 
     def write(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
         from vllm import SamplingParams
 
-        settings = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, seed=seed)
+        # vLLM adds the tokens that the model's generation config stops at; the rest of that one it leaves alone here.
+        settings = SamplingParams(
+            temperature=temperature, max_tokens=max_new_tokens, seed=seed, stop_token_ids=self._ends
+        )
         outputs = self.model.generate(self._inputs(prompts), settings, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return decode_answer(self.tokenizer, ids, self._ends)
 
     def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
         from vllm import SamplingParams

@@ -150,7 +150,7 @@ def _study_passages(
         temperature=settings.question_temperature,
         seed=seed,
     )
-    texts = iter(asker.tokenizer.batch_decode(written, skip_special_tokens=True))
+    texts = map(asker.text, written)
     questions = [list(dict.fromkeys(filter(None, (clean_question(next(texts)) for _ in ways)))) for _ in passages]
     answers = iter(
         answerer.write(
@@ -174,7 +174,7 @@ def _study_passages(
                 "end": passage.span[1],
                 "num_tokens": passage.num_tokens,
                 "question": question,
-                "answer": answerer.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                "answer": answerer.text(ids),
                 "answer_ids": list(ids),
                 "top_indices": stored.indices.ravel().tolist(),
                 "top_log_probs": stored.log_probs.ravel().tolist(),

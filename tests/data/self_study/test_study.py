@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hypernet.base.base_model import generate_text, load_base_model
+from hypernet.base.base_model import load_base_model
+from hypernet.base.generation import generate_text
 from hypernet.data.self_study import study as module
 from hypernet.data.self_study.engines import TransformersEngine
 from hypernet.data.self_study.settings import StudySettings

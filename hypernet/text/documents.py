@@ -35,6 +35,11 @@ _CONTROL_BYTES = bytes(code for code in range(0x20) if chr(code) not in "\t\n\v\
 # A log with colours has a few control characters, a binary file about one in nine (29 of 256 byte values).
 _MOST_CONTROL = 0.05
 
+# What only a page begins with, after comments: <html> and <head> may be left out. A paragraph may begin Markdown too.
+_HTML_START = re.compile(
+    rb"(?is)(?:\s|<\?xml[^>]*>|<!--(?:(?!-->).)*-->)*<(?:!doctype\s+html|html|head|title|meta|body)[\s/>]"
+)
+_XHTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<\?xml\b")
 _HTML_DROPPED = ["script", "style", "template", "noscript", "head", "title", "svg"]
 _HTML_BLOCKS = frozenset(
     "address article aside blockquote body caption dd details div dl dt fieldset figcaption figure footer form h1 h2 "
@@ -148,10 +153,10 @@ def _printable(name: str) -> str:
 
 def _extract(source: str, data: bytes) -> str:
     suffix = Path(source).suffix.lower()
-    start = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    if suffix in PDF_SUFFIXES or (suffix not in SUFFIXES and start.startswith(b"%pdf-")):
+    start = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
+    if suffix in PDF_SUFFIXES or (suffix not in SUFFIXES and start.lower().startswith(b"%pdf-")):
         return _pdf_text(source, data)
-    if suffix in HTML_SUFFIXES or (suffix not in SUFFIXES and start.startswith((b"<!doctype html", b"<html"))):
+    if suffix in HTML_SUFFIXES or (suffix not in SUFFIXES and _HTML_START.match(start)):
         return _html_text(source, data)
     return _decode(source, data)
 
@@ -217,12 +222,15 @@ def _clean(source: str, text: str) -> str:
 def _html_text(source: str, data: bytes) -> str:
     """The text a reader sees: blocks apart by a blank line, list items and table rows on their own lines."""
     try:
+        import html5lib  # type: ignore[import-untyped]  # noqa: F401  (BeautifulSoup takes it by its name)
         from bs4 import BeautifulSoup
         from bs4.dammit import EncodingDetector
         from bs4.element import PreformattedString
         from bs4.exceptions import ParserRejectedMarkup
     except ImportError as error:
-        raise ValueError(f"Reading HTML ({source!r}) needs beautifulsoup4. Install it: {_INSTALL}") from error
+        raise ValueError(
+            f"Reading HTML ({source!r}) needs beautifulsoup4 and html5lib. Install them: {_INSTALL}"
+        ) from error
 
     # Decoded here rather than by BeautifulSoup, which guesses, and differently where a detector package is installed.
     declared = (EncodingDetector.find_declared_encoding(data, is_html=True) or "utf-8").lower()
@@ -232,8 +240,11 @@ def _html_text(source: str, data: bytes) -> str:
         declared = "windows-1252"
     elif declared.startswith("utf-16"):
         declared = "utf-8"
+    # html5lib builds the tree that browsers build, whichever tags are left out. XHTML leaves none out, and closes some
+    # that HTML does not let one close: "<title/>" would make the whole page a title.
+    parser = "html.parser" if _XHTML.match(data) or source.lower().endswith(".xhtml") else "html5lib"
     try:
-        soup = BeautifulSoup(_decode(source, data, declared=declared), "html.parser")
+        soup = BeautifulSoup(_decode(source, data, declared=declared), parser)
     except ParserRejectedMarkup as error:
         raise ValueError(f"{source!r} cannot be read as HTML ({_one_line(error)}). Save it as text.") from error
 

@@ -249,10 +249,44 @@ def test_html_gives_the_visible_text(tmp_path):
     )
 
 
-def test_html_from_stdin_is_detected(monkeypatch):
-    pytest.importorskip("bs4")
-    feed(monkeypatch, b"\n <!doctype HTML><p>Text</p>")
+@pytest.mark.parametrize(
+    "page, text",
+    [
+        ("<!DOCTYPE html><head><title>x</title><body><p>TEXT", "TEXT"),
+        ("<html><head><style>p {}</style><p>TEXT", "TEXT"),
+        ("<head><noscript><link></noscript><p>TEXT", "TEXT"),
+        ("<title>x</title>TEXT", "TEXT"),
+        ("<p>one<div>two</div><p>three", "one\n\ntwo\n\nthree"),
+        ("<ul><li>one<li>two</ul>after", "- one\n\n- two\n\nafter"),
+        ("<dl><dt>a<dd>b<dt>c<dd>d</dl>", "a\n\nb\n\nc\n\nd"),
+        ("<table><thead><tr><th>A<th>B<tbody><tr><td>1<td>2</table>", "A\tB\n\n1\t2"),
+        ("<p>TEXT<!-- open", "TEXT"),
+    ],
+)
+def test_html_without_its_optional_tags_keeps_its_text(tmp_path, page, text):
+    pytest.importorskip("html5lib")
+    assert read_document(write(tmp_path / "a.html", page)).text == f"{text}\n"
+
+
+@pytest.mark.parametrize("name, start", [("a.xhtml", "<html>"), ("a.html", '<?xml version="1.0"?>\n<html>')])
+def test_xhtml_may_close_any_tag_in_itself(tmp_path, name, start):
+    pytest.importorskip("html5lib")
+    page = start + '<head><title/><script src="a.js"/></head><body><p>one <a id="x"/>two</p></body></html>'
+    assert read_document(write(tmp_path / name, page)).text == "one two\n"
+
+
+@pytest.mark.parametrize(
+    "start", ["\n <!doctype HTML>", "<!-- saved --><HTML>", "<head><title>x</title>", "<meta charset=utf-8>", "<body>"]
+)
+def test_html_from_stdin_is_detected(monkeypatch, start):
+    pytest.importorskip("html5lib")
+    feed(monkeypatch, f"{start}<p>Text".encode())
     assert read_document("-").text == "Text\n"
+
+
+def test_text_that_only_contains_tags_is_no_html(monkeypatch):
+    feed(monkeypatch, b"<p align=center>\n\n# Title\n\n<header> is a tag\n")
+    assert read_document("-").text == "<p align=center>\n\n# Title\n\n<header> is a tag\n"
 
 
 @pytest.mark.parametrize("declared, encoding", [("latin-1", "cp1252"), ("koi8-r", "koi8-r"), ("utf-16", "utf-8")])
@@ -319,8 +353,8 @@ def test_pdf_locked_against_changes_is_read(tmp_path):
     assert read_document(tmp_path / "open.pdf").text == "Open."
 
 
-@pytest.mark.parametrize("name, package", [("a.html", "bs4"), ("a.pdf", "pypdf")])
+@pytest.mark.parametrize("name, package", [("a.html", "bs4"), ("a.html", "html5lib"), ("a.pdf", "pypdf")])
 def test_a_missing_package_is_named_with_its_install_command(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     message = refusal(read_document, write(tmp_path / name, "<p>x</p>"))
-    assert message.endswith("Install it: pip install 'doc-to-lora[documents]'")
+    assert message.endswith("pip install 'doc-to-lora[documents]'")

@@ -209,3 +209,11 @@ def test_generation_stops_at_end_token(tiny_base_model, tiny_tokenizer):
     stopped, other = generate_text(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=6)
     assert stopped == tiny_tokenizer.decode([first]).strip()
     assert len(tiny_tokenizer(other)["input_ids"]) > 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_byte_order_mark_in_a_base_model_is_refused(tmp_path, tiny_base_model_folder, name):
+    folder = shutil.copytree(tiny_base_model_folder, tmp_path / "base_model")
+    (folder / name).write_text("\ufeff" + (folder / name).read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{name} begins with a byte order mark. Save it as UTF-8"):
+        load_base_model(folder)

@@ -57,7 +57,15 @@ def _as_list(value: Any) -> Any:
     return [str(item) if type(item) in (int, float) else item for item in value]
 
 
+def _as_questions(value: Any) -> Any:
+    """A list, its texts as documents are read: bytes of the command that were no UTF-8 are half characters here."""
+    from hypernet.text.cleaning import whole
+
+    return [whole(item, "ask") if isinstance(item, str) else item for item in _as_list(value)]
+
+
 Texts = Annotated[list[Annotated[str, StringConstraints(pattern=r"\S")]], BeforeValidator(_as_list)]
+Questions = Annotated[Texts, BeforeValidator(_as_questions)]
 Name = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 A_COUNT, A_NAME, TRUE_OR_FALSE = "a whole number, at least 1", "a text", "true or false"
@@ -71,7 +79,7 @@ class Settings(BaseModel):
     document: Texts = Field(description="a text or a list of texts", examples=["[a.txt,b.md]"])
     output_dir: Name = Field(description=A_NAME)
     overwrite: bool = Field(description=TRUE_OR_FALSE)
-    ask: Texts = Field(description="a text or a list of texts", examples=['["Who founded Norbach?","When?"]'])
+    ask: Questions = Field(description="a text or a list of texts", examples=['["Who founded Norbach?","When?"]'])
     compare: bool = Field(description=TRUE_OR_FALSE)
     max_new_tokens: Count = Field(description=A_COUNT)
     join: Literal["sum", "ridge", "gate", "route"] | None = Field(

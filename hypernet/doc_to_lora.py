@@ -39,6 +39,7 @@ from hypernet.model.lora_head import zero_beyond_width
 from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_chunks
 from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Chunks, chunk_document
+from hypernet.text.cleaning import whole
 from hypernet.text.documents import Document
 
 
@@ -454,6 +455,8 @@ class DocToLoRA(nn.Module):
             raise ValueError("documents must be a list with a text (or None) for each question, got one text.")
         documents = [None] * len(questions) if documents is None else documents
         _check_one_each("documents", documents, questions)
+        questions = [whole(question, "question") for question in questions]
+        documents = [None if document is None else whole(document, "document") for document in documents]
         return [self.layout.prompt(q, d) for q, d in zip(questions, documents, strict=True)]
 
     def _generator(self) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:

@@ -287,6 +287,11 @@ def test_interpolation_in_a_path_is_taken_literally(run, work):
     assert "Is ${HOME set?" in result.out and (work / "out" / "${x}" / "provenance.json").is_file()
 
 
+def test_byte_of_a_question_that_is_no_utf8_is_replaced(run):
+    result = run("document=doc.txt", 'ask=["Who is K\udce4the?"]', "max_new_tokens=2")
+    assert result.code == 0 and "Who is K\ufffdthe?" in result.out
+
+
 def test_compare_false_answers_with_the_adapter_only(run):
     header, _ = columns(run("document=doc.txt", "ask=Who?", "max_new_tokens=2", "compare=false").out)
     assert header == ["Question", "With the adapter (no document in the prompt)"]

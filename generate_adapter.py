@@ -59,9 +59,9 @@ def _as_list(value: Any) -> Any:
 
 def _as_questions(value: Any) -> Any:
     """A list, its texts as documents are read: bytes of the command that were no UTF-8 are half characters here."""
-    from hypernet.text.cleaning import whole
+    from hypernet.text.cleaning import visible, whole
 
-    return [whole(item, "ask") if isinstance(item, str) else item for item in _as_list(value)]
+    return [visible(whole(item, "ask"), "ask") if isinstance(item, str) else item for item in _as_list(value)]
 
 
 Texts = Annotated[list[Annotated[str, StringConstraints(pattern=r"\S")]], BeforeValidator(_as_list)]

@@ -292,6 +292,11 @@ def test_byte_of_a_question_that_is_no_utf8_is_replaced(run):
     assert result.code == 0 and "Who is K\ufffdthe?" in result.out
 
 
+def test_invisible_characters_of_a_question_are_dropped(run):
+    result = run("document=doc.txt", 'ask=["Who\u00a0taught Bran\u00admir\u200b?"]', "max_new_tokens=2")
+    assert "Who taught Branmir?" in result.out
+
+
 def test_compare_false_answers_with_the_adapter_only(run):
     header, _ = columns(run("document=doc.txt", "ask=Who?", "max_new_tokens=2", "compare=false").out)
     assert header == ["Question", "With the adapter (no document in the prompt)"]

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hypernet.text.cleaning import visible, whole
+
 log = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
@@ -30,7 +32,6 @@ _STANDARD_INPUT = "-"
 _INSTALL = "pip install 'doc-to-lora[documents]'"
 # Tab, line feed, vertical tab, form feed and carriage return, and C1's next line, are part of ordinary text.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL_BYTES = bytes(code for code in range(0x20) if chr(code) not in "\t\n\v\f\r")
 # A log with colours has a few control characters, a binary file about one in nine (29 of 256 byte values).
 _MOST_CONTROL = 0.05
@@ -53,7 +54,7 @@ class Document(NamedTuple):
     name: str
     """File name; below a folder that was asked for, the path from that folder; "standard input"."""
     text: str
-    """The text with "\\n" line ends: what character spans count."""
+    """The cleaned text with "\\n" line ends: what character spans count."""
     sha256: str
     """Of the raw bytes, in hexadecimal, as `sha256sum` prints it."""
 
@@ -63,7 +64,8 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
     The suffix decides how: HTML and PDF are turned into text, anything else is text in UTF-8, or in UTF-16 with a byte
     order mark. Standard input and files of other suffixes are HTML or PDF if they start as one. Line ends become
-    "\\n"; stray control characters are dropped and halves of characters replaced, with a warning in the log.
+    "\\n"; stray control characters are dropped, halves of characters replaced, other blanks made spaces and invisible
+    characters dropped, with a warning in the log.
 
     Raises:
         ValueError: one line with the remedy: no such file, a folder, no permission, nothing in it, binary, in another
@@ -212,11 +214,9 @@ def _clean(source: str, text: str) -> str:
     text, num_control = _CONTROL.subn("", text)
     if num_control > _MOST_CONTROL * (len(text) + num_control):
         raise ValueError(f"{source!r} is binary ({num_control} control characters). Convert it to text first.")
-    # Half characters come from faulty PDF fonts and HTML entities; no tokenizer takes them.
-    text, num_halves = _SURROGATE.subn("\ufffd", text)
-    if num_control or num_halves:
-        log.warning("%r: %d control characters dropped, %d half characters replaced", source, num_control, num_halves)
-    return text
+    if num_control:
+        log.warning("%r: %d control characters dropped", source, num_control)
+    return visible(whole(text, source), source)
 
 
 def _html_text(source: str, data: bytes) -> str:

@@ -87,7 +87,14 @@ def test_stray_control_characters_are_dropped_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         text = read_document(path).text
     assert text == "[31mred[0m " + "and plain text " * 10
-    assert "3 control characters dropped, 0 half characters replaced" in caplog.text
+    assert "3 control characters dropped" in caplog.text
+
+
+def test_invisible_characters_of_a_file_are_dropped_and_counted(tmp_path, caplog):
+    data = "Ol\u00adwin\u00a0Cor\u2060ton\u202f\u200eNor\u00ad\nbach".encode()
+    document = read_document(write(tmp_path / "a.txt", data))
+    assert document == Document("a.txt", "Olwin Corton Norbach", hashlib.sha256(data).hexdigest())
+    assert "a.txt': 2 blanks made spaces or line ends, 4 invisible characters dropped" in caplog.text
 
 
 def test_ordinary_text_gives_no_warning(tmp_path, caplog):
@@ -149,7 +156,9 @@ def test_null_byte_is_named_with_its_offset(tmp_path):
     assert "null byte at byte offset 3" in message and "iconv -f UTF-16LE -t UTF-8" in message
 
 
-@pytest.mark.parametrize("data", [b"", b" \n\t\r\n", b"\xef\xbb\xbf", b"\xff\xfe", "\u3000\u2028".encode()])
+@pytest.mark.parametrize(
+    "data", [b"", b" \n\t\r\n", b"\xef\xbb\xbf", b"\xff\xfe", "\u3000\u2028".encode(), "\u200b".encode()]
+)
 def test_blank_files_are_refused(tmp_path, data):
     assert f"is empty: {len(data)} bytes without text" in refusal(read_document, write(tmp_path / "a.txt", data))
 

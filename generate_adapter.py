@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -55,7 +57,15 @@ def _as_list(value: Any) -> Any:
     return [str(item) if type(item) in (int, float) else item for item in value]
 
 
+def _as_questions(value: Any) -> Any:
+    """A list, its texts as documents are read: bytes of the command that were no UTF-8 are half characters here."""
+    from hypernet.text.cleaning import visible, whole
+
+    return [visible(whole(item, "ask"), "ask") if isinstance(item, str) else item for item in _as_list(value)]
+
+
 Texts = Annotated[list[Annotated[str, StringConstraints(pattern=r"\S")]], BeforeValidator(_as_list)]
+Questions = Annotated[Texts, BeforeValidator(_as_questions)]
 Name = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 A_COUNT, A_NAME, TRUE_OR_FALSE = "a whole number, at least 1", "a text", "true or false"
@@ -69,7 +79,7 @@ class Settings(BaseModel):
     document: Texts = Field(description="a text or a list of texts", examples=["[a.txt,b.md]"])
     output_dir: Name = Field(description=A_NAME)
     overwrite: bool = Field(description=TRUE_OR_FALSE)
-    ask: Texts = Field(description="a text or a list of texts", examples=['["Who founded Norbach?","When?"]'])
+    ask: Questions = Field(description="a text or a list of texts", examples=['["Who founded Norbach?","When?"]'])
     compare: bool = Field(description=TRUE_OR_FALSE)
     max_new_tokens: Count = Field(description=A_COUNT)
     join: Literal["sum", "ridge", "gate", "route"] | None = Field(
@@ -478,7 +488,33 @@ def run() -> None:
             name, _, value = argument.removeprefix("--").partition("=")
             if argument.startswith("--") and name in setting_names():
                 raise ValueError(f"Settings have no dashes: write {name}={value or '...'} instead of {argument}.")
+        sys.argv[1:] = map(literal, sys.argv[1:])
         main()
+
+
+def literal(argument: str) -> str:
+    """The argument such that Hydra takes ${ as it is: questions and paths may contain it.
+
+    What Hydra cannot read stays the same, for Hydra to say so.
+    """
+    name = argument.partition("=")[0]
+    if "${" not in argument or name.lstrip("+") not in setting_names():
+        return argument
+    try:
+        value = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return argument
+    if isinstance(value, list) and all(isinstance(item, (str, int, float, type(None))) for item in value):
+        return f"{name}=[{','.join(map(_quoted, value))}]"
+    return f"{name}={_quoted(value)}" if isinstance(value, str) else argument
+
+
+def _quoted(value: str | float | None) -> str:
+    """As Hydra reads it back. A backslash escapes an interpolation, and a backslash before that."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return QuotedString(escaped, Quote.double).with_quotes()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ def train(cfg: DictConfig) -> None:
     from hypernet.training.run_state import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 
     silence_torchao_warnings()
+    if "experiment" in cfg:
+        raise ValueError(
+            "The experiment's file should begin with the line '# @package _global_'. If it does, a byte order mark "
+            "hides it: save the file as UTF-8 without one."
+        )
     _check_earlier_runs(cfg.task)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

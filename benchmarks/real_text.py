@@ -24,7 +24,7 @@ def read_squad(path: str | Path) -> list[tuple[str, list[tuple[str, list[str]]]]
         ValueError: the file is missing or not in this format.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
+        data = json.loads(Path(path).read_bytes())["data"]  # bytes: with any byte order mark
         return [
             (p["context"], [(qa["question"], [a["text"] for a in qa["answers"]]) for qa in p["qas"]])
             for article in data

@@ -77,7 +77,7 @@ def read_times_asked(path: str | Path) -> TimesAsked:
         ValueError: there is no such file, or it is no such file.
     """
     try:
-        first, *groups = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        first, *groups = map(json.loads, Path(path).read_text(encoding="utf-8-sig").splitlines())
         counts = Counter()
         for row in groups:  # of every stage
             counts.update({(row["group"], subject): n for subject, n in row["times_asked"].items()})

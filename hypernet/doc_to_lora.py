@@ -40,6 +40,7 @@ from hypernet.model.lora_head import zero_beyond_width
 from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_chunks
 from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Chunks, chunk_document
+from hypernet.text.cleaning import visible, whole
 from hypernet.text.documents import Document
 
 
@@ -238,7 +239,8 @@ class DocToLoRA(nn.Module):
         Memory beyond the model's weights is that of one batch and the adapter (see `hypernet.model.streaming`).
 
         Args:
-            document: a text, a `Document` (which also gives its name and hash), or a sequence of them.
+            document: a text, a `Document` (which also gives its name and hash), or a sequence of them. Spans and hash
+                of a text count it as cleaned by `hypernet.text.cleaning.visible`.
             max_batch_tokens: tokens read at once; fewer need less memory. Halved where memory runs out.
             progress: called with (chunks done, chunks altogether).
 
@@ -459,6 +461,10 @@ class DocToLoRA(nn.Module):
             raise ValueError("documents must be a list with a text (or None) for each question, got one text.")
         documents = [None] * len(questions) if documents is None else documents
         _check_one_each("documents", documents, questions)
+        questions = [visible(whole(question, "question"), "question") for question in questions]
+        documents = [
+            None if document is None else visible(whole(document, "document"), "document") for document in documents
+        ]
         return [self.layout.prompt(q, d) for q, d in zip(questions, documents, strict=True)]
 
     def _generator(self) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
@@ -499,6 +505,7 @@ def _check_one_each(name: str, items: Sequence[Any], questions: Sequence[str]) -
 def _as_document(document: str | Document) -> Document:
     if isinstance(document, Document):
         return document
+    document = visible(document, "text")
     # surrogatepass: chunking refuses half characters, and says what to do.
     sha256 = hashlib.sha256(document.encode(errors="surrogatepass")).hexdigest()
     return Document(name="text", text=document, sha256=sha256)

@@ -272,6 +272,18 @@ def test_generate_refuses_wrong_arguments_with_both_counts(model):
         model.generate(["Who?"] * len(SHORT), documents=SHORT)
 
 
+def test_generate_replaces_half_characters(model):
+    broken = model.generate(["Who \udce4?"], documents=["A \ud800 text."], max_new_tokens=3)
+    assert broken == model.generate(["Who \ufffd?"], documents=["A \ufffd text."], max_new_tokens=3)
+
+
+def test_invisible_characters_change_no_adapter_and_no_answer(model):
+    marked, plain = "The\u00a0light\u00adhouse\u200b hums.", "The lighthouse hums."
+    assert model.internalize(marked).provenance == model.internalize(plain).provenance
+    answers = [model.generate([f"What? {text}"], documents=[text], max_new_tokens=3) for text in (marked, plain)]
+    assert answers[0] == answers[1]
+
+
 def test_generate_without_questions_returns_no_answers(model):
     assert model.generate([]) == model.generate([], model.internalize(SHORT)) == model.generate([], []) == []
 

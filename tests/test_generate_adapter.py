@@ -270,6 +270,33 @@ def test_single_text_is_one_question(run):
     assert [row[0] for row in columns(result.out)] == ["Question", "Who taught Branmir Ralquist?"]
 
 
+@pytest.mark.parametrize(
+    "question", ["Who is ${HOME}?", "${oc.env:HOME}", "Is ${? open", "a \\\\${x} \\${y}", '${a} "${b}"', "${ä,b}"]
+)
+def test_interpolation_in_a_question_is_taken_literally(question):
+    quoted = question.replace('"', '\\"')
+    for argument, given in {f'ask="{quoted}"': question, f'ask=["{quoted}",7]': [question, 7]}.items():
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("generate_adapter", [generate_adapter.literal(argument)])
+        assert OmegaConf.to_container(cfg, resolve=True)["ask"] == given
+
+
+def test_interpolation_in_a_path_is_taken_literally(run, work):
+    (work / "a${HOME}.txt").write_text(TEXT)
+    result = run('document="a${HOME}.txt"', "output_dir=out/${x}", 'ask=["Is ${HOME set?"]', "max_new_tokens=2")
+    assert "Is ${HOME set?" in result.out and (work / "out" / "${x}" / "provenance.json").is_file()
+
+
+def test_byte_of_a_question_that_is_no_utf8_is_replaced(run):
+    result = run("document=doc.txt", 'ask=["Who is K\udce4the?"]', "max_new_tokens=2")
+    assert result.code == 0 and "Who is K\ufffdthe?" in result.out
+
+
+def test_invisible_characters_of_a_question_are_dropped(run):
+    result = run("document=doc.txt", 'ask=["Who\u00a0taught Bran\u00admir\u200b?"]', "max_new_tokens=2")
+    assert "Who taught Branmir?" in result.out
+
+
 def test_compare_false_answers_with_the_adapter_only(run):
     header, _ = columns(run("document=doc.txt", "ask=Who?", "max_new_tokens=2", "compare=false").out)
     assert header == ["Question", "With the adapter (no document in the prompt)"]
@@ -482,7 +509,8 @@ def test_unreadable_document_is_a_one_line_error(run, work, name, content, says)
         (["--document=doc.txt"], "no dashes: write document=doc.txt instead of --document=doc.txt"),
         (["document=doc.txt", "ask=[[Who]]"], "ask should be a text or a list of texts, got .*Write 'ask="),
         (["document=doc.txt", 'ask=["Who?",""]'], "ask should be a text or a list of texts"),
-        (["document=doc.txt", "ask=${nothing}"], "nothing"),
+        (["document=${HOME}.txt"], r"Cannot read '\$\{HOME\}.txt': No such file"),
+        (["document=doc.txt", "device=${nothing}"], r"device should be cpu, cuda or auto, got '\$\{nothing\}'"),
         (["document=doc.txt", "overwrite=maybe"], "overwrite should be true or false, got 'maybe'"),
         (["document=doc.txt", "scale=strong"], "scale should be a number, or one for each .* got 'strong'"),
         (["document=doc.txt", "scale=[]"], r"scale should be a number, or one for each layer.* got \[\]"),

@@ -27,7 +27,7 @@ SWEEP_FILE = "sweep.json"
 def identity_of(config: dict[str, Any], checkpoint: str) -> str:
     """Hash of all that a cell's answers depend on: its settings and the checkpoint's own description."""
     description = Path(checkpoint) / "config.yaml"
-    content = description.read_text(encoding="utf-8") if description.is_file() else checkpoint
+    content = description.read_text(encoding="utf-8", errors="replace") if description.is_file() else checkpoint
     text = json.dumps({"version": VERSION, "config": config, "checkpoint": content}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

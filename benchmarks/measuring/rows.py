@@ -60,7 +60,7 @@ def read_report_rows(path: str | Path) -> list[Row]:
         ValueError: there is no such file, or no report wrote it.
     """
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"Cannot read rows from {path} ({error}); give a file that a report has written.") from error
     if not rows or rows[0].get("kind") != "sweep":

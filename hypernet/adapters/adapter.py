@@ -561,7 +561,7 @@ def _read_provenance(directory: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{directory} is not a complete adapter folder: {', '.join(missing)} missing. Copy it again.")
     try:
-        provenance = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        provenance = json.loads((directory / PROVENANCE_FILE).read_bytes())  # bytes: with any mark
         version = provenance.pop("format_version")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(

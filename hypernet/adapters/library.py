@@ -291,7 +291,7 @@ class AdapterLibrary:
     def _entry(self, name: str) -> LibraryEntry:
         directory = self.directory / name
         record = _read_entry(directory / ENTRY_FILE)
-        provenance = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        provenance = json.loads((directory / PROVENANCE_FILE).read_bytes())
         return LibraryEntry(
             id=name,
             directory=directory,
@@ -405,7 +405,7 @@ def _write_entry(path: Path, record: dict[str, Any]) -> None:
 
 def _read_entry(path: Path) -> dict[str, Any]:
     """The record without its own hash, which is checked."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads(path.read_bytes())
     if not isinstance(record, dict) or record.pop("sha256", None) != _own_digest(record):
         raise ValueError(f"{path.name} is not what was stored (SHA-256)")
     if record.get("format_version") != ENTRY_FORMAT:

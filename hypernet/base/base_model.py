@@ -4,6 +4,7 @@ base_model, tokenizer = load_base_model("assets/tiny/base_model")
 fingerprint(base_model)      # names the weights; adapters carry it
 """
 
+import codecs
 import hashlib
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -51,6 +52,7 @@ def load_base_model(
         raise ValueError(
             f"No base model in {source}: config.json is missing. Give a folder in transformers' format or a hub name."
         )
+    _refuse_byte_order_marks(Path(source))
     try:
         base_model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -74,6 +76,15 @@ def load_base_model(
     if quantization != "4bit":
         base_model = base_model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
     return freeze(base_model), tokenizer
+
+
+def _refuse_byte_order_marks(folder: Path) -> None:
+    """transformers cannot read them, and leaves a generation_config.json that has one out without a word."""
+    for path in sorted(folder.glob("*.json")):
+        with path.open("rb") as file:
+            start = file.read(3)
+        if start.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{path} begins with a byte order mark. Save it as UTF-8 without one.")
 
 
 def _quantization_config(name: str | None) -> object | None:

@@ -11,14 +11,16 @@ own test split is ours, and what stands in it is left out of the others; where t
 decides. A row that cannot be used (a damaged line, a missing or empty field) is left out and counted.
 """
 
+import codecs
 import json
 import logging
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -296,13 +298,13 @@ def file_rows(path: str | Path) -> Iterable[Mapping[str, Any] | ValueError]:
         ValueError: no such file, or it cannot be read as what its suffix says.
     """
     path = Path(path)
-    kind = {".json": "squad", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    kind = {".json": "squad", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix.lower())
     if kind is None or not path.is_file():
         reason = "its suffix is none of .json, .jsonl, .parquet" if path.is_file() else "there is no such file"
         raise ValueError(f"Cannot read questions from {path}: {reason}. Check the path.")
     if kind == "squad":
         try:
-            return list(_squad_rows(json.loads(path.read_text(encoding="utf-8"))))
+            return list(_squad_rows(json.loads(path.read_bytes())))  # bytes: with any byte order mark
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not in SQuAD's JSON format ({type(error).__name__}: {error}): it should hold data → "
@@ -316,7 +318,8 @@ def file_rows(path: str | Path) -> Iterable[Mapping[str, Any] | ValueError]:
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any] | ValueError]:
     """Read here and not by `datasets`, which gives up a file for one damaged line."""
     with path.open("rb") as file:
-        for number, line in enumerate(file):
+        for number, line in enumerate(_lines(file)):
+            line = line.removeprefix(codecs.BOM_UTF8)  # files put together have one in the middle too
             if not line.strip():
                 continue
             try:
@@ -325,6 +328,23 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any] | ValueError]:
                 yield ValueError(f"Line {number + 1} is no JSON ({type(error).__name__}: {error}).")
                 continue
             yield row if isinstance(row, dict) else ValueError(f"Line {number + 1} is no JSON object.")
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines in UTF-8 of a file that is in UTF-8, or in UTF-16 or UTF-32 with a byte order mark."""
+    start = file.read(4)
+    file.seek(0)
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # UTF-16's little-endian mark begins UTF-32's
+        encoding = "utf-32"
+    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    else:
+        yield from file
+        return
+    # Half a character is replaced, as in documents, so that no line after it is lost.
+    with TextIOWrapper(file, encoding, errors="replace") as lines:
+        for line in lines:
+            yield line.encode()
 
 
 def _squad_rows(content: Any) -> Iterator[dict[str, Any] | ValueError]:

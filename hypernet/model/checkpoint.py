@@ -102,7 +102,7 @@ def load_checkpoint(source: str | Path) -> SavedHypernetwork:
         if not (directory / name).is_file():
             raise ValueError(f"{directory} is not a complete checkpoint: {name} is missing. Copy or train it again.")
     try:
-        config = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = yaml.safe_load((directory / CONFIG_FILE).read_bytes())  # bytes: with any byte order mark
         version = config["format_version"]
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hypernet.text.cleaning import visible, whole
+
 log = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
@@ -30,11 +32,15 @@ _STANDARD_INPUT = "-"
 _INSTALL = "pip install 'doc-to-lora[documents]'"
 # Tab, line feed, vertical tab, form feed and carriage return, and C1's next line, are part of ordinary text.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL_BYTES = bytes(code for code in range(0x20) if chr(code) not in "\t\n\v\f\r")
 # A log with colours has a few control characters, a binary file about one in nine (29 of 256 byte values).
 _MOST_CONTROL = 0.05
 
+# What only a page begins with, after comments: <html> and <head> may be left out. A paragraph may begin Markdown too.
+_HTML_START = re.compile(
+    rb"(?is)(?:\s|<\?xml[^>]*>|<!--(?:(?!-->).)*-->)*<(?:!doctype\s+html|html|head|title|meta|body)[\s/>]"
+)
+_XHTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<\?xml\b")
 _HTML_DROPPED = ["script", "style", "template", "noscript", "head", "title", "svg"]
 _HTML_BLOCKS = frozenset(
     "address article aside blockquote body caption dd details div dl dt fieldset figcaption figure footer form h1 h2 "
@@ -48,7 +54,7 @@ class Document(NamedTuple):
     name: str
     """File name; below a folder that was asked for, the path from that folder; "standard input"."""
     text: str
-    """The text with "\\n" line ends: what character spans count."""
+    """The cleaned text with "\\n" line ends: what character spans count."""
     sha256: str
     """Of the raw bytes, in hexadecimal, as `sha256sum` prints it."""
 
@@ -58,7 +64,8 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
     The suffix decides how: HTML and PDF are turned into text, anything else is text in UTF-8, or in UTF-16 with a byte
     order mark. Standard input and files of other suffixes are HTML or PDF if they start as one. Line ends become
-    "\\n"; stray control characters are dropped and halves of characters replaced, with a warning in the log.
+    "\\n"; stray control characters are dropped, halves of characters replaced, other blanks made spaces and invisible
+    characters dropped, with a warning in the log.
 
     Raises:
         ValueError: one line with the remedy: no such file, a folder, no permission, nothing in it, binary, in another
@@ -148,10 +155,10 @@ def _printable(name: str) -> str:
 
 def _extract(source: str, data: bytes) -> str:
     suffix = Path(source).suffix.lower()
-    start = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    if suffix in PDF_SUFFIXES or (suffix not in SUFFIXES and start.startswith(b"%pdf-")):
+    start = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
+    if suffix in PDF_SUFFIXES or (suffix not in SUFFIXES and start.lower().startswith(b"%pdf-")):
         return _pdf_text(source, data)
-    if suffix in HTML_SUFFIXES or (suffix not in SUFFIXES and start.startswith((b"<!doctype html", b"<html"))):
+    if suffix in HTML_SUFFIXES or (suffix not in SUFFIXES and _HTML_START.match(start)):
         return _html_text(source, data)
     return _decode(source, data)
 
@@ -207,22 +214,23 @@ def _clean(source: str, text: str) -> str:
     text, num_control = _CONTROL.subn("", text)
     if num_control > _MOST_CONTROL * (len(text) + num_control):
         raise ValueError(f"{source!r} is binary ({num_control} control characters). Convert it to text first.")
-    # Half characters come from faulty PDF fonts and HTML entities; no tokenizer takes them.
-    text, num_halves = _SURROGATE.subn("\ufffd", text)
-    if num_control or num_halves:
-        log.warning("%r: %d control characters dropped, %d half characters replaced", source, num_control, num_halves)
-    return text
+    if num_control:
+        log.warning("%r: %d control characters dropped", source, num_control)
+    return visible(whole(text, source), source)
 
 
 def _html_text(source: str, data: bytes) -> str:
     """The text a reader sees: blocks apart by a blank line, list items and table rows on their own lines."""
     try:
+        import html5lib  # type: ignore[import-untyped]  # noqa: F401  (BeautifulSoup takes it by its name)
         from bs4 import BeautifulSoup
         from bs4.dammit import EncodingDetector
         from bs4.element import PreformattedString
         from bs4.exceptions import ParserRejectedMarkup
     except ImportError as error:
-        raise ValueError(f"Reading HTML ({source!r}) needs beautifulsoup4. Install it: {_INSTALL}") from error
+        raise ValueError(
+            f"Reading HTML ({source!r}) needs beautifulsoup4 and html5lib. Install them: {_INSTALL}"
+        ) from error
 
     # Decoded here rather than by BeautifulSoup, which guesses, and differently where a detector package is installed.
     declared = (EncodingDetector.find_declared_encoding(data, is_html=True) or "utf-8").lower()
@@ -232,8 +240,11 @@ def _html_text(source: str, data: bytes) -> str:
         declared = "windows-1252"
     elif declared.startswith("utf-16"):
         declared = "utf-8"
+    # html5lib builds the tree that browsers build, whichever tags are left out. XHTML leaves none out, and closes some
+    # that HTML does not let one close: "<title/>" would make the whole page a title.
+    parser = "html.parser" if _XHTML.match(data) or source.lower().endswith(".xhtml") else "html5lib"
     try:
-        soup = BeautifulSoup(_decode(source, data, declared=declared), "html.parser")
+        soup = BeautifulSoup(_decode(source, data, declared=declared), parser)
     except ParserRejectedMarkup as error:
         raise ValueError(f"{source!r} cannot be read as HTML ({_one_line(error)}). Save it as text.") from error
 

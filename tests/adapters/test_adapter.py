@@ -158,6 +158,13 @@ def test_concatenated_has_the_bias_block_in_the_last_rows(targets):
         assert torch.equal(A[:, -RANK:], adapter.bias_A[name]) and torch.equal(B[:, -RANK:], adapter.bias_B[name])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_provenance_may_have_a_byte_order_mark(saved, encoding):
+    path, before = saved / "provenance.json", LoRAAdapter.load(saved).provenance
+    path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
+    assert LoRAAdapter.load(saved).provenance == before
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

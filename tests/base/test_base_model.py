@@ -177,3 +177,11 @@ def test_fingerprint_samples_large_tensors_unless_exact():
     assert fingerprint(tensors) != sampled
     small = {"small": torch.zeros(2**20)}
     assert fingerprint(small) == fingerprint(small, exact=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_byte_order_mark_in_a_base_model_is_refused(tmp_path, tiny_base_model_folder, name):
+    folder = shutil.copytree(tiny_base_model_folder, tmp_path / "base_model")
+    (folder / name).write_text("\ufeff" + (folder / name).read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{name} begins with a byte order mark. Save it as UTF-8"):
+        load_base_model(folder)

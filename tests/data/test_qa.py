@@ -107,6 +107,23 @@ SQUAD = {
 }
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.json", "a.JSONL"])
+def test_byte_order_mark_says_the_encoding_of_questions(tmp_path, name, encoding):
+    row = {"context": "Ida kämmte Ö.", "question": "Wer?", "answers": {"text": ["Ida"]}}
+    paragraph = {"context": row["context"], "qas": [{"question": "Wer?", "answers": [{"text": "Ida"}]}]}
+    squad = json.dumps({"data": [{"paragraphs": [paragraph]}]}, ensure_ascii=False)
+    lines = "\r\n".join([json.dumps(row, ensure_ascii=False)] * 2)
+    (tmp_path / name).write_bytes((squad if name == "a.json" else lines).encode(encoding))
+    assert next(iter(file_rows(tmp_path / name))) == row
+    assert len(list(file_rows(tmp_path / name))) == (1 if name == "a.json" else 2)
+
+
+def test_mark_in_the_middle_of_joined_json_lines_is_dropped(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\ufeff\n{"a": 1}\n\ufeff{"a": 2}\n', encoding="utf-8")
+    assert list(file_rows(tmp_path / "a.jsonl")) == [{"a": 1}, {"a": 2}]
+
+
 def test_squad_json_is_read_with_unanswerable_questions(tmp_path):
     path = tmp_path / "questions.json"
     path.write_text(json.dumps(SQUAD), encoding="utf-8")

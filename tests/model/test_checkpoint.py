@@ -250,6 +250,13 @@ def test_damaged_checkpoint_config_is_refused(folder, text):
     assert "config.yaml is damaged" in (message := refusal(folder)) and "Copy it again." in message
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_checkpoint_config_may_have_a_byte_order_mark(folder, encoding):
+    path = folder / "config.yaml"
+    path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
+    assert load_checkpoint(folder).max_chunk_tokens == 33
+
+
 def test_other_checkpoint_format_version_is_named(folder):
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("format_version: 1", "format_version: 2"))

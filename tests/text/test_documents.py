@@ -87,7 +87,14 @@ def test_stray_control_characters_are_dropped_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         text = read_document(path).text
     assert text == "[31mred[0m " + "and plain text " * 10
-    assert "3 control characters dropped, 0 half characters replaced" in caplog.text
+    assert "3 control characters dropped" in caplog.text
+
+
+def test_invisible_characters_of_a_file_are_dropped_and_counted(tmp_path, caplog):
+    data = "Ol\u00adwin\u00a0Cor\u2060ton\u202f\u200eNor\u00ad\nbach".encode()
+    document = read_document(write(tmp_path / "a.txt", data))
+    assert document == Document("a.txt", "Olwin Corton Norbach", hashlib.sha256(data).hexdigest())
+    assert "a.txt': 2 blanks made spaces or line ends, 4 invisible characters dropped" in caplog.text
 
 
 def test_ordinary_text_gives_no_warning(tmp_path, caplog):
@@ -149,7 +156,9 @@ def test_null_byte_is_named_with_its_offset(tmp_path):
     assert "null byte at byte offset 3" in message and "iconv -f UTF-16LE -t UTF-8" in message
 
 
-@pytest.mark.parametrize("data", [b"", b" \n\t\r\n", b"\xef\xbb\xbf", b"\xff\xfe", "\u3000\u2028".encode()])
+@pytest.mark.parametrize(
+    "data", [b"", b" \n\t\r\n", b"\xef\xbb\xbf", b"\xff\xfe", "\u3000\u2028".encode(), "\u200b".encode()]
+)
 def test_blank_files_are_refused(tmp_path, data):
     assert f"is empty: {len(data)} bytes without text" in refusal(read_document, write(tmp_path / "a.txt", data))
 
@@ -249,10 +258,44 @@ def test_html_gives_the_visible_text(tmp_path):
     )
 
 
-def test_html_from_stdin_is_detected(monkeypatch):
-    pytest.importorskip("bs4")
-    feed(monkeypatch, b"\n <!doctype HTML><p>Text</p>")
+@pytest.mark.parametrize(
+    "page, text",
+    [
+        ("<!DOCTYPE html><head><title>x</title><body><p>TEXT", "TEXT"),
+        ("<html><head><style>p {}</style><p>TEXT", "TEXT"),
+        ("<head><noscript><link></noscript><p>TEXT", "TEXT"),
+        ("<title>x</title>TEXT", "TEXT"),
+        ("<p>one<div>two</div><p>three", "one\n\ntwo\n\nthree"),
+        ("<ul><li>one<li>two</ul>after", "- one\n\n- two\n\nafter"),
+        ("<dl><dt>a<dd>b<dt>c<dd>d</dl>", "a\n\nb\n\nc\n\nd"),
+        ("<table><thead><tr><th>A<th>B<tbody><tr><td>1<td>2</table>", "A\tB\n\n1\t2"),
+        ("<p>TEXT<!-- open", "TEXT"),
+    ],
+)
+def test_html_without_its_optional_tags_keeps_its_text(tmp_path, page, text):
+    pytest.importorskip("html5lib")
+    assert read_document(write(tmp_path / "a.html", page)).text == f"{text}\n"
+
+
+@pytest.mark.parametrize("name, start", [("a.xhtml", "<html>"), ("a.html", '<?xml version="1.0"?>\n<html>')])
+def test_xhtml_may_close_any_tag_in_itself(tmp_path, name, start):
+    pytest.importorskip("html5lib")
+    page = start + '<head><title/><script src="a.js"/></head><body><p>one <a id="x"/>two</p></body></html>'
+    assert read_document(write(tmp_path / name, page)).text == "one two\n"
+
+
+@pytest.mark.parametrize(
+    "start", ["\n <!doctype HTML>", "<!-- saved --><HTML>", "<head><title>x</title>", "<meta charset=utf-8>", "<body>"]
+)
+def test_html_from_stdin_is_detected(monkeypatch, start):
+    pytest.importorskip("html5lib")
+    feed(monkeypatch, f"{start}<p>Text".encode())
     assert read_document("-").text == "Text\n"
+
+
+def test_text_that_only_contains_tags_is_no_html(monkeypatch):
+    feed(monkeypatch, b"<p align=center>\n\n# Title\n\n<header> is a tag\n")
+    assert read_document("-").text == "<p align=center>\n\n# Title\n\n<header> is a tag\n"
 
 
 @pytest.mark.parametrize("declared, encoding", [("latin-1", "cp1252"), ("koi8-r", "koi8-r"), ("utf-16", "utf-8")])
@@ -319,8 +362,8 @@ def test_pdf_locked_against_changes_is_read(tmp_path):
     assert read_document(tmp_path / "open.pdf").text == "Open."
 
 
-@pytest.mark.parametrize("name, package", [("a.html", "bs4"), ("a.pdf", "pypdf")])
+@pytest.mark.parametrize("name, package", [("a.html", "bs4"), ("a.html", "html5lib"), ("a.pdf", "pypdf")])
 def test_a_missing_package_is_named_with_its_install_command(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     message = refusal(read_document, write(tmp_path / name, "<p>x</p>"))
-    assert message.endswith("Install it: pip install 'doc-to-lora[documents]'")
+    assert message.endswith("pip install 'doc-to-lora[documents]'")

@@ -197,6 +197,14 @@ def test_sweep_launchers_are_hydra_plugins():
 # Mistakes
 
 
+@pytest.mark.parametrize("start", ["\ufeff# @package _global_\n", ""], ids=["byte order mark", "no such line"])
+def test_experiment_without_its_package_line_is_refused(train, small, tmp_path, start):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"{start}seed: 1\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="begin with the line '# @package _global_'"):
+        train("--config-dir", str(tmp_path), *small, "experiment=mine")
+
+
 @pytest.mark.parametrize(
     ("arguments", "hints"),
     [

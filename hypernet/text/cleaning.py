@@ -1,0 +1,93 @@
+"""What a reader does not see and a tokenizer would: halves of characters, odd blanks, invisible characters.
+
+    whole("Who is K\\udce4the?", "ask")        # -> "Who is K\\ufffdthe?"
+    visible("Ol\\u00adwin\\u00a0Corton", "a.txt")  # -> "Olwin Corton"
+
+Both say in the log how much they changed. Texts of ordinary characters come back as they are.
+"""
+
+import logging
+import re
+
+log = logging.getLogger(__name__)
+
+_HALF = re.compile("[\ud800-\udfff]")
+_LINE_END = re.compile("[\x85\u2028]")  # next line, line separator
+# All of Unicode's space separators but the space itself, and Hangul's fillers.
+_BLANK = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000\u3164\uffa0]")
+_SOFT_LINE_BREAK = re.compile("\u00ad[ \t]*\n[ \t]*(?=\\w)")
+
+# Scripts in which joiners choose between forms of a letter: from Arabic to Tibetan and Myanmar, Khmer, Mongolian ...
+_JOINING = "\u0600-\u0605\u0610-\u061b\u061d-\u109f\u1780-\u17ff\u1810-\u18af\u1900-\u1cff\ua800-\uabff"
+_JOINING += "\ufb50-\ufdff\ufe70-\ufefc\U00010a00-\U00011fff\U0001e900-\U0001e95f"
+# Scripts without spaces, where a zero-width space is what ends a word: Thai, Lao, Tibetan, Myanmar, Khmer, Javanese ...
+_SPACELESS = "\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1bff\ua980-\ua9df\uaa00-\uaa7f"
+_EMOJI = "\u00a9\u00ae\u203c\u2049\u2100-\u2bff\u3030\u303d\u3297\u3299\ufe0f\U0001f000-\U0001faff"
+_SELECTORS = "\ufe00-\ufe0f\U000e0100-\U000e01ef"  # variants of the character before them
+_KEPT = "|".join(
+    [
+        f"(?<=[{_JOINING}])[\u200c\u200d]",
+        f"[\u200c\u200d](?=[{_JOINING}])",
+        f"(?<=[{_EMOJI}])\u200d(?=[{_EMOJI}])",
+        f"(?<=[{_SPACELESS}])\u200b(?=[{_SPACELESS}])",
+        "(?<=[\u1820-\u18aa])\u180e",  # Mongolian vowel separator
+        "\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f",  # flag of a region, spelled in tags
+    ]
+)
+# Soft hyphen, joiners, zero-width spaces, direction marks, invisible operators, byte order marks, annotations, tags;
+# and selectors where nothing before them has variants.
+_DROPPED = (
+    "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+    f'|(?:\\A|(?<=[\\s!-"$-)+-/:-~{_SELECTORS}]))[{_SELECTORS}]'
+)
+_INVISIBLE = re.compile(f"{_KEPT}|({_DROPPED})")
+
+
+def whole(text: str, what: str) -> str:
+    """`text` without halves of characters, which no tokenizer takes; two that belong together become their character.
+
+    They come from bytes that are no UTF-8 in a command, from faulty PDF fonts, and from HTML entities.
+
+    Args:
+        what: how the log calls the text.
+    """
+    if not _HALF.search(text):
+        return text
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    text, num_halves = _HALF.subn("\ufffd", text)
+    if num_halves:
+        log.warning("%r: %d half characters replaced", what, num_halves)
+    return text
+
+
+def visible(text: str, what: str) -> str:
+    """`text` with spaces for other blanks, "\\n" for other line ends, and without characters that nobody sees.
+
+    Joiners and zero-width spaces stay in the scripts and emoji where they mean something.
+
+    Args:
+        what: how the log calls the text.
+    """
+    if text.isascii():
+        return text
+    text, num_line_ends = _LINE_END.subn("\n", text)
+    text, num_paragraphs = re.subn("\u2029", "\n\n", text)
+    text, num_blanks = _BLANK.subn(" ", text)
+    text, num_broken = _SOFT_LINE_BREAK.subn("", text)
+    num_dropped = 0
+
+    def replacement(match: re.Match[str]) -> str:
+        nonlocal num_dropped
+        if match[1] is None:
+            return match[0]
+        num_dropped += 1
+        return ""
+
+    text = _INVISIBLE.sub(replacement, text)
+    num_blanks += num_line_ends + num_paragraphs
+    num_dropped += num_broken
+    if num_blanks or num_dropped:
+        log.warning(
+            "%r: %d blanks made spaces or line ends, %d invisible characters dropped", what, num_blanks, num_dropped
+        )
+    return text

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hypernet.adapters.adapter import LoRAAdapter, new_provenance
+from hypernet.adapters.adapter import LoRAAdapter, absolute_source, new_provenance
 from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.injection import LoRAInjector
 from hypernet.adapters.joining import Joining, highest, routing_scores, separated_slots
@@ -88,6 +88,7 @@ class DocToLoRA(nn.Module):
         self.max_chunk_tokens = max_chunk_tokens
         self.trained_joining = Joining() if ridge is None else Joining("ridge", ridge=ridge)
         self.base_model_source = base_model_source
+        self._base_model_name = absolute_source(base_model_source)  # now: the process may change its directory
         self.base_model_fingerprint = fingerprint(base_model)
         self.injector = LoRAInjector(base_model, hypernetwork.targets)
         self.layout = ChatLayout.of(tokenizer)
@@ -278,7 +279,7 @@ class DocToLoRA(nn.Module):
             provenance=new_provenance(
                 described,
                 generator=generator,
-                base_model_name=self.base_model_source,
+                base_model_name=self._base_model_name,
                 base_model_fingerprint=self.base_model_fingerprint,
                 joining=self.trained_joining,
             ),

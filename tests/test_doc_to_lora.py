@@ -226,6 +226,13 @@ def test_adapter_provenance_describes_its_content(model):
     assert provenance["versions"]["torch"] == torch.__version__
 
 
+def test_provenance_names_base_model_as_it_was_found(make_doc_to_lora, tiny_base_model_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tiny_base_model_folder.parent)
+    model = make_doc_to_lora(base_model_source=tiny_base_model_folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert model.internalize(SHORT).provenance["base_model"]["name"] == str(tiny_base_model_folder)
+
+
 def test_provenance_survives_save_and_addition(model, tmp_path):
     both = model.internalize(LONG) + model.internalize(SHORT)
     both.save(tmp_path / "both")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class PrefixCache(FullContext):
 
 
 class Retrieval(Method):
-    """The chunks that fit a question best, in the documents' order, in the prompt.
+    """The chunks that fit a question best, in the documents' order, in the prompt; none where none has a word of it.
 
     Args:
         num_chunks: put into the prompt.
@@ -90,6 +91,8 @@ class Retrieval(Method):
         if not self.chunks:
             return ()
         scores = self._ranking.scores(question.text)
+        if not scores.any():  # no chunk has a word of the question
+            return ()
         # Stable: chunks of one score come in the documents' order.
         best = np.argsort(-scores, kind="stable")[: self.num_chunks]
         return [" ".join(self.chunks[i] for i in sorted(best))]
@@ -108,17 +111,22 @@ class _Bm25:
         self._bm25s = bm25s
 
     def index(self, texts: Sequence[str]) -> None:
-        self._index = self._bm25s.BM25()
-        self._index.index(self._tokens(list(texts)), show_progress=False)
+        self._num_texts = len(texts)
+        self._index = None
+        tokens = self._tokens(list(texts))
+        if any(tokens.ids):  # bm25s refuses texts without any word, and so questions: "?", "A"
+            self._index = self._bm25s.BM25()
+            self._index.index(tokens, show_progress=False)
 
     def scores(self, question: str) -> np.ndarray:
         (words,) = self._tokens([question], return_ids=False)
-        return self._index.get_scores(words)
+        return self._index.get_scores(words) if self._index and words else np.zeros(self._num_texts)
 
     def num_bytes(self) -> int:
-        return sum(array.nbytes for array in self._index.scores.values() if isinstance(array, np.ndarray))
+        arrays = self._index.scores.values() if self._index else ()
+        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
-    def _tokens(self, texts: list[str], *, return_ids: bool = True) -> object:
+    def _tokens(self, texts: list[str], *, return_ids: bool = True) -> Any:
         # No stop words: with them a short chunk can be left without any word.
         return self._bm25s.tokenize(texts, stopwords=None, return_ids=return_ids, show_progress=False)
 

@@ -56,7 +56,7 @@ def new_provenance(
         documents: one dict per document, in the order of the adapter's chunks: sha256, characters, name and
             chunks, the [start, end] characters of each chunk.
         generator: fingerprint of the hypernetwork.
-        base_model_name: hub name or folder, written to PEFT's adapter_config.json.
+        base_model_name: hub name or folder, written to PEFT's adapter_config.json; see `absolute_source`.
         base_model_fingerprint: fingerprint of the base model's weights.
         joining: how the generator was trained to have its chunks joined.
     """
@@ -67,11 +67,22 @@ def new_provenance(
     return {
         "documents": list(documents),
         "generator": generator,
-        "base_model": {"name": base_model_name, "fingerprint": base_model_fingerprint},
+        "base_model": {"name": absolute_source(base_model_name), "fingerprint": base_model_fingerprint},
         "versions": {"hypernet": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **({} if joining is None else {"joining": joining.plain()}),
     }
+
+
+def absolute_source(base_model_name: str | None) -> str | None:
+    """The name by which a base model is found from any directory: a local folder's absolute path, any other as it is.
+
+    As in transformers, a folder comes before a model of that name on the hub.
+    """
+    if not base_model_name:
+        return base_model_name
+    folder = Path(base_model_name).expanduser()
+    return str(folder.resolve()) if (folder / "config.json").is_file() else base_model_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -507,7 +518,7 @@ class LoRAAdapter:
             # Whole paths: a bare name could also match modules outside the targets, such as a vision tower's.
             target_modules=[module.path for target in self.targets for module in target.modules()],
             task_type="CAUSAL_LM",
-            base_model_name_or_path=self.provenance["base_model"]["name"],
+            base_model_name_or_path=absolute_source(self.provenance["base_model"]["name"]),
             inference_mode=True,
         ).to_dict()
         # PEFT keeps some lists as sets, whose order changes from process to process.

@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from hypernet.adapters.adapter import LoRAAdapter, check_destination
+from hypernet.adapters.adapter import LoRAAdapter, absolute_source, check_destination
 from hypernet.adapters.composition import CompressionReport, compress, pad
 
 # MaxLoRARanks in vllm/config/lora.py. Release 0.11.0 does not know 1 yet; rank 1 loads with --max-lora-rank 8 too.
@@ -43,7 +43,7 @@ class VLLMExport:
         rank_before, rank: total rank of the adapter, and of the folder.
         max_lora_rank: the least that vLLM has to be started with.
         compression: what was lost; None where the delta is unchanged.
-        base_model_name: hub name or folder of the base model, None if unknown.
+        base_model_name: hub name or absolute folder of the base model, None if unknown.
     """
 
     directory: Path
@@ -128,7 +128,7 @@ def export_vllm(
         rank=exported.rank,
         max_lora_rank=exported.rank,
         compression=compression,
-        base_model_name=adapter.provenance["base_model"]["name"],
+        base_model_name=absolute_source(adapter.provenance["base_model"]["name"]),
     )
 
 

@@ -267,6 +267,45 @@ def test_peft_config_has_alpha_of_scaling_times_total_rank(targets, tmp_path):
     assert (provenance["format_version"], provenance["rank"], provenance["num_chunks"]) == (1, 3 * RANK, 2)
 
 
+@pytest.fixture
+def base_model_folder(tmp_path, monkeypatch):
+    """tmp_path/models/base with a config.json, the user in tmp_path and at home in tmp_path/models."""
+    folder = tmp_path / "models" / "base"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.setenv("HOME", str(tmp_path / "models"))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def peft_base_model(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize("name", ["models/base", "./models/base/", "models/../models/base", "~/base", "link"])
+def test_peft_config_names_a_local_base_model_absolutely(targets, tmp_path, base_model_folder, monkeypatch, name):
+    adapter = make_adapter(targets, base_model_name=name)
+    monkeypatch.chdir("/")  # where it is saved does not count
+    adapter.save(tmp_path / "a")
+    assert peft_base_model(tmp_path / "a") == str(base_model_folder)
+
+
+@pytest.mark.parametrize("name", ["org/model", "models", "models/none", "", None])
+def test_peft_config_keeps_the_name_of_a_hub_model(targets, tmp_path, base_model_folder, name):
+    make_adapter(targets, base_model_name=name).save(tmp_path / "a")
+    assert peft_base_model(tmp_path / "a") == name
+
+
+def test_adapter_with_a_relative_base_model_still_loads(targets, tmp_path, base_model_folder):
+    adapter = make_adapter(targets, base_model_name="elsewhere")
+    adapter.provenance["base_model"]["name"] = "models/base"  # as version 0.1 wrote it
+    adapter.save(tmp_path / "old")
+    again = LoRAAdapter.load(tmp_path / "old", base_model_fingerprint="base-1")
+    assert_same(again, adapter)
+    assert peft_base_model(tmp_path / "old") == str(base_model_folder)
+
+
 @pytest.mark.parametrize("names", [["down_proj"], NAMES, ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]])
 def test_peft_gives_the_logits_of_the_injection(tmp_path, names):
     from peft import PeftModel

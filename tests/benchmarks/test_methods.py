@@ -173,6 +173,21 @@ def test_retrieval_prompts_with_the_chunk_of_the_fact(make_doc_to_lora) -> None:
     assert prepared(method, CASE._replace(documents=("",))).documents_for(QUESTIONS[0]) == ()
 
 
+@pytest.mark.parametrize("text", ["", "?", "A", "  ", "\u200b", "№", "Zanzibar?"])
+def test_question_without_an_index_word_gets_no_chunk(make_doc_to_lora, text) -> None:
+    pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")
+    method = prepared(Retrieval(model=make_doc_to_lora(), num_chunks=1, max_chunk_tokens=25))
+    assert method.documents_for(Asked(text, ("",))) == ()
+
+
+@pytest.mark.parametrize("document", ["?", "A b c.", "! ..."])
+def test_document_without_an_index_word_gives_no_chunk(make_doc_to_lora, document) -> None:
+    pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")
+    model = make_doc_to_lora()
+    method = prepared(Retrieval(model=model, num_chunks=1, max_chunk_tokens=25), CASE._replace(documents=(document,)))
+    assert method.documents_for(QUESTIONS[0]) == () and method.stored_bytes() == len(document)
+
+
 def test_dense_retrieval_prompts_with_the_nearest_chunk(make_doc_to_lora) -> None:
     """With the mean of the tiny base model's last states as embedding; a chunk's own text is nearest to itself."""
     pytest.importorskip("sentence_transformers", reason="dense retrieval needs sentence-transformers")

@@ -128,6 +128,15 @@ def test_vllm_export_prints_serving_flags(tmp_path):
     assert nameless.command.startswith("vllm serve BASE_MODEL ")
 
 
+def test_vllm_export_serves_a_local_base_model_absolutely(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    adapter = uneven_adapter(1)
+    adapter.provenance["base_model"]["name"] = "base"  # as version 0.1 wrote it
+    assert export_vllm(adapter, tmp_path / "a").command.startswith(f"vllm serve {tmp_path / 'base'} ")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

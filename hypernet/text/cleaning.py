@@ -2,12 +2,14 @@
 
     whole("Who is K\\udce4the?", "ask")        # -> "Who is K\\ufffdthe?"
     visible("Ol\\u00adwin\\u00a0Corton", "a.txt")  # -> "Olwin Corton"
+    without_hyphenation("Olwin Cor-\\nton")     # -> "Olwin Corton"
 
-Both say in the log how much they changed. Texts of ordinary characters come back as they are.
+The first two say in the log how much they changed. Texts of ordinary characters come back as they are.
 """
 
 import logging
 import re
+import unicodedata
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,17 @@ _DROPPED = (
 )
 _INVISIBLE = re.compile(f"{_KEPT}|({_DROPPED})")
 
+# Ligatures, and the forms of letters that fonts choose: Latin, Armenian, Hebrew, Arabic.
+_FORMS = re.compile("[\ufb00-\ufdff\ufe70-\ufefc]+")
+_LETTER = r"[^\W\d_]"
+_WORD = re.compile(rf"{_LETTER}+(?:[-\u2010]{_LETTER}+)*")
+_BROKEN = re.compile(
+    rf"(?<!{_LETTER})(?P<last>{_LETTER}{{1,60}})[-\u2010][ \t]*\n[ \t]*(?P<after>{_LETTER}+)(?=(?P<more>[-\u2010]\S)?)"
+)
+_LONGEST_ADDRESS = 200  # characters that are looked at before a broken word
+_HYPHENATED = frozenset("self twenty thirty forty fifty sixty seventy eighty ninety".split())  # with what follows
+_CONJUNCTIONS = frozenset("and or und oder bzw sowie bis et ou y".split())  # after "pre-", before "post-war"
+
 
 def whole(text: str, what: str) -> str:
     """`text` without halves of characters, which no tokenizer takes; two that belong together become their character.
@@ -61,7 +74,7 @@ def whole(text: str, what: str) -> str:
 
 
 def visible(text: str, what: str) -> str:
-    """`text` with spaces for other blanks, "\\n" for other line ends, and without characters that nobody sees.
+    """`text` with spaces for other blanks, "\\n" for other line ends, letters for ligatures, nothing for the invisible.
 
     Joiners and zero-width spaces stay in the scripts and emoji where they mean something.
 
@@ -70,6 +83,7 @@ def visible(text: str, what: str) -> str:
     """
     if text.isascii():
         return text
+    text = _FORMS.sub(lambda forms: unicodedata.normalize("NFKC", forms[0]), text)
     text, num_line_ends = _LINE_END.subn("\n", text)
     text, num_paragraphs = re.subn("\u2029", "\n\n", text)
     text, num_blanks = _BLANK.subn(" ", text)
@@ -90,4 +104,35 @@ def visible(text: str, what: str) -> str:
         log.warning(
             "%r: %d blanks made spaces or line ends, %d invisible characters dropped", what, num_blanks, num_dropped
         )
+    return text
+
+
+def without_hyphenation(text: str) -> str:
+    """`text` with the words that were broken at line ends put together: "Cor-\\nton" is Corton.
+
+    The hyphen stays where it belongs to the word: the text has the word with it elsewhere, or the word has another
+    hyphen, or a single letter next to it, or starts as self-control and twenty-one do. Words that the text does not
+    have elsewhere are put together only before a small letter, and neither in addresses nor in "pre-\\nand post-war".
+    """
+    if not _BROKEN.search(text):
+        return text
+    words = {word.lower().replace("\u2010", "-") for word in _WORD.findall(text)}
+
+    def joined(match: re.Match[str]) -> str:
+        last, after = match["last"], match["after"]
+        if f"{last}-{after}".lower() in words:
+            return f"{last}-{after}"
+        if (last + after).lower() in words:
+            return last + after
+        before = text[max(0, match.start() - _LONGEST_ADDRESS) : match.start()]
+        before = "" if before[-1:].isspace() else before.split()[-1] if before else ""
+        if not after[0].islower() or after in _CONJUNCTIONS or re.search(r"[/@:.\\_\d]|^-", before):
+            return match[0]
+        stays = before.endswith(("-", "\u2010")) or match["more"] or 1 in (len(last), len(after))
+        stays = stays or last.lower() in _HYPHENATED
+        return f"{last}-{after}" if stays else last + after
+
+    # A word may be broken more than once, and one match ends where the next begins.
+    while (longer := _BROKEN.sub(joined, text)) != text:
+        text = longer
     return text

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hypernet.text.cleaning import visible, whole
+from hypernet.text.cleaning import visible, whole, without_hyphenation
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     The suffix decides how: HTML and PDF are turned into text, anything else is text in UTF-8, or in UTF-16 with a byte
     order mark. Standard input and files of other suffixes are HTML or PDF if they start as one. Line ends become
     "\\n"; stray control characters are dropped, halves of characters replaced, other blanks made spaces and invisible
-    characters dropped, with a warning in the log.
+    characters dropped, with a warning in the log. Words that a PDF breaks at line ends are put together.
 
     Raises:
         ValueError: one line with the remedy: no such file, a folder, no permission, nothing in it, binary, in another
@@ -296,7 +296,7 @@ def _pdf_text(source: str, data: bytes) -> str:
         )
     if num_blank:
         log.warning("%r: %d of %d pages have no text", source, num_blank, len(pages))
-    return "\n".join(pages)
+    return without_hyphenation(visible("\n".join(pages), source))
 
 
 def _to_new_pdf(source: str) -> str:

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from hypernet.text.cleaning import visible, whole
+from hypernet.text.cleaning import visible, whole, without_hyphenation
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,57 @@ def test_changes_are_counted_in_one_warning(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "'a.txt': 2 blanks made spaces or line ends, 2 invisible characters dropped"
     ]
+
+
+@pytest.mark.parametrize(
+    "given, right",
+    [
+        ("o\ufb03ce \ufb01nds \ufb02ow o\ufb00 ba\ufb04e", "office finds flow off baffle"),
+        ("Wach\ufb05ube \ufb06", "Wachstube st"),
+        ("\ufb13", "\u0574\u0576"),  # Armenian
+        ("\ufefb", "\u0644\u0627"),  # Arabic
+        ("Ĳssel æ ½ Ⅳ ﾊ", "Ĳssel æ ½ Ⅳ ﾊ"),
+    ],
+)
+def test_ligatures_become_their_letters(given, right):
+    assert visible(given, "a") == right
+
+
+@pytest.mark.parametrize(
+    "given, right",
+    [
+        ("Olwin Cor-\nton", "Olwin Corton"),
+        ("Olwin Cor\u2010 \n  ton,", "Olwin Corton,"),
+        ("(in-\nter-\nna-\ntional)", "(international)"),
+        ("wäh-\nrend", "während"),
+        ("a well-known man, a well-\nknown man", "a well-known man, a well-known man"),
+        ("long-term, longterm, longterm, long-\nterm", "long-term, longterm, longterm, long-term"),
+        ("twenty-\none acts of self-\ncontrol", "twenty-one acts of self-control"),
+        ("Jean-Luc and Jean-\nLuc", "Jean-Luc and Jean-Luc"),
+        ("INTRODUCTION INTRO-\nDUCTION", "INTRODUCTION INTRODUCTION"),
+        ("mother-in-\nlaw", "mother-in-law"),
+        ("state-\nof-the-art", "state-of-the-art"),
+        ("an e-\nmail", "an e-mail"),
+    ],
+)
+def test_words_broken_at_line_ends_are_put_together(given, right):
+    assert without_hyphenation(given) == right
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pre-\nand post-war",
+        "Vor-\nund Nachteile",
+        "1990-\n1995",
+        "COVID-\n19",
+        "Jean-\nLuc",
+        "https://a.org/long-\nname",
+        "--dry-\nrun",
+        "a list:\n- one\n- two",
+        "so -\nhe said",
+        "a-\n\nb",
+    ],
+)
+def test_other_hyphens_at_line_ends_stay(text):
+    assert without_hyphenation(text) == text

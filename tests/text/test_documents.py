@@ -334,6 +334,16 @@ def test_pdf_gives_the_text_of_its_pages(tmp_path, caplog):
     assert "1 of 3 pages have no text" in caplog.text
 
 
+def test_pdf_words_broken_at_line_ends_are_put_together(tmp_path):
+    pytest.importorskip("pypdf")
+    path = write(tmp_path / "a.pdf", make_pdf("Olwin Cor-) Tj 0 -14 Td (ton taught.", "A light-", "house."))
+    assert read_document(path).text == "Olwin Corton taught.\nA lighthouse."
+
+
+def test_hyphens_at_line_ends_of_a_text_file_stay(tmp_path):
+    assert read_document(write(tmp_path / "a.txt", "Cor-\nton")).text == "Cor-\nton"
+
+
 def test_pdf_from_stdin_is_detected(monkeypatch):
     pytest.importorskip("pypdf")
     feed(monkeypatch, make_pdf("Piped."))

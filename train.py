@@ -113,18 +113,20 @@ def run() -> None:
         main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         message = " ".join(str(error).partition("Config search path")[0].split())
-        sys.exit(f"train.py: {message}{_called_now(message)}")
+        sys.exit(f"train.py: {_called_now(message) or message}")
 
 
-def _called_now(message: str) -> str:
+def _called_now(message: str) -> str | None:
     """What to set instead, where the message is about a key of version 0.1; Hydra has never heard of that."""
     if "'task.context_encoder.beside'" in message:
-        return " It is called task.context_encoder.concat_layer now."
+        return "task.context_encoder.beside is called task.context_encoder.concat_layer now."
+    if "'task.hypernetwork.join_ridge'" in message:
+        return "task.hypernetwork.join_ridge is called task.ridge now."
     if found := re.search(r"'task\.objective\.(\w+)'", message):
         from hypernet.training.losses import RENAMED, renamed
 
-        return f" {renamed(found[1])}" if found[1] in RENAMED else ""
-    return ""
+        return renamed(found[1]) if found[1] in RENAMED else None
+    return None
 
 
 if __name__ == "__main__":

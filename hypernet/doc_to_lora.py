@@ -27,6 +27,7 @@ from hypernet.adapters.adapter import LoRAAdapter, absolute_source, new_provenan
 from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.injection import LoRAInjector
 from hypernet.adapters.joining import Joining, highest, routing_scores, separated_slots
+from hypernet.adapters.merging import has_merged
 from hypernet.base.base_model import fingerprint, load_base_model
 from hypernet.base.generation import check_fits, generate_text
 from hypernet.base.packed_attention import packed_logits
@@ -246,13 +247,15 @@ class DocToLoRA(nn.Module):
             progress: called with (chunks done, chunks altogether).
 
         Raises:
-            ValueError: a document is empty, or max_batch_tokens below 1.
+            ValueError: a document is empty, max_batch_tokens below 1, or an adapter is merged into the base model.
             MemoryError: a single chunk does not fit into memory.
         """
         given = [document] if isinstance(document, (str, Document)) else document
         documents = [_as_document(text) for text in given]
         if not documents:
             raise ValueError("There is no document to internalize; give at least one.")
+        if has_merged(self.base_model):
+            raise ValueError("An adapter is merged into the base model, which would be read with it. Unmerge it first.")
         chunks = [self.chunk(document.text) for document in documents]
         rows = [(ids, mask) for chunk in chunks for ids, mask in zip(chunk.ids, chunk.mask, strict=True)]
         self.injector.clear()  # the encoder reads with the plain base model

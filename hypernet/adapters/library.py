@@ -117,7 +117,7 @@ class AdapterLibrary:
             ValueError: there is no or more than one `old`.
             OSError: as `add`.
         """
-        entry = self.find(old)
+        entry = self._found_alone(old)
         identity = self._add(adapter, replaces=(entry.id, *entry.replaces))
         if identity != entry.id:
             self.remove(entry.id)
@@ -130,13 +130,22 @@ class AdapterLibrary:
             key: id, unique beginning of one, or document name.
 
         Raises:
-            ValueError: there is no or more than one such adapter.
+            ValueError: there is no or more than one such adapter, or it holds other documents than the one named.
         """
         unreadable = self._unreadable(key, self.list())  # an entry without its JSON has only its id
-        identity = unreadable[0] if len(unreadable) == 1 else self.find(key).id
+        identity = unreadable[0] if len(unreadable) == 1 else self._found_alone(key).id
         with self._writing():
             self._discard(self.directory / identity)
         return identity
+
+    def _found_alone(self, key: str) -> LibraryEntry:
+        """As `find`, but a document's name does for an entry that holds no other document."""
+        entry = self.find(key)
+        if not entry.id.startswith(key) and len(entry.documents) > 1:
+            raise ValueError(
+                f"{key!r} is one of {len(entry.documents)} documents of {entry.label}. Give the id to mean all."
+            )
+        return entry
 
     def list(self) -> tuple[LibraryEntry, ...]:
         """All entries, the oldest first. Those whose JSON cannot be read are logged and left to `verify`.

@@ -92,6 +92,11 @@ def merged(base_model: nn.Module, adapter: LoRAAdapter) -> Iterator[None]:
         setattr(base_model, _MERGED, already)
 
 
+def has_merged(base_model: nn.Module) -> bool:
+    """Whether an adapter is merged into this base model."""
+    return bool(_merged_into(base_model))
+
+
 def _merged_into(base_model: nn.Module) -> dict[str, str | None]:
     return getattr(base_model, _MERGED, {})
 

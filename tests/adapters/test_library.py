@@ -62,6 +62,15 @@ def test_peft_loads_library_entry_in_place(library, tmp_path):
     assert any("lora_A" in name for name, _ in model.named_modules())
 
 
+def test_document_name_removes_only_an_entry_of_its_own(library):
+    joined = uneven_adapter(2) + uneven_adapter(1, seed=1)
+    identity = library.add(joined)
+    name = joined.provenance["documents"][0]["name"]
+    for call in (lambda: library.remove(name), lambda: library.replace(name, uneven_adapter(3))):
+        assert_one_line_value_error(call, f"'{name}' is one of 2 documents of .* Give the id to mean all of them.")
+    assert ids(library) == {identity} and library.remove(identity[:8]) == identity
+
+
 def test_add_is_idempotent_and_id_is_content_hash(library):
     adapter = uneven_adapter(2)
     identity = library.add(adapter)

@@ -28,7 +28,7 @@ from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.injection import LoRAInjector
 from hypernet.adapters.joining import Joining, highest, routing_scores, separated_slots
 from hypernet.adapters.merging import has_merged
-from hypernet.base.base_model import fingerprint, load_base_model
+from hypernet.base.base_model import fingerprint, load_base_model, num_embeddings
 from hypernet.base.generation import check_fits, generate_text
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import PackedRows
@@ -43,6 +43,7 @@ from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Chunks, chunk_document
 from hypernet.text.cleaning import visible, whole
 from hypernet.text.documents import Document
+from hypernet.text.tokens import check_known
 
 
 def reading(
@@ -220,13 +221,19 @@ class DocToLoRA(nn.Module):
         return self.hypernetwork(features.to(next(self.hypernetwork.parameters()).dtype), mask)
 
     def chunk(self, text: str) -> Chunks:
-        """The text cut as this model reads it; raises as `chunk_document` does."""
-        return chunk_document(
+        """The text cut as this model reads it.
+
+        Raises:
+            ValueError: as `chunk_document`, or it has a token that the base model lacks.
+        """
+        chunks = chunk_document(
             text,
             self.tokenizer,
             max_chunk_tokens=self.max_chunk_tokens,
             context_tokens=self.context_encoder.context_tokens,
         )
+        check_known(chunks.ids.tolist(), self.tokenizer, num_embeddings=num_embeddings(self.base_model))
+        return chunks
 
     @torch.no_grad()
     def internalize(
@@ -312,8 +319,8 @@ class DocToLoRA(nn.Module):
 
         Raises:
             ValueError: the numbers of questions, adapters and documents differ; a prompt and its answer do not fit the
-                base model's window; an adapter is another base model's; or the way is unknown, has another setting, or
-                needs chunks as they were generated and they are not.
+                base model's window, or it has a token that the base model lacks; an adapter is another base model's; or
+                the way is unknown, has another setting, or needs chunks as they were generated and they are not.
         """
         joining = self.joining(join, ridge=ridge, gate_power=gate_power, top_k=top_k)
         prompts = self._prompts(questions, documents)
@@ -327,6 +334,7 @@ class DocToLoRA(nn.Module):
         ids = []
         if joining.way == "route":  # which reads the prompts once more, and before the others are
             ids = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+            check_known(ids, self.tokenizer, num_embeddings=num_embeddings(self.base_model))
             check_fits(self.base_model, [len(row) for row in ids], max_new_tokens=max_new_tokens)
         with self.using(adapters, joining, prompts=ids):
             return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)

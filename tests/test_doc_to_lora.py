@@ -1,5 +1,6 @@
 """DocToLoRA: from document to adapter to answer, on a tiny random base model."""
 
+import copy
 import hashlib
 import json
 
@@ -492,3 +493,14 @@ def test_generate_past_the_window_says_so(model, join):
         model.generate(QUESTIONS[:2], adapter, join=join, documents=[None, LONG * 20])
     with pytest.raises(ValueError, match="Prompt 1 does not fit"):
         model.generate(["Who? " * 400, QUESTIONS[0]], adapter, join=join)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_token_without_an_embedding_is_named(model, special):
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.add_tokens(["<note>"], special_tokens=special)
+    with pytest.raises(ValueError, match="the token '<note>' with id 600, but .* embeddings for 600 tokens"):
+        model.internalize(SHORT + " See <note> here.")
+    for join in ("sum", "route"):
+        with pytest.raises(ValueError, match="the token '<note>' with id 600"):
+            model.generate(["What is <note>?"], model.internalize(SHORT), join=join)

@@ -14,9 +14,11 @@ from benchmarks.measuring.decoding import Generated, Prefix, greedy, log_likelih
 from benchmarks.measuring.peak import peak_bytes
 from benchmarks.tasks.base import Asked, Case
 from hypernet.adapters.adapter import LoRAAdapter
+from hypernet.base.base_model import num_embeddings
 from hypernet.base.generation import context_window
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.text.chat import DOCUMENT_SEPARATOR
+from hypernet.text.tokens import check_known
 
 
 class Answer(NamedTuple):
@@ -141,7 +143,11 @@ class Method:
         return self.encode(context + question.text + self.model.layout.after_user)
 
     def encode(self, text: str) -> list[int]:
-        return self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        if not text:
+            return []
+        ids = self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        check_known([ids], self.model.tokenizer, num_embeddings=num_embeddings(self.model.base_model))
+        return ids
 
     def prefix(self) -> Prefix | None:
         return None

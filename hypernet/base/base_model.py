@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hypernet.text.chat import closing_ids
+
 
 def load_base_model(
     source: str | Path,
@@ -70,8 +72,7 @@ def load_base_model(
         raise ValueError(
             f"Could not load the base model from {source}: {reason}. Check the name, the files and the network."
         ) from error
-    if tokenizer.pad_token is None:  # as those of Llama 3 and Mistral; padding is masked, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token
+    _give_padding(tokenizer, num_embeddings(base_model))
     # A model that bitsandbytes has quantised is where it belongs, and refuses to be moved.
     if quantization != "4bit":
         base_model = base_model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
@@ -85,6 +86,21 @@ def _refuse_byte_order_marks(folder: Path) -> None:
             start = file.read(3)
         if start.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise ValueError(f"{path} begins with a byte order mark. Save it as UTF-8 without one.")
+
+
+def num_embeddings(base_model: nn.Module) -> int:
+    """Token ids that the base model knows: 0 and up to this, not included."""
+    return int(base_model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _give_padding(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
+    """A padding token that the base model knows, where the tokenizer has none (as Llama 3's and Mistral's), or one that
+    was added without an embedding. Padding is masked, so any token will do; one that is no text is taken if there is
+    any."""
+    found = [tokenizer.pad_token_id, tokenizer.eos_token_id, *closing_ids(tokenizer), *tokenizer.all_special_ids, 0]
+    usable = next(token for token in found if token is not None and token < num_embeddings)
+    if usable != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable)
 
 
 def _quantization_config(name: str | None) -> object | None:

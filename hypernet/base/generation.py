@@ -13,7 +13,9 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from hypernet.base.base_model import num_embeddings
 from hypernet.text.chat import closing_ids
+from hypernet.text.tokens import check_known
 
 
 def end_ids(base_model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -90,7 +92,7 @@ def generate_ids(
         temperature: 0 takes the most likely token; above, tokens are drawn.
 
     Raises:
-        ValueError: a prompt and its answer do not fit the model's window.
+        ValueError: a prompt and its answer do not fit the model's window, or it has a token that the model lacks.
     """
     batch = tokenizer(
         list(prompts),
@@ -100,6 +102,7 @@ def generate_ids(
         add_special_tokens=False,
         verbose=False,
     )
+    check_known(batch["input_ids"].tolist(), tokenizer, num_embeddings=num_embeddings(base_model))
     check_fits(base_model, batch["attention_mask"].sum(1).tolist(), max_new_tokens=max_new_tokens)
     batch = {key: batch[key].to(next(base_model.parameters()).device) for key in ("input_ids", "attention_mask")}
     ends = end_ids(base_model, tokenizer)

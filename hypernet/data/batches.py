@@ -24,21 +24,30 @@ from hypernet.data.sources import count_tokens
 from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Chunks, chunk_document
 from hypernet.text.sentences import split_sentences
+from hypernet.text.tokens import check_known
 
 
 class _Batches(Dataset):
-    """One whole batch per item; shared by the two trainings."""
+    """One whole batch per item; shared by the two trainings.
 
-    def __init__(self, curriculum: Curriculum, tokenizer: PreTrainedTokenizerBase) -> None:
+    With `num_embeddings`, of the base model, a text with a token beyond them is refused (`check_known`).
+    """
+
+    def __init__(
+        self, curriculum: Curriculum, tokenizer: PreTrainedTokenizerBase, *, num_embeddings: int | None = None
+    ) -> None:
         self.curriculum = curriculum
         self.tokenizer = tokenizer
+        self.num_embeddings = num_embeddings
         self.layout = ChatLayout.of(tokenizer)
 
     def __len__(self) -> int:
         return self.curriculum.num_steps
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        check_known(ids, self.tokenizer, num_embeddings=self.num_embeddings)
+        return ids
 
     def _segments(self, asked: Sequence[tuple[Question, bool]]) -> list[Segment]:
         """Segments for (question, does it see the prefix); tokenized in one call."""
@@ -72,8 +81,10 @@ class BaseModelBatches(_Batches):
     A question of the article asked without the article is answered `UNKNOWN`.
     """
 
-    def __init__(self, curriculum: Curriculum, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(curriculum, tokenizer)
+    def __init__(
+        self, curriculum: Curriculum, tokenizer: PreTrainedTokenizerBase, *, num_embeddings: int | None = None
+    ) -> None:
+        super().__init__(curriculum, tokenizer, num_embeddings=num_embeddings)
         self.background = background_questions()
 
     def __getitem__(self, step: int) -> PackedRows:
@@ -167,8 +178,9 @@ class DistillationBatches(_Batches):
         context_tokens: int = 0,
         held_out_background: bool = False,
         skip_stored: bool = False,
+        num_embeddings: int | None = None,
     ) -> None:
-        super().__init__(curriculum, tokenizer)
+        super().__init__(curriculum, tokenizer, num_embeddings=num_embeddings)
         self.max_chunk_tokens = max_chunk_tokens
         self.context_tokens = context_tokens
         self.skip_stored = skip_stored
@@ -249,9 +261,11 @@ class DistillationBatches(_Batches):
         ]
 
     def _chunk(self, text: str) -> Chunks:
-        return chunk_document(
+        chunks = chunk_document(
             text, self.tokenizer, max_chunk_tokens=self.max_chunk_tokens, context_tokens=self.context_tokens
         )
+        check_known(chunks.ids.tolist(), self.tokenizer, num_embeddings=self.num_embeddings)
+        return chunks
 
     def batch(
         self,

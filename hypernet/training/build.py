@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.base.base_model import build_base_model, load_base_model
+from hypernet.base.base_model import build_base_model, load_base_model, num_embeddings
 from hypernet.base.targets import find_targets
 from hypernet.base.tokenizer import train_tokenizer
 from hypernet.data.batches import BaseModelBatches, DistillationBatches
@@ -113,9 +113,10 @@ def base_model_training(
     shared = {"seed": seed, "sources": sources, "tokenizer": tokenizer}
     train = make_curriculum("train", stages, **shared)
     validation = make_curriculum("validation", validation_stages, **shared)
-    return module, BatchDataModule(
-        train=BaseModelBatches(train, tokenizer), validation=BaseModelBatches(validation, tokenizer)
+    train_batches, validation_batches = (
+        BaseModelBatches(curriculum, tokenizer, num_embeddings=num_embeddings(lm)) for curriculum in (train, validation)
     )
+    return module, BatchDataModule(train=train_batches, validation=validation_batches)
 
 
 def doc_to_lora_training(
@@ -207,7 +208,11 @@ def doc_to_lora_training(
     shared = {"seed": seed, "sources": sources, "tokenizer": model.tokenizer}
     train = make_curriculum("train", stages, **shared)
     validation = make_curriculum("validation", validation_stages, **shared)
-    reading = {"max_chunk_tokens": max_chunk_tokens, "context_tokens": model.context_encoder.context_tokens}
+    reading = {
+        "max_chunk_tokens": max_chunk_tokens,
+        "context_tokens": model.context_encoder.context_tokens,
+        "num_embeddings": num_embeddings(lm),
+    }
     return module, BatchDataModule(
         train=DistillationBatches(train, model.tokenizer, skip_stored=True, **reading),
         validation=DistillationBatches(validation, model.tokenizer, held_out_background=True, **reading),

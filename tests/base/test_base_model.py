@@ -2,11 +2,14 @@
 
 import copy
 import hashlib
+import json
 import shutil
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from hypernet.base.base_model import build_base_model, fingerprint, freeze, load_base_model
 from hypernet.base.generation import generate_text
@@ -62,6 +65,45 @@ def test_tokenizer_without_pad_token_pads_with_eos(tmp_path, tiny_base_model, ti
     assert generate_text(base_model, tokenizer, prompts, max_new_tokens=3) == [
         generate_text(base_model, tokenizer, [prompt], max_new_tokens=3)[0] for prompt in prompts
     ]
+
+
+@pytest.mark.parametrize(
+    ("added", "names", "expected"),
+    [
+        (["[PAD]"], {"pad_token": "[PAD]"}, "<|end|>"),
+        (["[PAD]", "[EOS]"], {"pad_token": "[PAD]", "eos_token": "[EOS]"}, "<|end|>"),
+        ([], {"pad_token": None, "eos_token": None}, "<|end|>"),
+        ([], {"pad_token": "<|user|>"}, "<|user|>"),
+    ],
+    ids=["beyond the embedding", "end token too", "neither", "known"],
+)
+def test_padding_is_a_token_that_the_base_model_knows(
+    tmp_path, tiny_base_model, tiny_tokenizer, added, names, expected
+):
+    tiny_base_model.save_pretrained(tmp_path)
+    changed = copy.deepcopy(tiny_tokenizer)
+    changed.add_tokens(added, special_tokens=True)
+    for name, token in names.items():
+        setattr(changed, name, token)
+    changed.save_pretrained(tmp_path)
+    base_model, tokenizer = load_base_model(tmp_path)
+    assert tokenizer.pad_token == expected
+    prompts = ["Norbach", "Who founded Norbach Works?"]
+    assert generate_text(base_model, tokenizer, prompts) == generate_text(tiny_base_model, tiny_tokenizer, prompts)
+
+
+def test_tokenizer_without_any_special_token_still_pads(tmp_path, tiny_base_model, tiny_tokenizer):
+    tiny_base_model.save_pretrained(tmp_path)
+    backend = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    backend["added_tokens"] = []
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), chat_template=template
+    ).save_pretrained(tmp_path)
+    base_model, tokenizer = load_base_model(tmp_path)
+    assert tokenizer.pad_token_id == 0
+    answers = generate_text(base_model, tokenizer, ["Norbach", "Who founded Norbach Works?"])
+    assert answers[0] == generate_text(base_model, tokenizer, ["Norbach"])[0]
 
 
 def damaged(folder, kind):

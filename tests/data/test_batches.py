@@ -446,3 +446,14 @@ def test_stored_top_k_lies_where_the_answer_is_predicted(tiny_tokenizer):
     assert (found.where <= (student.target_kind >= 0)).all()
     assert {t.device.type for t in batch.to("meta").stored} == {"meta"}
     assert batches[0].stored is None
+
+
+def test_training_text_beyond_the_embedding_is_refused(tiny_tokenizer):
+    for batches in (
+        BaseModelBatches(make_curriculum(), tiny_tokenizer, num_embeddings=300),
+        DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=40, num_embeddings=300),
+    ):
+        with pytest.raises(
+            ValueError, match=r"A text has the token '.+' with id \d+, but .* embeddings for 300 tokens"
+        ):
+            batches[0]

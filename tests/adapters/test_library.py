@@ -67,7 +67,7 @@ def test_document_name_removes_only_an_entry_of_its_own(library):
     identity = library.add(joined)
     name = joined.provenance["documents"][0]["name"]
     for call in (lambda: library.remove(name), lambda: library.replace(name, uneven_adapter(3))):
-        assert_one_line_value_error(call, f"'{name}' is one of 2 documents of .* Give the id to mean all of them.")
+        assert_one_line_value_error(call, f"'{name}' is one of 2 documents of .* Give the id to mean all")
     assert ids(library) == {identity} and library.remove(identity[:8]) == identity
 
 

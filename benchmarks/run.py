@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,21 @@ from omegaconf import DictConfig, OmegaConf
 log = logging.getLogger(__name__)
 # What a cell's answers do not depend on.
 NOT_IDENTITY = ("output_dir", "force", "device", "threads", "num_timed", "num_profiled")
+
+# Settings and sweeps of version 0.1 and what they are called now; Hydra has never heard of the old ones.
+RENAMED = {
+    "method.gate": "method.gate_power",
+    "method.sharpness": "method.weight_power",
+    "sweep=crowd": "sweep=many_documents",
+}
+
+
+def refuse_renamed(arguments: Sequence[str]) -> None:
+    """Ends the process with one line where an argument has a name of version 0.1."""
+    for argument in arguments:
+        for old in (argument.lstrip("+~"), argument.lstrip("+~").partition("=")[0]):
+            if old in RENAMED:
+                sys.exit(f"benchmarks.run: {old} is called {RENAMED[old]} now.")
 
 
 @hydra.main(config_path="../conf/benchmark", config_name="run", version_base="1.3")
@@ -62,4 +78,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_renamed(sys.argv[1:])
     main()

@@ -17,6 +17,7 @@ from benchmarks.measuring import measure
 from benchmarks.measuring.cells import Sweep, cell_path, error_path, identity_of, read_cells, write_cell, write_error
 from benchmarks.measuring.measure import build_task
 from benchmarks.methods.prompts import NoContext
+from benchmarks.run import RENAMED, refuse_renamed
 from benchmarks.tasks.base import Asked, Case
 
 ROOT = Path(__file__).parents[2]
@@ -215,3 +216,11 @@ def test_question_rows_carry_own_attributes(make_doc_to_lora) -> None:
         {"num_chunks": 4, "times_asked": 0},
         {"num_chunks": 4},
     ]
+
+
+@pytest.mark.parametrize("argument", ["method.gate=1", "+method.sharpness=0", "sweep=crowd"])
+def test_renamed_benchmark_setting_is_refused_with_new_name(argument) -> None:
+    old = next(name for name in RENAMED if name in argument)
+    with pytest.raises(SystemExit, match=re.escape(f"benchmarks.run: {old} is called {RENAMED[old]} now.")):
+        refuse_renamed(["task=locality", argument])
+    refuse_renamed(["task=locality", "method.gate_power=1", "sweep=many_documents"])

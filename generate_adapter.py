@@ -389,7 +389,10 @@ def print_summary(
     tokens = sum(num_tokens(model, document.text) for document in documents)
     read = documents[0].name if len(documents) == 1 else f"{len(documents)} documents"
     chunks = "1 chunk" if adapter.num_chunks == 1 else f"{adapter.num_chunks} chunks"
-    source, folder = (json.dumps(text, ensure_ascii=False) for text in (model.base_model_source, output_dir))
+    from hypernet.base.catalog import locate
+
+    base_model = str(locate(model.base_model_source))
+    source, folder = (json.dumps(text, ensure_ascii=False) for text in (base_model, output_dir))
     lines = {
         "Read": f"{read}: {tokens} tokens in {chunks}",
         "Adapter": f"{output_dir}: rank {adapter.rank}, {human_bytes(adapter.num_bytes)}",

@@ -13,6 +13,7 @@ many.fused("ridge").save("outputs/both")                         # one plain LoR
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from hypernet.base.base_model import fingerprint, load_base_model, num_embedding
 from hypernet.base.generation import check_fits, generate_text
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import PackedRows
+from hypernet.base.rounding import same_but_for_rounding
 from hypernet.base.targets import adapted_layers, find_targets
 from hypernet.interop.checkpoints import open_checkpoint
 from hypernet.model.checkpoint import BASE_MODEL_FOLDER, save_checkpoint
@@ -44,6 +46,8 @@ from hypernet.text.chunking import Chunks, chunk_document
 from hypernet.text.cleaning import visible, whole
 from hypernet.text.documents import Document
 from hypernet.text.tokens import check_known
+
+log = logging.getLogger(__name__)
 
 
 def reading(
@@ -150,7 +154,7 @@ class DocToLoRA(nn.Module):
         Args:
             source: a folder, see `hypernet.model.checkpoint`; or a published pytorch_model.bin, its folder, or
                 hub:owner/repository/name such as hub:SakanaAI/doc-to-lora/gemma_demo.
-            base_model: hub name or folder of the base model; None takes the one the checkpoint names.
+            base_model: hub name, folder or fetched name of the base model; None takes the one the checkpoint names.
             dtype: of the base model's weights; None keeps what they are stored in. The hypernetwork stays in float32.
             quantization: of the base model's weights, "int8" or "4bit", see `load_base_model`.
             attention: transformers' `attn_implementation`.
@@ -185,11 +189,15 @@ class DocToLoRA(nn.Module):
         # Rounded otherwise, the same weights have another fingerprint; then only the targets' shapes can be checked.
         as_stored = dtype is None and quantization is None
         if as_stored and result.base_model_fingerprint != checkpoint.base_model_fingerprint:
-            raise ValueError(
-                f"The checkpoint {source} was made for the base model {checkpoint.base_model} with fingerprint "
-                f"{checkpoint.base_model_fingerprint[:12]}, but {base_source} has "
-                f"{result.base_model_fingerprint[:12]}. Give the base model it was trained with."
-            )
+            same, sentence = same_but_for_rounding(model, base_source, checkpoint.base_model)
+            if not same:
+                raise ValueError(
+                    f"The checkpoint {source} was made for the base model {checkpoint.base_model} with fingerprint "
+                    f"{checkpoint.base_model_fingerprint[:12]}, but {base_source} has "
+                    f"{result.base_model_fingerprint[:12]}. Give the base model it was trained with."
+                    + f" {sentence}".rstrip()
+                )
+            log.warning("%s", sentence)
         result.base_model_fingerprint = checkpoint.base_model_fingerprint
         return result
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hypernet.adapters.joining import Joining, separated
+from hypernet.base.catalog import KNOWN_BASE_MODELS, folder_of, is_fetched
 from hypernet.base.targets import LoRATarget
 from hypernet.io.files import replaced_folder, save_tensors
 
@@ -75,14 +76,18 @@ def new_provenance(
 
 
 def absolute_source(base_model_name: str | None) -> str | None:
-    """The name by which a base model is found from any directory: a local folder's absolute path, any other as it is.
+    """The name by which a base model is found from any directory: the absolute path of a local
+    folder or of a fetched base model, any other as it is.
 
     As in transformers, a folder comes before a model of that name on the hub.
     """
     if not base_model_name:
         return base_model_name
     folder = Path(base_model_name).expanduser()
-    return str(folder.resolve()) if (folder / "config.json").is_file() else base_model_name
+    if (folder / "config.json").is_file():
+        return str(folder.resolve())
+    fetched = base_model_name in KNOWN_BASE_MODELS and is_fetched(base_model_name)
+    return str(folder_of(base_model_name)) if fetched else base_model_name
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hypernet.base.catalog import KNOWN_BASE_MODELS, known_name, locate
 from hypernet.text.chat import closing_ids
 
 
@@ -36,17 +37,18 @@ def load_base_model(
     """A causal LM, frozen and in evaluation mode, and its tokenizer.
 
     Args:
-        source: hub name or local folder.
+        source: hub name, local folder, or the name of a fetched base model (`hypernet base-model list`).
         dtype: the weights' type; None keeps the one they are stored in.
         attention: transformers' `attn_implementation`; None lets transformers choose.
         quantization: of the linear layers' weights while loading: "int8" (torchao, any device), "4bit" (bitsandbytes'
             nf4, GPU), None. What is stored quantised is loaded so in any case.
 
     Raises:
-        ValueError: there is no model at `source`, or it cannot be read; an unknown quantization, or its library is
-            missing.
+        ValueError: there is no model at `source`, it has not been fetched, or it cannot be read; an unknown
+            quantization, or its library is missing.
     """
     quantization_config = _quantization_config(quantization)
+    source = locate(source)
     if str(source).startswith("~"):
         source = Path(source).expanduser()
     looks_local = Path(source).is_dir() or str(source).startswith((".", "/")) or str(source).count("/") > 1
@@ -69,8 +71,13 @@ def load_base_model(
         Exception
     ) as error:  # transformers and safetensors raise a dozen types for a bad source; all of them mean this
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = ""
+        if name := known_name(source):
+            here = str(source) != KNOWN_BASE_MODELS[name].original
+            fetch = f"python -m hypernet base-model fetch {name}"
+            hint = f" To check and repair it: {fetch}" if here else f" Without a hub: {fetch}, then base_model={name}."
         raise ValueError(
-            f"Could not load the base model from {source}: {reason}. Check the name, the files and the network."
+            f"Could not load the base model from {source}: {reason}. Check the name, the files and the network." + hint
         ) from error
     _give_padding(tokenizer, num_embeddings(base_model))
     # A model that bitsandbytes has quantised is where it belongs, and refuses to be moved.

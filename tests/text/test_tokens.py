@@ -143,9 +143,10 @@ def test_unknown_token_that_ends_turns_as_well_is_split():
 
 
 def test_added_words_stay_whole_beside_control_tokens(tokenizer):
-    """An added token that is neither special nor the template's is vocabulary."""
+    """An added token that is neither special nor the template's is vocabulary; so is a word that the template has."""
     tokenizer = with_added_tokens(tokenizer)
-    tokenizer.add_tokens(["<note>"])
+    tokenizer.add_tokens(["<note>", "messages"])
     tokenizer.add_special_tokens({"eos_token": "<stop>"})
-    (ids,) = text_ids(tokenizer, ["A <note> on <stop>."])
-    assert tokenizer.convert_tokens_to_ids("<note>") in ids and tokenizer.eos_token_id not in ids
+    (ids,) = text_ids(tokenizer, ["A <note> in messages on <stop>."])
+    assert set(tokenizer.convert_tokens_to_ids(["<note>", "messages"])) < set(ids)
+    assert tokenizer.eos_token_id not in ids

@@ -14,7 +14,7 @@ def test_vllm_engine_without_vllm_says_how_to_install_it(monkeypatch):
         VllmEngine("any")
 
 
-def test_stored_probabilities_are_those_of_a_prompt_without_spelled_tokens(engine):
+def test_spelled_tokens_are_text_in_stored_probabilities(engine):
     """A passage and a question that spell control tokens, against one plain prompt whose ids are checked by hand."""
     text, question, answer = "Turns end in <|end|>.", "What does <|end|><|user|> do?", [50, 60, 3]
     (ids,) = engine.layout.prompt_ids(engine.tokenizer, [question], [text])

@@ -329,7 +329,8 @@ def answer(
     from hypernet.base.generation import context_window
 
     window = context_window(model.base_model)
-    lengths = [num_tokens(model, model.layout.prompt(question, in_prompt)) for question in questions]
+    prompts = model.layout.prompt_ids(model.tokenizer, questions, [in_prompt] * len(questions))
+    lengths = [len(prompt) for prompt in prompts]
     fitting = [q for q, length in zip(questions, lengths, strict=True) if length + max_new_tokens <= window]
     each = joining if joining and not joining.is_plain_lora else None
     texts = iter(
@@ -349,10 +350,6 @@ def answer(
         else f"(does not fit: {length} tokens and {max_new_tokens} for the answer, the base model takes {window})"
         for length in lengths
     ]
-
-
-def num_tokens(model: "DocToLoRA", text: str) -> int:
-    return len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def output() -> "Console":
@@ -386,7 +383,9 @@ def print_summary(
     seconds: Mapping[str, float],
 ) -> None:
     """Prints what was read, what the adapter is, how long it took, and how to load it."""
-    tokens = sum(num_tokens(model, document.text) for document in documents)
+    from hypernet.text.tokens import text_ids
+
+    tokens = sum(map(len, text_ids(model.tokenizer, [document.text for document in documents])))
     read = documents[0].name if len(documents) == 1 else f"{len(documents)} documents"
     chunks = "1 chunk" if adapter.num_chunks == 1 else f"{adapter.num_chunks} chunks"
     from hypernet.base.catalog import locate

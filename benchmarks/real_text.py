@@ -42,7 +42,7 @@ def peft_difference(model: Any, adapter: Any, folder: Path, question: str) -> fl
     from peft import PeftModel
 
     adapter.save(folder, overwrite=True)
-    ids = torch.tensor([model.tokenizer(model.layout.prompt(question), add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor(model.layout.prompt_ids(model.tokenizer, [question]))
     with torch.no_grad():
         with model.injector.using(adapter):
             injected = model.base_model(ids).logits

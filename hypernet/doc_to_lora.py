@@ -339,12 +339,10 @@ class DocToLoRA(nn.Module):
             _check_one_each("adapters", adapters, questions)
         if not prompts:
             return []
-        ids = []
-        if joining.way == "route":  # which reads the prompts once more, and before the others are
-            ids = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
-            check_known(ids, self.tokenizer, num_embeddings=num_embeddings(self.base_model))
-            check_fits(self.base_model, [len(row) for row in ids], max_new_tokens=max_new_tokens)
-        with self.using(adapters, joining, prompts=ids):
+        # Before routing reads them.
+        check_known(prompts, self.tokenizer, num_embeddings=num_embeddings(self.base_model))
+        check_fits(self.base_model, [len(row) for row in prompts], max_new_tokens=max_new_tokens)
+        with self.using(adapters, joining, prompts=prompts):
             return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
 
     def joining(
@@ -473,8 +471,8 @@ class DocToLoRA(nn.Module):
             B = {name: torch.cat([B[name], bias[None]]) for name, bias in self.hypernetwork.bias_B.items()}
         self.injector.set(A, B, slots[shift:] + slots[:shift], scaling=self.hypernetwork.scaling)
 
-    def _prompts(self, questions: Sequence[str], documents: Sequence[str | None] | None) -> list[str]:
-        """Rendered, each with its document before it if it has one."""
+    def _prompts(self, questions: Sequence[str], documents: Sequence[str | None] | None) -> list[list[int]]:
+        """Token ids, each with its document before it if it has one."""
         if isinstance(questions, str):
             raise ValueError("questions must be a list of texts, got one text; write [question].")
         if isinstance(documents, str):
@@ -485,7 +483,7 @@ class DocToLoRA(nn.Module):
         documents = [
             None if document is None else visible(whole(document, "document"), "document") for document in documents
         ]
-        return [self.layout.prompt(q, d) for q, d in zip(questions, documents, strict=True)]
+        return self.layout.prompt_ids(self.tokenizer, questions, documents)
 
     def _generator(self) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
         """Fingerprint of the hypernetwork and copies of its bias_A and bias_B, made once per state of its weights."""

@@ -18,7 +18,7 @@ from hypernet.base.base_model import num_embeddings
 from hypernet.base.generation import context_window
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.text.chat import DOCUMENT_SEPARATOR
-from hypernet.text.tokens import check_known
+from hypernet.text.tokens import check_known, framed_ids
 
 
 class Answer(NamedTuple):
@@ -94,7 +94,7 @@ class Method:
 
     def answer(self, questions: Sequence[Asked]) -> list[Answer]:
         prompts = [self.prompt(question) for question in questions]
-        references = [self.encode(self.model.layout.answer(question.answers[0])) for question in questions]
+        references = [self.encode_answer(question.answers[0]) for question in questions]
         ids = [prompt for prompt, _ in prompts]
         with self.active(ids):
             generated = self._greedy(ids)
@@ -130,7 +130,7 @@ class Method:
 
     def head(self, documents: Sequence[str]) -> tuple[list[int], bool]:
         """The prompt up to the end of the documents, in what the longest question leaves of the window."""
-        before = self.encode(self.model.layout.before_user)
+        before = self.encode("", before=self.model.layout.before_user)
         text = self.encode("".join(document + DOCUMENT_SEPARATOR for document in documents))
         room = max(0, self.window - self.max_new_tokens - self.tail_tokens - len(before))
         if len(text) <= room:
@@ -140,14 +140,16 @@ class Method:
     def tail(self, question: Asked) -> list[int]:
         """The prompt after the method's documents: the question, and the document that the task puts before it."""
         context = "" if question.context is None else question.context + DOCUMENT_SEPARATOR
-        return self.encode(context + question.text + self.model.layout.after_user)
+        return self.encode(context + question.text, after=self.model.layout.after_user)
 
-    def encode(self, text: str) -> list[int]:
-        if not text:
-            return []
-        ids = self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        check_known([ids], self.model.tokenizer, num_embeddings=num_embeddings(self.model.base_model))
-        return ids
+    def encode(self, text: str, *, before: str = "", after: str = "") -> list[int]:
+        """Token ids of a text between parts of the chat template, which alone have control tokens."""
+        ids = framed_ids(self.model.tokenizer, [(before, text, after)])
+        check_known(ids, self.model.tokenizer, num_embeddings=num_embeddings(self.model.base_model))
+        return ids[0]
+
+    def encode_answer(self, text: str) -> list[int]:
+        return self.encode(text, before=self.model.layout.before_answer, after=self.model.layout.after_answer)
 
     def prefix(self) -> Prefix | None:
         return None

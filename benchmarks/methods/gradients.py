@@ -206,7 +206,7 @@ class TextLoRA(GradientMethod):
     """Next-token loss on the documents' text, in pieces that fit the window."""
 
     def loss(self, documents: tuple[str, ...], questions: Sequence[str]) -> Callable[[], Tensor]:
-        before = self.encode(self.model.layout.before_user)
+        before = self.encode("", before=self.model.layout.before_user)
         size = self.window - len(before)
         rows = []
         for document in documents:
@@ -258,7 +258,7 @@ class ContextDistillation(GradientMethod):
         head, _ = self.head(documents)
         prompts = [head + tail for tail in tails]
         generated = greedy(model.base_model, model.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
-        answers = [self.encode(model.layout.answer(text)) for text in generated.texts]
+        answers = [self.encode_answer(text) for text in generated.texts]
         make = lambda prompts: Batch.of(  # noqa: E731
             [(p + a, len(p)) for p, a in zip(prompts, answers, strict=True)],
             pad_id=model.tokenizer.pad_token_id,
@@ -266,7 +266,7 @@ class ContextDistillation(GradientMethod):
         )
         with torch.no_grad():
             teacher = make(prompts).logits(model.base_model)
-        before = self.encode(model.layout.before_user)
+        before = self.encode("", before=model.layout.before_user)
         student = make([before + tail for tail in tails])
         self._num_sequences = len(tails)
         return lambda: context_distillation_kl(student.logits(model.base_model), teacher).mean()

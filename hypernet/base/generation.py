@@ -1,6 +1,6 @@
 """What the base model writes: by settings of our own alone, until a token that ends an answer.
 
-texts = generate_text(base_model, tokenizer, prompts, max_new_tokens=32)     # greedy
+texts = generate_text(base_model, tokenizer, prompts, max_new_tokens=32)     # greedy; prompts are token ids
 ends = end_ids(base_model, tokenizer)
 rows = generate_ids(base_model, tokenizer, prompts, max_new_tokens=32, temperature=1.0)
 """
@@ -8,9 +8,12 @@ rows = generate_ids(base_model, tokenizer, prompts, max_new_tokens=32, temperatu
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hypernet.base.base_model import num_embeddings
@@ -68,11 +71,11 @@ def check_fits(base_model: nn.Module, lengths: Sequence[int], *, max_new_tokens:
 def generate_text(
     base_model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 32,
 ) -> list[str]:
-    """Greedy continuations of rendered prompts, one batch; raises as `generate_ids` does."""
+    """Greedy continuations of prompts, token ids each, one batch; raises as `generate_ids` does."""
     ends = end_ids(base_model, tokenizer)
     rows = generate_ids(base_model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     return [decode_answer(tokenizer, row, ends) for row in rows]
@@ -81,12 +84,12 @@ def generate_text(
 def generate_ids(
     base_model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
 ) -> list[list[int]]:
-    """Continuations of rendered prompts, one batch, left-padded; each up to its end token, which is included.
+    """Continuations of prompts, token ids each, one batch, left-padded; each up to its end token, which is included.
 
     Args:
         temperature: 0 takes the most likely token; above, tokens are drawn.
@@ -94,17 +97,12 @@ def generate_ids(
     Raises:
         ValueError: a prompt and its answer do not fit the model's window, or it has a token that the model lacks.
     """
-    batch = tokenizer(
-        list(prompts),
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        verbose=False,
-    )
-    check_known(batch["input_ids"].tolist(), tokenizer, num_embeddings=num_embeddings(base_model))
-    check_fits(base_model, batch["attention_mask"].sum(1).tolist(), max_new_tokens=max_new_tokens)
-    batch = {key: batch[key].to(next(base_model.parameters()).device) for key in ("input_ids", "attention_mask")}
+    check_known(prompts, tokenizer, num_embeddings=num_embeddings(base_model))
+    check_fits(base_model, [len(row) for row in prompts], max_new_tokens=max_new_tokens)
+    rows = [torch.tensor(row, dtype=torch.long) for row in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = pad(rows, padding_value=tokenizer.pad_token_id), pad([torch.ones_like(row) for row in rows])
+    device = next(base_model.parameters()).device
     ends = end_ids(base_model, tokenizer)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -114,8 +112,8 @@ def generate_ids(
         **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
     )
     with _only(base_model, settings):
-        output = base_model.generate(**batch, generation_config=settings)  # type: ignore[operator]
-    return [until_end(row, ends) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+        output = base_model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)  # type: ignore[operator]
+    return [until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from hypernet.data.sources import count_tokens
 from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Chunks, chunk_document
 from hypernet.text.sentences import split_sentences
-from hypernet.text.tokens import check_known
+from hypernet.text.tokens import check_known, framed_ids
 
 
 class _Batches(Dataset):
@@ -44,19 +44,18 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return self.curriculum.num_steps
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    def _encode(self, framed: Sequence[tuple[str, str, str]]) -> list[list[int]]:
+        ids = framed_ids(self.tokenizer, framed)
         check_known(ids, self.tokenizer, num_embeddings=self.num_embeddings)
         return ids
 
     def _segments(self, asked: Sequence[tuple[Question, bool]]) -> list[Segment]:
         """Segments for (question, does it see the prefix); tokenized in one call."""
-        before = ["" if sees else self.layout.before_user for _, sees in asked]
-        separator = ["\n\n" if sees else "" for _, sees in asked]
+        before_user, after_user, before_answer, after_answer = self.layout
         prompts = self._encode(
-            [b + s + q.text + self.layout.after_user for b, s, (q, _) in zip(before, separator, asked, strict=True)]
+            [("", "\n\n" + q.text, after_user) if sees else (before_user, q.text, after_user) for q, sees in asked]
         )
-        answers = self._encode([self.layout.answer(q.answer) for q, _ in asked])
+        answers = self._encode([(before_answer, q.answer, after_answer) for q, _ in asked])
         # Tokenized again, a generated answer need not give the tokens that its log-probabilities belong to.
         answers = [list(q.stored.ids) if q.stored else ids for ids, (q, _) in zip(answers, asked, strict=True)]
         return [
@@ -91,7 +90,7 @@ class BaseModelBatches(_Batches):
         _, stage, _ = self.curriculum.stage(step)
         records = self.curriculum.records(step)
         rng = self.curriculum.encyclopedia.rng("base model", step)
-        prefixes = self._encode([self.layout.before_user + record.document for record in records])
+        prefixes = self._encode([(self.layout.before_user, record.document, "") for record in records])
         asked = []
         for record in records:
             background = [
@@ -100,7 +99,7 @@ class BaseModelBatches(_Batches):
             without = rng.choice(record.questions)._replace(answer=UNKNOWN, kind="unanswerable")
             asked.append([(question, True) for question in record.questions] + background + [(without, False)])
         orders = [rng.sample(record.sentences, len(record.sentences)) for record in records]
-        reordered = self._encode(["\n\n" + " ".join(order) for order in orders])
+        reordered = self._encode([("", "\n\n" + " ".join(order), "") for order in orders])
         kind = QUESTION_KINDS.index("reordering")
         extra = [[Segment(ids, 0, True, kind, 0.5)] if rng.random() < stage.reordering else [] for ids in reordered]
         return self._rows(prefixes, asked, extra)
@@ -291,7 +290,7 @@ class DistillationBatches(_Batches):
         pieces = [piece for of_document in chunks for piece in of_document]
         width = max(piece.ids.shape[1] for piece in pieces)
         pad = lambda tensor, value: torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)  # noqa: E731
-        prefixes = self._encode([self.layout.before_user + document for document in documents[: len(asked)]])
+        prefixes = self._encode([(self.layout.before_user, document, "") for document in documents[: len(asked)]])
         student_asked = [[(question, False) for question in questions] for questions in asked]
         teacher_asked = [[(q, q.kind in ("document", "unanswerable")) for q in questions] for questions in asked]
         others = [[(question, True) for question in questions] for _, questions, _ in in_prompt]

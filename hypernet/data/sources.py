@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from transformers import PreTrainedTokenizerBase
 
 from hypernet.data.records import Question, Record
+from hypernet.text.tokens import text_ids
 
 log = logging.getLogger(__name__)
 
@@ -83,5 +84,4 @@ def count_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
     """Tokens of each text without special ones, or words where there is no tokenizer."""
     if tokenizer is None or not texts:
         return [len(text.split()) for text in texts]
-    # verbose=False: a document may be longer than the model reads at once; chunks are for that.
-    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    return [len(ids) for ids in text_ids(tokenizer, texts)]

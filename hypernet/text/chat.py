@@ -2,6 +2,7 @@
 
 layout = ChatLayout.of(tokenizer)
 layout.prompt("Who founded Norbach?", document)    # with the document in the prompt, or without
+layout.prompt_ids(tokenizer, ["Who founded Norbach?"], [document])
 layout.answer("Ilda Renwick")
 prefix, suffix = chat_affixes(tokenizer)           # token ids around the content of a user turn
 """
@@ -12,6 +13,8 @@ from contextlib import suppress
 from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
+
+from hypernet.text.tokens import framed_ids
 
 DOCUMENT_SEPARATOR = "\n\n"  # between a document and the question in one prompt
 
@@ -59,11 +62,25 @@ class ChatLayout(NamedTuple):
         return cls(before_user, after_user, before_answer, after_answer.rstrip("\n"))
 
     def prompt(self, question: str, document: str | None = None) -> str:
-        text = question if document is None else document + DOCUMENT_SEPARATOR + question
-        return self.before_user + text + self.after_user
+        return self.before_user + _user_text(question, document) + self.after_user
+
+    def prompt_ids(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[str],
+        documents: Sequence[str | None] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of a prompt per question; a control token that a question or document spells is ordinary text."""
+        documents = [None] * len(questions) if documents is None else documents
+        texts = [_user_text(question, document) for question, document in zip(questions, documents, strict=True)]
+        return framed_ids(tokenizer, [(self.before_user, text, self.after_user) for text in texts])
 
     def answer(self, answer: str) -> str:
         return self.before_answer + answer + self.after_answer
+
+
+def _user_text(question: str, document: str | None) -> str:
+    return question if document is None else document + DOCUMENT_SEPARATOR + question
 
 
 def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hypernet.text.chat import chat_affixes
 from hypernet.text.sentences import CHARACTER, PARAGRAPH, SENTENCE, SOFT, TOKEN, WORD, text_borders
+from hypernet.text.tokens import text_encoding
 
 # Characters the words end at in scripts that write no spaces.
 _CLAUSE_MARKS = "、，；："
@@ -50,8 +51,7 @@ def chunk_document(
 
     Cuts fall between sentences, paragraphs, headings and list items. A sentence longer than a chunk is cut at line
     ends, else between words, else between characters. The text is tokenized once, and the chunks' document tokens
-    joined are exactly `tokenizer(text, add_special_tokens=False)`: nothing is lost, changed or repeated. Same text,
-    same chunks.
+    joined are exactly `text_ids(tokenizer, [text])`: nothing is lost, changed or repeated. Same text, same chunks.
 
     Args:
         text: the document.
@@ -86,15 +86,11 @@ def chunk_document(
             r"tokenizer takes it. Replace it, e.g. re.sub('[\ud800-\udfff]', '\ufffd', text)."
         ) from error
 
-    # verbose=False: the warning that the text is longer than the model takes is what chunking is for.
-    encoding = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False, verbose=False
-    )
-    document_ids = encoding["input_ids"]
+    document_ids, offsets = text_encoding(tokenizer, text)
     if not document_ids:
         raise ValueError(f"{type(tokenizer).__name__} makes no token of this document's {len(text)} characters.")
 
-    characters, levels = _token_borders(text, np.asarray(encoding["offset_mapping"], dtype=np.int64))
+    characters, levels = _token_borders(text, np.asarray(offsets, dtype=np.int64))
     cuts = _choose_cuts(levels, max_chunk_tokens)
 
     prefix, suffix = chat_affixes(tokenizer) if add_affixes else ([], [])

@@ -61,7 +61,7 @@ def test_tokenizer_without_pad_token_pads_with_eos(tmp_path, tiny_base_model, ti
     without_padding.save_pretrained(tmp_path)
     base_model, tokenizer = load_base_model(tmp_path)
     assert tokenizer.pad_token == tokenizer.eos_token == "<|end|>"
-    prompts = ["Norbach", "Who founded Norbach Works?"]
+    prompts = tokenizer(["Norbach", "Who founded Norbach Works?"])["input_ids"]
     assert generate_text(base_model, tokenizer, prompts, max_new_tokens=3) == [
         generate_text(base_model, tokenizer, [prompt], max_new_tokens=3)[0] for prompt in prompts
     ]
@@ -88,7 +88,7 @@ def test_padding_is_a_token_that_the_base_model_knows(
     changed.save_pretrained(tmp_path)
     base_model, tokenizer = load_base_model(tmp_path)
     assert tokenizer.pad_token == expected
-    prompts = ["Norbach", "Who founded Norbach Works?"]
+    prompts = tokenizer(["Norbach", "Who founded Norbach Works?"])["input_ids"]
     assert generate_text(base_model, tokenizer, prompts) == generate_text(tiny_base_model, tiny_tokenizer, prompts)
 
 
@@ -102,8 +102,9 @@ def test_tokenizer_without_any_special_token_still_pads(tmp_path, tiny_base_mode
     ).save_pretrained(tmp_path)
     base_model, tokenizer = load_base_model(tmp_path)
     assert tokenizer.pad_token_id == 0
-    answers = generate_text(base_model, tokenizer, ["Norbach", "Who founded Norbach Works?"])
-    assert answers[0] == generate_text(base_model, tokenizer, ["Norbach"])[0]
+    prompts = tokenizer(["Norbach", "Who founded Norbach Works?"])["input_ids"]
+    answers = generate_text(base_model, tokenizer, prompts)
+    assert answers[0] == generate_text(base_model, tokenizer, prompts[:1])[0]
 
 
 def damaged(folder, kind):

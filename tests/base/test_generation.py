@@ -56,16 +56,15 @@ def greedy(base_model, tokenizer, prompt, max_new_tokens):
 
 def test_generation_in_a_ragged_batch_equals_each_prompt_alone(tiny_base_model, tiny_tokenizer):
     prompts = ["A", "Who founded Norbach Works and when, in which town?", "Norbach\n\nWhere?", "<|user|>Hm<|end|>"]
-    answers = generate_text(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=9)
+    answers = generate_text(tiny_base_model, tiny_tokenizer, tiny_tokenizer(prompts)["input_ids"], max_new_tokens=9)
     assert answers == [greedy(tiny_base_model, tiny_tokenizer, prompt, 9) for prompt in prompts]
     assert len(set(answers)) > 1
 
 
 def test_generation_stops_at_end_token(tiny_base_model, tiny_tokenizer):
     """The end token is made the best one after a step, by turning the answer's first token into it."""
-    prompts = ["Where is Norbach?", "When?"]
-    ids = torch.tensor([tiny_tokenizer(prompts[0])["input_ids"]])
-    first = int(tiny_base_model(ids).logits[0, -1].argmax())
+    prompts = tiny_tokenizer(["Where is Norbach?", "When?"])["input_ids"]
+    first = int(tiny_base_model(torch.tensor(prompts[:1])).logits[0, -1].argmax())
     tiny_base_model.generation_config.eos_token_id = first
     stopped, other = generate_text(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=6)
     assert stopped == "" and len(tiny_tokenizer(other)["input_ids"]) > 1
@@ -117,7 +116,7 @@ def answers_everywhere(folder):
         model.generate(QUESTIONS, model.internalize(DOCUMENT)),
         model.generate(QUESTIONS, documents=[DOCUMENT] * len(QUESTIONS)),
         benchmark_greedy(model.base_model, model.tokenizer, ids, max_new_tokens=32).texts,
-        [engine.text(row) for row in engine.write(prompts, max_new_tokens=32, temperature=0, seed=0)],
+        [engine.text(row) for row in engine.write(ids, max_new_tokens=32, temperature=0, seed=0)],
     ]
 
 
@@ -152,15 +151,18 @@ def test_end_token_that_is_not_special_is_not_in_the_answer(tiny_tokenizer):
 )
 def test_settings_of_the_base_model_change_no_answer(variant, tiny_base_model_folder, settings):
     prompts = ["<|user|>Who founded Norbach Works?<|end|><|assistant|>", "<|user|>Who? Who? Who?<|end|><|assistant|>"]
-    expected = generate_ids(*load_base_model(tiny_base_model_folder), prompts, max_new_tokens=12)
     base_model, tokenizer = load_base_model(variant(generation_config=settings))
+    prompts = tokenizer(prompts)["input_ids"]
+    expected = generate_ids(*load_base_model(tiny_base_model_folder), prompts, max_new_tokens=12)
     assert generate_ids(base_model, tokenizer, prompts, max_new_tokens=12) == expected
 
 
 def test_drawn_continuations_ignore_the_models_settings(variant, tiny_base_model_folder):
     def drawn(folder):
         engine = TransformersEngine(*load_base_model(folder))
-        return engine.write(["<|user|>Who?<|end|><|assistant|>"], max_new_tokens=12, temperature=1.0, seed=3)
+        return engine.write(
+            engine.layout.prompt_ids(engine.tokenizer, ["Who?"]), max_new_tokens=12, temperature=1.0, seed=3
+        )
 
     changed = variant(generation_config={"do_sample": True, "top_k": 1, "repetition_penalty": 3.0})
     assert drawn(changed) == drawn(tiny_base_model_folder)
@@ -168,7 +170,7 @@ def test_drawn_continuations_ignore_the_models_settings(variant, tiny_base_model
 
 def test_generation_config_is_the_models_own_again_afterwards(tiny_base_model, tiny_tokenizer):
     own = tiny_base_model.generation_config
-    generate_text(tiny_base_model, tiny_tokenizer, ["Who?"], max_new_tokens=1)
+    generate_text(tiny_base_model, tiny_tokenizer, [[USER, END]], max_new_tokens=1)
     assert tiny_base_model.generation_config is own
 
 
@@ -178,7 +180,7 @@ def test_generation_config_is_the_models_own_again_afterwards(tiny_base_model, t
 @pytest.mark.parametrize("max_new_tokens", [1, 9, 600])
 def test_prompt_beyond_the_window_is_refused_with_its_length(tiny_base_model, tiny_tokenizer, max_new_tokens):
     room = 512 - max_new_tokens
-    prompts = ["<|user|>", "<|user|>" * (room + 1)]
+    prompts = [[USER], [USER] * (room + 1)]
     message = (
         rf"Prompt \d does not fit: \d+ tokens and {max_new_tokens} for the answer, the base model takes 512. Shorten"
     )
@@ -187,7 +189,7 @@ def test_prompt_beyond_the_window_is_refused_with_its_length(tiny_base_model, ti
 
 
 def test_prompt_that_just_fits_the_window_is_answered(tiny_base_model, tiny_tokenizer):
-    (row,) = generate_ids(tiny_base_model, tiny_tokenizer, ["<|user|>" * 509], max_new_tokens=3)
+    (row,) = generate_ids(tiny_base_model, tiny_tokenizer, [[USER] * 509], max_new_tokens=3)
     assert 1 <= len(row) <= 3
 
 

@@ -37,9 +37,9 @@ def test_times_asked_counts_training_questions(curriculum, tokenizer, monkeypatc
     tokenized = Counter()
     encode = BaseModelBatches._encode
 
-    def spying(self, texts):
-        tokenized.update(texts)
-        return encode(self, texts)
+    def spying(self, framed):
+        tokenized.update(map("".join, framed))
+        return encode(self, framed)
 
     with monkeypatch.context() as patched:
         patched.setattr(BaseModelBatches, "_encode", spying)

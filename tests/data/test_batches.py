@@ -457,3 +457,15 @@ def test_training_text_beyond_the_embedding_is_refused(tiny_tokenizer):
             ValueError, match=r"A text has the token '.+' with id \d+, but .* embeddings for 300 tokens"
         ):
             batches[0]
+
+
+def test_training_rows_have_the_templates_control_tokens_only(tiny_tokenizer):
+    """Whatever document, question and answer spell; the teacher's row has the document before the question."""
+    question = Question("What is <|user|>?", "It is <|end|>.", "document", "relation")
+    batches = DistillationBatches(make_curriculum(), tiny_tokenizer, max_chunk_tokens=40)
+    batch = batches.batch(["Turns end in <|end|>."], [[question]])
+    control = lambda ids: [token for token in ids.flatten().tolist() if token < 4]  # noqa: E731
+    assert control(batch.chunk_ids) == [1, 3, 2]
+    assert control(batch.student.ids) == control(batch.teacher.ids) == [1, 3, 2, 3]
+    text = "<|user|>Turns end in <|end|>.\n\nWhat is <|user|>?<|end|><|assistant|> It is <|end|>.<|end|>"
+    assert tiny_tokenizer.decode(batch.teacher.ids[0]) == text

@@ -1,5 +1,7 @@
 """Small tokenizers of the kinds that large models have, and a chat template."""
 
+import json
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,6 +53,33 @@ def make_metaspace_tokenizer(*, template: str | None):
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>", chat_template=template)
+
+
+def make_unigram_tokenizer():
+    """As llm-jp's: its vocabulary has the control tokens as pieces, the most likely of all."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "▁<>/:.dehilmoprstuw")]
+    backend = Tokenizer(models.Unigram(pieces, 0, False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="never")
+    template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
+
+
+def with_added_tokens(tokenizer, **changes):
+    """A copy whose added tokens have these settings, such as special=False; none of them names one."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["added_tokens"] = [{**token, **changes} for token in backend["added_tokens"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), chat_template=tokenizer.chat_template
+    )
+
+
+def plain_ids(tokenizer, text: str) -> list[int]:
+    """Independent reference: what a byte-level tokenizer makes of a text when it has no added tokens at all."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps({**backend, "added_tokens": []})).encode(text, add_special_tokens=False).ids
 
 
 def user_ids(tokenizer, content: str) -> list[int]:

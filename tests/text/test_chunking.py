@@ -20,6 +20,7 @@ from tests.text.small_tokenizers import (
     make_character_tokenizer,
     make_metaspace_tokenizer,
     make_tokenizer,
+    plain_ids,
     user_ids,
 )
 
@@ -51,7 +52,7 @@ def check(text: str, tokenizer, max_chunk_tokens: int) -> Chunks:
     """What holds for every chunked text."""
     chunks = chunk_document(text, tokenizer, max_chunk_tokens=max_chunk_tokens)
     prefix, suffix = chat_affixes(tokenizer)
-    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    expected = plain_ids(tokenizer, text)
     document_ids = []
     for row, mask in zip(chunks.ids.tolist(), chunks.mask.tolist(), strict=True):
         row = row[: sum(mask)]

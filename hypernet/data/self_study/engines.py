@@ -16,6 +16,7 @@ from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.data.records import StoredAnswer
 from hypernet.data.self_study.settings import StudySettings
 from hypernet.text.chat import ChatLayout, closing_ids
+from hypernet.text.tokens import framed_ids
 
 
 class Engine(Protocol):
@@ -25,8 +26,10 @@ class Engine(Protocol):
     layout: ChatLayout
     fingerprint: str
 
-    def write(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
-        """Continuations of rendered prompts, the closing token included where there is one."""
+    def write(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[int]]:
+        """Continuations of prompts, token ids each, the closing token included where there is one."""
         ...
 
     def text(self, ids: Sequence[int]) -> str:
@@ -49,7 +52,9 @@ class TransformersEngine:
         self.fingerprint = fingerprint(base_model)
         self._ends = end_ids(base_model, tokenizer)
 
-    def write(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+    def write(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[int]]:
         device = next(self.base_model.parameters()).device
         found = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -70,12 +75,12 @@ class TransformersEngine:
     @torch.no_grad()
     def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
         # One row for all questions, as in training: the text is read once, and the tokens are cut in the same places.
-        encode = lambda part: self.tokenizer(part, add_special_tokens=False)["input_ids"]  # noqa: E731
-        prompts = [encode("\n\n" + question + self.layout.after_user) for question, _ in asked]
+        (prefix,) = framed_ids(self.tokenizer, [(self.layout.before_user, text, "")])
+        prompts = framed_ids(self.tokenizer, [("", "\n\n" + q, self.layout.after_user) for q, _ in asked])
         segments = [
             Segment(prompt + ids, len(prompt), True, 0) for prompt, (_, ids) in zip(prompts, asked, strict=True)
         ]
-        row = pack_row(encode(self.layout.before_user + text), segments)
+        row = pack_row(prefix, segments)
         rows = pad_rows([row], pad_id=self.tokenizer.pad_token_id).to(next(self.base_model.parameters()).device)
         logits = packed_logits(self.base_model, rows, rows.target_kind >= 0)
         log_probs, indices = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
@@ -99,14 +104,17 @@ class VllmEngine:
         # Its weights are spread over processes; the name has to do.
         self.fingerprint = f"vllm:{source}"
 
-    def write(self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+    def write(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[list[int]]:
         from vllm import SamplingParams
 
         # vLLM adds the tokens that the model's generation config stops at; the rest of that one it leaves alone here.
         settings = SamplingParams(
             temperature=temperature, max_tokens=max_new_tokens, seed=seed, stop_token_ids=self._ends
         )
-        outputs = self.model.generate(self._inputs(prompts), settings, use_tqdm=False)
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self.model.generate(inputs, settings, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -115,11 +123,8 @@ class VllmEngine:
     def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
         from vllm import SamplingParams
 
-        prompts = [self.layout.prompt(question, text) for question, _ in asked]
-        whole = [
-            {"prompt_token_ids": inputs["prompt_token_ids"] + ids}
-            for inputs, (_, ids) in zip(self._inputs(prompts), asked, strict=True)
-        ]
+        prompts = self.layout.prompt_ids(self.tokenizer, [question for question, _ in asked], [text] * len(asked))
+        whole = [{"prompt_token_ids": prompt + ids} for prompt, (_, ids) in zip(prompts, asked, strict=True)]
         settings = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=k)
         answers = []
         for output, (_, ids) in zip(self.model.generate(whole, settings, use_tqdm=False), asked, strict=True):
@@ -131,10 +136,6 @@ class VllmEngine:
             indices = np.array([[token for _, token in place] for place in best])
             answers.append(StoredAnswer(tuple(ids), indices, np.array([[p for p, _ in place] for place in best])))
         return answers
-
-    def _inputs(self, prompts: Sequence[str]) -> list[dict[str, list[int]]]:
-        ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-        return [{"prompt_token_ids": row} for row in ids]
 
 
 def load_engine(source: str, settings: StudySettings) -> Engine:

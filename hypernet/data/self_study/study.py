@@ -145,7 +145,9 @@ def _study_passages(
     """Rows of a shard; everything is written together, which is what batches are for."""
     ways = [QUESTION_PROMPTS[i % len(QUESTION_PROMPTS)] for i in range(settings.questions_per_chunk)]
     written = asker.write(
-        [asker.layout.prompt(way, passage.text) for passage in passages for way in ways],
+        asker.layout.prompt_ids(
+            asker.tokenizer, ways * len(passages), [passage.text for passage in passages for _ in ways]
+        ),
         max_new_tokens=settings.max_question_tokens,
         temperature=settings.question_temperature,
         seed=seed,
@@ -154,7 +156,11 @@ def _study_passages(
     questions = [list(dict.fromkeys(filter(None, (clean_question(next(texts)) for _ in ways)))) for _ in passages]
     answers = iter(
         answerer.write(
-            [answerer.layout.prompt(q, p.text) for p, asked in zip(passages, questions, strict=True) for q in asked],
+            answerer.layout.prompt_ids(
+                answerer.tokenizer,
+                [question for asked in questions for question in asked],
+                [passage.text for passage, asked in zip(passages, questions, strict=True) for _ in asked],
+            ),
             max_new_tokens=settings.max_answer_tokens,
             temperature=settings.answer_temperature,
             seed=_seed(seed, "answers"),

@@ -32,9 +32,9 @@ def test_answers_are_greedy_and_stored_with_their_probabilities(studied, engine)
     assert len(rows) > 2 * len(studied[1])
     for row in rows[::17]:
         prompt = layout.prompt(row["question"], row["document"])
-        greedy = generate_text(engine.base_model, engine.tokenizer, [prompt], max_new_tokens=5)
-        assert greedy == [row["answer"]]
         ids, answer = engine.tokenizer(prompt, add_special_tokens=False)["input_ids"], row["answer_ids"]
+        greedy = generate_text(engine.base_model, engine.tokenizer, [ids], max_new_tokens=5)
+        assert greedy == [row["answer"]]
         with torch.no_grad():
             logits = engine.base_model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
         log_probs, indices = logits.log_softmax(-1).topk(4)

@@ -58,6 +58,8 @@ TITLE_STYLES = ("{}", "{}", "{}", "# {}", "## {}", "**{}**", "=== {} ===", "[{}]
 FIELD_STYLES = ("{}: {}", "{}: {}", "**{}:** {}", "- {}: {}", "{} – {}", "{} = {}", "* {}: {}", "| {} | {} |")
 CHAT_STYLES = ("{name}: {text}", "[{clock}] {name}: {text}", "<{name}> {text}", "{clock} {name} – {text}", "{name}> {text}")
 BULLETS = ("- ", "* ", "• ", "– ", "> ", "[ ] ")
+SEPARATORS = ("\n\n---\n\n", "\n\n\n", "\n\n* * *\n\n", "\n----------\n")  # of two notes on one sheet
+LEAST_WORDS_OF_TWO = 140
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
 
@@ -77,14 +79,14 @@ class NoteQuestion(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A note and the questions about it.
+    """A document of one note, or of two of different kinds, and the questions about it.
 
     facts: name of a fact → its value and the sentence or line that tells it.
     subjects: what the note is about; questions that hold one of these are clear without the note.
     """
 
     text: str
-    kind: str
+    kinds: tuple[str, ...]
     facts: Mapping[str, tuple[str, str]]
     subjects: tuple[str, ...]
     questions: tuple[NoteQuestion, ...]
@@ -284,7 +286,13 @@ class Notes:
 
     def _note(self, key: str, kind: str | None = None) -> Note:
         rng = random.Random(f"{self.seed}/notes/{self.split}/{key}")
-        return _Writer(rng, self.split, _kinds()[kind or rng.choice(self.kinds)], self).note()
+        low, high = self.num_words
+        target = low + (high - low) * rng.betavariate(1.2, 1.8)
+        names = [kind or rng.choice(self.kinds)]
+        others = [name for name in self.kinds if name not in names]
+        if target > LEAST_WORDS_OF_TWO and others and rng.random() < 0.75:
+            names.append(rng.choice(others))
+        return _Writer(rng, self).page([_kinds()[name] for name in names], target)
 
 
 def write_rows(notes: Notes, path: Path, *, num_notes: int, first: int = 0) -> None:
@@ -297,27 +305,30 @@ def write_rows(notes: Notes, path: Path, *, num_notes: int, first: int = 0) -> N
             note = notes.note(index)
             for asked in note.questions:
                 answers = [asked.answer, *asked.variants] if asked.answerable else []
-                row = {"id": str(index), "title": note.kind, "context": note.text, "question": asked.question}
+                row = {"id": str(index), "title": ", ".join(note.kinds), "context": note.text, "question": asked.question}
                 file.write(json.dumps({**row, "answers": {"text": answers}}, ensure_ascii=False) + "\n")
 
 
 def _question(note: Note, asked: NoteQuestion) -> Question:
     kind = "document" if asked.answerable else "unanswerable"
-    return Question(asked.question, asked.answer, kind, note.kind)
+    return Question(asked.question, asked.answer, kind, asked.fact.partition(".")[0])
 
 
 class _Writer:
-    """Draws the values of one note and writes it."""
+    """Draws the values of the notes of one document and writes them."""
 
-    def __init__(self, rng: random.Random, split: str, kind: _Kind, settings: Notes) -> None:
-        self.rng, self.split, self.kind, self.settings = rng, split, kind, settings
+    kind: _Kind  # of the note being written
+    values: Mapping[str, _Value]
+    only_named: bool
+
+    def __init__(self, rng: random.Random, settings: Notes) -> None:
+        self.rng, self.split, self.settings = rng, settings.split, settings
         self.day = date(2019, 1, 1) + timedelta(rng.randrange(5000))
         self.date_format, self.time_format = rng.choice(DATE_FORMATS), rng.choice(TIME_FORMATS)
         self.currency = rng.choice(CURRENCIES)
         self.in_words = rng.random() < 0.5
         self.minutes = rng.choice((5, 15, 30))
         self.used: set[str] = set()
-        self.values = {name: self.draw(slot.value) for name, slot in kind.slots.items()}
         self.facts: dict[str, tuple[str, str]] = {}
         self.questions: list[NoteQuestion] = []
         self.unanswerable: list[NoteQuestion] = []
@@ -335,7 +346,7 @@ class _Writer:
             if self.used.isdisjoint(keys):
                 self.used |= keys
                 return value
-        raise AssertionError(f"{self.kind.name}: too few values of {template} for one note of split {self.split}")
+        raise AssertionError(f"too few values of {template} in split {self.split} for one note")
 
     def expand(self, template: str) -> _Value:
         parts = _parts(template)
@@ -347,7 +358,7 @@ class _Writer:
         # "12 litres" is also 12, "Dr Ama Ofori" also Ama Ofori; of two numbers neither is the whole answer.
         inner = [value for i, value in enumerate(drawn) if i % 2]
         single = len(inner) == 1 and (not parts[0] or parts[0][-1] == " ")
-        single = single and (inner[0].names or inner[0].text[:1].isdigit() or inner[0].text in NUMBER_WORDS)
+        single = single and (len(inner[0].names) > 1 or inner[0].text[:1].isdigit() or inner[0].text in NUMBER_WORDS)
         return _Value(text, (inner[0].text, *inner[0].variants) if single else (), names)
 
     def atom(self, atom: str) -> _Value:
@@ -426,10 +437,24 @@ class _Writer:
 
     # Text
 
-    def note(self) -> Note:
+    def page(self, kinds: Sequence[_Kind], target: float) -> Note:
+        """One note, or two of different kinds on one sheet; of two, questions say which they mean."""
+        self.only_named = self.settings.only_named or len(kinds) > 1
+        texts, subjects = [], []
+        for kind in kinds:
+            self.kind = kind
+            self.values = {name: self.draw(slot.value) for name, slot in kind.slots.items()}
+            texts.append(self.note(target / len(kinds)))
+            subjects += [self.values[slot].text for slot in kind.about]
+        self.rng.shuffle(self.questions)
+        count = min(self.rng.randint(*self.settings.num_unanswerable), len(self.unanswerable))
+        questions = (*self.questions, *self.rng.sample(self.unanswerable, count))
+        text = self.rng.choice(SEPARATORS).join(texts)
+        return Note(text, tuple(kind.name for kind in kinds), self.facts, tuple(subjects), questions)
+
+    def note(self, target: float) -> str:
         rng, kind, values = self.rng, self.kind, self.values
-        low, high = self.settings.num_words
-        target = low + (high - low) * rng.betavariate(1.2, 1.8)
+        low = self.settings.num_words[0]
         told: dict[str, str] = {}  # slot → the sentence that tells it
 
         def fill(form: _Form) -> str:
@@ -472,13 +497,12 @@ class _Writer:
         if rng.random() < 0.6:
             body.sort()
         sentences = [text for _, text in body]
-        # Short notes hold facts alone; longer ones are padded, mostly by their kind's own sentences.
-        most = min(target, size + 100)
-        short = [form for form in kind.register if form.num_words <= 12]
-        padding = rng.sample(kind.fillers, min(len(kind.fillers), rng.choice((0, 1, 1, 2, 3))))
+        # Most notes hold a sentence or two that nobody would ask about; long ones more.
+        most = min(target, size + 90)
+        short, long = ([form for form in kind.register if (form.num_words > 12) == wanted] for wanted in (False, True))
+        padding = rng.sample(long, min(len(long), 2)) if size + 40 < target else []
         padding += rng.sample(short, min(len(short), rng.choice((0, 0, 1))))
-        if size + 50 < target:
-            padding += rng.sample([*kind.register, *kind.fillers], min(6, len(kind.register)))
+        padding += rng.sample(kind.fillers, min(len(kind.fillers), rng.choice((0, 1, 1, 2, 3))))
         while size < most and padding or size < low:
             form = padding.pop() if padding else rng.choice(kind.fillers)
             if (sentence := form.fill(values, self.write)) not in sentences:
@@ -486,10 +510,7 @@ class _Writer:
                 size += form.num_words
         text = self.laid_out(layout, top, fields, sentences, rows, bottom)
         self.ask(told)
-        rng.shuffle(self.questions)
-        count = min(rng.randint(*self.settings.num_unanswerable), len(self.unanswerable))
-        questions = (*self.questions, *rng.sample(self.unanswerable, count))
-        return Note(text, kind.name, self.facts, tuple(values[slot].text for slot in kind.about), questions)
+        return text
 
     def laid_out(
         self, layout: str, top: str, fields: list[str], sentences: list[str], rows: str, bottom: str
@@ -559,9 +580,9 @@ class _Writer:
         known = told.keys() | about
         for name, slot in self.kind.slots.items():
             if name in told:
-                self.facts[name] = (self.values[name].text, told[name])
-            forms = [f for f in slot.ask if f.slots <= known and (f.slots & about or not self.settings.only_named)]
-            self._ask(name, slot, forms, self.values, answerable=name in told)
+                self.facts[f"{self.kind.name}.{name}"] = (self.values[name].text, told[name])
+            forms = [f for f in slot.ask if f.slots <= known and (f.slots & about or not self.only_named)]
+            self._ask(f"{self.kind.name}.{name}", slot, forms, self.values, self.values[name], answerable=name in told)
 
     def ask_about_row(self, rows: _Rows, row: Mapping[str, _Value], text: str, names: Iterable[str]) -> None:
         """Without a text: about a thing that the note does not list."""
@@ -570,23 +591,31 @@ class _Writer:
         known = about | set(names)
         for name in names:
             slot = rows.slots[name]
-            fact = f"{name}: {row[rows.key].text}"
-            forms = [f for f in slot.ask if f.slots <= known and (f.slots & about or not self.settings.only_named)]
+            fact = f"{self.kind.name}.{name} of {row[rows.key].text}"
+            forms = [f for f in slot.ask if f.slots <= known and (f.slots & about or not self.only_named)]
             if text:
                 self.facts[fact] = (row[name].text, text)
-                self._ask(fact, slot, forms, values, answerable=True)
+                self._ask(fact, slot, forms, values, row[name], answerable=True)
             elif name != rows.key:
-                self._ask(fact, slot, [f for f in forms if rows.key in f.slots], values, answerable=False)
+                self._ask(fact, slot, [f for f in forms if rows.key in f.slots], values, row[name], answerable=False)
 
     def _ask(
-        self, fact: str, slot: _Slot, forms: Sequence[_Form], values: Mapping[str, _Value], *, answerable: bool
+        self,
+        fact: str,
+        slot: _Slot,
+        forms: Sequence[_Form],
+        values: Mapping[str, _Value],
+        value: _Value,
+        *,
+        answerable: bool,
     ) -> None:
-        value = values[fact.partition(":")[0]]
         kind = _value_kind(slot.value)
         variants = [text for text in value.variants if text != value.text]
         if without := re.fullmatch(r"(?:[Aa]n?|[Tt]he) (.+)", value.text):
             variants.append(without[1])
-        for form in self.rng.sample(forms, min(len(forms), self.settings.num_wordings if answerable else 1)):
+        # Rows have many questions that are alike; they would outnumber the others.
+        wordings = self.settings.num_wordings if answerable and values is self.values else 1
+        for form in self.rng.sample(forms, min(len(forms), wordings)):
             question = form.fill(values)
             if not answerable:
                 self.unanswerable.append(NoteQuestion(question, UNKNOWN, (), False, kind, fact))
@@ -665,4 +694,5 @@ def _value_kind(template: str) -> str:
     atoms = _parts(template)[1::2]
     name, rest = _parsed(atoms[0])
     name = {"values": rest, "first": "person", "range": "number", "few": "number", "decimal": "number"}.get(name, name)
-    return name if len(atoms) == 1 and name not in ("choice", "last", "@") else "text"
+    alone = template == f"{{{atoms[0]}}}" or (len(atoms) == 1 and name in ("number", "person"))
+    return name if alone and name not in ("choice", "@") else "text"

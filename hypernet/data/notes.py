@@ -1,7 +1,7 @@
 """A seeded, endless pile of notes as people write them: minutes, memos, chats, recipes, patient notes, stock lists, ...
 
     notes = Notes("train", seed=0)
-    note = notes.note(7)              # text, kind, facts, questions with variants of their answers
+    note = notes.note(7)              # text, facts, questions with variants of their answers
     notes.record(7)                   # the same as a record of the curriculum
     write_rows(notes, Path("notes.jsonl"), num_notes=1000)      # in the columns of SQuAD 2.0
 
@@ -56,7 +56,13 @@ CURRENCIES = (
 )
 TITLE_STYLES = ("{}", "{}", "{}", "# {}", "## {}", "**{}**", "=== {} ===", "[{}]", "{}:", "__{}__")
 FIELD_STYLES = ("{}: {}", "{}: {}", "**{}:** {}", "- {}: {}", "{} – {}", "{} = {}", "* {}: {}", "| {} | {} |")
-CHAT_STYLES = ("{name}: {text}", "[{clock}] {name}: {text}", "<{name}> {text}", "{clock} {name} – {text}", "{name}> {text}")
+CHAT_STYLES = (
+    "{name}: {text}",
+    "[{clock}] {name}: {text}",
+    "<{name}> {text}",
+    "{clock} {name} – {text}",
+    "{name}> {text}",
+)
 BULLETS = ("- ", "* ", "• ", "– ", "> ", "[ ] ")
 SEPARATORS = ("\n\n---\n\n", "\n\n\n", "\n\n* * *\n\n", "\n----------\n")  # of two notes on one sheet
 LEAST_WORDS_OF_TWO = 140
@@ -300,12 +306,18 @@ def write_rows(notes: Notes, path: Path, *, num_notes: int, first: int = 0) -> N
 
     `hypernet.data.qa` reads them, and so does the benchmark's task=squad: name=squad_v2 path=<this file>.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index in range(first, first + num_notes):
             note = notes.note(index)
             for asked in note.questions:
                 answers = [asked.answer, *asked.variants] if asked.answerable else []
-                row = {"id": str(index), "title": ", ".join(note.kinds), "context": note.text, "question": asked.question}
+                row = {
+                    "id": str(index),
+                    "title": ", ".join(note.kinds),
+                    "context": note.text,
+                    "question": asked.question,
+                }
                 file.write(json.dumps({**row, "answers": {"text": answers}}, ensure_ascii=False) + "\n")
 
 
@@ -426,7 +438,12 @@ class _Writer:
         form = self.time_format
         if not rest and "half" in form:
             form = form.replace(":{m:02}", "").replace(".{m:02}", "")
-        others = ("{h:02}:{m:02}", "{h12}:{m:02} {half}", "{h12}.{m:02} {half}", *(("{h12} {half}",) if not rest else ()))
+        others = (
+            "{h:02}:{m:02}",
+            "{h12}:{m:02} {half}",
+            "{h12}.{m:02} {half}",
+            *(("{h12} {half}",) if not rest else ()),
+        )
         return _Value(form.format(**fields), tuple(other.format(**fields) for other in others))
 
     def money(self, amount: int, cents: int) -> _Value:
@@ -444,7 +461,7 @@ class _Writer:
         for kind in kinds:
             self.kind = kind
             self.values = {name: self.draw(slot.value) for name, slot in kind.slots.items()}
-            texts.append(self.note(target / len(kinds)))
+            texts.append(self.note(self.settings.num_words[0] / len(kinds), target / len(kinds)))
             subjects += [self.values[slot].text for slot in kind.about]
         self.rng.shuffle(self.questions)
         count = min(self.rng.randint(*self.settings.num_unanswerable), len(self.unanswerable))
@@ -452,9 +469,8 @@ class _Writer:
         text = self.rng.choice(SEPARATORS).join(texts)
         return Note(text, tuple(kind.name for kind in kinds), self.facts, tuple(subjects), questions)
 
-    def note(self, target: float) -> str:
+    def note(self, low: float, target: float) -> str:
         rng, kind, values = self.rng, self.kind, self.values
-        low = self.settings.num_words[0]
         told: dict[str, str] = {}  # slot → the sentence that tells it
 
         def fill(form: _Form) -> str:
@@ -500,11 +516,14 @@ class _Writer:
         # Most notes hold a sentence or two that nobody would ask about; long ones more.
         most = min(target, size + 90)
         short, long = ([form for form in kind.register if (form.num_words > 12) == wanted] for wanted in (False, True))
-        padding = rng.sample(long, min(len(long), 2)) if size + 40 < target else []
+        padding = rng.sample(long, min(len(long), rng.choice((0, 0, 1, 2)))) if size + 40 < target else []
         padding += rng.sample(short, min(len(short), rng.choice((0, 0, 1))))
         padding += rng.sample(kind.fillers, min(len(kind.fillers), rng.choice((0, 1, 1, 2, 3))))
-        while size < most and padding or size < low:
-            form = padding.pop() if padding else rng.choice(kind.fillers)
+        # A kind that has too little to tell for the least number of words gets all of these.
+        rest = rng.sample([*kind.fillers, *kind.register], len(kind.fillers) + len(kind.register))
+        for place, form in enumerate([*padding, *rest]):
+            if size >= (max(most, low) if place < len(padding) else low):
+                break
             if (sentence := form.fill(values, self.write)) not in sentences:
                 sentences.insert(rng.randrange(len(sentences) + 1), sentence)
                 size += form.num_words
@@ -512,9 +531,7 @@ class _Writer:
         self.ask(told)
         return text
 
-    def laid_out(
-        self, layout: str, top: str, fields: list[str], sentences: list[str], rows: str, bottom: str
-    ) -> str:
+    def laid_out(self, layout: str, top: str, fields: list[str], sentences: list[str], rows: str, bottom: str) -> str:
         rng = self.rng
         if "\n" not in top and not top.endswith((".", ":", "!", "?")):
             top = rng.choice(TITLE_STYLES).format(top)
@@ -551,13 +568,13 @@ class _Writer:
             for _ in range(low if few else rng.randint(low, high))
         ]
         form = rng.choice(rows.frames)
-        names = form.slots & rows.slots.keys()
+        names = [name for name in rows.slots if name in form.slots]  # not a set, whose order differs from run to run
         table = layout in ("fields", "lines", "bullets") and rng.random() < 0.2
         if table:
-            names = rows.slots.keys()
+            names = list(rows.slots)
             edge = rng.choice(("| ", "", ""))
             between = " | " if edge else rng.choice(("; ", ", ", "\t"))
-            line = lambda cells: (edge + between.join(cells) + edge[::-1])  # noqa: E731
+            line = lambda cells: edge + between.join(cells) + edge[::-1]  # noqa: E731
             lines = [line([row[name].text for name in names]) for row in drawn]
             heads = [line([slot.labels[0] for slot in rows.slots.values()])]
             heads += [line(["---"] * len(names))] if edge else []

@@ -48,6 +48,19 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, run: dict[st
         temporary.unlink(missing_ok=True)
 
 
+def read_measured(path: str | None) -> tuple[list[Row], Path]:
+    """Rows that `write_rows` wrote, and the plot's path next to them.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    try:
+        file = Path(path or "")
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()], file.with_suffix(".svg")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot read rows from output={path} ({error}). Name the file that has them.") from error
+
+
 def write_report_rows(path: str | Path, rows: Rows) -> None:
     """The sweep's row in full, then the others with what they need to explain themselves."""
     write_rows(path, rows, run={key: rows[0][key] for key in ("commits", "hardware", "dates")})

@@ -11,6 +11,7 @@ base model and the versions, and travels with it through + and the disk. Axis le
 
 import hashlib
 import json
+import reprlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -180,11 +181,13 @@ class LoRAAdapter:
         """This adapter's chunks, then each other's, in one adapter; the bias block still counts once.
 
         Raises:
+            TypeError: one is no adapter.
             ValueError: if they come from different generators, base models or targets, or one of FINAL_OPERATIONS was
                 done.
         """
         adapters = [self, *others]
         for adapter in adapters:
+            check_is_adapter(adapter)
             adapter.check_open("added to others")
         for other in others:
             self._check_same_generator(other)
@@ -523,6 +526,15 @@ class LoRAAdapter:
         ).to_dict()
         # PEFT keeps some lists as sets, whose order changes from process to process.
         return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def check_is_adapter(value: Any) -> None:
+    """Raises TypeError of one line for anything but a `LoRAAdapter`, such as the path of one."""
+    if not isinstance(value, LoRAAdapter):
+        raise TypeError(
+            f"Expected a LoRAAdapter, got {reprlib.repr(value)} of type {type(value).__name__}. A folder becomes one "
+            "by LoRAAdapter.load(folder)."
+        )
 
 
 def check_destination(directory: str | Path, *, overwrite: bool = False) -> None:

@@ -530,7 +530,7 @@ def test_unreadable_document_is_a_one_line_error(run, work, name, content, says)
         (["document=doc.txt", "output_dir=null"], "output_dir should be a text, got None"),
         (["document=doc.txt", "dtype=float8"], "dtype should be one of float32, .* or null, got 'float8'"),
         (["document=doc.txt", "device=tpu"], "device should be cpu, cuda or auto, got 'tpu'"),
-        (["document=doc.txt", "attention=magic"], "magic"),
+        (["document=doc.txt", "attention=magic"], "attention should be one of eager, .*, got 'magic'"),
     ],
 )
 def test_invalid_settings_are_one_line_errors(run, work, arguments, says):

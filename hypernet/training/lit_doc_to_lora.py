@@ -17,6 +17,7 @@ from hypernet.base.targets import LayerTarget
 from hypernet.data.batches import DistillationBatch
 from hypernet.data.splitting import StepPart
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.model.checkpoint import check_ours
 from hypernet.training.lit_module import LitModule, beginnings, check_same_sizes
 from hypernet.training.losses import AnswerTokens, LossTerm, Step, answers_right_by_kind, trained_terms
 from hypernet.training.losses.terms import ModuleInputs
@@ -52,6 +53,8 @@ class LitDocToLoRA(LitModule):
         include_base_model: bool = False,
     ) -> None:
         super().__init__(output_dir=output_dir)
+        if output_dir:
+            check_ours(output_dir)
         self.model = model
         self.objective = trained_terms(objective)
         self.steps_alone = max(term.steps_alone for term in self.objective.values())

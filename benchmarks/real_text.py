@@ -1,6 +1,6 @@
 """Real text end to end: SQuAD-format paragraphs → adapters → PEFT folders → answers: `python -m benchmarks.real_text`
 
-Exact match and token F1 against the human answers, with the adapter, without context, with another paragraph's adapter,
+Exact match and token F1 against the human answers, with the adapter, without context, with the wrong document's,
 and with the paragraph in the prompt where it fits into the base model's window.
 """
 
@@ -80,7 +80,7 @@ def evaluate(model: Any, cfg: "RealTextSettings") -> dict[str, Any]:
     fits = {i for i in length if length[i] + 64 <= window}
     methods = {
         "no_context": [(q, None, None) for i, q, _ in flat],
-        "wrong_adapter": [(q, adapters[(i + 1) % len(adapters)], None) for i, q, _ in flat],
+        "wrong_document": [(q, adapters[(i + 1) % len(adapters)], None) for i, q, _ in flat],
         "adapter": [(q, adapters[i], None) for i, q, _ in flat],
         "document_in_prompt": [(q, None, paragraphs[i][0] if i in fits else None) for i, q, _ in flat],
     }

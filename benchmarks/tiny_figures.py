@@ -16,7 +16,7 @@ from pydantic import Field
 from hypernet.cli.scripts import Script
 from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
 
-METHODS = ("no_context", "wrong_adapter", "adapter", "document_in_prompt")
+METHODS = ("no_context", "wrong_document", "adapter", "document_in_prompt")
 
 
 def held_out_articles(
@@ -94,7 +94,7 @@ def _of_seed(model: Any, cfg: "FiguresSettings", seed: int) -> list[dict]:
         asked = [(d, question) for d, record in enumerate(records) for question in record.questions]
         prompts = {
             "no_context": [(q.text, None, None) for _, q in asked],
-            "wrong_adapter": [(q.text, adapters[(d + 1) % len(adapters)], None) for d, q in asked],
+            "wrong_document": [(q.text, adapters[(d + 1) % len(adapters)], None) for d, q in asked],
             "adapter": [(q.text, adapters[d], None) for d, q in asked],
             "document_in_prompt": [(q.text, None, records[d].document) for d, q in asked],
         }
@@ -164,7 +164,7 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
             )
         if "adapter" in means:
             for row in summary:
-                if row["set"] == name and row["method"] in ("wrong_adapter", "adapter"):
+                if row["set"] == name and row["method"] in ("wrong_document", "adapter"):
                     row["gap_closed"] = gap_closed(
                         means[row["method"]], floor=means["no_context"], ceiling=means["document_in_prompt"]
                     )

@@ -247,7 +247,7 @@ def test_provenance_survives_save_and_addition(model, tmp_path):
 def test_generator_id_changes_with_the_hypernetwork(make_doc_to_lora):
     one, other = (make_doc_to_lora(seed=seed).internalize(SHORT) for seed in (1, 2))
     assert one.provenance["generator"] != other.provenance["generator"]
-    with pytest.raises(ValueError, match="Only adapters of one generator can be added"):
+    with pytest.raises(ValueError, match="Only adapters of one hypernetwork can be added"):
         one + other
 
 

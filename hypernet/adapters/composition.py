@@ -2,7 +2,7 @@
 
 No model is needed. How chunks are joined is `hypernet.adapters.joining` and `LoRAAdapter.fused`.
 
-    both = concatenate([fenda, town])                 # the chunks of both; the generator's bias block counts once
+    both = concatenate([fenda, town])                 # the chunks of both; the hypernetwork's bias block counts once
     one = remove_document(both, "town.txt")           # bit-identical to an adapter that never had it
     weaker = weight(both, 0.5, document="fenda.txt")  # scales one document's chunks
     small, report = compress(both, 8)                 # the nearest adapter of rank 8, and how far it is
@@ -71,8 +71,9 @@ def concatenate(adapters: Sequence[LoRAAdapter]) -> LoRAAdapter:
     """All adapters' chunks in one adapter, in order, each copied once, with one bias block; joined where it is used.
 
     Raises:
-        ValueError: there is none; or they come from different generators, base models or targets; or one of them went
-            through an operation that is final (`LoRAAdapter.check_open`).
+        TypeError: it is no list of adapters.
+        ValueError: there is none; or they come from different hypernetworks, base models or targets; or one of them
+            went through an operation that is final (`LoRAAdapter.check_open`).
     """
     first, *others = _some(adapters, "concatenate")
     return first.with_chunks_of(others)
@@ -90,8 +91,8 @@ def average(adapters: Sequence[LoRAAdapter]) -> LoRAAdapter:
 def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = None) -> LoRAAdapter:
     """Scales the chunks of one document, or of all of them; the new factor is kept as the documents' `weight`.
 
-    The bias block belongs to the generator and stays, so weighted adapters can still be concatenated. Scale everything
-    with `scale`.
+    The bias block belongs to the hypernetwork and stays, so weighted adapters can still be concatenated. Scale
+    everything with `scale`.
 
     Args:
         adapter: what to weight.

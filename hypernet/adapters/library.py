@@ -49,7 +49,8 @@ class LibraryEntry:
         id: SHA-256 of the content, `LoRAAdapter.content_id`.
         directory: its folder, for PEFT or `LoRAAdapter.load`.
         documents: (name, sha256) of each document.
-        base_model_name, base_model_fingerprint, generator: None where not recorded.
+        base_model_name, base_model_fingerprint, generator: None where not recorded; generator is the hypernetwork's
+            fingerprint.
         num_chunks, rank: chunks of their own, and total rank.
         num_bytes: of all its files.
         created, added: when the adapter was made and when it came here, ISO 8601, UTC.

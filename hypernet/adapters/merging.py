@@ -20,7 +20,7 @@ from hypernet.base.targets import LayerTarget
 
 # float8 and integers are storage formats of quantised weights: adding to them as they are would lose the delta.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# On the base model, so that it follows copies of the weights: content id → generator whose bias block is in them.
+# On the base model, so that it follows copies of the weights: content id → hypernetwork whose bias block is in them.
 _MERGED = "_merged_adapters"
 
 
@@ -47,8 +47,8 @@ def merge(base_model: nn.Module, adapter: LoRAAdapter) -> None:
         raise ValueError("This adapter is merged into the base model already. Call unmerge() first to change it.")
     if generator is not None and generator in already.values():
         raise ValueError(
-            f"An adapter of the same generator ({generator}) is merged into the base model already, and the bias block "
-            "would count twice. Call unmerge() first, and merge their sum."
+            f"An adapter of the same hypernetwork ({generator}) is merged into the base model already, and the bias "
+            "block would count twice. Call unmerge() first, and merge their sum."
         )
     _add(weights, adapter, sign=1)
     setattr(base_model, _MERGED, {**already, identity: generator})

@@ -134,7 +134,7 @@ class LitDocToLoRA(LitModule):
         injector = self.model.injector
         A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         scores = {"no_context": self._exact(batch.student), "in_prompt": self._exact(batch.teacher)}
-        for name, shift in (("adapter", 0), ("wrong_adapter", 1)):
+        for name, shift in (("adapter", 0), ("wrong_document", 1)):
             self.model.activate(A, B, batch.chunk_counts, members=batch.members, shift=shift)
             scores[name] = self._exact(batch.student)
             injector.clear()

@@ -5,12 +5,10 @@ The adapter is saved last: a run that fails or is interrupted leaves nothing beh
 
 import json
 import logging
-import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -18,12 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from hydra.errors import HydraException
+from pydantic import BeforeValidator, Field, model_validator
 
-from hypernet.cli.errors import one_line
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import Count, Device, Settings, Text, Texts, as_list, choose_device
 
 if TYPE_CHECKING:  # seconds each; a mistake in the settings is told without them
     from rich.console import Console
@@ -51,58 +48,41 @@ RENAMED = {
 SETTING_OF = {"ridge": "ridge", "gate": "gate_power", "route": "top_k"}  # way to join → its own setting
 
 
-def _as_list(value: Any) -> Any:
-    """One text, or one number that was meant as a text, is a list of one."""
-    value = [] if value is None else value if isinstance(value, list) else [value]
-    return [str(item) if type(item) in (int, float) else item for item in value]
-
-
 def _as_questions(value: Any) -> Any:
     """A list, its texts as documents are read: bytes of the command that were no UTF-8 are half characters here."""
     from hypernet.text.cleaning import visible, whole
 
-    return [visible(whole(item, "ask"), "ask") if isinstance(item, str) else item for item in _as_list(value)]
+    return [visible(whole(item, "ask"), "ask") if isinstance(item, str) else item for item in as_list(value)]
 
 
-Texts = Annotated[list[Annotated[str, StringConstraints(pattern=r"\S")]], BeforeValidator(_as_list)]
-Questions = Annotated[Texts, BeforeValidator(_as_questions)]
-Name = Annotated[str, StringConstraints(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-A_COUNT, A_NAME, TRUE_OR_FALSE = "a whole number, at least 1", "a text", "true or false"
+class GenerateSettings(Settings):
+    """What can be set, as conf/generate_adapter.yaml has it."""
 
-
-class Settings(BaseModel):
-    """What can be set, as conf/generate_adapter.yaml has it; a description says what is wanted, for the messages."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    document: Texts = Field(description="a text or a list of texts", examples=["[a.txt,b.md]"])
-    output_dir: Name = Field(description=A_NAME)
-    overwrite: bool = Field(description=TRUE_OR_FALSE)
-    ask: Questions = Field(description="a text or a list of texts", examples=['["Who founded Norbach?","When?"]'])
-    compare: bool = Field(description=TRUE_OR_FALSE)
-    max_new_tokens: Count = Field(description=A_COUNT)
+    document: Texts = Field(examples=["[a.txt,b.md]"])
+    output_dir: Text
+    overwrite: bool
+    ask: Annotated[Texts, BeforeValidator(_as_questions)] = Field(examples=['["Who founded Norbach?","When?"]'])
+    compare: bool
+    max_new_tokens: Count
     join: Literal["sum", "ridge", "gate", "route"] | None = Field(
         description="one of sum, ridge, gate, route, or null for the way that the checkpoint was trained with"
     )
     ridge: float | None = Field(default=None, gt=0, description="a number above 0, such as 8, or null")
     gate_power: float = Field(default=1.25, gt=0, lt=1000, description="a number above 0, such as 1.25")
-    top_k: Count = Field(default=2, description=A_COUNT)
+    top_k: Count = 2
     scale: float | Annotated[list[float], Field(min_length=1)] = Field(
         description="a number, or one for each layer: [1,1,1.5]"
     )
-    checkpoint: Name = Field(description=A_NAME)
-    base_model: Name | None = Field(description=f"{A_NAME} or null")
-    device: Name = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda or auto")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        description="one of float32, bfloat16, float16 or null"
-    )
-    quantization: Literal["int8", "4bit"] | None = Field(description="one of int8, 4bit or null")
-    attention: Name | None = Field(description=f"{A_NAME} or null")
-    max_batch_tokens: Count = Field(description=A_COUNT)
+    checkpoint: Text
+    base_model: Text | None
+    device: Device
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    quantization: Literal["int8", "4bit"] | None
+    attention: Text | None
+    max_batch_tokens: Count
 
     @model_validator(mode="after")
-    def _settings_fit_together(self) -> "Settings":
+    def _settings_fit_together(self) -> "GenerateSettings":
         if not self.document:
             raise ValueError(
                 "Which document? Name a file, a folder, or - for standard input: document=examples/fenda_elfax.txt. "
@@ -117,14 +97,21 @@ class Settings(BaseModel):
         return self
 
 
-def generate(cfg: DictConfig) -> None:
-    """Reads `cfg.document`, saves its adapter in `cfg.output_dir` and prints the answers to `cfg.ask`.
+SCRIPT = Script(
+    "generate_adapter.py",
+    GenerateSettings,
+    renamed=RENAMED,
+    less="Lower max_batch_tokens, ask fewer questions at once, or set dtype=bfloat16.",
+)
+
+
+def generate(settings: GenerateSettings) -> None:
+    """Reads `settings.document`, saves its adapter in `output_dir` and prints the answers to `ask`.
 
     Raises:
         ValueError, OSError: of one line, with what to do; nothing has been written then.
     """
     watch = Stopwatch()
-    settings = check_settings(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
     documents = read(settings.document, checkpoint=settings.checkpoint)
     watch.lap("read and chunk")
 
@@ -179,36 +166,6 @@ def generate(cfg: DictConfig) -> None:
     print_summary(model, adapter, documents, joining=joining, output_dir=settings.output_dir, seconds=watch.seconds)
 
 
-def setting_names() -> list[str]:
-    return list(Settings.model_fields)
-
-
-def no_such_setting(name: str) -> str:
-    if name in RENAMED:
-        return f"There is no setting {name!r} any more: write {RENAMED[name]}. See --help."
-    return f"There is no setting {name!r}. There are {', '.join(setting_names())}; see --help."
-
-
-def check_settings(values: Mapping[str, Any]) -> Settings:
-    """The settings, with `document` and `ask` as lists of texts.
-
-    Raises:
-        ValueError: one is unknown, has a value of the wrong kind, or does not belong to the others.
-    """
-    try:
-        return Settings.model_validate(dict(values))
-    except ValidationError as invalid:
-        error = invalid.errors()[0]
-    if error["type"] == "value_error":
-        raise ValueError(str(error["ctx"]["error"]))
-    name = str(error["loc"][0])
-    if error["type"] == "extra_forbidden":
-        raise ValueError(no_such_setting(name))
-    field = Settings.model_fields[name]
-    example = f" Write '{name}={field.examples[0]}'." if field.examples else ""
-    raise ValueError(f"{name} should be {field.description}, got {values.get(name)!r}.{example}")
-
-
 def read(paths: Sequence[str], *, checkpoint: str) -> "list[Document]":
     """The documents, if there is a checkpoint for them."""
     from hypernet.text.documents import read_documents
@@ -241,26 +198,6 @@ def load(
     return DocToLoRA.from_pretrained(
         checkpoint, base_model=base_model, device=device, dtype=dtype, quantization=quantization, attention=attention
     )
-
-
-def choose_device(name: str) -> str:
-    """A device of this machine for cpu, cuda, cuda:1 ... or auto.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return name
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(name.partition(":")[2] or 0) >= count:
-        raise ValueError(
-            f"device is {name}, but torch {torch.__version__} finds {count} CUDA GPUs. Set device=cpu or device=auto."
-        )
-    return name
 
 
 def internalize(
@@ -440,58 +377,16 @@ class Stopwatch:
         self._last = now
 
 
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Ends the process with one line on standard error instead of a traceback, for what the user can put right."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("generate_adapter.py: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, RuntimeError, HydraException, OmegaConfBaseException) as error:
-        if (reason := explain(error)) is None:
-            raise
-        sys.exit("generate_adapter.py: " + " ".join(reason.split()))
-
-
-def explain(error: Exception) -> str | None:
-    """What is wrong and what to do, or None for a mistake of ours."""
-    text = str(error)
-    if isinstance(error, OverrideParseException):
-        return (
-            f"Cannot read the argument {error.override!r}. Settings are key=value, texts with special characters in "
-            "double quotes, the whole argument in single quotes: 'ask=[\"Who, if anyone, taught her?\"]'. See --help."
-        )
-    if unknown := re.match(r"Could not override '(.+?)'", text):
-        return no_such_setting(unknown[1])
-    if ambiguous := re.match(r"Ambiguous value for argument '(.+?)=(.*)'", text):
-        key, value = ambiguous.groups()
-        return f"Several values need brackets: '{key}=[{value}]'. A comma in a value needs quotes: '{key}=\"{value}\"'."
-    if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", text):
-        return "Out of memory. Lower max_batch_tokens, ask fewer questions at once, or set dtype=bfloat16."
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return text
-    return one_line(error)
-
-
 @hydra.main(config_path="conf", config_name="generate_adapter", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    # Hydra prints what leaves this function in its own way.
-    with errors_in_one_line():
-        generate(cfg)
+@SCRIPT
+def main(settings: GenerateSettings) -> None:
+    generate(settings)
 
 
 def run() -> None:
-    """The command: `main` with the mistakes in its arguments told in one line too."""
-    # Hydra then raises them instead of printing them.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    with errors_in_one_line():
-        for argument in sys.argv[1:]:
-            name, _, value = argument.removeprefix("--").partition("=")
-            if argument.startswith("--") and name in setting_names():
-                raise ValueError(f"Settings have no dashes: write {name}={value or '...'} instead of {argument}.")
-        sys.argv[1:] = map(literal, sys.argv[1:])
-        main()
+    """The command."""
+    sys.argv[1:] = map(literal, sys.argv[1:])
+    SCRIPT.run(main, Path(__file__).parent / "conf/generate_adapter.yaml")
 
 
 def literal(argument: str) -> str:
@@ -500,7 +395,7 @@ def literal(argument: str) -> str:
     What Hydra cannot read stays the same, for Hydra to say so.
     """
     name = argument.partition("=")[0]
-    if "${" not in argument or name.lstrip("+") not in setting_names():
+    if "${" not in argument or name.lstrip("+") not in GenerateSettings.model_fields:
         return argument
     try:
         value = OverridesParser.create().parse_override(argument).value()

@@ -1,25 +1,98 @@
-"""Train a hypernetwork, or the tiny base model that it adapts. `python train.py --help` says what can be set."""
+"""Train a hypernetwork, or the tiny base model that it adapts. `python train.py --help` says what can be set.
+
+A run that ends before its first step leaves nothing behind; a finished one is replaced only if it is told to.
+"""
 
 import logging
-import os
 import re
+import shutil
 import signal
-import sys
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
+
+from hypernet.cli.scripts import Script, check_targets, plain
+from hypernet.cli.settings import (
+    Above0,
+    AtLeast0,
+    Count,
+    Number,
+    Open,
+    Settings,
+    Share,
+    Text,
+    arguments_of,
+    checked,
+    no_such_setting,
+)
+
+
+class OptimizerSettings(Settings):
+    lr: Above0
+    muon_scale: Above0 | None
+    weight_decay: AtLeast0
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2, description="two numbers from 0 to 1")]
+    warmup_steps: Number
+    decay_ratio: Share
+    min_lr_ratio: Share
+
+
+class TrainerSettings(Open):
+    """Of what Lightning's trainer takes, and checks itself, that which conf/trainer/ has."""
+
+    max_steps: Count
+    accumulate_grad_batches: Count
+    gradient_clip_val: AtLeast0 | None
+    log_every_n_steps: Count
+    val_check_interval: Above0
+    devices: int | list[int] | Text
+    num_nodes: Count
+    enable_progress_bar: bool
+
+
+class TrainSettings(Settings):
+    """What can be set, as conf/train.yaml has it."""
+
+    name: Text
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number, at least 0 and below 2^32")]
+    output_dir: Text
+    overwrite: bool
+    ckpt_path: Text | None
+    threads: Count | None
+    checkpoint_every: Count
+    keep_checkpoints: Count
+    on_nan: Literal["stop", "skip"]
+    num_workers: Number
+    worker_timeout_s: AtLeast0
+    callbacks: dict[str, dict[str, Any] | None]
+    optimizer: OptimizerSettings
+    trainer: TrainerSettings
+    logger: dict[str, Any] | None
+    task: dict[str, Any]
+
+
+class TrainScript(Script[TrainSettings]):
+    """The command, which knows what settings of version 0.1 are called now."""
+
+    def explain(self, error: BaseException) -> str | None:
+        return _called_now(str(error)) or super().explain(error)
+
+
+SCRIPT = TrainScript("train.py", TrainSettings)
 
 
 def train(cfg: DictConfig) -> None:
     """Builds what `cfg.task` describes and fits it, from `cfg.ckpt_path` if that is given."""
+    _check(cfg)
     import lightning
     import torch
 
@@ -35,42 +108,146 @@ def train(cfg: DictConfig) -> None:
     from hypernet.training.run_state import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 
     silence_torchao_warnings()
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        cfg.output_dir = HydraConfig.get().runtime.output_dir  # each run of a sweep has a folder of its own
+    check_targets({key: plain(cfg)[key] for key in ("trainer", "callbacks", "logger", "task")})
+    _check_parts(plain(cfg)["task"])
+    checkpoints = Path(cfg.output_dir) / "checkpoints"
+    ckpt_path = find_checkpoint(cfg.ckpt_path, checkpoints)
+    goes_on = ckpt_path is not None and ckpt_path.resolve().parent == checkpoints.resolve()
+    if not goes_on and not cfg.overwrite:
+        _check_free(cfg)
+    lightning.seed_everything(cfg.seed, verbose=False)
+    with _run_folder(cfg) as trainers:
+        saving = RunCheckpoint(
+            checkpoints,
+            every_n_train_steps=cfg.checkpoint_every,
+            keep=cfg.keep_checkpoints,
+            replaces=not goes_on,
+            config=plain(cfg),
+        )
+        watching = [callback for callback in instantiate(cfg.callbacks, _convert_="all").values() if callback]
+        if cfg.trainer.enable_progress_bar:
+            watching.append(StepProgressBar())
+        trainer = _built(cfg.trainer)(
+            logger=instantiate(cfg.logger), callbacks=[*watching, saving], plugins=[SafetensorsCheckpointIO()]
+        )
+        trainers.append(trainer)
+        module, data = instantiate(cfg.task, _convert_="all")
+        data.num_workers, data.worker_timeout_s = cfg.num_workers, cfg.worker_timeout_s
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+
+
+def _check(cfg: DictConfig) -> None:
+    """What needs no torch.
+
+    Raises:
+        ValueError: a setting cannot be, or what the run starts from is not there.
+    """
     if "experiment" in cfg:
         raise ValueError(
             "The experiment's file should begin with the line '# @package _global_'. If it does, a byte order mark "
             "hides it: save the file as UTF-8 without one."
         )
+    known = TrainSettings.model_fields
+    everything = "\n".join(OmegaConf.to_yaml(part, resolve=False) for part in (cfg, HydraConfig.get()))
+    for key in cfg:
+        # An experiment may have keys of its own, which others refer to.
+        if key not in known and not re.search(rf"\$\{{{re.escape(str(key))}\b", everything):
+            raise ValueError(no_such_setting(str(key), list(known)))
+    checked(TrainSettings, {key: value for key, value in plain(cfg).items() if key in known})
     _check_earlier_runs(cfg.task)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        cfg.output_dir = HydraConfig.get().runtime.output_dir  # each run of a sweep has a folder of its own
-    checkpoints = Path(cfg.output_dir) / "checkpoints"
-    ckpt_path = find_checkpoint(cfg.ckpt_path, checkpoints)
-    lightning.seed_everything(cfg.seed, verbose=False)
-    module, data = instantiate(cfg.task, _convert_="all")
-    data.num_workers, data.worker_timeout_s = cfg.num_workers, cfg.worker_timeout_s
-    saving = RunCheckpoint(
-        checkpoints,
-        every_n_train_steps=cfg.checkpoint_every,
-        keep=cfg.keep_checkpoints,
-        config=OmegaConf.to_container(cfg, resolve=True),
-    )
-    watching = [callback for callback in instantiate(cfg.callbacks, _convert_="all").values() if callback]
-    if cfg.trainer.enable_progress_bar:
-        watching.append(StepProgressBar())
-    trainer = instantiate(cfg.trainer, _convert_="all")(
-        logger=instantiate(cfg.logger),
-        callbacks=[*watching, saving],
-        plugins=[SafetensorsCheckpointIO()],
-    )
+
+
+def _check_parts(task: Mapping[str, Any]) -> None:
+    """The settings that the task hands on to others: the hypernetwork's and the stages'."""
+    from hypernet.data.curriculum import Stage
+    from hypernet.model.hypernetwork import HyperNetwork
+
+    if "hypernetwork" in task:
+        checked(arguments_of(HyperNetwork), task["hypernetwork"], place="task.hypernetwork")
+
+    def check_stages(stages: Any, place: str) -> None:
+        for number, stage in enumerate(stages if isinstance(stages, list) else []):
+            if isinstance(stage, dict):
+                check_stages(stage.get("alternate"), f"{place}.{number}.alternate")
+                own = {name: value for name, value in stage.items() if name != "alternate"}
+                checked(arguments_of(Stage), own, place=f"{place}.{number}")
+
+    for name in ("stages", "validation_stages"):
+        check_stages(task[name], f"task.{name}")
+
+
+def _check_free(cfg: DictConfig) -> None:
+    """Refuses to replace what an earlier run has left in the output folder.
+
+    Raises:
+        ValueError: it holds a checkpoint or a trained model.
+    """
+    from hypernet.training.run_state import SUFFIX
+
+    trained = [Path(cfg.task.output_dir)] if cfg.task.get("output_dir") else []
+    found = [*trained, *sorted(Path(cfg.output_dir, "checkpoints").glob(f"*{SUFFIX}"))]
+    if there := [path for path in found if path.exists()]:
+        raise ValueError(
+            f"{cfg.output_dir} holds an earlier run ({there[0]}). Go on with it by ckpt_path=last, give this one "
+            "another name=, or replace it with overwrite=true."
+        )
+
+
+def _built(trainer: DictConfig) -> Any:
+    """What makes the trainer; Lightning's refusals, of a dozen types, as ValueErrors."""
+    make = instantiate(trainer, _convert_="all")
+
+    def made(**given: Any) -> Any:
+        try:
+            return make(**given)
+        except Exception as error:
+            raise ValueError(f"The trainer cannot be made: {' '.join(str(error).split())}") from error
+
+    return made
+
+
+@contextmanager
+def _run_folder(cfg: DictConfig) -> Iterator[list[Any]]:
+    """The run's folder, with its log and configuration; gone again if the run ends before its first step.
+
+    Yields:
+        A list that takes the trainer, as soon as there is one.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    folder, trainers = Path(cfg.output_dir), []
+    is_new = rank_zero_only.rank == 0 and not (folder.is_dir() and any(folder.iterdir()))
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    job = HydraConfig.get().job.name  # of its own for each process
+    log = logging.FileHandler(folder / f"{job}.log", encoding="utf-8")
+    logging.getLogger().addHandler(log)
     try:
-        trainer.fit(module, data, ckpt_path=ckpt_path)
-    except BaseException:
+        if rank_zero_only.rank == 0:
+            (folder / ".hydra").mkdir(exist_ok=True)
+            OmegaConf.save(cfg, folder / ".hydra/config.yaml")
+            OmegaConf.save(HydraConfig.get().overrides.task, folder / ".hydra/overrides.yaml")
+        yield trainers
+    except BaseException as error:
+        trainer = trainers[0] if trainers else None
         # The other processes of this machine would wait for this one in a collective operation.
-        if trainer.strategy.launcher is not None:
+        if trainer is not None and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)
+        if is_new and not (trainer is not None and trainer.global_step):
+            shutil.rmtree(folder)
+            for path in made[1:]:
+                if not any(path.iterdir()):
+                    path.rmdir()
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # Lightning exits without a word
         raise
+    finally:
+        logging.getLogger().removeHandler(log)
+        log.close()
 
 
 def _check_earlier_runs(task: DictConfig) -> None:
@@ -92,28 +269,8 @@ def _check_earlier_runs(task: DictConfig) -> None:
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    try:
+    with SCRIPT.errors():
         train(cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
-        _give_up(str(error), error)
-    except InstantiationException as error:
-        _give_up(" ".join(str(error.__cause__ or error).split()), error)
-
-
-def _give_up(message: str, error: Exception) -> NoReturn:
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise HydraException(message) from error  # an exit would take the sweep's other runs along
-    sys.exit(f"train.py: {message}")
-
-
-def run() -> None:
-    """The command: `main`, with mistakes in its arguments told in one line too."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises them instead of printing them
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        message = " ".join(str(error).partition("Config search path")[0].split())
-        sys.exit(f"train.py: {_called_now(message) or message}")
 
 
 def _called_now(message: str) -> str | None:
@@ -122,6 +279,11 @@ def _called_now(message: str) -> str | None:
         return "task.context_encoder.beside is called task.context_encoder.concat_layer now."
     if "'task.hypernetwork.join_ridge'" in message:
         return "task.hypernetwork.join_ridge is called task.ridge now."
+    if found := re.search(r"'(task\.(?:validation_)?stages\.[\w.]*?)(\w+)'", message):
+        from hypernet.data.curriculum import RENAMED_STAGE_KEYS
+
+        place, name = found.groups()
+        return f"{place}{name} is called {RENAMED_STAGE_KEYS[name]} now." if name in RENAMED_STAGE_KEYS else None
     if found := re.search(r"'task\.objective\.(\w+)'", message):
         from hypernet.training.losses import RENAMED, renamed
 
@@ -130,4 +292,4 @@ def _called_now(message: str) -> str | None:
 
 
 if __name__ == "__main__":
-    run()
+    SCRIPT.run(main, Path(__file__).parent / "conf/train.yaml")

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.measuring.peak import peak_bytes
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import AtLeast0, Count, Device, OutputFile, Settings, choose_device
 
 if TYPE_CHECKING:
     from hypernet.doc_to_lora import DocToLoRA
@@ -48,7 +49,6 @@ PAPER_HYPERNETWORK = {
     "rank": 8,
     "aggregator": {"name": "perceiver", "latent_dim": 512, "num_latents": 8, "num_blocks": 8},
 }
-MODELS = ("tiny", "gemma-2-2b")
 
 
 def build_model(name: str, *, device: str, max_chunk_tokens: int | None) -> "DocToLoRA":
@@ -171,7 +171,7 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {"p20_s": pick(0.2), "p50_s": statistics.median(ordered), "p80_s": pick(0.8), "runs": len(ordered)}
 
 
-def length_rows(model: "DocToLoRA", cfg: DictConfig, *, device: str, rate: float) -> Iterator[dict]:
+def length_rows(model: "DocToLoRA", cfg: "CostSettings", *, device: str, rate: float) -> Iterator[dict]:
     """Rows of both methods, length by length; their runs take turns, so that a busy machine disturbs both."""
     for num_tokens in cfg.tokens:
         document = make_document(model, num_tokens)
@@ -210,7 +210,7 @@ def length_rows(model: "DocToLoRA", cfg: DictConfig, *, device: str, rate: float
             yield row | {"adapter_mib": adapter.num_bytes / 2**20}
 
 
-def adapter_rows(model: "DocToLoRA", cfg: DictConfig, *, device: str) -> Iterator[dict]:
+def adapter_rows(model: "DocToLoRA", cfg: "CostSettings", *, device: str) -> Iterator[dict]:
     """Seconds to save, load and inject adapters of so many chunks, and to swap one that is loaded for another."""
     from hypernet.adapters.adapter import LoRAAdapter
 
@@ -306,22 +306,35 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     path.write_text(standalone(panels, legend), encoding="utf-8")
 
 
-@hydra.main(config_path="../conf", config_name="internalize_cost", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    import json
+class CostSettings(Settings):
+    model: Literal["tiny", "gemma-2-2b"]
+    tokens: list[Count]
+    methods: list[Literal["ours", "at_once"]]
+    max_chunk_tokens: Count | None
+    max_batch_tokens: Count
+    adapter_chunks: list[Count]
+    runs: Count
+    budget_s: AtLeast0
+    device: Device
+    threads: Count | None
+    output: OutputFile | None
+    plot_only: bool
 
+
+SCRIPT = Script("benchmarks.internalize_cost", CostSettings)
+
+
+@hydra.main(config_path="../conf", config_name="internalize_cost", version_base="1.3")
+@SCRIPT
+def main(cfg: CostSettings) -> None:
     from tqdm import tqdm
 
-    from benchmarks.measuring.rows import describe_run, write_rows
+    from benchmarks.measuring.rows import describe_run, read_measured, write_rows
 
-    if cfg.model not in MODELS or (unknown := [name for name in cfg.methods if name not in METHODS]):
-        wrong = cfg.model if cfg.model not in MODELS else ", ".join(unknown)
-        sys.exit(f"internalize_cost: unknown {wrong}; models: {', '.join(MODELS)}; methods: {', '.join(METHODS)}.")
     if cfg.plot_only:
-        path = Path(cfg.output)
-        plot([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()], path.with_suffix(".svg"))
+        plot(*read_measured(cfg.output))
         return
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    device = choose_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     model = build_model(cfg.model, device=device, max_chunk_tokens=cfg.max_chunk_tokens)
@@ -330,7 +343,7 @@ def main(cfg: DictConfig) -> None:
     log.info("%s on %s: products at %.3g TFLOP/s", cfg.model, device, rate / 1e12)
     model.internalize(make_document(model, 256))  # the first run of everything is slow
     rows: list[dict] = []
-    run = describe_run(OmegaConf.to_container(cfg))
+    run = describe_run(cfg.model_dump())
     total = len(cfg.tokens) * len(cfg.methods) + len(cfg.adapter_chunks)
     with tqdm(total=total, desc="internalize_cost", unit="row", file=sys.stderr) as bar:
         for source in (length_rows(model, cfg, device=device, rate=rate), adapter_rows(model, cfg, device=device)):
@@ -345,4 +358,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, ROOT / "conf/internalize_cost.yaml")

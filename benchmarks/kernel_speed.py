@@ -11,14 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from torch import Tensor
 
 from benchmarks.measuring.peak import peak_bytes
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import Above0, AtLeast0, Count, Device, Number, OutputFile, Settings, choose_device
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent
@@ -265,17 +267,17 @@ def floor_of(case: Case, direction: str, element_bytes: int) -> Any:
     return {"forward": forward, "backward": backward, "both": both}[direction]
 
 
-def cases(cfg: DictConfig) -> Iterator[Case]:
+def cases(cfg: "KernelSettings") -> Iterator[Case]:
     for model in cfg.models:
         for module in cfg.modules:
             for tokens in cfg.tokens:
                 for rank in cfg.ranks:
                     for adapters in cfg.adapters:
-                        if adapters <= tokens and rank % CHUNK_RANK == 0:
+                        if adapters <= tokens:
                             yield Case(model, module, tokens, rank, adapters)
 
 
-def measure(case: Case, cfg: DictConfig, machine: Any, *, device: str, dtype: torch.dtype) -> list[dict]:
+def measure(case: Case, cfg: "KernelSettings", machine: Any, *, device: str, dtype: torch.dtype) -> list[dict]:
     """Rows of all methods and directions of one case, and of the three ways of applying the adapters."""
     generator = torch.Generator(device).manual_seed(cfg.seed)
     first = make_inputs(case, device=device, dtype=dtype, generator=generator)
@@ -315,7 +317,7 @@ def measure(case: Case, cfg: DictConfig, machine: Any, *, device: str, dtype: to
 
 
 def strategies(
-    case: Case, cfg: DictConfig, machine: Any, copies: Sequence[Inputs], *, device: str, dtype: torch.dtype
+    case: Case, cfg: "KernelSettings", machine: Any, copies: Sequence[Inputs], *, device: str, dtype: torch.dtype
 ) -> list[dict]:
     """The layer with its adapters applied in each of the three ways, and what the cost model says."""
     from hypernet.kernels.lora_delta.cost import application_cost
@@ -412,27 +414,42 @@ def roofline(rows: Sequence[dict], path: Path) -> None:
     path.write_text(standalone([panel], [(one.name, one.style) for one in series]), encoding="utf-8")
 
 
-@hydra.main(config_path="../conf", config_name="kernel_speed", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    import json
+class KernelSettings(Settings):
+    models: list[Literal[tuple(MODELS)]]
+    modules: list[Literal["down_proj", "up_proj"]]
+    tokens: list[Count]
+    ranks: list[Annotated[int, Field(multiple_of=CHUNK_RANK, gt=0, description=f"a multiple of {CHUNK_RANK}")]]
+    adapters: list[Count]
+    methods: list[Literal[tuple(METHODS)]]
+    device: Device
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    threads: Count | None
+    budget_s: AtLeast0
+    rotate_mib: AtLeast0
+    memory_limit_gib: Above0
+    verify: bool
+    seed: Number
+    output: OutputFile | None
+    plot_only: bool
 
+
+SCRIPT = Script("benchmarks.kernel_speed", KernelSettings)
+
+
+@hydra.main(config_path="../conf", config_name="kernel_speed", version_base="1.3")
+@SCRIPT
+def main(cfg: KernelSettings) -> None:
     from tqdm import tqdm
 
-    from benchmarks.measuring.rows import describe_run, write_rows
+    from benchmarks.measuring.rows import describe_run, read_measured, write_rows
 
-    unknown = [m for m in cfg.models if m not in MODELS] + [m for m in cfg.methods if m not in METHODS]
-    if unknown:
-        sys.exit(
-            f"kernel_speed: unknown {', '.join(unknown)}; models: {', '.join(MODELS)}; methods: {', '.join(METHODS)}."
-        )
     if cfg.plot_only:
-        path = Path(cfg.output)
-        roofline([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()], path.with_suffix(".svg"))
+        roofline(*read_measured(cfg.output))
         return
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    device = choose_device(cfg.device)
     dtype = getattr(torch, cfg.dtype or ("bfloat16" if device == "cuda" else "float32"))
     if cfg.verify and not tests_pass():
-        sys.exit("kernel_speed: the tests of lora_delta fail, so no speed is printed. Run make test.")
+        raise ValueError("The tests of lora_delta fail, so no speed is printed. Run make test.")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     machine = measured_machine(device, dtype)
@@ -443,7 +460,7 @@ def main(cfg: DictConfig) -> None:
         machine.flops_per_s / 1e12,
     )
     rows: list[dict] = []
-    run = describe_run(OmegaConf.to_container(cfg))
+    run = describe_run(cfg.model_dump())
     for case in tqdm(list(cases(cfg)), desc="shapes", file=sys.stderr):
         for row in measure(case, cfg, machine, device=device, dtype=dtype):
             rows.append({**row, "machine": machine._asdict()})
@@ -460,4 +477,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, ROOT / "conf/kernel_speed.yaml")

@@ -1,6 +1,6 @@
 """Real text end to end: SQuAD-format paragraphs → adapters → PEFT folders → answers: `python -m benchmarks.real_text`
 
-Exact match and token F1 against the human answers, with the adapter, without context, with another paragraph's adapter,
+Exact match and token F1 against the human answers, with the adapter, without context, with the wrong document's,
 and with the paragraph in the prompt where it fits into the base model's window.
 """
 
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import Count, OutputFile, Settings, Text
 
 
 def read_squad(path: str | Path) -> list[tuple[str, list[tuple[str, list[str]]]]]:
@@ -54,7 +56,7 @@ def peft_difference(model: Any, adapter: Any, folder: Path, question: str) -> fl
     return difference
 
 
-def evaluate(model: Any, cfg: DictConfig) -> dict[str, Any]:
+def evaluate(model: Any, cfg: "RealTextSettings") -> dict[str, Any]:
     """Counts, the largest PEFT difference, seconds, and exact match and F1 by method."""
     from tqdm import tqdm
 
@@ -78,7 +80,7 @@ def evaluate(model: Any, cfg: DictConfig) -> dict[str, Any]:
     fits = {i for i in length if length[i] + 64 <= window}
     methods = {
         "no_context": [(q, None, None) for i, q, _ in flat],
-        "wrong_adapter": [(q, adapters[(i + 1) % len(adapters)], None) for i, q, _ in flat],
+        "wrong_document": [(q, adapters[(i + 1) % len(adapters)], None) for i, q, _ in flat],
         "adapter": [(q, adapters[i], None) for i, q, _ in flat],
         "document_in_prompt": [(q, None, paragraphs[i][0] if i in fits else None) for i, q, _ in flat],
     }
@@ -126,21 +128,31 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", summary])
 
 
+class RealTextSettings(Settings):
+    checkpoint: Text
+    squad_file: Text
+    max_paragraphs: Count | None
+    peft: bool
+    questions_per_batch: Count
+    output: OutputFile | None
+
+
+SCRIPT = Script("benchmarks.real_text", RealTextSettings)
+
+
 @hydra.main(config_path="../conf", config_name="real_text", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+@SCRIPT
+def main(cfg: RealTextSettings) -> None:
     from benchmarks.measuring.rows import describe_run, write_rows
     from hypernet.doc_to_lora import DocToLoRA
 
-    try:
-        read_squad(cfg.squad_file)  # before the model is loaded
-        model = DocToLoRA.from_pretrained(cfg.checkpoint)
-    except ValueError as error:
-        sys.exit(f"benchmarks.real_text: {error}")
+    read_squad(cfg.squad_file)  # before the model is loaded
+    model = DocToLoRA.from_pretrained(cfg.checkpoint)
     result = evaluate(model, cfg)
     if cfg.output:
-        write_rows(cfg.output, [result], run=describe_run(OmegaConf.to_container(cfg)))
+        write_rows(cfg.output, [result], run=describe_run(cfg.model_dump()))
     print(markdown([result]))
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, Path(__file__).parents[1] / "conf/real_text.yaml")

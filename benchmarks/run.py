@@ -12,16 +12,20 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from hypernet.cli.scripts import Script, check_targets, plain
+from hypernet.cli.settings import Count, Device, Number, Settings, Text
 
 log = logging.getLogger(__name__)
 # What a cell's answers do not depend on.
 NOT_IDENTITY = ("output_dir", "force", "device", "threads", "num_timed", "num_profiled")
 
-# Settings and sweeps of version 0.1 and what they are called now; Hydra has never heard of the old ones.
+# Settings and sweeps of version 0.1; Hydra has never heard of them.
 RENAMED = {
     "method.gate": "method.gate_power",
     "method.sharpness": "method.weight_power",
@@ -29,27 +33,56 @@ RENAMED = {
 }
 
 
-def refuse_renamed(arguments: Sequence[str]) -> None:
-    """Ends the process with one line where an argument has a name of version 0.1."""
-    for argument in arguments:
-        for old in (argument.lstrip("+~"), argument.lstrip("+~").partition("=")[0]):
-            if old in RENAMED:
-                sys.exit(f"benchmarks.run: {old} is called {RENAMED[old]} now.")
+class CellSettings(Settings):
+    task: dict[str, Any]
+    method: dict[str, Any]
+    checkpoint: Text
+    seed: Number
+    max_new_tokens: Count
+    num_timed: Number
+    num_profiled: Number
+    task_name: Text
+    method_name: Text
+    output_dir: Text
+    force: bool
+    device: Device
+    threads: Count | None
+
+
+SCRIPT = Script("benchmarks.run", CellSettings, renamed=RENAMED)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises ValueError of one line if a setting, also one of the task or the method, cannot be."""
+    settings = SCRIPT.check(cfg)
+    check_targets({"task": settings.task, "method": settings.method})
 
 
 @hydra.main(config_path="../conf/benchmark", config_name="run", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    with SCRIPT.errors():
+        measure_cell(cfg)
+
+
+def measure_cell(cfg: DictConfig) -> None:
+    """Writes the cell's rows, unless it is there; one of a sweep that fails leaves a note and does not end the others.
+
+    Raises:
+        ValueError: a setting cannot be; nothing has been written then.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from benchmarks.measuring.cells import Sweep, cell_path, identity_of, write_cell, write_error
 
-    config = OmegaConf.to_container(cfg, resolve=True)
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    if not multirun:
+        check(cfg)
+    config = plain(cfg)
     relevant = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     identity = identity_of(relevant, cfg.checkpoint)
     names = {"task": cfg.task_name, "method": cfg.method_name, "seed": cfg.seed}
     path = cell_path(cfg.output_dir, **names, identity=identity)
-    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     label = "/".join(map(str, names.values()))
     if path.is_file() and not cfg.force:
         outcome = "is there, skipped"
@@ -60,6 +93,7 @@ def main(cfg: DictConfig) -> None:
             silence_torchao_warnings()  # before measure imports it
             from benchmarks.measuring.measure import measure
 
+            check(cfg)
             rows = measure(cfg, config)
             rows[-1]["overrides"] = list(HydraConfig.get().overrides.task)
         except Exception as error:  # whatever it was, the other cells go on; the row says it and the cell is retried
@@ -78,5 +112,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    refuse_renamed(sys.argv[1:])
-    main()
+    SCRIPT.run(main, Path(__file__).parents[1] / "conf/benchmark/run.yaml")

@@ -9,14 +9,14 @@ Chrome on the PATH.
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import hydra
-from omegaconf import DictConfig
 
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import Settings, Text
 from hypernet.io.files import replaced
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -91,16 +91,22 @@ def take(page: Path, output: Path, shot: Shot) -> None:
             shutil.copyfile(picture, unfinished)
 
 
+class ScreenshotSettings(Settings):
+    page: Text
+    output_dir: Text
+
+
+SCRIPT = Script("benchmarks.screenshots", ScreenshotSettings)
+
+
 @hydra.main(config_path="../conf/benchmark", config_name="screenshots", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    try:
-        for shot in SHOTS:
-            output = Path(cfg.output_dir) / shot.name
-            take(Path(cfg.page), output, shot)
-            print(output)
-    except ValueError as error:
-        sys.exit(f"benchmarks.screenshots: {error}")
+@SCRIPT
+def main(cfg: ScreenshotSettings) -> None:
+    for shot in SHOTS:
+        output = Path(cfg.output_dir) / shot.name
+        take(Path(cfg.page), output, shot)
+        print(output)
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, Path(__file__).parents[1] / "conf/benchmark/screenshots.yaml")

@@ -5,13 +5,12 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME being one
 differs from what its rows give, and so for the plots.
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from benchmarks.measuring.rows import Row, Rows, merged
+from benchmarks.measuring.rows import Row, Rows, merged, read_rows
 from benchmarks.report import figures
 from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRONG, name_of, order, task_name
 from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
@@ -41,7 +40,7 @@ MAIN = {
     "facts that the document does not mention": ("interference", {"set": "background, never protected"}),
 }
 MATCHED = number("exact_match")
-COMPARED = {FLOOR: FLOOR, WRONG: "wrong_adapter", CEILING: "document_in_prompt", ADAPTER: "adapter"}
+COMPARED = {FLOOR: FLOOR, WRONG: WRONG, CEILING: "document_in_prompt", ADAPTER: "adapter"}
 OVERVIEW = (
     ("encyclopedia", "one entity"),
     ("encyclopedia", "four entities"),
@@ -54,8 +53,7 @@ OVERVIEW = (
 
 def read(name: str) -> list[Row]:
     """Committed rows."""
-    text = (ROOT / RESULTS / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_rows(ROOT / RESULTS / f"{name}.jsonl")
 
 
 def pivot(rows: Iterable[Row], down: Mapping[str, Cell], across: Cell, value: Cell = MATCHED) -> str:
@@ -170,7 +168,7 @@ def main_rows(name: str) -> dict[str, Row]:
 
 def readme() -> str:
     lines = [[name, *(number("exact_match")(row) for row in main_rows(name).values())] for name in MAIN]
-    head = ["questions about", "no context", "another document's adapter", "document in the prompt", "own adapter"]
+    head = ["questions about", "no context", "wrong document", "document in the prompt", "own adapter"]
     return Table("", head, lines).markdown()
 
 
@@ -178,7 +176,7 @@ def main_plot() -> str:
     names, titles = list(MAIN), ("One document", "Joined documents, and other facts")
     legend = {
         FLOOR: "no context",
-        WRONG: "another document's adapter",
+        WRONG: "wrong document",
         CEILING: "document in the prompt",
         ADAPTER: "own adapter",
     }

@@ -9,7 +9,6 @@ own batches are drawn again, step by step, but neither tokenized nor trained on.
 """
 
 import json
-import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,9 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import Number, OutputFile, Settings, Text
 from hypernet.data.batches import BaseModelBatches
 from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import background_facts, background_questions, known_facts
@@ -85,7 +86,7 @@ def read_times_asked(path: str | Path) -> TimesAsked:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"Cannot read how often facts were asked from {path} ({type(error).__name__}: {error}); make the file with "
-            "python -m benchmarks.times_asked."
+            f"python -m benchmarks.times_asked output={path}."
         ) from error
 
 
@@ -113,8 +114,19 @@ def _fact_of_question() -> dict[str, Fact]:
     return {q.text: known.get(q.text) or (q.group, subjects[q.group, q.answer]) for q in background_questions()}
 
 
+class TimesAskedSettings(Settings):
+    experiment: Text
+    base_model: Text
+    stages: list[Number] | None
+    output: OutputFile | None
+
+
+SCRIPT = Script("benchmarks.times_asked", TimesAskedSettings)
+
+
 @hydra.main(config_path="../conf/benchmark", config_name="times_asked", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+@SCRIPT
+def main(cfg: TimesAskedSettings) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -130,10 +142,7 @@ def main(cfg: DictConfig) -> None:
     from benchmarks.measuring.rows import describe_run, write_rows
     from hypernet.training.build import make_curriculum
 
-    try:
-        base_model, tokenizer = load_base_model(cfg.base_model)
-    except ValueError as error:
-        sys.exit(f"benchmarks.times_asked: {error}")
+    base_model, tokenizer = load_base_model(cfg.base_model)
     GlobalHydra.instance().clear()  # there can be one: this command's, whose settings are read by now
     with initialize_config_dir(str(CONF), version_base="1.3"):
         training = compose("train", [f"experiment={cfg.experiment}"])
@@ -143,9 +152,9 @@ def main(cfg: DictConfig) -> None:
     counts: Counter[Fact] = Counter()
     groups: dict[tuple[int, str], dict[str, int]] = {}
     every = list(range(len(curriculum.stages)))
-    wanted = every if cfg.stages is None else list(cfg.stages)
+    wanted = every if cfg.stages is None else cfg.stages
     if not wanted or set(wanted) - set(every):
-        sys.exit(f"benchmarks.times_asked: stages is {wanted}; give some of {every}, or null for all.")
+        raise ValueError(f"stages is {wanted}; give some of {every}, or null for all.")
     num_steps, end = 0, 0
     for stage, steps in enumerate(stage.steps for stage in curriculum.stages):
         end += steps
@@ -170,7 +179,7 @@ def main(cfg: DictConfig) -> None:
     rows = [summary]
     rows += [{"kind": "group", "stage": s, "group": g, "times_asked": found} for (s, g), found in groups.items()]
     if cfg.output:
-        write_rows(cfg.output, rows, run=describe_run(OmegaConf.to_container(cfg)))
+        write_rows(cfg.output, rows, run=describe_run(cfg.model_dump()))
     print(
         f"{summary['questions']:,} questions on {summary['facts']:,} facts in {summary['steps']:,} steps of "
         f"{cfg.experiment}: {summary['fewest']} to {summary['most']} times each; three bands of as many facts begin at "
@@ -179,4 +188,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, CONF / "benchmark/times_asked.yaml")

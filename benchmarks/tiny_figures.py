@@ -7,12 +7,16 @@ training never showed. Every answer is generated; every row of the table has the
 import random
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
-METHODS = ("no_context", "wrong_adapter", "adapter", "document_in_prompt")
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
+
+METHODS = ("no_context", "wrong_document", "adapter", "document_in_prompt")
 
 
 def held_out_articles(
@@ -67,12 +71,12 @@ def answer_all(model: Any, asked: Sequence[tuple], *, questions_per_batch: int, 
     return answers
 
 
-def evaluate(model: Any, cfg: DictConfig) -> list[dict]:
+def evaluate(model: Any, cfg: "FiguresSettings") -> list[dict]:
     """One row per question, method and seed: set, document, question, answer, prediction, exact match."""
     return [{"seed": seed, **row} for seed in cfg.seeds for row in _of_seed(model, cfg, seed)]
 
 
-def _of_seed(model: Any, cfg: DictConfig, seed: int) -> list[dict]:
+def _of_seed(model: Any, cfg: "FiguresSettings", seed: int) -> list[dict]:
     from benchmarks.measuring.metrics import exact_match
     from hypernet.data.encyclopedia import background_questions
 
@@ -90,7 +94,7 @@ def _of_seed(model: Any, cfg: DictConfig, seed: int) -> list[dict]:
         asked = [(d, question) for d, record in enumerate(records) for question in record.questions]
         prompts = {
             "no_context": [(q.text, None, None) for _, q in asked],
-            "wrong_adapter": [(q.text, adapters[(d + 1) % len(adapters)], None) for d, q in asked],
+            "wrong_document": [(q.text, adapters[(d + 1) % len(adapters)], None) for d, q in asked],
             "adapter": [(q.text, adapters[d], None) for d, q in asked],
             "document_in_prompt": [(q.text, None, records[d].document) for d, q in asked],
         }
@@ -160,7 +164,7 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
             )
         if "adapter" in means:
             for row in summary:
-                if row["set"] == name and row["method"] in ("wrong_adapter", "adapter"):
+                if row["set"] == name and row["method"] in ("wrong_document", "adapter"):
                     row["gap_closed"] = gap_closed(
                         means[row["method"]], floor=means["no_context"], ceiling=means["document_in_prompt"]
                     )
@@ -183,22 +187,34 @@ def markdown(summary: Sequence[dict]) -> str:
     return Table.of("", summary, cells).markdown()
 
 
+class FiguresSettings(Settings):
+    checkpoint: Text
+    seeds: Annotated[list[Number], Field(min_length=1)]
+    article_tokens: Count
+    documents_one_entity: Count
+    documents_many_entities: Count
+    num_background: Number
+    questions_per_batch: Count
+    output: OutputFile | None
+
+
+SCRIPT = Script("benchmarks.tiny_figures", FiguresSettings)
+
+
 @hydra.main(config_path="../conf", config_name="tiny_figures", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+@SCRIPT
+def main(cfg: FiguresSettings) -> None:
     from benchmarks.measuring.rows import describe_run, write_rows
     from hypernet.doc_to_lora import DocToLoRA
 
-    try:
-        model = DocToLoRA.from_pretrained(cfg.checkpoint)
-    except ValueError as error:
-        sys.exit(f"benchmarks.tiny_figures: {error}")
+    model = DocToLoRA.from_pretrained(cfg.checkpoint)
     rows = evaluate(model, cfg)
     summary = summarize(rows)
     if cfg.output:
-        run = describe_run(OmegaConf.to_container(cfg))
+        run = describe_run(cfg.model_dump())
         write_rows(cfg.output, [{"kind": "summary", **row} for row in summary], run=run)
     print(markdown(summary))
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, Path(__file__).parents[1] / "conf/tiny_figures.yaml")

@@ -12,21 +12,32 @@ p50, p80), and the peak of memory beyond weights and optimizer states, gradients
 
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.measuring.peak import peak_bytes
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import (
+    Count,
+    Device,
+    Number,
+    OutputFile,
+    Settings,
+    Text,
+    arguments_of,
+    checked,
+    choose_device,
+)
 
 if TYPE_CHECKING:
     from hypernet.base.packed_rows import PackedRows
@@ -35,7 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent
-MODELS = ("tiny", "gemma-2-2b")
 WEIGHTS = {"kl": 1.0, "locality_kl": 0.5, "nll": 0.5}  # of the terms of the loss, the same for all methods
 # Of loss and gradients, relative to their size. In bfloat16 the two orders of adding up differ by its rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -299,7 +309,7 @@ def difference(
     return max(float((loss - other_loss).abs() / loss.abs()), float(distance / size))
 
 
-def measure(cfg: DictConfig, model: "DocToLoRA", *, device: str, dtype: torch.dtype) -> Iterator[dict]:
+def measure(cfg: "SpeedSettings", model: "DocToLoRA", *, device: str, dtype: torch.dtype) -> Iterator[dict]:
     """Rows of all methods, stage by stage.
 
     Raises:
@@ -316,7 +326,7 @@ def measure(cfg: DictConfig, model: "DocToLoRA", *, device: str, dtype: torch.dt
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    for stage, settings in OmegaConf.to_container(cfg.stages).items():
+    for stage, settings in cfg.stages.items():
         few_documents = {**settings, "batch_size": min(CHECKED_DOCUMENTS, settings["batch_size"])}
         (few,) = make_batches(model, few_documents, number=1, seed=cfg.seed)
         differences = {
@@ -410,43 +420,58 @@ def markdown(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+class SpeedSettings(Settings):
+    model: Literal["tiny", "gemma-2-2b"]
+    methods: list[Literal[tuple(METHODS)]]
+    stages: dict[str, dict[str, Any]]
+    batches: Count
+    runs: Count
+    device: Device
+    dtype: Literal["float32", "bfloat16"] | None
+    compile: Text | None
+    threads: Count | None
+    seed: Number
+    output: OutputFile | None
+
+    @field_validator("methods")
+    @classmethod
+    def _ours_is_among_them(cls, methods: list[str]) -> list[str]:
+        if "ours" not in methods:
+            raise ValueError("methods lacks ours, which the others are compared with. Add it.")
+        return methods
+
+
+SCRIPT = Script("benchmarks.training_speed", SpeedSettings)
+
+
 @hydra.main(config_path="../conf", config_name="training_speed", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+@SCRIPT
+def main(cfg: SpeedSettings) -> None:
     from benchmarks.measuring.rows import describe_run, write_rows
+    from hypernet.data.curriculum import Stage
     from hypernet.io.logs import silence_torchao_warnings
     from hypernet.training.callbacks import check_backend, compile_hypernetwork
 
     silence_torchao_warnings()
-    if cfg.model not in MODELS or (unknown := [name for name in cfg.methods if name not in METHODS]):
-        wrong = cfg.model if cfg.model not in MODELS else ", ".join(unknown)
-        sys.exit(f"training_speed: unknown {wrong}; models: {', '.join(MODELS)}; methods: {', '.join(METHODS)}.")
-    if "ours" not in cfg.methods:
-        sys.exit("training_speed: methods lacks ours, which the others are compared with. Add it.")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device == "cuda" else "float32"), None)
-    if dtype not in TOLERANCE:
-        sys.exit(f"training_speed: dtype is {cfg.dtype}; choose float32 or bfloat16.")
+    for name, stage in cfg.stages.items():
+        checked(arguments_of(Stage), stage, place=f"stages.{name}")
+    device = choose_device(cfg.device)
+    dtype = getattr(torch, cfg.dtype or ("float32" if device == "cpu" else "bfloat16"))
     if cfg.compile:
-        try:
-            check_backend(cfg.compile)
-        except ValueError as error:
-            sys.exit(f"training_speed: {error}")
+        check_backend(cfg.compile)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     model = build_model(cfg.model, device=device, seed=cfg.seed)
     if cfg.compile:
         compile_hypernetwork(model.hypernetwork, cfg.compile)
     rows: list[dict] = []
-    run = describe_run(OmegaConf.to_container(cfg))
-    try:
-        for row in measure(cfg, model, device=device, dtype=dtype):
-            rows.append({**row, "model": cfg.model, "device": device, "dtype": str(dtype).removeprefix("torch.")})
-            if cfg.output:  # after every row: a run cut short keeps what it has
-                write_rows(cfg.output, rows, run=run)
-    except ValueError as error:
-        sys.exit(f"training_speed: {error}")
+    run = describe_run(cfg.model_dump())
+    for row in measure(cfg, model, device=device, dtype=dtype):
+        rows.append({**row, "model": cfg.model, "device": device, "dtype": str(dtype).removeprefix("torch.")})
+        if cfg.output:  # after every row: a run cut short keeps what it has
+            write_rows(cfg.output, rows, run=run)
     print(markdown(rows))
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, ROOT / "conf/training_speed.yaml")

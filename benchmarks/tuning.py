@@ -8,12 +8,14 @@ Every method must have been tried with as many settings as any other. The steps 
 curve that each of its runs gives anyway. What is best goes to conf/benchmark/method/ by hand.
 """
 
-import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import OutputFile, Settings, Text
 
 Row = dict[str, Any]
 SCORES = ("exact_match", "token_f1", "log_likelihood")  # of equal ones, the next decides
@@ -125,16 +127,22 @@ def _settings(rows: Sequence[Row]) -> list[tuple[dict[str, float], list[Row]]]:
     return [(dict(setting), part) for setting, part in result.items()]
 
 
+class TuningSettings(Settings):
+    input_dir: Text
+    output: OutputFile | None
+
+
+SCRIPT = Script("benchmarks.tuning", TuningSettings)
+
+
 @hydra.main(config_path="../conf/benchmark", config_name="tuning", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+@SCRIPT
+def main(cfg: TuningSettings) -> None:
     from benchmarks.measuring.cells import read_cells
     from benchmarks.measuring.rows import write_rows
 
-    try:
-        cells = read_cells(cfg.input_dir)
-        rows = tried(cells)
-    except ValueError as error:
-        sys.exit(f"benchmarks.tuning: {error}")
+    cells = read_cells(cfg.input_dir)
+    rows = tried(cells)
     if cfg.output:
         runs = [row["run"] for row in cells if row["kind"] == "summary"]
         same = {key: runs[0][key] for key in ("hardware", "threads", "python", "versions")}
@@ -144,4 +152,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, Path(__file__).parents[1] / "conf/benchmark/tuning.yaml")

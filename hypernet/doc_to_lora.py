@@ -14,6 +14,7 @@ many.fused("ridge").save("outputs/both")                         # one plain LoR
 
 import hashlib
 import logging
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hypernet.adapters.adapter import LoRAAdapter, absolute_source, new_provenance
+from hypernet.adapters.adapter import LoRAAdapter, absolute_source, check_is_adapter, new_provenance
 from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.injection import LoRAInjector
 from hypernet.adapters.joining import Joining, highest, routing_scores, separated_slots
@@ -36,7 +37,7 @@ from hypernet.base.packed_rows import PackedRows
 from hypernet.base.rounding import same_but_for_rounding
 from hypernet.base.targets import adapted_layers, find_targets
 from hypernet.interop.checkpoints import open_checkpoint
-from hypernet.model.checkpoint import BASE_MODEL_FOLDER, save_checkpoint
+from hypernet.model.checkpoint import BASE_MODEL_FOLDER, check_ours, save_checkpoint
 from hypernet.model.context_encoder import drop_context, make_context_encoder
 from hypernet.model.hypernetwork import HyperNetwork
 from hypernet.model.lora_head import zero_beyond_width
@@ -202,8 +203,15 @@ class DocToLoRA(nn.Module):
         return result
 
     def save_pretrained(self, directory: str | Path, *, include_base_model: bool = False) -> None:
-        """Writes a checkpoint folder; with the base model inside, it needs nothing else."""
-        directory = Path(directory)
+        """Writes a checkpoint folder; with the base model inside, it needs nothing else.
+
+        As in transformers and PEFT, files of its own names that are there are replaced and others stay.
+
+        Raises:
+            ValueError: the folder's config.yaml, a name that others use too, is not a checkpoint's.
+        """
+        directory = Path(directory).expanduser()
+        check_ours(directory)
         if include_base_model:
             self.base_model.save_pretrained(directory / BASE_MODEL_FOLDER)
             self.tokenizer.save_pretrained(directory / BASE_MODEL_FOLDER)
@@ -262,10 +270,11 @@ class DocToLoRA(nn.Module):
             progress: called with (chunks done, chunks altogether).
 
         Raises:
+            TypeError: it is neither a text nor a Document nor a sequence of them.
             ValueError: a document is empty, max_batch_tokens below 1, or an adapter is merged into the base model.
             MemoryError: a single chunk does not fit into memory.
         """
-        given = [document] if isinstance(document, (str, Document)) else document
+        given = document if isinstance(document, Sequence) and not isinstance(document, str) else [document]
         documents = [_as_document(text) for text in given]
         if not documents:
             raise ValueError("There is no document to internalize; give at least one.")
@@ -326,17 +335,22 @@ class DocToLoRA(nn.Module):
             documents: a text per question to put into the prompt, or None.
 
         Raises:
+            TypeError: a question or document is no text, or an adapter no `LoRAAdapter`.
             ValueError: the numbers of questions, adapters and documents differ; a prompt and its answer do not fit the
-                base model's window, or it has a token that the base model lacks; an adapter is another base model's; or
-                the way is unknown, has another setting, or needs chunks as they were generated and they are not.
+                base model's window, or it has a token that the base model lacks; an adapter is another base model's, or
+                another one is merged into the base model; or the way is unknown, has another setting, or needs chunks
+                as they were generated and they are not.
         """
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens should be a whole number, at least 1, got {max_new_tokens!r}.")
         joining = self.joining(join, ridge=ridge, gate_power=gate_power, top_k=top_k)
         prompts = self._prompts(questions, documents)
-        given = [adapters] if isinstance(adapters, LoRAAdapter) else list(adapters or [])
-        for adapter in given:
-            self._check_ours(adapter)
-        if isinstance(adapters, Sequence):
+        if isinstance(adapters, Sequence) and not isinstance(adapters, str):
             _check_one_each("adapters", adapters, questions)
+            for adapter in adapters:
+                self._check_ours(adapter)
+        else:
+            self._check_ours(adapters)
         if not prompts:
             return []
         # Before routing reads them.
@@ -384,8 +398,15 @@ class DocToLoRA(nn.Module):
             prompts: token ids of each question; routing reads them, the other ways do not.
 
         Raises:
-            ValueError: an adapter's chunks are not as they were generated, and the way needs them so.
+            ValueError: an adapter's chunks are not as they were generated, and the way needs them so; or an adapter is
+                merged into the base model, and the sum of both would be used.
         """
+        given = [adapters] if isinstance(adapters, LoRAAdapter) else adapters or []
+        if any(adapter is not None for adapter in given) and has_merged(self.base_model):
+            raise ValueError(
+                "An adapter is merged into the base model, to which another would be added. Unmerge it first, or ask "
+                "without adapters."
+            )
         joining = joining or self.trained_joining
         if joining.way == "ridge":
             adapters = self._each(adapters, lambda adapter: self._separated(adapter, joining))
@@ -477,6 +498,8 @@ class DocToLoRA(nn.Module):
             raise ValueError("questions must be a list of texts, got one text; write [question].")
         if isinstance(documents, str):
             raise ValueError("documents must be a list with a text (or None) for each question, got one text.")
+        _check_texts("questions", questions)
+        _check_texts("documents", [] if documents is None else documents, or_none=True)
         documents = [None] * len(questions) if documents is None else documents
         _check_one_each("documents", documents, questions)
         questions = [visible(whole(question, "question"), "question") for question in questions]
@@ -506,6 +529,7 @@ class DocToLoRA(nn.Module):
     def _check_ours(self, adapter: LoRAAdapter | None) -> None:
         if adapter is None:
             return
+        check_is_adapter(adapter)
         made_for = adapter.provenance["base_model"]
         if made_for["fingerprint"] != self.base_model_fingerprint:
             raise ValueError(
@@ -520,9 +544,25 @@ def _check_one_each(name: str, items: Sequence[Any], questions: Sequence[str]) -
         raise ValueError(f"Got {len(items)} {name} for {len(questions)} questions; give one (or None) each.")
 
 
+def _check_texts(name: str, texts: Any, *, or_none: bool = False) -> None:
+    """Raises TypeError unless it is a sequence of texts."""
+    if not isinstance(texts, Sequence) or isinstance(texts, bytes):
+        raise TypeError(f"{name} must be a list of texts, got {reprlib.repr(texts)}.")
+    for text in texts:
+        if not isinstance(text, str) and not (or_none and text is None):
+            raise TypeError(
+                f"{name} must be texts{' or None' if or_none else ''}, got {reprlib.repr(text)} among them."
+            )
+
+
 def _as_document(document: str | Document) -> Document:
     if isinstance(document, Document):
         return document
+    if not isinstance(document, str):
+        raise TypeError(
+            f"Expected a text, a Document or a list of them, got {reprlib.repr(document)}. Files become Documents by "
+            "hypernet.text.documents.read_documents."
+        )
     document = visible(document, "text")
     # surrogatepass: chunking refuses half characters, and says what to do.
     sha256 = hashlib.sha256(document.encode(errors="surrogatepass")).hexdigest()

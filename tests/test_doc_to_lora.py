@@ -3,12 +3,14 @@
 import copy
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.adapters.joining import Joining, decorrelated
+from hypernet.adapters.merging import merged
 from hypernet.base.base_model import fingerprint, load_base_model
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.doc_to_lora import DocToLoRA
@@ -245,7 +247,7 @@ def test_provenance_survives_save_and_addition(model, tmp_path):
 def test_generator_id_changes_with_the_hypernetwork(make_doc_to_lora):
     one, other = (make_doc_to_lora(seed=seed).internalize(SHORT) for seed in (1, 2))
     assert one.provenance["generator"] != other.provenance["generator"]
-    with pytest.raises(ValueError, match="Only adapters of one generator can be added"):
+    with pytest.raises(ValueError, match="Only adapters of one hypernetwork can be added"):
         one + other
 
 
@@ -278,6 +280,51 @@ def test_generate_refuses_wrong_arguments_with_both_counts(model):
         model.generate(["Who?"], [])
     with pytest.raises(ValueError, match="documents must be a list"):
         model.generate(["Who?"] * len(SHORT), documents=SHORT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((["Who?"], "outputs/fenda"), "Expected a LoRAAdapter, got 'outputs/fenda' of type str. .*LoRAAdapter.load"),
+        ((["Who?"], ["outputs/fenda"]), "Expected a LoRAAdapter, got 'outputs/fenda'"),
+        ((["Who?"], {"a": 1}), "Expected a LoRAAdapter, got .* of type dict"),
+        ((["Who?"], 3), "Expected a LoRAAdapter, got 3 of type int"),
+        ((None,), "questions must be a list of texts, got None."),
+        (([3],), "questions must be texts, got 3 among them."),
+        ((b"Who?",), "questions must be a list of texts, got b'Who\\?'."),
+        (({"Who?": 1},), "questions must be a list of texts, got {'Who\\?': 1}."),
+    ],
+)
+def test_generate_refuses_arguments_of_another_type(model, arguments, says):
+    with pytest.raises(TypeError, match=f"^{says}") as error:
+        model.generate(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_generate_refuses_documents_and_lengths_of_another_type(model):
+    with pytest.raises(TypeError, match="^documents must be texts or None, got 3 among them.$"):
+        model.generate(["Who?"], documents=[3])
+    for wrong in (0, -1, "many", 2.5, True, None):
+        with pytest.raises(ValueError, match="^max_new_tokens should be a whole number, at least 1, got "):
+            model.generate(["Who?"], max_new_tokens=wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"text", Path("doc.txt"), {"text": 1}, [SHORT, None], {SHORT}])
+def test_internalize_refuses_what_is_no_text(model, wrong):
+    with pytest.raises(TypeError, match="^Expected a text, a Document or a list of them, got .*read_documents.$"):
+        model.internalize(wrong)
+
+
+def test_no_adapter_is_added_to_a_merged_one(model):
+    adapter, questions = model.internalize(SHORT), ["Who?", "Where?"]
+    plain = model.generate(questions, adapter, max_new_tokens=4)
+    with merged(model.base_model, adapter):
+        for adapters in (adapter, [None, adapter]):
+            for join in (None, "gate", "route"):
+                with pytest.raises(ValueError, match="is merged into the base model.* Unmerge it first"):
+                    model.generate(questions, adapters, join=join)
+        assert model.generate(questions, max_new_tokens=4) == model.generate(questions, [None, None], max_new_tokens=4)
+    assert model.generate(questions, adapter, max_new_tokens=4) == plain
 
 
 def test_generate_replaces_half_characters(model):

@@ -134,7 +134,7 @@ def test_training_command_of_a_page_runs_a_step(command, commands, outputs):
     if "ckpt_path=last" in arguments and not folder.is_dir():
         succeed(commands, script, [*SHORT, f"output_dir={folder}"])
     given = [a for a in arguments if not a.startswith("trainer.max_steps=")]
-    steps = ["trainer.max_steps=2"] if "ckpt_path=last" in arguments else []
+    steps = ["trainer.max_steps=2"] if "ckpt_path=last" in arguments else ["overwrite=true"]
     succeed(commands, script, [*given, *SHORT, *steps, f"output_dir={folder}"])
     assert list((folder / "checkpoints").glob("*.safetensors"))
 

@@ -419,21 +419,17 @@ def help_text(run) -> str:
 
 def test_help_names_every_setting_with_its_default(help_text):
     config = OmegaConf.load(ROOT / "conf/generate_adapter.yaml")
-    for key in generate_adapter.setting_names():
+    for key in generate_adapter.GenerateSettings.model_fields:
         value = config[key]
         default = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
         default = "" if key == "document" else default
         assert re.search(rf"^ *{key}={re.escape(default)}  ", help_text, re.M), key
 
 
-def settings_of(cfg) -> dict:
-    return {key: value for key, value in OmegaConf.to_container(cfg).items() if key != "hydra"}
-
-
 def test_defaults_of_joining_are_those_of_the_file():
     config = OmegaConf.load(ROOT / "conf/generate_adapter.yaml")
     for name in generate_adapter.SETTING_OF.values():
-        assert generate_adapter.Settings.model_fields[name].default == config[name]
+        assert generate_adapter.GenerateSettings.model_fields[name].default == config[name]
 
 
 def test_help_commands_can_be_copied(help_text, monkeypatch):
@@ -444,7 +440,7 @@ def test_help_commands_can_be_copied(help_text, monkeypatch):
         for command in commands:
             arguments = shlex.split(command.partition(" <")[0])
             cfg = compose("generate_adapter", overrides=arguments)
-            settings = generate_adapter.check_settings(settings_of(cfg))
+            settings = generate_adapter.SCRIPT.check(cfg)
             read_documents([path for path in settings.document if path != "-"] or "examples")
 
 
@@ -462,7 +458,7 @@ def test_help_quoting_works(help_text):
         for text, (key, value) in quoted.items():
             assert text in help_text
             cfg = compose("generate_adapter", overrides=["document=x", *shlex.split(text)])
-            assert getattr(generate_adapter.check_settings(settings_of(cfg)), key) == value
+            assert getattr(generate_adapter.SCRIPT.check(cfg), key) == value
 
 
 # What it says when something is wrong: one line, and nothing is left behind
@@ -534,7 +530,7 @@ def test_unreadable_document_is_a_one_line_error(run, work, name, content, says)
         (["document=doc.txt", "output_dir=null"], "output_dir should be a text, got None"),
         (["document=doc.txt", "dtype=float8"], "dtype should be one of float32, .* or null, got 'float8'"),
         (["document=doc.txt", "device=tpu"], "device should be cpu, cuda or auto, got 'tpu'"),
-        (["document=doc.txt", "attention=magic"], "magic"),
+        (["document=doc.txt", "attention=magic"], "attention should be one of eager, .*, got 'magic'"),
     ],
 )
 def test_invalid_settings_are_one_line_errors(run, work, arguments, says):

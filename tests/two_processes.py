@@ -3,6 +3,8 @@
 python -m tests.two_processes <base model's folder>     the comparison, in two processes
 """
 
+import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -44,6 +46,17 @@ class DividedWeights(L.Callback):
                 raise RuntimeError(f"This process holds {held} of {of} {name}.")
         if trainer.is_global_zero:
             Path("divided_weights.txt").write_text(f"{trainer.global_step} steps, {trainer.world_size} processes")
+
+
+class InterruptedIn(L.Callback):
+    """Ctrl-C while this is made, or when Lightning begins to fit."""
+
+    def __init__(self, stage):
+        if stage == "build":
+            raise KeyboardInterrupt
+
+    def on_fit_start(self, trainer, module):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def compare_gradients(rank, base_model_folder, ports):

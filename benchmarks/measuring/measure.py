@@ -20,6 +20,7 @@ from benchmarks.measuring.metrics import exact_match, rouge_l, token_f1
 from benchmarks.measuring.rows import describe_run
 from benchmarks.methods.base import Method
 from benchmarks.tasks.base import Case, Task
+from hypernet.cli.settings import choose_device
 from hypernet.doc_to_lora import DocToLoRA
 
 
@@ -157,7 +158,7 @@ def measure(cfg: DictConfig, config: dict[str, Any]) -> list[dict[str, Any]]:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     started = time.perf_counter()
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    device = choose_device(cfg.device)
     model = load_model(cfg.checkpoint, device)
     cases = load_cases(json.dumps(config["task"]), cfg.seed, cfg.checkpoint, device)
     method = instantiate(cfg.method, _convert_="all")(model=model, max_new_tokens=cfg.max_new_tokens)

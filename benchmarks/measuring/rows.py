@@ -16,6 +16,8 @@ from typing import Any
 
 Row = dict[str, Any]
 Rows = Sequence[Row]
+# Sweeps and methods that rows of before call otherwise; the rows stay as they were measured.
+_CALLED_NOW = {"sweep=crowd": "sweep=many_documents", '"wrong_adapter"': '"wrong_document"'}
 PACKAGES = ("torch", "transformers", "peft", "lightning", "triton")
 
 
@@ -48,6 +50,27 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, run: dict[st
         temporary.unlink(missing_ok=True)
 
 
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a file, with the present names of sweeps and methods."""
+    text = Path(path).read_text(encoding="utf-8-sig")
+    for old, new in _CALLED_NOW.items():
+        text = text.replace(old, new)
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_measured(path: str | None) -> tuple[list[Row], Path]:
+    """Rows that `write_rows` wrote, and the plot's path next to them.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    try:
+        file = Path(path or "")
+        return read_rows(file), file.with_suffix(".svg")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot read rows from output={path} ({error}). Name the file that has them.") from error
+
+
 def write_report_rows(path: str | Path, rows: Rows) -> None:
     """The sweep's row in full, then the others with what they need to explain themselves."""
     write_rows(path, rows, run={key: rows[0][key] for key in ("commits", "hardware", "dates")})
@@ -60,7 +83,7 @@ def read_report_rows(path: str | Path) -> list[Row]:
         ValueError: there is no such file, or no report wrote it.
     """
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        rows = read_rows(path)
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"Cannot read rows from {path} ({error}); give a file that a report has written.") from error
     if not rows or rows[0].get("kind") != "sweep":

@@ -18,7 +18,7 @@ class DocToLoRAMethod(Method):
     """The documents' adapter, the question alone in the prompt.
 
     A document that was replaced is internalized with the others and then removed from the adapter. Without any text,
-    the adapter is the generator's bias block alone.
+    the adapter is the hypernetwork's bias block alone.
 
     Args:
         join: how the adapter's chunks are joined, with that way's settings: see `hypernet.adapters.joining.Joining`;
@@ -115,7 +115,7 @@ class DocToLoRAInPrompt(DocToLoRAMethod):
 
 
 def internalized(model: DocToLoRA, documents: Sequence[str]) -> LoRAAdapter:
-    """The documents' adapter; without any, the generator's bias block alone."""
+    """The documents' adapter; without any, the hypernetwork's bias block alone."""
     if not documents:
         return remove_document(model.internalize("."), 0)
     return model.internalize(documents)

@@ -9,40 +9,48 @@ from no context that it closes, with paired bootstrap intervals over documents a
 """
 
 import logging
-import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
 
 from benchmarks.measuring.rows import Row, merged, read_report_rows, rounded, write_report_rows
 from benchmarks.report.names import ADAPTER
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import OutputFile, Settings, Text, Texts
 
 log = logging.getLogger("benchmarks.report")
 
 
-def read_rows(cfg: DictConfig) -> list[Row]:
+class ReportSettings(Settings):
+    input_dir: Text
+    rows: Texts
+    output: OutputFile | None
+    page: OutputFile | None
+    summary: Text | None
+
+
+SCRIPT = Script("benchmarks.report", ReportSettings)
+
+
+def read_rows(cfg: ReportSettings) -> list[Row]:
     from benchmarks.measuring.aggregate import describe, summarize
     from benchmarks.measuring.break_even import cost_model
     from benchmarks.measuring.cells import read_cells, read_errors
 
     if cfg.rows:
-        files = [cfg.rows] if isinstance(cfg.rows, str) else list(cfg.rows)
-        return merged([(Path(path).stem, read_report_rows(path)) for path in files])
+        return merged([(Path(path).stem, read_report_rows(path)) for path in cfg.rows])
     cells = read_cells(cfg.input_dir)
     return rounded([describe(cells, read_errors(cfg.input_dir)), *summarize(cells, cost_model=cost_model)])
 
 
 @hydra.main(config_path="../../conf/benchmark", config_name="report", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+@SCRIPT
+def main(cfg: ReportSettings) -> None:
     from benchmarks.report.page import page
     from benchmarks.report.tables import break_even_table, set_tables
 
-    try:
-        rows = read_rows(cfg)
-        text = page(rows, summary=Path(cfg.summary).read_text(encoding="utf-8") if cfg.summary else "")
-    except (OSError, ValueError) as error:
-        sys.exit(f"benchmarks.report: {error}")
+    rows = read_rows(cfg)
+    text = page(rows, summary=Path(cfg.summary).read_text(encoding="utf-8") if cfg.summary else "")
     if cfg.output and not cfg.rows:
         write_report_rows(cfg.output, rows)
     if cfg.page:
@@ -56,4 +64,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, Path(__file__).parents[2] / "conf/benchmark/report.yaml")

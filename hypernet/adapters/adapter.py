@@ -5,12 +5,13 @@
     both.fused().save("adapters/plain")  # joined as trained: PeftModel.from_pretrained(base_model, "adapters/plain")
     again = LoRAAdapter.load("adapters/both", base_model_fingerprint=fingerprint)
 
-An adapter says what it contains: `provenance` names its documents with their hashes and chunk spans, the generator, the
-base model and the versions, and travels with it through + and the disk. Axis letters: hypernet/__init__.py.
+An adapter says what it contains: `provenance` names its documents with their hashes and chunk spans, the hypernetwork,
+the base model and the versions, and travels with it through + and the disk. Axis letters: hypernet/__init__.py.
 """
 
 import hashlib
 import json
+import reprlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ def new_provenance(
         generator: fingerprint of the hypernetwork.
         base_model_name: hub name or folder, written to PEFT's adapter_config.json; see `absolute_source`.
         base_model_fingerprint: fingerprint of the base model's weights.
-        joining: how the generator was trained to have its chunks joined.
+        joining: how the hypernetwork was trained to have its chunks joined.
     """
     import transformers  # seconds, and nothing else here needs it
 
@@ -96,12 +97,12 @@ class LoRAAdapter:
 
     By itself it adds scaling * (the sum of B_cᵀA_c over the chunks + bias_Bᵀ bias_A) x to a target layer; where it is
     used its chunks can be joined in other ways (`hypernet.adapters.joining`). The order of the chunks is free, and the
-    total rank is C * R + R_b. R_b is R, or 0 where the generator has no block that documents share.
+    total rank is C * R + R_b. R_b is R, or 0 where the hypernetwork has no block that documents share.
 
     Attributes:
         targets: the layers it is for.
         A, B: target name to [C, L, R, d_in] and [C, L, R, d_out]; zero beyond the width of a narrower layer.
-        bias_A, bias_B: target name to [L, R_b, d_in] and [L, R_b, d_out]; the generator's, the same for all its
+        bias_A, bias_B: target name to [L, R_b, d_in] and [L, R_b, d_out]; the hypernetwork's, the same for all its
             adapters.
         scaling: factor on BA, not divided by the rank.
         provenance: what `new_provenance` returns.
@@ -185,11 +186,13 @@ class LoRAAdapter:
         """This adapter's chunks, then each other's, in one adapter; the bias block still counts once.
 
         Raises:
-            ValueError: if they come from different generators, base models or targets, or one of FINAL_OPERATIONS was
-                done.
+            TypeError: one is no adapter.
+            ValueError: if they come from different hypernetworks, base models or targets, or one of FINAL_OPERATIONS
+                was done.
         """
         adapters = [self, *others]
         for adapter in adapters:
+            check_is_adapter(adapter)
             adapter.check_open("added to others")
         for other in others:
             self._check_same_generator(other)
@@ -275,13 +278,13 @@ class LoRAAdapter:
         """The chunks joined for good: one plain LoRA that any program uses as this one does.
 
         Args:
-            way: "sum" or "ridge" (see `hypernet.adapters.joining`); None: as the generator was trained, which the
+            way: "sum" or "ridge" (see `hypernet.adapters.joining`); None: as the hypernetwork was trained, which the
                 provenance says.
-            ridge: of "ridge"; None: the one that the generator was trained with.
+            ridge: of "ridge"; None: the one that the hypernetwork was trained with.
 
         Returns:
-            An adapter whose documents can neither come nor go any more, which is used as it is whatever the generator
-            was trained for. With a single chunk, or by "sum" where the generator was trained so: this one.
+            An adapter whose documents can neither come nor go any more, which is used as it is whatever the
+            hypernetwork was trained for. With a single chunk, or by "sum" where it was trained so: this one.
 
         Raises:
             ValueError: an unknown way; "gate" or "route", which choose for every question; no ridge is known; or the
@@ -322,7 +325,7 @@ class LoRAAdapter:
         return replace(self, A=A, provenance=provenance)
 
     def content_id(self) -> str:
-        """SHA-256 of what the adapter is: its weights, targets, ranks, scaling, documents, base model and generator.
+        """SHA-256 of what the adapter is: its weights, targets, ranks, scaling, documents, base model and hypernetwork.
 
         The date, the versions and the documents' names do not count, nor what lies beyond a narrower layer's width.
         """
@@ -383,8 +386,8 @@ class LoRAAdapter:
         """Writes the adapter's files into a folder that is there; `save` is the one that never leaves half of them."""
         if not self.rank:
             raise ValueError(
-                "This adapter is empty: it has no documents, and its generator no block that documents share. PEFT has "
-                "no LoRA of rank 0; use the base model as it is."
+                "This adapter is empty: it has no documents, and its hypernetwork no block that documents share. PEFT "
+                "has no LoRA of rank 0; use the base model as it is."
             )
         state_dict = {}
         concatenated = self.concatenated()
@@ -484,7 +487,7 @@ class LoRAAdapter:
     def _check_same_generator(self, other: Self) -> None:
         def identity(adapter: Self) -> dict[str, Any]:
             return {
-                "generator": adapter.provenance["generator"],
+                "hypernetwork": adapter.provenance["generator"],
                 "base model": adapter.provenance["base_model"]["fingerprint"],
                 "targets": adapter.targets,
                 "scaling": adapter.scaling,
@@ -509,7 +512,7 @@ class LoRAAdapter:
                         differing.append("been scaled differently (scale the sum instead)")
         if differing:
             raise ValueError(
-                f"Only adapters of one generator can be added; these have {', '.join(differing)}. "
+                f"Only adapters of one hypernetwork can be added; these have {', '.join(differing)}. "
                 "Generate both with one checkpoint."
             )
 
@@ -528,6 +531,15 @@ class LoRAAdapter:
         ).to_dict()
         # PEFT keeps some lists as sets, whose order changes from process to process.
         return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def check_is_adapter(value: Any) -> None:
+    """Raises TypeError of one line for anything but a `LoRAAdapter`, such as the path of one."""
+    if not isinstance(value, LoRAAdapter):
+        raise TypeError(
+            f"Expected a LoRAAdapter, got {reprlib.repr(value)} of type {type(value).__name__}. A folder becomes one "
+            "by LoRAAdapter.load(folder)."
+        )
 
 
 def check_destination(directory: str | Path, *, overwrite: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 No model is needed. How chunks are joined is `hypernet.adapters.joining` and `LoRAAdapter.fused`.
 
-    both = concatenate([fenda, town])                 # the chunks of both; the generator's bias block counts once
+    both = concatenate([fenda, town])                 # the chunks of both; the hypernetwork's bias block counts once
     one = remove_document(both, "town.txt")           # bit-identical to an adapter that never had it
     weaker = weight(both, 0.5, document="fenda.txt")  # scales one document's chunks
     small, report = compress(both, 8)                 # the nearest adapter of rank 8, and how far it is
@@ -12,6 +12,7 @@ what was done to the adapter as a whole (scale, select_chunks, compress, pad) in
 """
 
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypernet.adapters.adapter import LoRAAdapter
+from hypernet.adapters.adapter import LoRAAdapter, check_is_adapter
 
 
 class ModuleError(NamedTuple):
@@ -70,8 +71,9 @@ def concatenate(adapters: Sequence[LoRAAdapter]) -> LoRAAdapter:
     """All adapters' chunks in one adapter, in order, each copied once, with one bias block; joined where it is used.
 
     Raises:
-        ValueError: there is none; or they come from different generators, base models or targets; or one of them went
-            through an operation that is final (`LoRAAdapter.check_open`).
+        TypeError: it is no list of adapters.
+        ValueError: there is none; or they come from different hypernetworks, base models or targets; or one of them
+            went through an operation that is final (`LoRAAdapter.check_open`).
     """
     first, *others = _some(adapters, "concatenate")
     return first.with_chunks_of(others)
@@ -89,8 +91,8 @@ def average(adapters: Sequence[LoRAAdapter]) -> LoRAAdapter:
 def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = None) -> LoRAAdapter:
     """Scales the chunks of one document, or of all of them; the new factor is kept as the documents' `weight`.
 
-    The bias block belongs to the generator and stays, so weighted adapters can still be concatenated. Scale everything
-    with `scale`.
+    The bias block belongs to the hypernetwork and stays, so weighted adapters can still be concatenated. Scale
+    everything with `scale`.
 
     Args:
         adapter: what to weight.
@@ -100,6 +102,7 @@ def weight(adapter: LoRAAdapter, factor: float, *, document: str | int | None = 
     Raises:
         ValueError: the factor is not finite; no or several documents are meant; or an operation was done that is final.
     """
+    check_is_adapter(adapter)
     adapter.check_open("weighted")
     factor = _finite(factor, "factor")
     documents = adapter.provenance["documents"]
@@ -129,6 +132,7 @@ def remove_document(adapter: LoRAAdapter, document: str | int) -> LoRAAdapter:
     Raises:
         ValueError: no or several documents are meant; or an operation came before that is final.
     """
+    check_is_adapter(adapter)
     adapter.check_open("freed of a document")
     spans = adapter.chunk_spans()
     index = find_document(adapter, document)
@@ -153,6 +157,7 @@ def select_chunks(adapter: LoRAAdapter, chunks: Sequence[int], weights: Sequence
         ValueError: a number is out of range, twice or out of order; there are more or fewer weights, or one is not
             finite; or an operation came before that is final.
     """
+    check_is_adapter(adapter)
     adapter.check_open("cut down to some chunks")
     chunks = list(chunks)
     if chunks != sorted({*chunks}) or (chunks and not 0 <= chunks[0] <= chunks[-1] < adapter.num_chunks):
@@ -192,6 +197,7 @@ def scale(adapter: LoRAAdapter, factor: float | Sequence[float]) -> LoRAAdapter:
     Raises:
         ValueError: a number is not finite, or there are not L of them.
     """
+    check_is_adapter(adapter)
     num_layers = {len(target.paths) for target in adapter.targets}
     per_layer = isinstance(factor, Sequence)
     factors = [_finite(value, "factor") for value in (factor if isinstance(factor, Sequence) else [factor])]
@@ -235,6 +241,7 @@ def compress(adapter: LoRAAdapter, rank: int) -> tuple[LoRAAdapter, CompressionR
 
     Source: Eckart & Young 1936, https://doi.org/10.1007/BF02288367
     """
+    check_is_adapter(adapter)
     _check_rank(rank)
     adapter = adapter.fused()
     A, B, modules = {}, {}, []
@@ -289,6 +296,7 @@ def pad(adapter: LoRAAdapter, rank: int) -> LoRAAdapter:
     Raises:
         ValueError: the rank is no integer, or less than the adapter's.
     """
+    check_is_adapter(adapter)
     _check_rank(rank)
     adapter = adapter.fused()
     if rank < adapter.rank:
@@ -315,6 +323,7 @@ def find_document(adapter: LoRAAdapter, document: str | int) -> int:
     Raises:
         ValueError: no or several documents are meant; the message lists them.
     """
+    check_is_adapter(adapter)
     documents = adapter.provenance["documents"]
     if isinstance(document, int) and not isinstance(document, bool):
         found = [document] if 0 <= document < len(documents) else []
@@ -367,8 +376,12 @@ def _one_block(
 
 
 def _some(adapters: Sequence[LoRAAdapter], what: str) -> Sequence[LoRAAdapter]:
-    if isinstance(adapters, LoRAAdapter) or not adapters:
-        raise ValueError(f"Expected a list of at least one adapter to {what}, got {type(adapters).__name__}.")
+    if not isinstance(adapters, Sequence) or isinstance(adapters, str):
+        raise TypeError(f"Expected a list of adapters to {what}, got {reprlib.repr(adapters)}.")
+    if not adapters:
+        raise ValueError(f"There is no adapter to {what}: the list is empty. Give at least one.")
+    for adapter in adapters:
+        check_is_adapter(adapter)
     return adapters
 
 

@@ -201,7 +201,8 @@ class LoRAInjector:
         scalings = {adapter.scaling for adapter in distinct}
         if len(scalings) > 1:
             raise ValueError(
-                f"Adapters used together must agree in scaling, got {sorted(scalings)}. Use adapters of one generator."
+                f"Adapters used together must agree in scaling, got {sorted(scalings)}. Use adapters of one "
+                "hypernetwork."
             )
 
         if gate_power:
@@ -273,7 +274,7 @@ class LoRAInjector:
         if len(ranks) > 1:
             raise ValueError(
                 f"Adapters gated together must agree in rank per chunk, got {sorted(ranks)}. Use adapters of one "
-                "generator."
+                "hypernetwork."
             )
         chunks, blocks = (
             self.pool(given[0] if shared else given)

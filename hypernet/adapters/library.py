@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hypernet.adapters.adapter import ADAPTER_FILES, PROVENANCE_FILE, LoRAAdapter
+from hypernet.adapters.adapter import ADAPTER_FILES, PROVENANCE_FILE, LoRAAdapter, check_is_adapter
 from hypernet.io.files import replaced, sync_folder
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,13 @@ class LibraryEntry:
         id: SHA-256 of the content, `LoRAAdapter.content_id`.
         directory: its folder, for PEFT or `LoRAAdapter.load`.
         documents: (name, sha256) of each document.
-        base_model_name, base_model_fingerprint, generator: None where not recorded.
+        base_model_name, base_model_fingerprint, generator: None where not recorded; generator is the hypernetwork's
+            fingerprint.
         num_chunks, rank: chunks of their own, and total rank.
         num_bytes: of all its files.
         created, added: when the adapter was made and when it came here, ISO 8601, UTC.
         replaces: ids of what it replaced, the latest first.
+        damage: what the sizes of its files say; None if they are as stored. `verify` reads the files.
     """
 
     id: str
@@ -68,6 +70,7 @@ class LibraryEntry:
     created: str
     added: str
     replaces: tuple[str, ...]
+    damage: str | None
 
     @property
     def label(self) -> str:
@@ -99,6 +102,8 @@ class AdapterLibrary:
         Two adapters of the same weights and documents are one entry, with the names and date of the first.
 
         Raises:
+            TypeError: it is no adapter.
+            ValueError: the folder is no library: it holds other things.
             OSError: it cannot be written, for example for lack of space; nothing has changed then.
         """
         return self._add(adapter, replaces=())
@@ -115,8 +120,9 @@ class AdapterLibrary:
 
         Raises:
             ValueError: there is no or more than one `old`.
-            OSError: as `add`.
+            TypeError, OSError: as `add`.
         """
+        check_is_adapter(adapter)
         entry = self._found_alone(old)
         identity = self._add(adapter, replaces=(entry.id, *entry.replaces))
         if identity != entry.id:
@@ -214,7 +220,7 @@ class AdapterLibrary:
         return LoRAAdapter.load(entry.directory)
 
     def verify(self) -> tuple[Damage, ...]:
-        """Reads everything and recomputes every hash: what is damaged, what a killed writer left, what is not ours.
+        """Reads everything and recomputes every hash: what is damaged, and what a killed writer left.
 
         Raises:
             ValueError: there is no such library.
@@ -226,8 +232,8 @@ class AdapterLibrary:
                 reason = self._damage(path.name)
                 if reason and path.exists():  # not removed meanwhile
                     found.append(Damage(path.name, reason))
-            elif path.name != LOCK_FILE and not _LEFTOVER.fullmatch(path.name):
-                found.append(Damage(path.name, "is no entry of a library; move it elsewhere"))
+            elif not _LEFTOVER.fullmatch(path.name) and (path / ENTRY_FILE).exists():
+                found.append(Damage(path.name, "is an entry under another name than its id; add it again"))
         with self._alone() as alone:
             # While others write, nobody can tell what is being written from what was left.
             leftovers = self._leftovers() if alone else []
@@ -235,6 +241,15 @@ class AdapterLibrary:
             Damage(str(path.relative_to(self.directory)), "left by a killed writer; clean up") for path in leftovers
         ]
         return tuple(found)
+
+    def foreign(self) -> tuple[str, ...]:
+        """Names of what is in the folder and not the library's; it is left alone.
+
+        Raises:
+            ValueError: there is no such library.
+        """
+        self._check_there()
+        return tuple(sorted(path.name for path in self.directory.iterdir() if not _is_ours(path)))
 
     def clean(self) -> tuple[str, ...]:
         """Removes what killed writers left, unless somebody is writing just now; returns the names.
@@ -253,10 +268,12 @@ class AdapterLibrary:
         return tuple(str(path.relative_to(self.directory)) for path in leftovers)
 
     def _add(self, adapter: LoRAAdapter, *, replaces: Sequence[str]) -> str:
+        check_is_adapter(adapter)
         identity = adapter.content_id()
         replaces = [name for name in dict.fromkeys(replaces) if name != identity]
         directory = self.directory / identity
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._check_there()
         with self._writing():
             if directory.exists() and self._damage(identity) is None:
                 self._keep_replaced(directory, replaces)
@@ -314,6 +331,7 @@ class AdapterLibrary:
             created=str(provenance["created"]),
             added=str(record["added"]),
             replaces=tuple(record["replaces"]),
+            damage=_wrong_size(directory, record),
         )
 
     def _damage(self, name: str, *, weights: bool = True) -> str | None:
@@ -328,14 +346,10 @@ class AdapterLibrary:
             record = _read_entry(directory / ENTRY_FILE)
             if record["id"] != name:
                 return f"{ENTRY_FILE} belongs to {record['id']}"
+            if reason := _wrong_size(directory, record):
+                return reason
             for file in ADAPTER_FILES:
-                path = directory / file
-                if not path.is_file():
-                    return f"{file} is missing"
-                size, digest = record["files"][file]["bytes"], record["files"][file]["sha256"]
-                if path.stat().st_size != size:
-                    return f"{file} has {path.stat().st_size} bytes, not {size}"
-                if _sha256(path) != digest:
+                if _sha256(directory / file) != record["files"][file]["sha256"]:
                     return f"{file} is not what was stored (SHA-256)"
             if weights and LoRAAdapter.load(directory).content_id() != name:
                 return "its content has another id than its folder's name"
@@ -363,6 +377,13 @@ class AdapterLibrary:
     def _check_there(self) -> None:
         if not self.directory.is_dir():
             raise ValueError(f"No adapter library at {self.directory}. Check the path, or add an adapter first.")
+        there = sorted(self.directory.iterdir())
+        if there and not any(map(_is_ours, there)):
+            names = ", ".join([*(path.name for path in there[:3]), *(["..."] if len(there) > 3 else [])])
+            raise ValueError(
+                f"{self.directory} is no adapter library: it holds {names} and no adapter under its hash. Check the "
+                "path, or name a new folder."
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -386,6 +407,23 @@ class AdapterLibrary:
                 yield False
             else:
                 yield True
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this is of a library: an entry, also under another name, what a killed writer left, or the lock."""
+    named = path.name == LOCK_FILE or _ENTRY_NAME.fullmatch(path.name) or _LEFTOVER.fullmatch(path.name)
+    return bool(named) or (path / ENTRY_FILE).exists()
+
+
+def _wrong_size(folder: Path, record: dict[str, Any]) -> str | None:
+    """What is missing from an entry or has another size than what was stored; None if nothing is."""
+    for name in ADAPTER_FILES:
+        path, size = folder / name, record["files"][name]["bytes"]
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+    return None
 
 
 def _record(folder: Path, identity: str, replaces: Sequence[str]) -> dict[str, Any]:

@@ -5,8 +5,8 @@
     merge(base_model, adapter)            # to be saved or served as a plain model
     unmerge(base_model, adapter)          # the weights of before, up to one rounding
 
-A merged model costs nothing extra per token but answers with this one adapter only; `LoRAInjector` is for many. Do not
-have the injector use an adapter that is merged: it would count twice.
+A merged model costs nothing extra per token but answers with this one adapter only; `LoRAInjector` is for many.
+`DocToLoRA` reads no document and uses no other adapter while one is merged.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hypernet.adapters.adapter import LoRAAdapter
+from hypernet.adapters.adapter import LoRAAdapter, check_is_adapter
 from hypernet.base.targets import LayerTarget
 
 # float8 and integers are storage formats of quantised weights: adding to them as they are would lose the delta.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# On the base model, so that it follows copies of the weights: content id → generator whose bias block is in them.
+# On the base model, so that it follows copies of the weights: content id → hypernetwork whose bias block is in them.
 _MERGED = "_merged_adapters"
 
 
@@ -38,6 +38,7 @@ def merge(base_model: nn.Module, adapter: LoRAAdapter) -> None:
         ValueError: a target is missing, has another shape, is quantised, shared with another module or on the meta
             device; the adapter, or another one with the same bias block, is merged already; or a weight overflows.
     """
+    check_is_adapter(adapter)
     adapter = adapter.fused()
     weights = _target_weights(base_model, adapter)
     already, identity = _merged_into(base_model), adapter.content_id()
@@ -46,8 +47,8 @@ def merge(base_model: nn.Module, adapter: LoRAAdapter) -> None:
         raise ValueError("This adapter is merged into the base model already. Call unmerge() first to change it.")
     if generator is not None and generator in already.values():
         raise ValueError(
-            f"An adapter of the same generator ({generator}) is merged into the base model already, and the bias block "
-            "would count twice. Call unmerge() first, and merge their sum."
+            f"An adapter of the same hypernetwork ({generator}) is merged into the base model already, and the bias "
+            "block would count twice. Call unmerge() first, and merge their sum."
         )
     _add(weights, adapter, sign=1)
     setattr(base_model, _MERGED, {**already, identity: generator})
@@ -59,6 +60,7 @@ def unmerge(base_model: nn.Module, adapter: LoRAAdapter) -> None:
     Raises:
         ValueError: the adapter is not merged into this base model; or as `merge`.
     """
+    check_is_adapter(adapter)
     adapter = adapter.fused()
     weights = _target_weights(base_model, adapter)
     already, identity = _merged_into(base_model), adapter.content_id()
@@ -79,6 +81,7 @@ def merged(base_model: nn.Module, adapter: LoRAAdapter) -> Iterator[None]:
     Raises:
         ValueError: as `merge`.
     """
+    check_is_adapter(adapter)
     weights = _target_weights(base_model, adapter)
     originals = [(weight, weight.detach().clone()) for _, _, weight in weights]
     already = _merged_into(base_model)

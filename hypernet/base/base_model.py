@@ -21,9 +21,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hypernet.base.catalog import KNOWN_BASE_MODELS, known_name, locate
 from hypernet.text.chat import closing_ids
+
+BASE_MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def load_base_model(
@@ -45,8 +48,9 @@ def load_base_model(
 
     Raises:
         ValueError: there is no model at `source`, it has not been fetched, or it cannot be read; an unknown
-            quantization, or its library is missing.
+            quantization, dtype, attention or device; or the quantization's library is missing.
     """
+    _check_kinds(dtype, attention, device)
     quantization_config = _quantization_config(quantization)
     source = locate(source)
     if str(source).startswith("~"):
@@ -70,20 +74,34 @@ def load_base_model(
     except (
         Exception
     ) as error:  # transformers and safetensors raise a dozen types for a bad source; all of them mean this
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         hint = ""
         if name := known_name(source):
             here = str(source) != KNOWN_BASE_MODELS[name].original
             fetch = f"python -m hypernet base-model fetch {name}"
             hint = f" To check and repair it: {fetch}" if here else f" Without a hub: {fetch}, then base_model={name}."
-        raise ValueError(
-            f"Could not load the base model from {source}: {reason}. Check the name, the files and the network." + hint
-        ) from error
+        check = "Check the name, the files and the network"
+        check += "" if attention is None else f", and whether this machine and model have attention={attention}"
+        raise ValueError(f"Could not load the base model from {source}: {reason}. {check}.{hint}") from error
     _give_padding(tokenizer, num_embeddings(base_model))
     # A model that bitsandbytes has quantised is where it belongs, and refuses to be moved.
     if quantization != "4bit":
         base_model = base_model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
     return freeze(base_model), tokenizer
+
+
+def _check_kinds(dtype: Any, attention: str | None, device: Any) -> None:
+    """Names that transformers and torch refuse late, or in words of their own."""
+    if dtype is not None and str(dtype).removeprefix("torch.") not in BASE_MODEL_DTYPES:
+        raise ValueError(f"dtype should be one of {', '.join(BASE_MODEL_DTYPES)} or None, got {dtype!r}.")
+    # Those that are installed; others, with a slash in their name, transformers would fetch from the hub and execute.
+    known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+    if attention is not None and attention not in known:
+        raise ValueError(f"attention should be one of {', '.join(known)} or None, got {attention!r}.")
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device should be one of torch's, such as cpu or cuda:0, got {device!r}.") from error
 
 
 def _refuse_byte_order_marks(folder: Path) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hypernet.adapters.library import LibraryEntry
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to fit
+LEAST_WIDTH = 80  # narrower terminals break the lines, which leaves ids whole more often than narrower columns do
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,10 +57,15 @@ def list_(directory: Directory = DIRECTORY, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps([_described(entry) for entry in entries], indent=2))
         return
+    if not entries:
+        typer.echo(f"No adapters in {directory}.")
+        return
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else PIPED_WIDTH
-    Console(width=width, highlight=False, markup=False, emoji=False).print(_table(entries))
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, LEAST_WIDTH)
+    console.print(_table(entries))
 
 
 @app.command()
@@ -74,13 +80,19 @@ def verify(directory: Directory = DIRECTORY, as_json: Json = False) -> None:
 
     library = AdapterLibrary(directory)
     damages = library.verify()
-    num_adapters = len(library.list())
+    num_adapters, foreign = len(library.list()), library.foreign()
     if as_json:
-        found = {"adapters": num_adapters, "damaged": [dataclasses.asdict(damage) for damage in damages]}
+        found = {
+            "adapters": num_adapters,
+            "damaged": [dataclasses.asdict(damage) for damage in damages],
+            "foreign": list(foreign),
+        }
         typer.echo(json.dumps(found, indent=2))
     else:
         for damage in damages:
             typer.echo(f"{damage.name}: {damage.reason}")
+        if foreign:
+            typer.echo(f"Not the library's, and left alone: {', '.join(foreign)}")
         typer.echo(f"{len(damages)} damaged" if damages else f"All {num_adapters} adapters are as they were stored.")
     if damages:
         raise typer.Exit(1)
@@ -147,8 +159,13 @@ def _table(entries: "Sequence[LibraryEntry]") -> "Table":
     from rich.text import Text
 
     table = Table()
-    for header in ("id", "documents", "base model", "generator", "chunks", "rank", "KiB", "added"):
-        table.add_column(header, overflow="fold", justify="right" if header in ("chunks", "rank", "KiB") else "left")
+    headers = ["id", "documents", "base model", "hypernetwork", "chunks", "rank", "KiB", "added"]
+    if any(entry.damage for entry in entries):
+        headers.append("damage")
+    for header in headers:
+        justify: Literal["left", "right"] = "right" if header in ("chunks", "rank", "KiB") else "left"
+        # An id is one piece at any width, so that it can be copied.
+        table.add_column(header, overflow="fold", justify=justify, no_wrap=header == "id")
     for entry in entries:
         row = (
             entry.id[:12],
@@ -159,6 +176,7 @@ def _table(entries: "Sequence[LibraryEntry]") -> "Table":
             str(entry.rank),
             f"{entry.num_bytes / 1024:.0f}",
             entry.added[:19].replace("T", " "),
+            entry.damage or "",
         )
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell) for cell in row[: len(headers)]))
     return table

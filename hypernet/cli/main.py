@@ -12,9 +12,7 @@ import typer
 
 from hypernet import __version__
 from hypernet.cli import base_model, checkpoint, library, self_study
-from hypernet.cli.errors import one_line
-
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+from hypernet.cli.errors import INTERRUPTED, one_line
 
 app = typer.Typer(
     name="hypernet",

@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from hypernet.adapters.adapter import LoRAAdapter, absolute_source, check_destination
+from hypernet.adapters.adapter import LoRAAdapter, absolute_source, check_destination, check_is_adapter
 from hypernet.adapters.composition import CompressionReport, compress, pad
 
 # MaxLoRARanks in vllm/config/lora.py. Release 0.11.0 does not know 1 yet; rank 1 loads with --max-lora-rank 8 too.
@@ -92,6 +92,7 @@ def export_vllm(
             that vLLM would not take them.
         FileExistsError, OSError: as `LoRAAdapter.save`.
     """
+    check_is_adapter(adapter)
     limit = MAX_LORA_RANKS[-1] if max_lora_rank is None else max_lora_rank
     if isinstance(limit, bool) or limit not in MAX_LORA_RANKS:
         raise ValueError(f"Expected max_lora_rank to be one of {MAX_LORA_RANKS}, got {limit!r}.")

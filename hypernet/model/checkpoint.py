@@ -57,8 +57,12 @@ def save_checkpoint(
 
     Args:
         base_model: hub name or folder; a path relative to `directory` if it lies inside.
+
+    Raises:
+        ValueError: as `check_ours`.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
+    check_ours(directory)
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
     config = {
@@ -77,6 +81,28 @@ def save_checkpoint(
         save_tensors(weights, path)
     with replaced(directory / CONFIG_FILE) as path:
         path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def check_ours(directory: str | Path) -> None:
+    """Refuses a folder that `save_checkpoint` cannot write to; to be called before the work that leads there.
+
+    A checkpoint that is there is replaced and other files stay, as transformers and PEFT do it. But config.yaml is a
+    name that others use too, and theirs would be lost.
+
+    Raises:
+        ValueError: its config.yaml is not a checkpoint's, or it is a file.
+    """
+    path = Path(directory).expanduser() / CONFIG_FILE
+    if path.parent.is_file():
+        raise ValueError(f"{path.parent} is a file. Name a folder for the checkpoint.")
+    if not path.is_file() or (path.parent / WEIGHTS_FILE).is_file():
+        return
+    try:
+        config = yaml.safe_load(path.read_bytes())
+    except (ValueError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict) or not {"format_version", "hypernetwork"} <= config.keys():
+        raise ValueError(f"{path} is not a checkpoint's, and is not replaced. Name another folder.")
 
 
 def is_checkpoint(source: str | Path) -> bool:

@@ -3,8 +3,8 @@
 The fast-weight way: every token writes its value under its key, and the delta is the sum of those outer products,
 projected onto R directions so that it is a LoRA block. No attention, no layer after another.
 
-    generator = OuterProduct(targets, feature_dim=192, rank=8, inner_dim=128)
-    A, B = generator(features, mask)         # [C, L, T, D], [C, T] -> name -> [C, L, R, d_in], [C, L, R, d_out]
+    network = OuterProduct(targets, feature_dim=192, rank=8, inner_dim=128)
+    A, B = network(features, mask)         # [C, L, T, D], [C, T] -> name -> [C, L, R, d_in], [C, L, R, d_out]
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class OuterProduct(nn.Module):
     Attributes:
         bias_A, bias_B: the bias block by target name, [L, R, d_in] and [L, R, d_out].
 
-    Start: W_B and bias_B are zero, so an untrained generator gives B = 0 exactly and the base model is unchanged; A and
+    Start: W_B and bias_B are zero, so an untrained one gives B = 0 exactly and the base model is unchanged; A and
     what W_B reads are not zero, so W_B has a gradient in the first step and everything else from the second on. The
     gates are zero: at first all chunks share one A, and values are all there is to learn. A's entries have variance
     1 / d_in, as in `LoRAHead`.

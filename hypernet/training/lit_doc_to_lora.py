@@ -17,6 +17,7 @@ from hypernet.base.targets import LayerTarget
 from hypernet.data.batches import DistillationBatch
 from hypernet.data.splitting import StepPart
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.model.checkpoint import check_ours
 from hypernet.training.lit_module import LitModule, beginnings, check_same_sizes
 from hypernet.training.losses import AnswerTokens, LossTerm, Step, answers_right_by_kind, trained_terms
 from hypernet.training.losses.terms import ModuleInputs
@@ -52,6 +53,8 @@ class LitDocToLoRA(LitModule):
         include_base_model: bool = False,
     ) -> None:
         super().__init__(output_dir=output_dir)
+        if output_dir:
+            check_ours(output_dir)
         self.model = model
         self.objective = trained_terms(objective)
         self.steps_alone = max(term.steps_alone for term in self.objective.values())
@@ -131,7 +134,7 @@ class LitDocToLoRA(LitModule):
         injector = self.model.injector
         A, B = self.model.adapt(batch.chunk_ids, batch.chunk_mask)
         scores = {"no_context": self._exact(batch.student), "in_prompt": self._exact(batch.teacher)}
-        for name, shift in (("adapter", 0), ("wrong_adapter", 1)):
+        for name, shift in (("adapter", 0), ("wrong_document", 1)):
             self.model.activate(A, B, batch.chunk_counts, members=batch.members, shift=shift)
             scores[name] = self._exact(batch.student)
             injector.clear()

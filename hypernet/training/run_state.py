@@ -39,6 +39,7 @@ class RunCheckpoint(Checkpoint):
         dirpath: the run's checkpoints folder.
         every_n_train_steps: optimizer steps.
         keep: files; the second newest is what remains if the newest cannot be read.
+        replaces: the files that are there are an earlier run's, and go once this one has its first.
         config: the resolved configuration, of plain values; resuming with another one says what differs.
     """
 
@@ -48,6 +49,7 @@ class RunCheckpoint(Checkpoint):
         *,
         every_n_train_steps: int,
         keep: int = 2,
+        replaces: bool = False,
         config: dict[str, Any] | None = None,
     ) -> None:
         if every_n_train_steps < 1 or keep < 1:
@@ -58,6 +60,7 @@ class RunCheckpoint(Checkpoint):
         self.dirpath = Path(dirpath)
         self.every_n_train_steps = every_n_train_steps
         self.keep = keep
+        self.replaces = replaces
         self.config = config
         self._saved_step: int | None = None
         self._random_states: dict[str, Any] | None = None
@@ -104,7 +107,8 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = step
         if trainer.is_global_zero:
             # By age: the files of an abandoned continuation may have higher numbers.
-            for path in _newest_first(self.dirpath.glob(f"{PREFIX}*{SUFFIX}"))[self.keep :]:
+            keep, self.replaces = 1 if self.replaces else self.keep, False
+            for path in _newest_first(self.dirpath.glob(f"{PREFIX}*{SUFFIX}"))[keep:]:
                 path.unlink(missing_ok=True)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

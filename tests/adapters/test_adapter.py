@@ -208,7 +208,7 @@ def test_sum_keeps_chunk_order_and_one_bias_block(targets):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"generator": "generator-2"}, "generator generator-1 and generator-2"),
+        ({"generator": "generator-2"}, "hypernetwork generator-1 and generator-2"),
         ({"base_model_fingerprint": "base-2"}, "base model base-1 and base-2"),
         ({"bias_seed": 5}, "different bias blocks for"),
         ({"scaling": 1.0}, "scaling 45.25 and 1.0"),

@@ -18,7 +18,9 @@ from hypernet.adapters.composition import (
     weight,
 )
 from hypernet.adapters.injection import LoRAInjector
+from hypernet.adapters.merging import merge, merged, unmerge
 from hypernet.base.targets import LoRATarget
+from hypernet.interop.vllm import export_vllm
 from tests.adapters.test_adapter import assert_one_line_value_error, assert_same, make_adapter, make_base_model, targets  # noqa: F401
 from tests.adapters.test_joining import by_inverse
 
@@ -102,9 +104,40 @@ def assert_same_weights(a, b):
             assert torch.equal(tensor, getattr(b, field)[name])
 
 
-@pytest.mark.parametrize("adapters", [[], make_adapter(UNEVEN)])
+@pytest.mark.parametrize("join", [concatenate, average])
+def test_list_without_adapters_is_refused(join):
+    assert_one_line_value_error(lambda: join([]), "There is no adapter to concatenate: the list is empty.")
+
+
+@pytest.mark.parametrize("adapters", [make_adapter(UNEVEN), "outputs/fenda", None, 3])
 def test_concatenate_refuses_what_is_no_list(adapters):
-    assert_one_line_value_error(lambda: concatenate(adapters), "Expected a list of at least one adapter")
+    with pytest.raises(TypeError, match="^Expected a list of adapters to concatenate, got "):
+        concatenate(adapters)
+
+
+ON_ONE = {
+    "concatenate": lambda adapter: concatenate([make_adapter(UNEVEN), adapter]),
+    "with_chunks_of": lambda adapter: make_adapter(UNEVEN).with_chunks_of([adapter]),
+    "weight": lambda adapter: weight(adapter, 0.5),
+    "remove_document": lambda adapter: remove_document(adapter, "a"),
+    "find_document": lambda adapter: find_document(adapter, "a"),
+    "select_chunks": lambda adapter: select_chunks(adapter, [0]),
+    "scale": lambda adapter: scale(adapter, 2),
+    "compress": lambda adapter: compress(adapter, 2),
+    "pad": lambda adapter: pad(adapter, 2),
+    "merge": lambda adapter: merge(torch.nn.Linear(1, 1), adapter),
+    "unmerge": lambda adapter: unmerge(torch.nn.Linear(1, 1), adapter),
+    "merged": lambda adapter: merged(torch.nn.Linear(1, 1), adapter).__enter__(),
+    "export_vllm": lambda adapter: export_vllm(adapter, "outputs/served"),
+}
+
+
+@pytest.mark.parametrize("name", ON_ONE)
+def test_what_is_no_adapter_is_refused(name):
+    for wrong in ("outputs/fenda", None, 3):
+        with pytest.raises(TypeError, match="^Expected a LoRAAdapter, got .*LoRAAdapter.load") as error:
+            ON_ONE[name](wrong)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 0.002)])

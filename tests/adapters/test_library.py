@@ -262,12 +262,61 @@ def test_clean_removes_leftovers_and_keeps_other_files(library):
     (library.directory / "notes.txt").write_text("mine")
     found = {damage.name: damage.reason for damage in library.verify()}
     names = {str(path.relative_to(library.directory)) for path in (*left, inside)}
-    assert found.keys() == names | {"notes.txt"}
+    assert found.keys() == names and library.foreign() == ("notes.txt",)
     assert all("left by a killed writer" in found[name] for name in names)
     with library._writing():  # somebody writes: theirs and what was left look the same
-        assert library.clean() == () and len(library.verify()) == 1
+        assert library.clean() == () == library.verify()
     assert set(library.clean()) == names
-    assert [damage.name for damage in library.verify()] == ["notes.txt"]
+    assert library.verify() == () and library.foreign() == ("notes.txt",)
+
+
+def test_entry_under_another_name_is_damage(library):
+    identity = library.add(uneven_adapter(2))
+    (library.directory / identity).rename(library.directory / f"{identity} copy")
+    (found,) = library.verify()
+    assert found.name == f"{identity} copy" and "under another name than its id" in found.reason
+    assert library.foreign() == ()
+
+
+@pytest.mark.parametrize("action", ["list", "verify", "clean", "foreign"])
+def test_folder_of_other_things_is_no_library(library, action):
+    library.directory.mkdir()
+    assert getattr(library, action)() == ()  # an empty folder is one that nothing was added to
+    (library.directory / ".lock").unlink(missing_ok=True)
+    for name in ("letter.txt", "photos"):
+        (library.directory / name).mkdir()
+    with pytest.raises(ValueError, match="is no adapter library: it holds letter.txt, photos and no adapter"):
+        getattr(library, action)()
+    with pytest.raises(ValueError, match="is no adapter library"):
+        library.add(uneven_adapter(1))
+    assert visible(library) == ["letter.txt", "photos"]
+
+
+def test_emptied_library_is_still_one(library):
+    library.remove(library.add(uneven_adapter(1)))
+    (library.directory / "notes.txt").touch()
+    assert library.list() == () and library.verify() == ()
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_list_says_which_entries_are_cut_off(library, name):
+    identity, sound = library.add(uneven_adapter(2)), library.add(uneven_adapter(1, seed=2))
+    path = library.directory / identity / name
+    path.write_bytes(path.read_bytes()[:-1])
+    damages = {entry.id: entry.damage for entry in library.list()}
+    assert damages[sound] is None and f"{name} has {path.stat().st_size} bytes, not " in damages[identity]
+    path.unlink()
+    assert f"{name} is missing" in {entry.id: entry.damage for entry in library.list()}[identity]
+
+
+@pytest.mark.parametrize("wrong", ["outputs/fenda", None, {}, 3])
+def test_library_takes_adapters_alone(library, wrong):
+    identity = library.add(uneven_adapter(1))
+    for action in (library.add, lambda adapter: library.replace(identity, adapter)):
+        with pytest.raises(TypeError, match="^Expected a LoRAAdapter, got .*LoRAAdapter.load") as error:
+            action(wrong)
+        assert "\n" not in str(error.value)
+    assert ids(library) == {identity}
 
 
 def test_library_add_on_full_disk_leaves_no_files(library, monkeypatch):

@@ -137,7 +137,7 @@ def test_double_merge_and_unmatched_unmerge_are_refused(base_model, adapter):
     same = adapter.to(dtype=torch.float64).to(dtype=torch.float32)
     assert_one_line_value_error(lambda: merge(base_model, same), "merged into the base model already")
     other = make_adapter(adapter.targets, 1, seed=7, scaling=2.0)
-    assert_one_line_value_error(lambda: merge(base_model, other), r"same generator \(generator-1\).*bias block")
+    assert_one_line_value_error(lambda: merge(base_model, other), r"same hypernetwork \(generator-1\).*bias block")
     assert_one_line_value_error(lambda: unmerge(base_model, other), "not merged into the base model, 1 others")
     foreign = make_adapter(adapter.targets, 1, seed=7, scaling=2.0, generator="generator-2")
     merge(base_model, foreign)

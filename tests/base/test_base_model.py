@@ -41,6 +41,30 @@ def test_base_model_dtype_and_attention_can_be_chosen(tiny_base_model_folder):
     assert base_model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"attention": "blah"}, "attention should be one of eager, .*sdpa.* or None, got 'blah'."),
+        ({"attention": "Sdpa"}, "attention should be one of eager, .*, got 'Sdpa'."),
+        ({"attention": "kernels-community/any"}, "attention should be one of eager, "),
+        ({"dtype": "float8"}, "dtype should be one of float32, bfloat16, float16, float64 or None, got 'float8'."),
+        ({"dtype": "bf16"}, "dtype should be one of float32, .*, got 'bf16'."),
+        ({"dtype": torch.int8}, "dtype should be one of float32, .*, got torch.int8."),
+        ({"device": "gpu"}, "device should be one of torch's, such as cpu or cuda:0, got 'gpu'."),
+        ({"device": None}, "device should be one of torch's, such as cpu or cuda:0, got None."),
+    ],
+)
+def test_unknown_kind_of_loading_is_refused_with_the_known_ones(tiny_base_model_folder, settings, says):
+    with pytest.raises(ValueError, match=f"^{says}") as error:
+        load_base_model(tiny_base_model_folder, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_attention_that_is_not_installed_is_named(tiny_base_model_folder):
+    with pytest.raises(ValueError, match="whether this machine and model have attention=flash_attention_2.$"):
+        load_base_model(tiny_base_model_folder, attention="flash_attention_2")
+
+
 def test_base_model_keeps_stored_dtype(tmp_path, tiny_base_model, tiny_tokenizer):
     tiny_base_model.to(torch.bfloat16).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)

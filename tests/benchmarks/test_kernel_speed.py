@@ -1,11 +1,13 @@
 """benchmarks/kernel_speed.py: the methods compute the same, rows say what was measured, red tests print no speed."""
 
 import json
+from typing import Literal
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from pydantic import create_model
 
 from benchmarks import kernel_speed
 from benchmarks.kernel_speed import METHODS, Case, cases, floor_of, legal, make_inputs, markdown, measure
@@ -29,6 +31,8 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch):
     monkeypatch.setitem(kernel_speed.MODELS, "tiny", (12, 40))
+    settings = create_model("Tiny", __base__=kernel_speed.KernelSettings, models=(list[Literal["tiny"]], ...))
+    monkeypatch.setattr(kernel_speed.SCRIPT, "settings", settings)
 
 
 def test_kernel_cases_are_all_combinations_with_enough_tokens():
@@ -91,8 +95,8 @@ def run(*overrides: str) -> None:
 
 def test_kernel_speed_prints_nothing_while_tests_fail(monkeypatch, capsys):
     monkeypatch.setattr(kernel_speed, "tests_pass", lambda: False)
-    with pytest.raises(SystemExit, match="the tests of lora_delta fail, so no speed is printed"):
-        run("output=null")
+    with pytest.raises(SystemExit, match="The tests of lora_delta fail, so no speed is printed"):
+        run("models=[tiny]", "output=null")
     assert "|" not in capsys.readouterr().out
 
 
@@ -106,10 +110,29 @@ def test_kernel_speed_command_writes_rows_and_table(tmp_path, capsys):
     assert "| 16 | forward | ours |" in printed and "merge" in printed
 
 
-@pytest.mark.parametrize("setting", ["models=[gpt-9]", "methods=[ours,magic]"])
-def test_unknown_kernel_names_are_refused_with_known_ones(setting):
-    with pytest.raises(SystemExit, match="unknown (gpt-9|magic); models: .*gemma-2-2b.* methods: ours"):
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("models=[gpt-9]", "models should be a list, each one of qwen2.5-0.5b, gemma-2-2b, .*, got .*gpt-9"),
+        ("methods=[ours,magic]", "methods should be a list, each one of ours, .*, got .*magic"),
+        ("ranks=[12]", r"ranks should be a list, each a multiple of 8, got \[12\]"),
+        ("tokens=128", "tokens should be a list, each a whole number, at least 1, got 128"),
+        ("dtype=float8", "dtype should be one of float32, bfloat16, float16 or null, got 'float8'"),
+        ("output=benchmarks", "benchmarks is a folder. Name a file."),
+        ("output=README.md/rows.jsonl", "README.md is a file. Name another one."),
+    ],
+)
+def test_unknown_kernel_settings_are_refused_with_known_ones(setting, says, monkeypatch):
+    monkeypatch.chdir(kernel_speed.ROOT)
+    monkeypatch.setattr(kernel_speed.SCRIPT, "settings", kernel_speed.KernelSettings)
+    with pytest.raises(SystemExit, match=f"^benchmarks.kernel_speed: .*{says}"):
         run(setting)
+
+
+@pytest.mark.parametrize("output", ["null", "nowhere.jsonl", "README.md"])
+def test_plot_without_rows_is_a_one_line_error(output):
+    with pytest.raises(SystemExit, match=r"Cannot read rows from output=.*Name the file that has them\."):
+        run("models=[tiny]", "plot_only=true", f"output={output}")
 
 
 def test_roofline_plot_is_drawn_from_rows(tmp_path):

@@ -17,7 +17,7 @@ from benchmarks.measuring import measure
 from benchmarks.measuring.cells import Sweep, cell_path, error_path, identity_of, read_cells, write_cell, write_error
 from benchmarks.measuring.measure import build_task
 from benchmarks.methods.prompts import NoContext
-from benchmarks.run import RENAMED, refuse_renamed
+from benchmarks.run import RENAMED, check
 from benchmarks.tasks.base import Asked, Case
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +117,8 @@ def test_every_benchmark_config_is_composed_and_built(path, make_doc_to_lora, tm
     HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
     if group != "sweep":  # some refer to a setting of the methods that they name
         assert resolved(cfg)
+    if option and group != "sweep":
+        check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
     if group == "task":
         if "times_asked" in cfg.task:  # of the shipped base model
             cfg.task.times_asked = None
@@ -218,9 +220,50 @@ def test_question_rows_carry_own_attributes(make_doc_to_lora) -> None:
     ]
 
 
+# Mistakes
+
+
 @pytest.mark.parametrize("argument", ["method.gate=1", "+method.sharpness=0", "sweep=crowd"])
-def test_renamed_benchmark_setting_is_refused_with_new_name(argument) -> None:
+def test_renamed_benchmark_setting_is_refused_with_new_name(monkeypatch, argument) -> None:
     old = next(name for name in RENAMED if name in argument)
-    with pytest.raises(SystemExit, match=re.escape(f"benchmarks.run: {old} is called {RENAMED[old]} now.")):
-        refuse_renamed(["task=locality", argument])
-    refuse_renamed(["task=locality", "method.gate_power=1", "sweep=many_documents"])
+    message = f"benchmarks.run: There is no setting '{old}' any more: write {RENAMED[old]}."
+    assert run(monkeypatch, "task=locality", argument).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        (
+            "task=encyclopaedia",
+            "There is no task 'encyclopaedia'. There are 2wikimqa, capacity, .*updates; see --help.",
+        ),
+        ("method=doc2lora", "There is no method 'doc2lora'. There are .*doc_to_lora, "),
+        ("sweep=small", "There is no sweep 'small'. There are .*tiny"),
+        ("num_case=1", "There is no setting 'num_case'. There are task, method, checkpoint, "),
+        ("+cases=1", "There is no setting 'cases'. There are task, method, checkpoint, "),
+        ("task.num_case=1", "There is no setting 'task.num_case'"),
+        ("+task.num_case=1", "There is no setting 'task.num_case'. There are .*task.num_cases"),
+        ("+method.lr=1", "There is no setting 'method.lr'"),
+        ("task.num_cases=many", "task.num_cases should be a whole number, got 'many'"),
+        ("seed=x", "seed should be a whole number, at least 0, got 'x'"),
+        ("seed=-1", "seed should be a whole number, at least 0, got -1"),
+        ("max_new_tokens=0", "max_new_tokens should be a whole number, at least 1, got 0"),
+        ("force=perhaps", "force should be true or false, got 'perhaps'"),
+        ("device=gpu", "device should be cpu, cuda or auto, got 'gpu'"),
+        ("threads=0", "threads should be a whole number, at least 1 or null, got 0"),
+        ("task", "Cannot read the argument 'task'"),
+        ("task=capacity,updates", "Several values need brackets: .*"),
+    ],
+)
+def test_mistake_in_a_cells_settings_is_one_line(monkeypatch, tmp_path, argument, says) -> None:
+    message = run(monkeypatch, f"output_dir={tmp_path / 'cells'}", argument)
+    assert re.match(f"benchmarks.run: {says}", message) and "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_benchmark_help_explains_settings_and_choices(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--help") is None
+    printed = capsys.readouterr().out
+    assert re.search(r"^ *max_new_tokens: 32 +# of an answer$", printed, re.MULTILINE)
+    assert re.search(r"^ *no_context +The question alone: the floor$", printed, re.MULTILINE)
+    assert re.search(r"^ *many_documents +Recall from 1 to 64 documents", printed, re.MULTILINE)

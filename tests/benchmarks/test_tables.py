@@ -39,7 +39,7 @@ def test_tables_have_at_most_seven_columns_and_a_number_a_cell(name: str) -> Non
 def test_readme_s_table_has_six_rows_with_all_controls() -> None:
     head, _, *lines = TABLES["readme"]().splitlines()
     assert len(lines) == 6 and "–" not in "".join(lines)
-    assert all(name in head for name in ("no context", "another document's adapter", "document in the prompt"))
+    assert all(name in head for name in ("no context", "wrong document", "document in the prompt"))
 
 
 def test_changed_figure_is_detected() -> None:
@@ -78,7 +78,7 @@ def test_plots_of_speed_are_what_their_committed_rows_give(name, plot, tmp_path)
 
 def test_the_main_plot_shows_the_adapter_with_its_controls() -> None:
     svg = made_plots()["docs/results.svg"]
-    legend = ("no context", "another document's adapter", "document in the prompt", "own adapter")
+    legend = ("no context", "wrong document", "document in the prompt", "own adapter")
     assert all(f"{name}</text>" in svg for name in (*legend, *tables.MAIN))
     assert "an article about one entity, own adapter: 0.96 (0.95 to 0.97)" in svg
 

@@ -14,14 +14,14 @@ def rows_of(name: str, method: str, values: list[float]) -> list[dict]:
 def test_tiny_figures_summary_has_means_and_gap_closed() -> None:
     rows = (
         rows_of("one entity", "no_context", [0, 0, 0, 0])
-        + rows_of("one entity", "wrong_adapter", [0, 0, 0, 0])
+        + rows_of("one entity", "wrong_document", [0, 0, 0, 0])
         + rows_of("one entity", "adapter", [1, 0, 1, 0])
         + rows_of("one entity", "document_in_prompt", [1, 1, 1, 0])
     )
     by_method = {row["method"]: row for row in summarize(rows)}
     assert by_method["adapter"]["exact_match"] == 0.5
     assert by_method["adapter"]["gap_closed"] == pytest.approx(0.5 / 0.75)
-    assert by_method["wrong_adapter"]["gap_closed"] == 0
+    assert by_method["wrong_document"]["gap_closed"] == 0
     assert by_method["document_in_prompt"]["low"] <= 0.75 <= by_method["document_in_prompt"]["high"]
     assert "| one entity | adapter | 4 | 0.500 |" in markdown(list(by_method.values()))
 

@@ -192,15 +192,20 @@ def test_quantiles_of_few_and_many_values():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model=gpt-5", "unknown gpt-5; models: tiny, gemma-2-2b; methods: ours, padded_per_token"),
-        ("methods=[ours,magic]", "unknown magic; models"),
+        ("model=gpt-5", "model should be one of tiny, gemma-2-2b, got 'gpt-5'"),
+        ("methods=[ours,magic]", "methods should be a list, each one of ours, padded_per_token, "),
         ("methods=[padded_per_token]", "methods lacks ours"),
-        ("dtype=int8", "dtype is int8; choose float32 or bfloat16"),
+        ("dtype=int8", "dtype should be one of float32, bfloat16 or null, got 'int8'"),
+        (
+            "+stages.stage_1.batch=3",
+            "There is no setting 'stages.stage_1.batch'. There are .*stages.stage_1.batch_size",
+        ),
+        ("stages.stage_1.batch_size=x", "stages.stage_1.batch_size should be a whole number, got 'x'"),
         ("compile=indctor", "torch.compile has no backend 'indctor'. Use one of: .*inductor"),
     ],
 )
 def test_training_speed_errors_are_one_line(override, message):
-    with pytest.raises(SystemExit, match=f"training_speed: {message}"):
+    with pytest.raises(SystemExit, match=f"benchmarks.training_speed: {message}"):
         main.__wrapped__(settings(override))
 
 

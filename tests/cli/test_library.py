@@ -49,6 +49,44 @@ def test_list_shows_id_document_and_base_model(library, capsys):
     assert only_id(library)[:12] in out and "d1.txt" in out and "tiny-llama base-1" in out
 
 
+@pytest.mark.parametrize("columns", [20, 40, 80, 300])
+def test_listed_ids_stay_in_one_piece(library, capsys, monkeypatch, columns):
+    monkeypatch.setattr("hypernet.cli.library.PIPED_WIDTH", columns)
+    assert hypernet("library", "list", "--directory", library.directory) == 0
+    assert only_id(library)[:12] in capsys.readouterr().out
+
+
+def test_list_marks_an_entry_that_is_cut_off(library, capsys):
+    assert hypernet("library", "list", "--directory", library.directory) == 0
+    assert "damage" not in capsys.readouterr().out
+    path = library.directory / only_id(library) / WEIGHTS
+    path.write_bytes(path.read_bytes()[:100])
+    assert hypernet("library", "list", "--directory", library.directory) == 0
+    out = capsys.readouterr().out
+    assert "damage" in out and "100 bytes" in out
+
+
+def test_empty_library_says_that_it_is_empty(tmp_path, capsys):
+    assert hypernet("library", "list", "--directory", tmp_path) == 0
+    assert capsys.readouterr().out == f"No adapters in {tmp_path}.\n"
+
+
+def test_verify_lists_other_files_without_calling_them_damaged(library, capsys):
+    (library.directory / "notes.txt").touch()
+    assert hypernet("library", "verify", "--directory", library.directory) == 0
+    out = capsys.readouterr().out
+    assert out == "Not the library's, and left alone: notes.txt\nAll 1 adapters are as they were stored.\n"
+    assert hypernet("library", "verify", "--directory", library.directory, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"adapters": 1, "damaged": [], "foreign": ["notes.txt"]}
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "clean"])
+def test_folder_of_other_things_is_refused(tmp_path, capsys, command):
+    (tmp_path / "letter.txt").touch()
+    assert hypernet("library", command, "--directory", tmp_path) == 1
+    assert f"{tmp_path} is no adapter library: it holds letter.txt" in capsys.readouterr().err
+
+
 def test_list_as_json_holds_what_an_entry_knows(library, capsys):
     assert hypernet("library", "list", "--directory", library.directory, "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)

@@ -137,6 +137,38 @@ def test_checkpoint_without_base_model_names_its_source(tmp_path, make_doc_to_lo
     assert again.base_model_fingerprint == model.base_model_fingerprint
 
 
+@pytest.mark.parametrize("content", ["db: {host: x}\n", "format_version: 1\n", "- 1\n", "", "[\n"])
+def test_config_of_something_else_is_not_replaced(tmp_path, make_doc_to_lora, content):
+    """config.yaml is a name that others use; other files stay, as transformers and PEFT leave them."""
+    (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / "notes.txt").touch()
+    for include_base_model in (False, True):
+        with pytest.raises(ValueError, match="config.yaml is not a checkpoint's, and is not replaced. Name another"):
+            make_doc_to_lora().save_pretrained(tmp_path, include_base_model=include_base_model)
+    assert (tmp_path / "config.yaml").read_text() == content
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "notes.txt"}
+
+
+def test_checkpoint_is_replaced_and_other_files_stay(tmp_path, make_doc_to_lora):
+    (tmp_path / "notes.txt").touch()
+    for seed in (1, 2):
+        model = make_doc_to_lora(seed=seed)
+        model.save_pretrained(tmp_path)
+        assert load_checkpoint(tmp_path).fingerprint == fingerprint(model.hypernetwork, exact=True)
+    (tmp_path / "hypernetwork.safetensors").unlink()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_checkpoint_goes_to_the_home_folder_and_not_into_a_file(tmp_path, make_doc_to_lora, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_doc_to_lora().save_pretrained("~/one", include_base_model=True)
+    assert DocToLoRA.from_pretrained(tmp_path / "one")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file. Name a folder"):
+        make_doc_to_lora().save_pretrained(tmp_path / "file")
+
+
 def test_checkpoint_refuses_another_base_model(tmp_path, make_doc_to_lora):
     model = make_doc_to_lora()
     model.save_pretrained(tmp_path / "checkpoint")

@@ -118,7 +118,7 @@ def test_other_adapter_answers_from_the_other_document(trained):
 def test_validation_metrics_agree_with_the_answers(trained):
     _, scores, _ = trained
     assert scores["val/document_adapter"] == 1
-    assert scores["val/document_no_context"] == scores["val/document_wrong_adapter"] == 0
+    assert scores["val/document_no_context"] == scores["val/document_wrong_document"] == 0
 
 
 def test_training_leaves_base_model_unchanged(trained):

@@ -226,7 +226,7 @@ def test_validation_scores_every_method_and_kind(tmp_path, make_doc_to_lora, mak
     for kind in ("document", "unanswerable", "background", "cross_document"):
         of_kind = {name: value for name, value in scores.items() if name.startswith(f"val/{kind}_")}
         if of_kind:
-            assert set(of_kind) == {f"val/{kind}_{m}" for m in ("no_context", "in_prompt", "adapter", "wrong_adapter")}
+            assert set(of_kind) == {f"val/{kind}_{m}" for m in ("no_context", "in_prompt", "adapter", "wrong_document")}
             assert of_kind[f"val/{kind}_adapter"] == of_kind[f"val/{kind}_no_context"]
             assert all(0 <= value <= 1 for value in of_kind.values())
     assert "val/document_adapter" in scores and "val/background_adapter" in scores

@@ -122,6 +122,15 @@ def wait_for(condition, *, timeout_s: float = 120) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.parametrize("stage", ["build", "fit"])
+def test_ctrl_c_before_the_first_step_leaves_no_folder(runs, arguments, stage):
+    """While the model is built; and within Lightning, which by itself exits without a word."""
+    callback = f"+callbacks.stop={{_target_: tests.two_processes.InterruptedIn, stage: {stage}}}"
+    result = runs.run([*arguments, "output_dir=stopped/early", callback])
+    assert result.code == 130 and result.stderr.splitlines()[-1] == "train.py: interrupted", result.output
+    assert "Traceback" not in result.output and not (runs.folder / "stopped").exists()
+
+
 def test_resume_skips_and_names_damaged_checkpoint(runs, arguments, whole):
     assert runs.run([*arguments, "output_dir=damaged", "trainer.max_steps=4"]).code == 0
     newest = find_checkpoint("last", runs.folder / "damaged" / "checkpoints")

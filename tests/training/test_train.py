@@ -160,6 +160,47 @@ def test_two_processes_train_as_one_does(train, commands, small, tmp_path):
     assert len(states) == 2
 
 
+def test_earlier_run_is_replaced_only_on_request(train, small, tmp_path):
+    train(*small, "trainer.max_steps=2")
+    folder = tmp_path / "outputs/small"
+
+    def left() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    before = left()
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(find_checkpoint("last", folder / "checkpoints").read_bytes())
+    for more in ([], ["trainer.max_steps=1"], [f"ckpt_path={other}"], ["name=x", "output_dir=outputs/small"]):
+        with pytest.raises(
+            SystemExit, match="outputs/small holds an earlier run .*ckpt_path=last.*name=.*overwrite=true"
+        ):
+            train(*small, "trainer.max_steps=3", *more)
+        assert left() == before
+    with pytest.raises(SystemExit):
+        train(*small, "trainer.max_steps=3", "overwrite=true", "optimizer.lr=abc")
+    assert left() == before
+    train(*small, "trainer.max_steps=1", "overwrite=true", "seed=1")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001.safetensors"]
+    assert "seed: 1" in (folder / ".hydra/config.yaml").read_text()
+    train(*small, "trainer.max_steps=2", "ckpt_path=auto", "seed=1")
+
+
+def test_experiment_may_have_keys_of_its_own_that_are_used(train, small, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    path = tmp_path / "experiment" / "mine.yaml"
+    text = "# @package _global_\nfew: 1\nname: mine\ntrainer:\n  max_steps: %s\n"
+    mine = ["--config-dir", str(tmp_path), *(a for a in small if not a.startswith("name=")), "experiment=mine"]
+    path.write_text(text % 1)
+    with pytest.raises(SystemExit, match="There is no setting 'few'"):
+        train(*mine)
+    path.write_text(text % "[")
+    with pytest.raises(SystemExit, match="^train.py: while parsing a flow .*mine.yaml"):
+        train(*mine)
+    path.write_text(text % "${few}")
+    train(*mine)
+    assert (tmp_path / "outputs/mine/checkpoint").is_dir()
+
+
 def test_sweep_gives_each_run_its_own_folder(train, small, tmp_path):
     train("--multirun", *small, "seed=1,2", "trainer.max_steps=1")
     sweep = tmp_path / "outputs/small/sweep"
@@ -210,17 +251,17 @@ def test_experiment_without_its_package_line_is_refused(train, small, tmp_path, 
     [
         (["trainer.max_step=1"], ["trainer.max_step", "max_step"]),
         (["task.hypernetwork.rnk=1"], ["task.hypernetwork.rnk"]),
-        (["experiment=tinny"], ["experiment/tinny", "tiny_base_model"]),
-        (["logger=tensorboard"], ["logger/tensorboard", "csv", "wandb"]),
+        (["experiment=tinny"], ["There is no experiment 'tinny'", "tiny_base_model"]),
+        (["logger=tensorboard"], ["There is no logger 'tensorboard'. There are csv, wandb"]),
         (["task.objective.kl_weight=1"], ["no kl_weight any more; it is called kl.weight now"]),
         (["+task.objective.share_weight=1"], ["no share_weight any more; it is called attribution.weight now"]),
         (["task.objective.silence_weight=1"], ["no silence_weight any more: no experiment used it"]),
         (["task.objective.kl.wieght=1"], ["task.objective.kl.wieght"]),
         (["task.context_encoder.beside=-2"], ["is called task.context_encoder.concat_layer now"]),
         (["+task.context_encoder.beside=-2"], ["has no beside any more; it is called concat_layer now"]),
-        (["+task.hypernetwork.rnk=1"], ["unexpected keyword argument 'rnk'"]),
+        (["+task.hypernetwork.rnk=1"], ["no setting 'task.hypernetwork.rnk'", "task.hypernetwork.rank"]),
         (["+task.hypernetwork.aggregator.blocks=1"], ["has no blocks; it has latent_dim"]),
-        (["task.stages=[{step: 1}]"], ["unexpected keyword argument 'step'"]),
+        (["task.stages=[{step: 1}]"], ["no setting 'task.stages.0.step'", "task.stages.0.steps"]),
         (["task.target_modules=[downproj]"], ["No nn.Linear named 'downproj'", "down_proj"]),
         (["task.base_model=/nowhere"], ["No base model in /nowhere"]),
         (["task.init_from=/nowhere"], ["No checkpoint at /nowhere"]),
@@ -232,10 +273,41 @@ def test_experiment_without_its_package_line_is_refused(train, small, tmp_path, 
         (["ckpt_path=nowhere.safetensors"], ["No checkpoint nowhere.safetensors"]),
         (["trainer.max_steps=9"], ["max_steps is 9, but there are 3 batches"]),
         (["trainer.max_steps=1", "task.stages=???"], ["task.stages"]),
-        (["on_nan=ignore"], ["on_nan must be stop or skip", "'ignore'"]),
+        (["on_nan=ignore"], ["on_nan should be one of stop, skip, got 'ignore'"]),
         (["trainer.accumulate_grad_batches=3", "trainer.max_steps=1"], ["2 documents cannot be split into 3 parts"]),
         (["callbacks.throughput.peak_tflops=guess"], ["peak_tflops must be a number"]),
         (["experiment=null"], ["Config group override must be a string"]),
+        (["optimizer.lr=abc"], ["optimizer.lr should be a number above 0, got 'abc'"]),
+        (["optimizer.lr=0"], ["optimizer.lr should be a number above 0, got 0"]),
+        (["optimizer.betas=[0.9]"], ["optimizer.betas should be two numbers from 0 to 1, got [0.9]"]),
+        (["optimizer.warmup_steps=1.5"], ["optimizer.warmup_steps should be a whole number, at least 0, got 1.5"]),
+        (["+optimizer.momentum=1"], ["no setting 'optimizer.momentum'. There are optimizer.lr, "]),
+        (["trainer.max_steps=0"], ["trainer.max_steps should be a whole number, at least 1, got 0"]),
+        (["trainer.max_steps=-1"], ["trainer.max_steps should be a whole number, at least 1, got -1"]),
+        (["trainer.precision=8"], ["trainer.precision should be one of 64, 32, 16 or ", "got 8"]),
+        (["trainer.accelerator=abacus"], ["The trainer cannot be made: ", "abacus"]),
+        (["trainer.devices=0"], ["The trainer cannot be made: "]),
+        (["+trainer.max_step=1"], ["no setting 'trainer.max_step'. There are trainer.accelerator, "]),
+        (["threads=0"], ["threads should be a whole number, at least 1 or null, got 0"]),
+        (["seed=x"], ["seed should be a whole number, at least 0 and below 2^32, got 'x'"]),
+        (["seed=-1"], ["seed should be a whole number, at least 0 and below 2^32, got -1"]),
+        (["checkpoint_every=0"], ["checkpoint_every should be a whole number, at least 1, got 0"]),
+        (["num_workers=-1"], ["num_workers should be a whole number, at least 0, got -1"]),
+        (["name=''"], ["name should be a text, got ''"]),
+        (["overwrite=perhaps"], ["overwrite should be true or false, got 'perhaps'"]),
+        (["+nonsense=1"], ["There is no setting 'nonsense'. There are name, seed, "]),
+        (["+chekpoint_every=1"], ["There is no setting 'chekpoint_every'"]),
+        (["task.max_chunk_tokens=few"], ["task.max_chunk_tokens should be a whole number, got 'few'"]),
+        (["task.hypernetwork.rank=large"], ["task.hypernetwork.rank should be a whole number, got 'large'"]),
+        (["task.objective.kl.weight=much"], ["task.objective.kl.weight should be a number, got 'much'"]),
+        (["callbacks.non_finite.max_skipped=few"], ["callbacks.non_finite.max_skipped should be a whole number"]),
+        (["+task.chunks=1"], ["no setting 'task.chunks'. There are task.base_model, "]),
+        (["task.stages=[{steps: 1, batch_size: x}]"], ["task.stages.0.batch_size should be a whole number, got 'x'"]),
+        (
+            ["task.stages=[{steps: 1, num_entities: 3}]"],
+            ["task.stages.0.num_entities should be a list of 2, each a whole"],
+        ),
+        (["task.stages=[{steps: 1, company: [1, 2]}]"], ["task.stages.0.company is called num_joined_documents now"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
@@ -245,13 +317,11 @@ def test_train_mistake_is_a_one_line_error(train, small, tmp_path, arguments, hi
     message = str(exit.value.code)
     assert message.startswith("train.py: ") and "\n" not in message
     assert all(hint in message for hint in hints), message
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
 
 
-def test_train_help_lists_the_choices(train, capsys):
-    with pytest.raises(SystemExit) as exit:
-        train("--help")
-    assert not exit.value.code
-    printed = capsys.readouterr().out
+def test_train_help_explains_settings_and_choices(train):
+    printed = train("--help")
     assert "python train.py ckpt_path=last" in printed
-    assert re.search(r"^experiment: .*\bencyclopedia_tiny\b", printed, re.M)
+    assert re.search(r"^ *encyclopedia_tiny +The shipped hypernetwork", printed, re.M)
+    assert re.search(r"^ *checkpoint_every: 100 +# optimizer steps$", printed, re.M)

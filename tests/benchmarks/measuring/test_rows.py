@@ -1,10 +1,22 @@
 """benchmarks/measuring/rows.py: files of rows that are complete, and reports put together."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks.measuring.rows import describe_run, merged, read_report_rows, rounded, write_report_rows, write_rows
+from benchmarks.measuring.rows import (
+    describe_run,
+    merged,
+    read_measured,
+    read_report_rows,
+    read_rows,
+    rounded,
+    write_report_rows,
+    write_rows,
+)
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_rows_say_what_made_them(tmp_path) -> None:
@@ -26,6 +38,19 @@ def test_report_rows_come_back_as_they_were(report_rows, tmp_path) -> None:
     write_report_rows(tmp_path / "rows.jsonl", report_rows)
     found = [{k: v for k, v in row.items() if k != "run"} for row in read_report_rows(tmp_path / "rows.jsonl")]
     assert found == [{k: v for k, v in row.items() if k != "run"} for row in report_rows]
+
+
+def test_rows_of_before_are_read_with_present_names(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    old = {"kind": "sweep", "method": "wrong_adapter", "commands": ["python -m benchmarks.run sweep=crowd"]}
+    path.write_text(json.dumps(old) + "\n", encoding="utf-8")
+    now = {"kind": "sweep", "method": "wrong_document", "commands": ["python -m benchmarks.run sweep=many_documents"]}
+    assert read_report_rows(path) == read_rows(path) == read_measured(str(path))[0] == [now]
+    for committed in (ROOT / "benchmarks/results").glob("*.jsonl"):
+        for row in read_rows(committed):
+            for command in row.get("commands", ()):
+                name = command.partition("sweep=")[2].partition(" ")[0]
+                assert not name or (ROOT / f"conf/benchmark/sweep/{name}.yaml").is_file(), command
 
 
 def test_merged_reports_rename_a_task_that_both_have(report_rows) -> None:

@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from hypernet.adapters.adapter import LoRAAdapter
     from hypernet.adapters.library import AdapterLibrary
     from hypernet.doc_to_lora import DocToLoRA
+    from hypernet.memory.memory import Memory
 
 __version__ = "0.2.0"
-__all__ = ["AdapterLibrary", "DocToLoRA", "LoRAAdapter"]
+__all__ = ["AdapterLibrary", "DocToLoRA", "LoRAAdapter", "Memory"]
 
 # Public name → its module, imported when the name is first used: torch and transformers take seconds.
 _MODULES = {
     "AdapterLibrary": "hypernet.adapters.library",
     "DocToLoRA": "hypernet.doc_to_lora",
     "LoRAAdapter": "hypernet.adapters.adapter",
+    "Memory": "hypernet.memory.memory",
 }
 
 

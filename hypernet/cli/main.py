@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hypernet import __version__
-from hypernet.cli import base_model, checkpoint, library, self_study
+from hypernet.cli import base_model, checkpoint, library, memory, self_study
 from hypernet.cli.errors import INTERRUPTED, one_line
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ def _hypernet(
 
 # The subcommands
 app.add_typer(library.app, name="library")
+app.add_typer(memory.app, name="memory")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(base_model.app, name="base-model")
 app.command("self-study")(self_study.self_study)
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and ends the process.
 
     The exit status is 0; 1 after a mistake that a command found, told in one line on standard error, or where `library
-    verify` found damage; 2 after a wrong option; 130 after Ctrl-C.
+    verify` found damage; 2 after a wrong option; 130 after Ctrl-C. `memory` adds 1 where nothing is found and 3 where
+    work is unfinished.
 
     Args:
         arguments: without the command's own name; None takes the process's.

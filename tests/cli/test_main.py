@@ -36,7 +36,18 @@ EXAMPLES = [
 
 def test_the_commands_are_those_that_are_promised():
     library = {("library", name) for name in ("list", "verify", "clean", "add", "remove", "replace")}
-    expected = {(), ("library",), *library, ("checkpoint",), ("checkpoint", "convert"), ("self-study",)}
+    verbs = "add search get list history profile update invalidate delete delete-all restore purge versions rollback"
+    memory = {("memory", name) for name in [*verbs.split(), "status", "import", "export", "verify"]}
+    expected = {
+        (),
+        ("library",),
+        *library,
+        ("memory",),
+        *memory,
+        ("checkpoint",),
+        ("checkpoint", "convert"),
+        ("self-study",),
+    }
     expected |= {("base-model",), ("base-model", "list"), ("base-model", "fetch")}
     assert set(COMMANDS) == expected
 

@@ -1,0 +1,1 @@
+"""What users said, kept as text with two time axes, searched, corrected and forgotten."""

@@ -1,0 +1,120 @@
+"""Embedders: texts to unit vectors, by the base model itself or by sentence-transformers.
+
+embedder = open_embedder("assets/tiny")            # or "sentence-transformers:<name>"
+embedder.embed(["Who taught Fenda Elfax?"])        # [N, D] float32, rows of length 1
+embedder.name                                      # names the weights and the way; vectors are stored under it
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Vectors = npt.NDArray[np.float32]
+SENTENCE_TRANSFORMERS = "sentence-transformers:"
+_BATCH = 64  # texts read at once
+_SMOOTHING, _RANK_OFFSET = 1e-4, 30
+
+
+class Embedder(Protocol):
+    """Anything with these two; a memory takes it as `embedder`."""
+
+    @property
+    def name(self) -> str:
+        """Changes whenever its vectors do."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """[N, D] float32, rows of length 1, or 0 for a text without tokens."""
+        ...
+
+
+class BaseModelEmbedder:
+    """The weighted mean of a text's input embeddings: no forward pass, and better than hidden states.
+
+    A token of probability p weighs a / (a + p) with a = 1e-4: names count, articles hardly (Arora, Liang, Ma 2017,
+    "A simple but tough-to-beat baseline for sentence embeddings", ICLR). p is Zipf's 1 / (rank + 30) over the
+    vocabulary, which tokenizers number by frequency. Recall@5 of the tiny model on 8 users of 200 memories: 0.86
+    weighted, 0.66 as a plain mean. Hidden states of its blocks, plain mean on harder memories: 0.28 to 0.04 for 0.50.
+
+    Args:
+        base_model, tokenizer: the frozen causal LM.
+    """
+
+    def __init__(self, base_model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        import torch
+
+        from hypernet.base.base_model import fingerprint, num_embeddings
+
+        self._embeddings, self._tokenizer = base_model.get_input_embeddings(), tokenizer
+        self._max_tokens = int(base_model.config.get_text_config().max_position_embeddings)
+        zipf = 1 / (torch.arange(num_embeddings(base_model), device=base_model.device) + _RANK_OFFSET)
+        self._weights = _SMOOTHING / (_SMOOTHING + zipf / zipf.sum())  # [V]
+        self.name = f"{fingerprint(base_model)[:16]}:weighted"
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        import torch
+        from einops import einsum
+
+        sums = []
+        for start in range(0, len(texts), _BATCH):
+            tokens = self._tokenizer(
+                list(texts[start : start + _BATCH]),
+                **{"add_special_tokens": False, "truncation": True, "max_length": self._max_tokens},
+                **{"padding": True, "padding_side": "right", "return_tensors": "pt"},
+            ).to(self._weights.device)
+            ids = tokens["input_ids"].long()  # a text without tokens gives floats
+            with torch.inference_mode():
+                weights = self._weights[ids] * tokens["attention_mask"]
+                sums.append(einsum(self._embeddings(ids).float(), weights, "n t d, n t -> n d").cpu().numpy())
+        return _unit(np.concatenate(sums)) if sums else np.zeros((0, 0), np.float32)
+
+
+class SentenceTransformersEmbedder:
+    """A model of the library sentence-transformers, by its name on the hub or its folder.
+
+    Raises:
+        ValueError: the library is not installed, or there is no such model.
+    """
+
+    def __init__(self, model: str) -> None:
+        if find_spec("sentence_transformers") is None:
+            raise ValueError(
+                f"The embedder {SENTENCE_TRANSFORMERS}{model} needs a library: pip install sentence-transformers."
+            )
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            self._model = SentenceTransformer(model)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"sentence-transformers cannot load {model}: {reason}. Check name and network.") from error
+        self.name = f"{SENTENCE_TRANSFORMERS}{model}"
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        return _unit(np.asarray(self._model.encode(list(texts), show_progress_bar=False), np.float32))
+
+
+def open_embedder(source: str | Path) -> Embedder:
+    """The embedder of a base model's folder or hub name, of a checkpoint's base model, or of sentence-transformers.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    if str(source).startswith(SENTENCE_TRANSFORMERS):
+        return SentenceTransformersEmbedder(str(source).removeprefix(SENTENCE_TRANSFORMERS))
+    from hypernet.base.base_model import load_base_model
+    from hypernet.model.checkpoint import is_checkpoint, load_checkpoint
+
+    return BaseModelEmbedder(*load_base_model(load_checkpoint(source).base_model if is_checkpoint(source) else source))
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    lengths: Vectors = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)

@@ -1,0 +1,207 @@
+"""Memories from files of other programs and to them: plain JSONL, Mem0, Graphiti, Letta.
+
+drafts = read_drafts(Path("mem0.jsonl"), format="mem0")
+write_memories(versions, Path("alice.jsonl"), format="plain")
+
+plain      every version with all its fields; read back, the same view at every date
+mem0       what `get_all` returns: id, memory, user_id, agent_id, run_id, metadata, created_at, updated_at
+graphiti   entity edges: uuid, group_id (the user), name (the relation), fact, valid_at, invalid_at, created_at
+letta      archival passages (id, text, agent_id, created_at, metadata) and memory blocks (label, value)
+
+A file is JSON lines, one JSON array, or an object that holds it as "results", "edges" or "passages" and "blocks".
+What another format has no field for stays in `metadata`, and goes back where it came from when exported again. Times
+stored by others are when something was true; when it was stored here is now. No memory of others supersedes another:
+their ends are stated.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hypernet.memory.store.records import Draft, Filters, MemoryVersion
+
+_ARRAYS = ("results", "edges", "passages", "blocks")
+_PLAIN = ("text", "role", "subject", "relation", "source", "valid_at", "conflict")
+Fields = dict[str, Any]
+
+
+def read_drafts(path: str | Path, *, format: str = "plain") -> list[Draft]:
+    """All memories of a file.
+
+    Raises:
+        ValueError: the format is unknown, or a line is no memory in it; the message names the line.
+        OSError: it cannot be read.
+    """
+    reader, _ = _format(format)
+    drafts = []
+    for number, fields in _objects(Path(path).expanduser()):
+        try:
+            drafts.append(reader(fields))
+        except (KeyError, TypeError, AttributeError) as error:
+            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}, entry {number} is no memory of the format {format}: {reason}.") from error
+    return drafts
+
+
+def write_memories(memories: Iterable[MemoryVersion], path: str | Path, *, format: str = "plain") -> int:
+    """One JSON line per memory; the file is there completely or not at all. Returns how many.
+
+    Raises:
+        ValueError: the format is unknown.
+        OSError: it cannot be written.
+    """
+    _, writer = _format(format)
+    from hypernet.io.files import replaced
+
+    lines = [json.dumps(writer(memory), ensure_ascii=False) for memory in memories]
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return len(lines)
+
+
+def _format(name: str) -> tuple[Callable[[Fields], Draft], Callable[[MemoryVersion], Fields]]:
+    if name not in FORMATS:
+        raise ValueError(f"Unknown format {name!r}: choose one of {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def _objects(path: Path) -> Iterator[tuple[int, Fields]]:
+    content = path.read_bytes().decode("utf-8-sig")
+    try:
+        found = json.loads(content)
+    except json.JSONDecodeError:
+        found = []
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip():
+                try:
+                    found.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number} is no JSON: {error}. Give one object per line.") from error
+    if isinstance(found, Mapping):
+        arrays = [found[name] for name in _ARRAYS if isinstance(found.get(name), list)]
+        found = [entry for array in arrays for entry in array] if arrays else [found]
+    for number, entry in enumerate(found, 1):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{path}, entry {number} is {entry!r}. Give objects.")
+        yield number, dict(entry)
+
+
+def _rest(fields: Fields, format: str, used: Iterable[str]) -> Fields:
+    """Metadata: the entry's own, and under the format's name what has no field here."""
+    own = fields.get("metadata")
+    left = {name: value for name, value in fields.items() if name not in {*used, "metadata"} and value is not None}
+    return {**(own if isinstance(own, Mapping) else {}), **({format: left} if left else {})}
+
+
+def _own(memory: MemoryVersion, format: str) -> tuple[Fields, Fields]:
+    """What the format had no field for, and the rest of the metadata."""
+    metadata = dict(memory.metadata)
+    return dict(metadata.pop(format, {})), metadata
+
+
+def _from_plain(fields: Fields) -> Draft:
+    filters = Filters(*(fields.get(name) for name in Filters._fields))
+    metadata, until = fields.get("metadata") or {}, fields.get("stated_until")
+    values: Fields = {name: fields.get(name) for name in _PLAIN} | {"text": fields["text"], "metadata": metadata}
+    if "stated_until" not in fields:  # not written here, but by hand
+        until = fields.get("invalid_at")
+    return Draft(filters=filters, invalid_at=until, id=fields.get("id"), version=_number(fields), **values)
+
+
+def _number(fields: Fields) -> int | None:
+    version = fields.get("version", 1 if "id" in fields else None)
+    if version is not None and (not isinstance(version, int) or version < 1):
+        raise TypeError(f"version is {version!r}, not a number from 1 on")
+    return version
+
+
+def _from_mem0(fields: Fields) -> Draft:
+    used = ("id", "memory", *Filters._fields, "created_at")
+    return Draft(
+        text=fields["memory"],
+        filters=Filters(*(fields.get(name) or None for name in Filters._fields)),
+        valid_at=fields.get("created_at"),
+        metadata=_rest(fields, "mem0", used),
+        conflict="add_only",
+        **_identity(fields.get("id")),
+    )
+
+
+def _to_mem0(memory: MemoryVersion) -> Fields:
+    own, metadata = _own(memory, "mem0")
+    return {
+        **own,
+        **{"id": memory.id, "memory": memory.text, "hash": own.get("hash", memory.sha256), "metadata": metadata},
+        **{"created_at": memory.valid_at, "updated_at": own.get("updated_at")},
+        **{name: getattr(memory, name) for name in Filters._fields},
+    }
+
+
+def _from_graphiti(fields: Fields) -> Draft:
+    subject, relation = fields.get("source_node_name") or fields.get("source_node_uuid"), fields.get("name")
+    keyed = bool(subject and relation)
+    used = ("uuid", "group_id", "fact", "valid_at", "invalid_at", *(("name",) if keyed else ()))
+    return Draft(
+        text=fields["fact"],
+        filters=Filters(user_id=fields.get("group_id") or None),
+        subject=str(subject) if keyed else None,
+        relation=str(relation) if keyed else None,
+        valid_at=fields.get("valid_at") or fields.get("created_at"),
+        invalid_at=fields.get("invalid_at"),
+        metadata=_rest(fields, "graphiti", used),
+        conflict="add_only",
+        **_identity(fields.get("uuid")),
+    )
+
+
+def _to_graphiti(memory: MemoryVersion) -> Fields:
+    own, attributes = _own(memory, "graphiti")
+    names = {"source_node_name": memory.subject} if memory.subject else {}
+    return {
+        **{"uuid": memory.id, "group_id": memory.user_id or "", "name": memory.relation or "STATES"},
+        **{"fact": memory.text, "valid_at": memory.valid_at, "invalid_at": memory.invalid_at},
+        **{"created_at": memory.created_at, "expired_at": memory.expired_at, "attributes": attributes},
+        **names,
+        **own,
+    }
+
+
+def _from_letta(fields: Fields) -> Draft:
+    is_block = "value" in fields
+    text = fields["value"] if is_block else fields["text"]
+    agent = fields.get("agent_id") or None
+    used = ("id", "value" if is_block else "text", "agent_id", "created_at", *(("label",) if is_block else ()))
+    return Draft(
+        text=text,
+        filters=Filters(agent_id=agent),
+        subject=str(agent or "agent") if is_block else None,
+        relation=str(fields["label"]) if is_block else None,
+        valid_at=fields.get("created_at"),
+        metadata=_rest(fields, "letta", used),
+        conflict="add_only",
+        **_identity(fields.get("id")),
+    )
+
+
+def _to_letta(memory: MemoryVersion) -> Fields:
+    own, metadata = _own(memory, "letta")
+    place = {"agent_id": memory.agent_id, "created_at": memory.valid_at, "metadata": metadata}
+    if memory.relation is not None:
+        return {**own, "id": memory.id, "label": memory.relation, "value": memory.text, **place}
+    return {**own, "id": memory.id, "text": memory.text, **place}
+
+
+def _identity(value: Any) -> Fields:
+    """An imported memory keeps its id, so that the same file imported again adds nothing."""
+    return {} if value is None else {"id": str(value), "version": 1}
+
+
+FORMATS: dict[str, tuple[Callable[[Fields], Draft], Callable[[MemoryVersion], Fields]]] = {
+    "plain": (_from_plain, MemoryVersion.as_dict),
+    "mem0": (_from_mem0, _to_mem0),
+    "graphiti": (_from_graphiti, _to_graphiti),
+    "letta": (_from_letta, _to_letta),
+}

@@ -1,0 +1,123 @@
+"""The tables, in SQLAlchemy Core. Changing one takes a migration in `migrations/versions` and a new SCHEMA_VERSION.
+
+batches    one row per call that wrote; `rollback` switches `active`
+events     append-only: what happened to which memory version in which batch, never its content
+memories   one row per memory version; the columns after created_at are computed from the rest
+contains   what was derived from what: deleting a member deletes what contains it
+vectors    a memory's embedding by one embedder
+words      the FTS5 index of live memories
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    bindparam,
+    func,
+    literal,
+    select,
+)
+from sqlalchemy.sql.elements import ColumnElement
+
+SCHEMA_VERSION = "0001"
+APPLICATION_ID = 0x48794D65  # "HyMe" in the header of memory.sqlite
+
+metadata = MetaData()
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("operation", String, nullable=False),
+    Column("target", Integer),  # of a rollback
+    Column("active", Boolean, nullable=False, default=True),
+    sqlite_autoincrement=True,
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("batch", Integer, ForeignKey("batches.number"), nullable=False, index=True),
+    Column("at", BigInteger, nullable=False),
+    Column("operation", String, nullable=False),
+    Column("memory_id", String, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("reason", Text),
+    Index("ix_events_memory", "memory_id", "version"),
+    sqlite_autoincrement=True,
+)
+
+memories = Table(
+    "memories",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("batch", Integer, ForeignKey("batches.number"), nullable=False, index=True),
+    Column("memory_id", String, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("text", Text),
+    Column("user_id", String),
+    Column("agent_id", String, index=True),
+    Column("run_id", String, index=True),
+    Column("role", String),
+    Column("subject", Text),
+    Column("relation", Text),
+    Column("source", Text),
+    Column("sha256", String),
+    Column("metadata", Text, nullable=False),
+    Column("conflict", String, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("key", Text, index=True),  # user, agent, subject and relation; None without the latter two
+    Column("timeline", Text, nullable=False, index=True),  # the key, or the memory's id
+    Column("valid_at", BigInteger, nullable=False),
+    Column("stated_until", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    Column("live", Boolean, nullable=False),
+    Column("invalid_at", BigInteger),
+    Column("expired_at", BigInteger),
+    UniqueConstraint("memory_id", "version"),
+    Index("ix_memories_user", "user_id", "live", "created_at"),
+    sqlite_autoincrement=True,
+)
+
+contains = Table(
+    "contains",
+    metadata,
+    Column("derived_id", String, primary_key=True),
+    Column("derived_version", Integer, primary_key=True),
+    Column("member_id", String, primary_key=True),
+    Column("member_version", Integer, primary_key=True),
+    Index("ix_contains_member", "member_id", "member_version"),
+)
+
+vectors = Table(
+    "vectors",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("embedder", String, primary_key=True),
+    Column("vector", LargeBinary, nullable=False),
+)
+
+
+def among(column: ColumnElement[Any], values: Iterable[int | str] | str) -> ColumnElement[bool]:
+    """column IN values, any number of them: as one JSON array, for SQLite limits the parameters of a statement.
+
+    Args:
+        values: or the name of the parameter that gives the array when the statement is executed.
+    """
+    given = bindparam(values, type_=String) if isinstance(values, str) else literal(json.dumps(list(values)))
+    return column.in_(select(func.json_each(given).table_valued("value").c.value))

@@ -1,0 +1,24 @@
+"""benchmarks.memory_store: facts that can be found, and rows of a small run."""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from benchmarks.memory_store import measure, user_facts
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def test_each_question_has_one_memory_of_its_user():
+    first, second = user_facts(num_users=2, memories_per_user=20)
+    assert len(set(first.sentences)) == len(first.questions) == 20
+    assert not set(first.sentences) & set(second.sentences)
+
+
+def test_small_run_measures_every_row(tmp_path):
+    sizes = ["num_users=3", "memories_per_user=20", "num_searches=30", f"memory.folder={tmp_path / 'memory'}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        rows = {row["kind"]: row for row in measure(compose("memory_store", [*sizes, "memory.model=null"]))}
+    assert set(rows) == {"ingest", "first_searches", "search", "profile", "delete_all", "purge"}
+    assert rows["search"]["recall_at_5"] > 0.8 > 0.1 > rows["search"]["recall_in_anothers_memory"]
+    assert rows["search"]["wrong_user_hits"] == 0 and rows["ingest"]["memories"] == 60

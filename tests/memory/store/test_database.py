@@ -1,0 +1,181 @@
+"""The database file: several writers at once, kills, full disks, and folders that are no memory."""
+
+import errno
+import os
+import random
+import sqlite3
+import traceback
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import event, text
+
+from benchmarks.memory_store import kill_writers, random_schedules
+from hypernet.memory.store import database as database_module
+from hypernet.memory.store.database import DATABASE_FILE, Database
+from hypernet.memory.store.records import Draft
+from hypernet.memory.store.schema import SCHEMA_VERSION, metadata
+from hypernet.memory.store.token_store import TokenStore
+
+
+def in_children(*functions) -> None:
+    """Runs each in a fork; fails if one of them does."""
+    children = []
+    for function in functions:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                function()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * len(children)
+
+
+def test_two_processes_make_and_write_one_memory(tmp_path):
+    """Both open a folder that is not there, and write at once: nothing is lost, nothing refused."""
+
+    def write(name: str):
+        def run() -> None:
+            store = TokenStore(tmp_path / "memory")
+            for number in range(20):
+                store.add([Draft(text=f"{name} {number}", subject="last", relation="word")])
+
+        return run
+
+    in_children(*map(write, "abc"))
+    store = TokenStore(tmp_path / "memory")
+    versions = store.statements()
+    assert sorted(memory.text for memory in versions) == sorted(f"{name} {n}" for name in "abc" for n in range(20))
+    assert [memory.version for memory in versions] == list(range(1, 61))  # one memory, in one order
+    assert store.verify() == ((), ()) and len(store.valid()) == 1
+
+
+def test_two_connections_of_a_process_write_in_turn(tmp_path):
+    first, second = TokenStore(tmp_path / "memory"), TokenStore(tmp_path / "memory")
+    for number in range(5):
+        first.add([Draft(text=f"first {number}")])
+        second.add([Draft(text=f"second {number}")])
+    assert first.valid() == second.valid() and len(first.valid()) == 10
+
+
+def test_reader_sees_one_state_while_another_writes(tmp_path):
+    reader, writer = TokenStore(tmp_path / "memory"), TokenStore(tmp_path / "memory")
+    count = text("SELECT count(*) FROM memories")
+    with reader.database.read() as connection:
+        assert connection.execute(count).scalar() == 0
+        writer.add([Draft(text="one")])
+        assert connection.execute(count).scalar() == 0
+    assert len(reader.valid()) == 1
+
+
+def test_killed_writers_lose_and_resurrect_nothing(tmp_path):
+    row = kill_writers(tmp_path / "memory", num_kills=10, rng=random.Random(0))
+    assert row["acknowledged"] and (row["lost"], row["resurrected"], row["damaged"]) == (0, 0, 0)
+
+
+def test_random_schedules_agree_with_a_dict(tmp_path):
+    row = random_schedules(tmp_path / "memory", num_schedules=10, rng=random.Random(1))
+    assert (row["wrong"], row["damage"]) == (0, 0)
+
+
+def test_full_disk_is_one_line_and_changes_nothing(tmp_path):
+    store = TokenStore(tmp_path / "memory")
+    store.add([Draft(text="one")])
+    pages = store.database._engine.raw_connection().driver_connection.execute("PRAGMA page_count").fetchone()[0]
+    store.close()
+
+    @event.listens_for(store.database._engine, "connect")
+    def limit(connection, _):
+        connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+
+    with pytest.raises(OSError) as error:
+        store.add([Draft(text="long " * 20_000)])
+    assert error.value.errno == errno.ENOSPC and error.value.filename.endswith(DATABASE_FILE)
+    assert [memory.text for memory in store.valid()] == ["one"]
+    store.close()
+    assert TokenStore(tmp_path / "memory").verify() == ((), ())
+
+
+def test_busy_database_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(database_module, "BUSY_TIMEOUT_S", 0.1)
+    store, other = TokenStore(tmp_path / "memory"), TokenStore(tmp_path / "memory")
+    with store.database.write(), pytest.raises(OSError, match="Another process has been writing"):
+        other.add([Draft(text="one")])
+
+
+def test_folder_that_is_no_memory_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("")
+    for folder, message in (
+        (tmp_path, "holds other files and no memory.sqlite"),
+        (tmp_path / "file", "is a file. Name the folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenStore(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes.txt"]
+    with pytest.raises(ValueError, match="No memory at .*memory.sqlite is missing"):
+        TokenStore(tmp_path / "new", create=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_database_of_another_program_is_refused(tmp_path):
+    with sqlite3.connect(tmp_path / DATABASE_FILE) as connection:
+        connection.execute("CREATE TABLE notes (text)")
+    with pytest.raises(ValueError, match="is the database of another program"):
+        TokenStore(tmp_path)
+
+
+def test_file_that_is_no_database_is_refused(tmp_path):
+    (tmp_path / DATABASE_FILE).write_bytes(b"not SQLite " * 1000)
+    with pytest.raises(ValueError, match="is damaged .*not a database"):
+        TokenStore(tmp_path)
+
+
+def test_newer_schema_is_refused(tmp_path):
+    store = TokenStore(tmp_path / "memory")
+    with store.database.write() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    store.close()
+    with pytest.raises(ValueError, match="has schema 9999, this version reads up to"):
+        TokenStore(tmp_path / "memory")
+
+
+def test_interrupted_migration_leaves_an_empty_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(database_module, "APPLICATION_ID", "not a number;")  # fails after the tables were made
+    with pytest.raises(Exception):  # noqa: B017
+        Database(tmp_path / "memory")
+    monkeypatch.undo()
+    assert TokenStore(tmp_path / "memory").add([Draft(text="one")])
+
+
+def test_schema_version_is_the_last_migration():
+    config = Config()
+    config.set_main_option("script_location", "hypernet:memory/store/migrations")
+    assert ScriptDirectory.from_config(config).get_current_head() == SCHEMA_VERSION
+
+
+def test_migrations_make_the_tables_of_the_schema(tmp_path):
+    store = TokenStore(tmp_path / "memory")
+    with store.database.read() as connection:
+        found = compare_metadata(MigrationContext.configure(connection), metadata)
+    # What FTS5 and Alembic keep for themselves.
+    ours = [change for change in found if not str(getattr(change[1], "name", "")).startswith(("words", "alembic"))]
+    assert ours == []
+
+
+def test_settings_of_sqlite_hold_on_every_connection(tmp_path):
+    store = TokenStore(tmp_path / "memory")
+    with store.database.read() as connection:
+        found = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "secure_delete")
+        }
+        assert found == {"journal_mode": "wal", "secure_delete": 1}
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2

@@ -1,0 +1,86 @@
+"""Words of questions and texts: what is found, and that a question is never syntax."""
+
+import pytest
+
+from hypernet.memory.retriever import Retriever
+from hypernet.memory.store.full_text import query
+from hypernet.memory.store.records import Draft, Filters
+from hypernet.memory.store.token_store import TokenStore
+
+ALICE = Filters("alice")
+
+
+@pytest.fixture
+def found(tmp_path):
+    """found(text, question): whether a memory of this text is found."""
+    store = TokenStore(tmp_path / "memory")
+    retriever = Retriever(store)
+
+    def find(text: str, question: str) -> bool:
+        (ref,) = store.add([Draft(text=text, filters=ALICE)])
+        return ref.id in [hit.id for hit in retriever.search(question, ALICE)]
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("She was taught by Orla.", "Who is teaching? Orla?"),
+        ("Ihre Straße ist lang.", "STRASSE"),
+        ("Café Müller", "cafe muller"),
+        ("我住在东京，喜欢寿司", "东京"),
+        ("我住在东京，喜欢寿司", "她喜欢吃寿司吗？"),
+        ("私は寿司が好きです", "寿司"),
+        ("서울에서 살아요", "서울"),
+        ("ｆｕｌｌ　ｗｉｄｔｈ", "full width"),
+        ("हिन्दी में लिखा", "हिन्दी"),
+        ("Привет, мир", "МИР"),
+        ("call me on 555-0100", "555"),
+    ],
+)
+def test_text_is_found_in_any_script(found, text, question):
+    assert found(text, question)
+
+
+@pytest.mark.parametrize("question", ["京都", "brother", "東"])
+def test_text_without_the_words_is_not_found(found, question):
+    assert not found("我住在东京 her mother", question)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        'say "hello',
+        "hello*",
+        "hello AND",
+        "NOT hello",
+        "hello OR (",
+        "NEAR(hello, 2)",
+        "text:hello",
+        "scope:hello",
+        "hello^2 -x",
+        "'; DROP TABLE memories; --hello",
+        "hello\x00world",
+        "h\ud800ello hello",
+        "{hello} : + hello",
+        "hello " * 5000,
+        " ".join(f"w{i}" for i in range(200)) + " hello",
+    ],
+)
+def test_question_is_words_never_syntax(found, question):
+    assert found("hello there", question)
+
+
+@pytest.mark.parametrize("question", ["", "   ", '"', "*", "???", "🎉", "\n"])
+def test_question_without_words_finds_nothing(found, question):
+    assert query(question) == "" and not found("hello there", question)
+
+
+def test_filters_hold_without_the_words_of_the_scope(tmp_path, monkeypatch):
+    """The index only narrows; the columns decide, even if every user's word were the same."""
+    monkeypatch.setattr("hypernet.memory.store.full_text._scope", lambda filters: ["same"])
+    store = TokenStore(tmp_path / "memory")
+    store.add([Draft(text="hello", filters=Filters(user, run_id="1")) for user in ("alice", "bob")])
+    assert [hit.user_id for hit in Retriever(store).search("hello", ALICE)] == ["alice"]
+    assert Retriever(store).search("hello", Filters("alice", run_id="2")) == []

@@ -1,0 +1,141 @@
+"""Files of other programs: read as written there, and round trips."""
+
+import json
+
+import pytest
+
+from hypernet.memory.memory import Memory
+
+MEM0 = {
+    "results": [
+        {
+            **{"id": "bad4-1", "memory": "Likes chess", "hash": "ab12", "metadata": {"category": "hobby"}},
+            **{"created_at": "2025-07-26T08:33:12.123456-07:00", "updated_at": None, "user_id": "alice"},
+        },
+        {"id": "bad4-2", "memory": "Lives in Rome", "user_id": "alice", "run_id": "chat-7", "score": 0.3},
+    ]
+}
+GRAPHITI = [
+    {
+        **{
+            "uuid": "e-1",
+            "group_id": "alice",
+            "source_node_uuid": "n-1",
+            "target_node_uuid": "n-2",
+            "name": "WORKS_AT",
+        },
+        **{"fact": "Alice works at Acme", "episodes": ["ep-1"], "created_at": "2025-02-01T00:00:00Z"},
+        **{
+            "valid_at": "2024-01-01T00:00:00Z",
+            "invalid_at": "2025-01-01T00:00:00Z",
+            "expired_at": "2025-02-01T00:00:00Z",
+        },
+    },
+    {
+        **{
+            "uuid": "e-2",
+            "group_id": "alice",
+            "source_node_uuid": "n-1",
+            "target_node_uuid": "n-3",
+            "name": "WORKS_AT",
+        },
+        **{"fact": "Alice works at Initech", "created_at": "2025-02-01T00:00:00Z", "valid_at": "2024-06-01T00:00:00Z"},
+    },
+]
+LETTA = {
+    "blocks": [{"id": "block-1", "label": "human", "value": "Name: Alice", "limit": 5000}],
+    "passages": [
+        {"id": "passage-1", "text": "Alice plays chess", "created_at": "2025-03-01T00:00:00+00:00", "tags": ["hobby"]}
+    ],
+}
+
+
+@pytest.fixture
+def memory(tmp_path):
+    memory = Memory.open(tmp_path / "memory")
+    yield memory
+    memory.close()
+
+
+def imported(memory: Memory, tmp_path, content, *, format: str, **whose):
+    path = tmp_path / "file.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return memory.import_jsonl(path, format=format, **whose)
+
+
+def exported(memory: Memory, tmp_path, *, format: str) -> list[dict]:
+    memory.export_jsonl(tmp_path / "out.jsonl", format=format)
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+def test_plain_export_read_back_gives_the_same_views(memory, tmp_path):
+    home = {"user_id": "alice", "subject": "home", "relation": "is"}
+    for place, day in (("Rome", "2026-03-01"), ("Paris", "2026-01-01")):
+        memory.add(f"home is {place}", valid_at=day, metadata={"n": 1}, source="notes", **home)
+    ref = memory.add("a guest stays", user_id="bob", valid_at="2026-01-01", invalid_at="2026-02-01")
+    memory.update(ref, "another guest", valid_at="2026-01-10")
+    memory.invalidate(ref, at="2026-01-20")
+    memory.export_jsonl(tmp_path / "all.jsonl")
+    other = Memory.open(tmp_path / "other")
+    batch = other.import_jsonl(tmp_path / "all.jsonl")
+    assert len(batch.memories) == 5
+    stored = {"created_at", "expired_at"}  # when it was stored here is another time
+    for day in ("2025-12-31", "2026-01-05", "2026-01-15", "2026-01-25", "2026-02-15", "2026-04-01"):
+        views = [
+            [{k: v for k, v in m.as_dict().items() if k not in stored} for m in one.list(as_of=day)]
+            for one in (memory, other)
+        ]
+        assert views[0] == views[1]
+    assert other.import_jsonl(tmp_path / "all.jsonl").memories == ()  # known ids are left out
+    other.rollback(batch.version)
+    assert other.list() == () and other.status()["memories"] == 0
+
+
+def test_mem0_memories_keep_ids_dates_and_metadata(memory, tmp_path):
+    batch = imported(memory, tmp_path, MEM0, format="mem0")
+    assert batch.memories == ("bad4-1@1", "bad4-2@1")
+    first, second = memory.list(user_id="alice")
+    assert (first.text, first.valid_at) == ("Likes chess", "2025-07-26T15:33:12.123456+00:00")
+    assert (first.metadata["category"], second.run_id, second.conflict) == ("hobby", "chat-7", "add_only")
+    back = exported(memory, tmp_path, format="mem0")
+    assert back[0]["hash"] == "ab12" and back[0]["metadata"] == {"category": "hobby"} and back[1]["score"] == 0.3
+    assert [entry["memory"] for entry in back] == [entry["memory"] for entry in MEM0["results"]]
+
+
+def test_graphiti_edges_keep_their_own_ends(memory, tmp_path):
+    imported(memory, tmp_path, "\n".join(map(json.dumps, GRAPHITI)), format="graphiti")
+    assert [m.text for m in memory.list(as_of="2024-03-01")] == ["Alice works at Acme"]
+    assert len(memory.list(as_of="2024-09-01")) == 2  # one relation, and both were true
+    (edge,) = exported(memory, tmp_path, format="graphiti")
+    assert edge["uuid"] == "e-2" and edge["target_node_uuid"] == "n-3" and edge["name"] == "WORKS_AT"
+
+
+def test_letta_blocks_and_passages_become_an_agents(memory, tmp_path):
+    imported(memory, tmp_path, LETTA, format="letta", user_id="alice", agent_id="agent-1")
+    found = {m.id: m for m in memory.list(user_id="alice", agent_id="agent-1")}
+    assert found["block-1"].relation == "human" and found["passage-1"].metadata == {"letta": {"tags": ["hobby"]}}
+    block, passage = sorted(exported(memory, tmp_path, format="letta"), key=lambda entry: entry["id"])
+    assert (block["value"], block["limit"], passage["tags"]) == ("Name: Alice", 5000, ["hobby"])
+
+
+@pytest.mark.parametrize(
+    ("content", "format", "message"),
+    [
+        ('{"text": "a"}\nnot json\n', "plain", "line 2 is no JSON"),
+        ('{"memory": "a"}\n', "plain", "entry 1 is no memory of the format plain: text is missing"),
+        ('{"memory": "a"}\n{"text": "a"}\n', "mem0", "entry 2 is no memory of the format mem0: memory is missing"),
+        ('{"text": "good"}\n{"text": "a", "valid_at": "2026-02-30"}\n', "plain", "valid_at is '2026-02-30'"),
+        ('{"text": "a", "id": "x", "version": "one"}', "plain", "version is 'one'"),
+        ("[1]", "plain", "entry 1 is 1"),
+        ("[]", "zep", "Unknown format 'zep': choose one of plain, mem0"),
+    ],
+)
+def test_unreadable_file_is_one_line_and_adds_nothing(memory, tmp_path, content, format, message):
+    with pytest.raises(ValueError, match=message) as error:
+        imported(memory, tmp_path, content, format=format)
+    assert "\n" not in str(error.value) and memory.list() == ()
+
+
+def test_file_written_by_hand_needs_text_alone(memory, tmp_path):
+    imported(memory, tmp_path, '\ufeff{"text": "a", "invalid_at": "2100-01-01"}\n\n{"text": "b"}\n', format="plain")
+    assert [(m.text, m.invalid_at and m.invalid_at[:4]) for m in memory.list()] == [("a", "2100"), ("b", None)]

@@ -30,11 +30,9 @@ def train(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True")  # every process validates on all of it
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of tensors of a few numbers
 
-    from hypernet.io.logs import silence_torchao_warnings
     from hypernet.training.callbacks import StepProgressBar
     from hypernet.training.run_state import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 
-    silence_torchao_warnings()
     if "experiment" in cfg:
         raise ValueError(
             "The experiment's file should begin with the line '# @package _global_'. If it does, a byte order mark "

@@ -55,9 +55,6 @@ def main(cfg: DictConfig) -> None:
         outcome = "is there, skipped"
     else:
         try:
-            from hypernet.io.logs import silence_torchao_warnings
-
-            silence_torchao_warnings()  # before measure imports it
             from benchmarks.measuring.measure import measure
 
             rows = measure(cfg, config)

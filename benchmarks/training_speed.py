@@ -413,10 +413,8 @@ def markdown(rows: Sequence[dict]) -> str:
 @hydra.main(config_path="../conf", config_name="training_speed", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     from benchmarks.measuring.rows import describe_run, write_rows
-    from hypernet.io.logs import silence_torchao_warnings
     from hypernet.training.callbacks import check_backend, compile_hypernetwork
 
-    silence_torchao_warnings()
     if cfg.model not in MODELS or (unknown := [name for name in cfg.methods if name not in METHODS]):
         wrong = cfg.model if cfg.model not in MODELS else ", ".join(unknown)
         sys.exit(f"training_speed: unknown {wrong}; models: {', '.join(MODELS)}; methods: {', '.join(METHODS)}.")

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hypernet.base.base_model import fingerprint
 from hypernet.interop.published import find_published, is_published, read_published
 from hypernet.io.files import replaced_folder
+from hypernet.io.hub import hub_asked_once
 from hypernet.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -55,7 +56,9 @@ def _load_published(source: str | Path, *, base_model: str | Path | None, max_ch
 def _skeleton(base_model: str) -> nn.Module:
     """The base model's modules without weights, from its configuration alone."""
     try:
-        config = AutoConfig.from_pretrained(str(Path(base_model).expanduser()) if base_model[:1] == "~" else base_model)
+        source = str(Path(base_model).expanduser()) if base_model[:1] == "~" else base_model
+        with hub_asked_once(source):
+            config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers and the hub raise a dozen types for a bad source; all of them mean this

@@ -190,9 +190,6 @@ def load(
 ) -> "DocToLoRA":
     """The model, on the device."""
     log.info("Loading %s on %s", checkpoint, device)
-    from hypernet.io.logs import silence_torchao_warnings
-
-    silence_torchao_warnings()
     from hypernet.doc_to_lora import DocToLoRA
 
     return DocToLoRA.from_pretrained(

@@ -103,11 +103,9 @@ def train(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True")  # every process validates on all of it
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of tensors of a few numbers
 
-    from hypernet.io.logs import silence_torchao_warnings
     from hypernet.training.callbacks import StepProgressBar
     from hypernet.training.run_state import RunCheckpoint, SafetensorsCheckpointIO, find_checkpoint
 
-    silence_torchao_warnings()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if HydraConfig.get().mode == RunMode.MULTIRUN:

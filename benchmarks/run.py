@@ -88,9 +88,6 @@ def measure_cell(cfg: DictConfig) -> None:
         outcome = "is there, skipped"
     else:
         try:
-            from hypernet.io.logs import silence_torchao_warnings
-
-            silence_torchao_warnings()  # before measure imports it
             from benchmarks.measuring.measure import measure
 
             check(cfg)

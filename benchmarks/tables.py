@@ -7,6 +7,7 @@ differs from what its rows give, and so for the plots.
 
 import re
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -263,6 +264,7 @@ def all_rows() -> list[Row]:
 
 
 def main() -> None:
+    ArgumentParser("python -m benchmarks.tables", description=__doc__).parse_args()  # it takes none but --help
     texts = {name: with_tables((ROOT / name).read_text(encoding="utf-8")) for name in FILES}
     for name, text in {**texts, **made_plots()}.items():
         (ROOT / name).write_text(text, encoding="utf-8")

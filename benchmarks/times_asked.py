@@ -129,17 +129,10 @@ SCRIPT = Script("benchmarks.times_asked", TimesAskedSettings)
 def main(cfg: TimesAskedSettings) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-
-    from hypernet.io.logs import silence_torchao_warnings
-
-    silence_torchao_warnings()  # before what follows imports it
     from hydra.utils import instantiate
-    from transformers.utils.logging import disable_progress_bar
 
-    from hypernet.base.base_model import fingerprint, load_base_model
-
-    disable_progress_bar()
     from benchmarks.measuring.rows import describe_run, write_rows
+    from hypernet.base.base_model import fingerprint, load_base_model
     from hypernet.training.build import make_curriculum
 
     base_model, tokenizer = load_base_model(cfg.base_model)

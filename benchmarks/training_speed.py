@@ -449,10 +449,8 @@ SCRIPT = Script("benchmarks.training_speed", SpeedSettings)
 def main(cfg: SpeedSettings) -> None:
     from benchmarks.measuring.rows import describe_run, write_rows
     from hypernet.data.curriculum import Stage
-    from hypernet.io.logs import silence_torchao_warnings
     from hypernet.training.callbacks import check_backend, compile_hypernetwork
 
-    silence_torchao_warnings()
     for name, stage in cfg.stages.items():
         checked(arguments_of(Stage), stage, place=f"stages.{name}")
     device = choose_device(cfg.device)

@@ -14,6 +14,8 @@ Axis letters, the same in every einops pattern, docstring and comment:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hypernet.io.logs import silence_imports
+
 if TYPE_CHECKING:
     from hypernet.adapters.adapter import LoRAAdapter
     from hypernet.adapters.library import AdapterLibrary
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = ["AdapterLibrary", "DocToLoRA", "LoRAAdapter", "Memory"]
+
+silence_imports()
 
 # Public name → its module, imported when the name is first used: torch and transformers take seconds.
 _MODULES = {

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hypernet.adapters.adapter import LoRAAdapter, absolute_source, check_is_adapter, new_provenance
+from hypernet.adapters.adapter import LoRAAdapter, absolute_source, check_is_adapter, new_provenance, warn_of_same
 from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.injection import LoRAInjector
 from hypernet.adapters.joining import Joining, highest, routing_scores, separated_slots
@@ -37,6 +37,7 @@ from hypernet.base.packed_rows import PackedRows
 from hypernet.base.rounding import same_but_for_rounding
 from hypernet.base.targets import adapted_layers, find_targets
 from hypernet.interop.checkpoints import open_checkpoint
+from hypernet.io.logs import without_weight_bars
 from hypernet.model.checkpoint import BASE_MODEL_FOLDER, check_ours, save_checkpoint
 from hypernet.model.context_encoder import drop_context, make_context_encoder
 from hypernet.model.hypernetwork import HyperNetwork
@@ -44,7 +45,7 @@ from hypernet.model.lora_head import zero_beyond_width
 from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_chunks
 from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Chunks, chunk_document
-from hypernet.text.cleaning import visible, whole
+from hypernet.text.cleaning import visible, whole, wording
 from hypernet.text.documents import Document
 from hypernet.text.tokens import check_known
 
@@ -99,7 +100,7 @@ class DocToLoRA(nn.Module):
         self.base_model_fingerprint = fingerprint(base_model)
         self.injector = LoRAInjector(base_model, hypernetwork.targets)
         self.layout = ChatLayout.of(tokenizer)
-        self._fused: WeakKeyDictionary[LoRAAdapter, tuple[Any, LoRAAdapter]] = WeakKeyDictionary()
+        self._joined: WeakKeyDictionary[LoRAAdapter, tuple[Any, LoRAAdapter | None]] = WeakKeyDictionary()
         self._generated_by: tuple[Any, str, dict[str, Tensor], dict[str, Tensor]] = (None, "", {}, {})
 
     @classmethod
@@ -213,7 +214,8 @@ class DocToLoRA(nn.Module):
         directory = Path(directory).expanduser()
         check_ours(directory)
         if include_base_model:
-            self.base_model.save_pretrained(directory / BASE_MODEL_FOLDER)
+            with without_weight_bars():
+                self.base_model.save_pretrained(directory / BASE_MODEL_FOLDER)
             self.tokenizer.save_pretrained(directory / BASE_MODEL_FOLDER)
         save_checkpoint(
             directory,
@@ -281,20 +283,23 @@ class DocToLoRA(nn.Module):
         if has_merged(self.base_model):
             raise ValueError("An adapter is merged into the base model, which would be read with it. Unmerge it first.")
         chunks = [self.chunk(document.text) for document in documents]
+        described = [
+            {
+                "name": d.name,
+                "sha256": d.sha256,
+                "text_sha256": _sha256(d.text.strip()),
+                "characters": len(d.text),
+                "chunks": [list(span) for span in chunk.spans],
+                "passages": [_sha256(wording(d.text[start:end]))[:16] for start, end in chunk.spans],
+            }
+            for d, chunk in zip(documents, chunks, strict=True)
+        ]
+        warn_of_same([[entry] for entry in described])
         rows = [(ids, mask) for chunk in chunks for ids, mask in zip(chunk.ids, chunk.mask, strict=True)]
         self.injector.clear()  # the encoder reads with the plain base model
         A, B = read_chunks(
             rows, self.context_encoder, self.hypernetwork, max_batch_tokens=max_batch_tokens, progress=progress
         )
-        described = [
-            {
-                "name": d.name,
-                "sha256": d.sha256,
-                "characters": len(d.text),
-                "chunks": [list(span) for span in chunk.spans],
-            }
-            for d, chunk in zip(documents, chunks, strict=True)
-        ]
         generator, bias_A, bias_B = self._generator()
         return LoRAAdapter(
             targets=self.hypernetwork.targets,
@@ -408,9 +413,8 @@ class DocToLoRA(nn.Module):
                 "without adapters."
             )
         joining = joining or self.trained_joining
-        if joining.way == "ridge":
-            adapters = self._each(adapters, lambda adapter: self._separated(adapter, joining))
-        elif joining.way == "route" and adapters is not None:
+        adapters = self._each(adapters, lambda adapter: self._as_joined(adapter, joining))
+        if joining.way == "route" and adapters is not None:
             each = [adapters] * len(prompts) if isinstance(adapters, LoRAAdapter) else adapters
             adapters = self._routed(each, prompts, joining)
         with self.injector.using(adapters, gate_power=joining.gate_power or 0.0):
@@ -424,17 +428,23 @@ class DocToLoRA(nn.Module):
             return adapters and change(adapters)
         return [adapter and change(adapter) for adapter in adapters]
 
-    def _separated(self, adapter: LoRAAdapter, joining: Joining) -> LoRAAdapter:
-        """`adapter.fused` by this ridge, made once for each adapter and state of its rows."""
-        if adapter.is_fused and joining == self.trained_joining:
+    def _as_joined(self, adapter: LoRAAdapter, joining: Joining) -> LoRAAdapter:
+        """Without copies, and fused if the way is ridge; made once for each adapter and state of its weights."""
+        if adapter.is_fused and (joining.way != "ridge" or joining == self.trained_joining):
             return adapter
-        state = joining, tuple((rows.data_ptr(), rows._version) for rows in adapter.A.values())
-        kept = self._fused.get(adapter)
+        weights = *adapter.A.values(), *adapter.B.values()
+        state = joining, tuple((rows.data_ptr(), rows._version) for rows in weights)
+        kept = self._joined.get(adapter)
         if kept is None or kept[0] != state:
-            kept = state, adapter.fused("ridge", ridge=joining.ridge)
-            if kept[1] is not adapter:  # it would keep itself alive
-                self._fused[adapter] = kept
-        return kept[1]
+            is_ridge = joining.way == "ridge"
+            result = (
+                adapter.fused("ridge", ridge=joining.ridge)
+                if is_ridge
+                else adapter.without_copies(within=not joining.is_plain_lora)
+            )
+            kept = state, None if result is adapter else result  # it would keep itself alive
+            self._joined[adapter] = kept
+        return kept[1] or adapter
 
     def _routed(
         self, adapters: Sequence[LoRAAdapter | None], prompts: Sequence[Sequence[int]], joining: Joining
@@ -564,6 +574,9 @@ def _as_document(document: str | Document) -> Document:
             "hypernet.text.documents.read_documents."
         )
     document = visible(document, "text")
+    return Document(name="text", text=document, sha256=_sha256(document))
+
+
+def _sha256(text: str) -> str:
     # surrogatepass: chunking refuses half characters, and says what to do.
-    sha256 = hashlib.sha256(document.encode(errors="surrogatepass")).hexdigest()
-    return Document(name="text", text=document, sha256=sha256)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -41,6 +41,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 LONGEST_FILES = (
     *("test_datamodule.py", "test_docs.py", "test_survival.py", "test_train.py", "test_sharding.py"),
     *("test_lora_delta.py", "test_training_speed.py", "test_internalize_cost.py", "test_generate_adapter.py"),
+    "test_logs.py",
 )
 
 

@@ -15,9 +15,9 @@ import pytest
 import hypernet
 
 LAYERS = (
-    "hypernet",  # the public names, imported on first use
     "kernels",
     "io",
+    "hypernet",  # the public names, imported on first use; what others log is silenced before
     "text",
     "base",
     "model",

@@ -23,9 +23,6 @@ LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 def cost_model(checkpoint: str) -> CostModel | None:
     """FLOPs of the checkpoint's model; None, with a warning, where it is not here any more."""
-    from hypernet.io.logs import silence_torchao_warnings
-
-    silence_torchao_warnings()
     from hypernet.doc_to_lora import DocToLoRA
 
     if not Path(checkpoint).is_dir():

@@ -27,9 +27,6 @@ from hypernet.doc_to_lora import DocToLoRA
 @lru_cache(maxsize=1)
 def load_model(checkpoint: str, device: str) -> DocToLoRA:
     """The checkpoint, once for all cells of a process."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     model = DocToLoRA.from_pretrained(checkpoint, device=device).eval().requires_grad_(False)
     model.generate(["Where?"], model.internalize("The first call of everything is slow."))
     return model

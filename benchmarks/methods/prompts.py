@@ -10,6 +10,7 @@ from benchmarks.measuring.decoding import Prefix
 from benchmarks.methods.base import Method
 from benchmarks.tasks.base import Asked, Case
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.io.logs import without_weight_bars
 from hypernet.text.chunking import chunk_document
 
 
@@ -139,7 +140,8 @@ class _Dense:
             raise ValueError(
                 f"method.encoder={encoder} needs sentence-transformers: pip install sentence-transformers."
             ) from error
-        self._encoder = SentenceTransformer(encoder)
+        with without_weight_bars():
+            self._encoder = SentenceTransformer(encoder)
 
     def index(self, texts: Sequence[str]) -> None:
         self._embeddings = self._encode(list(texts))

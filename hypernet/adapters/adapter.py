@@ -11,6 +11,7 @@ the base model and the versions, and travels with it through + and the disk. Axi
 
 import hashlib
 import json
+import logging
 import reprlib
 import shutil
 from collections.abc import Sequence
@@ -26,13 +27,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hypernet.adapters.joining import Joining, separated
+from hypernet.adapters.joining import Joining, distinct, separated
 from hypernet.base.catalog import KNOWN_BASE_MODELS, folder_of, is_fetched
 from hypernet.base.targets import LoRATarget
 from hypernet.io.files import replaced_folder, save_tensors
 
+log = logging.getLogger(__name__)
+
 _FORMAT_VERSION = 1
 _CONFIG_FILE, _WEIGHTS_FILE, PROVENANCE_FILE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
+MOST_NAMED = 5  # documents in a warning
+PER_CHUNK = ("chunks", "passages")  # lists in a document's entry with one item per chunk
 PROVENANCE_KEYS = ("documents", "generator", "base_model", "versions", "created")
 ADAPTER_FILES = (_CONFIG_FILE, _WEIGHTS_FILE, PROVENANCE_FILE)
 # Entries of provenance["operations"] after which documents cannot come or go, and why.
@@ -55,8 +60,9 @@ def new_provenance(
     """What an adapter made now contains and where it comes from, ready for JSON.
 
     Args:
-        documents: one dict per document, in the order of the adapter's chunks: sha256, characters, name and
-            chunks, the [start, end] characters of each chunk.
+        documents: one dict per document, in the order of the adapter's chunks: sha256, text_sha256 (of the cleaned
+            text without the blanks around it), characters, name; chunks, the [start, end] characters of each chunk; and
+            passages, a hash of each chunk's wording.
         generator: fingerprint of the hypernetwork.
         base_model_name: hub name or folder, written to PEFT's adapter_config.json; see `absolute_source`.
         base_model_fingerprint: fingerprint of the base model's weights.
@@ -74,6 +80,31 @@ def new_provenance(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **({} if joining is None else {"joining": joining.plain()}),
     }
+
+
+def warn_of_same(documents: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Names, in one line of the log, documents with the text of one before.
+
+    Args:
+        documents: entries of a provenance, in groups; what is the same within a group was named when it was made.
+    """
+    first: dict[Any, str] = {}
+    same = []
+    number = 0
+    for group in documents:
+        new: dict[Any, str] = {}
+        for entry in group:
+            number += 1
+            text, label = entry.get("text_sha256", entry.get("sha256")), f"{number} ({entry.get('name')})"
+            if text in first:
+                same.append(f"{label} is {first[text]}")
+            else:
+                new.setdefault(text, label)
+        first |= new
+    if same:
+        more = [f"and {len(same) - MOST_NAMED} more"] if len(same) > MOST_NAMED else []
+        named = "; ".join(same[:MOST_NAMED] + more)
+        log.warning("Documents given several times count once: %s. Leave them out to save their memory.", named)
 
 
 def absolute_source(base_model_name: str | None) -> str | None:
@@ -202,6 +233,7 @@ class LoRAAdapter:
             base_model_name=self.provenance["base_model"]["name"],
             base_model_fingerprint=self.provenance["base_model"]["fingerprint"],
         )
+        warn_of_same([adapter.provenance["documents"] for adapter in adapters])
         if "joining" in self.provenance:
             provenance["joining"] = self.provenance["joining"]
         if operations := [entry for adapter in adapters for entry in adapter.provenance.get("operations", ())]:
@@ -247,6 +279,54 @@ class LoRAAdapter:
             )
         return spans
 
+    def of_chunks(self, chunks: Sequence[int]) -> Self:
+        """Some chunks alone; every document stays in the provenance, with what is left of its chunks.
+
+        Args:
+            chunks: ascending, each once.
+
+        Raises:
+            ValueError: as `chunk_spans`.
+        """
+        documents = []
+        for entry, (start, end) in zip(self.provenance["documents"], self.chunk_spans(), strict=True):
+            own = [chunk - start for chunk in chunks if start <= chunk < end]
+            per_chunk = {key: [entry[key][chunk] for chunk in own] for key in PER_CHUNK if key in entry}
+            documents.append({**entry, **per_chunk})
+        return replace(
+            self,
+            A={name: rows[chunks] for name, rows in self.A.items()},
+            B={name: rows[chunks] for name, rows in self.B.items()},
+            provenance={**self.provenance, "documents": documents},
+        )
+
+    def without_copies(self, *, within: bool = False) -> Self:
+        """Of a passage that several documents have, one copy is left (`hypernet.adapters.joining.distinct`).
+
+        Args:
+            within: also of one that a document has several times.
+
+        Returns:
+            This adapter where there are no copies, or its chunks are not as they were generated any more. Adapters made
+            by version 0.1 do not say the wording of their chunks, and keep all.
+
+        Raises:
+            ValueError: as `chunk_spans`.
+        """
+        entries = self.provenance["documents"]
+        if self.is_fused or not any("passages" in entry for entry in entries):
+            return self
+        chunks = distinct(
+            self.A,
+            self.B,
+            self.targets,
+            passages=[text for entry in entries for text in entry.get("passages", [None] * len(entry["chunks"]))],
+            documents=[number for number, (start, end) in enumerate(self.chunk_spans()) for _ in range(start, end)],
+            weights=[float(entry.get("weight", 1)) for entry in entries],
+            within=within,
+        )
+        return self if len(chunks) == self.num_chunks else self.of_chunks(chunks)
+
     @property
     def is_fused(self) -> bool:
         """Whether its chunks are no longer as they were generated, so that only their sum is left to be used."""
@@ -284,7 +364,8 @@ class LoRAAdapter:
 
         Returns:
             An adapter whose documents can neither come nor go any more, which is used as it is whatever the
-            hypernetwork was trained for. With a single chunk, or by "sum" where it was trained so: this one.
+            hypernetwork was trained for. Of copies of a passage one is in it. With a single chunk, or by "sum" where it
+            was trained so and there are no copies: this one.
 
         Raises:
             ValueError: an unknown way; "gate" or "route", which choose for every question; no ridge is known; or the
@@ -300,18 +381,21 @@ class LoRAAdapter:
                 "the adapter as it is and give join where it is used."
             )
         joining = Joining(way, ridge=trained.get("ridge") if way == "ridge" and ridge is None else ridge)
-        if joining.plain() == {"way": "sum"} == trained:
-            return self
-        self.check_open("fused")
+        plain_sum = joining.plain() == {"way": "sum"} == trained
+        if not plain_sum:
+            self.check_open("fused")
         if self.num_chunks < 2:
             return self
-        A = self.A
+        adapter = self.without_copies()
+        if plain_sum and adapter is self:
+            return self
+        A = adapter.A
         if joining.ridge is not None:
-            counts = [end - start for start, end in self.chunk_spans()]
+            counts = [end - start for start, end in adapter.chunk_spans()]
             done = self._separated_before()
             A = {name: separated(rows, counts, ridge=joining.ridge, done=done) for name, rows in A.items()}
         provenance = {
-            **self.provenance,
+            **adapter.provenance,
             "operations": [
                 *self.provenance.get("operations", ()),
                 {
@@ -322,7 +406,7 @@ class LoRAAdapter:
             ],
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return replace(self, A=A, provenance=provenance)
+        return replace(adapter, A=A, provenance=provenance)
 
     def content_id(self) -> str:
         """SHA-256 of what the adapter is: its weights, targets, ranks, scaling, documents, base model and hypernetwork.

@@ -170,19 +170,11 @@ def select_chunks(adapter: LoRAAdapter, chunks: Sequence[int], weights: Sequence
         if len(weights) != len(chunks):
             raise ValueError(f"Expected a weight for each of {len(chunks)} chunks, got {len(weights)}.")
         operation = {"operation": "select_chunks", "weights": weights}
-    documents = []
-    for entry, (start, end) in zip(adapter.provenance["documents"], adapter.chunk_spans(), strict=True):
-        if left := [entry["chunks"][chunk - start] for chunk in chunks if start <= chunk < end]:
-            documents.append({**entry, "chunks": left})
-    B = {name: rows[chunks] for name, rows in adapter.B.items()}  # copies
-    for rows in B.values() if weights else ():
+    selected = adapter.of_chunks(chunks)  # a copy
+    for rows in selected.B.values() if weights else ():
         rows *= torch.tensor(weights, dtype=rows.dtype, device=rows.device)[:, None, None, None]
-    return replace(
-        adapter,
-        A={name: rows[chunks] for name, rows in adapter.A.items()},
-        B=B,
-        provenance=_derived(adapter, documents=documents, operation=operation),
-    )
+    documents = [entry for entry in selected.provenance["documents"] if entry["chunks"]]
+    return replace(selected, provenance=_derived(adapter, documents=documents, operation=operation))
 
 
 def scale(adapter: LoRAAdapter, factor: float | Sequence[float]) -> LoRAAdapter:

@@ -9,6 +9,10 @@ this cross-talk grows. Four ways to deal with it; an adapter holds its chunks as
     gate     every token weights each chunk by a power of its routing score, module by module (`lora_delta`'s gate)
     route    every question gets the few chunks with the highest routing scores (`routing_scores`, `highest`)
 
+Before, in every way, a passage that stands in several documents is taken once (`distinct`): its copies would answer
+together, several times as strongly as one does. One that stands several times in one document is taken once by gate and
+route; sum and ridge join a document's own chunks as in training, whatever they repeat.
+
     joining = Joining("ridge", ridge=8.0)
     A = decorrelated(A, documents, ridge=8.0)                          # [n, R, d_in], documents [n]
     A, B, slots = separated_slots(A, B, counts, members, ridge=8.0)    # in training: one list of slots for each row
@@ -24,6 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -37,6 +42,7 @@ SETTINGS: dict[str, dict[str, float | int | None]] = {
     "gate": {"gate_power": 1.25},
     "route": {"top_k": 2, "weight_power": 1.0},
 }
+COPY_COSINE = 0.9  # least cosine of two chunks' A and of their B that makes one a copy of the other
 EPSILON = 1e-6  # length below which a row counts as zero, as in padding
 
 _Weights = dict[str, Tensor]
@@ -101,6 +107,57 @@ def _check(name: str, value: Any) -> None:
             raise ValueError(f"weight_power should be a number, at least 0, got {value!r}.")
     elif not is_number or value <= 0:
         raise ValueError(f"{name} should be a number above 0, got {value!r}.")
+
+
+# copies
+
+
+@torch.no_grad()
+def distinct(
+    A: _Weights,
+    B: _Weights,
+    targets: Sequence[LoRATarget],
+    *,
+    passages: Sequence[object],
+    documents: Sequence[int],
+    weights: Sequence[float],
+    within: bool = False,
+) -> list[int]:
+    """The chunks that are left, ascending, where of a passage that stands several times one copy is taken.
+
+    Chunks of the same wording are copies if they also mean the same: in every module their keys agree, the rows of A,
+    and their values, those of B, each with a cosine of COPY_COSINE or more, a chunk's rows taken as one vector. "She
+    was born in 1985" is another fact in another article.
+
+    Args:
+        A, B: [C, L, R, d_in] and [C, L, R, d_out] by target name, as generated.
+        passages: for each chunk what tells its wording from others; None is like no other.
+        documents: for each chunk the number of its document.
+        weights: for each document the factor on it. Of copies the one with the highest is taken, and others as long as
+            all together have no more than 1: an average of equal adapters is each of them.
+        within: also chunks of one document are copies; else of different ones alone.
+    """
+    numbers = {passage: number for number, passage in enumerate(passages)}
+    wording = torch.tensor([i if passage is None else numbers[passage] for i, passage in enumerate(passages)])
+    _, group, counts = wording.unique(return_inverse=True, return_counts=True)
+    chunks = (counts[group] > 1).nonzero().flatten()
+    of = torch.tensor(documents)[chunks]
+    agree = (wording[chunks, None] == wording[chunks]) & (chunks[:, None] != chunks)
+    if not within:
+        agree &= of[:, None] != of
+    for target in targets:
+        for place in target.modules():
+            for rows in (A[target.name], B[target.name]):
+                unit = F.normalize(rows[chunks, place.layer].flatten(1).float(), dim=1)
+                agree &= (unit @ unit.mT >= COPY_COSINE).cpu()
+    factors, taken = torch.tensor(weights), torch.zeros(len(chunks), dtype=torch.bool)
+    for number in factors[of].argsort(descending=True, stable=True):
+        others = of[agree[number] & taken]
+        same_document = bool((others == of[number]).any())
+        total = factors[others.unique()].sum() + factors[of[number]]
+        taken[number] = not len(others) or (not same_document and total <= 1 + EPSILON)
+    copies = set(chunks[~taken].tolist())
+    return [chunk for chunk in range(len(documents)) if chunk not in copies]
 
 
 # ridge

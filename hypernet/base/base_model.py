@@ -24,6 +24,8 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hypernet.base.catalog import KNOWN_BASE_MODELS, known_name, locate
+from hypernet.io.hub import hub_asked_once
+from hypernet.io.logs import without_weight_bars
 from hypernet.text.chat import closing_ids
 
 BASE_MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -62,19 +64,20 @@ def load_base_model(
         )
     _refuse_byte_order_marks(Path(source))
     try:
-        base_model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype or "auto",
-            attn_implementation=attention,
-            quantization_config=quantization_config,
-            # bitsandbytes quantises on the way to the GPU.
-            device_map=device if quantization == "4bit" else None,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        with hub_asked_once(source), without_weight_bars():
+            base_model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype or "auto",
+                attn_implementation=attention,
+                quantization_config=quantization_config,
+                # bitsandbytes quantises on the way to the GPU.
+                device_map=device if quantization == "4bit" else None,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source)
     except (
         Exception
     ) as error:  # transformers and safetensors raise a dozen types for a bad source; all of them mean this
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         hint = ""
         if name := known_name(source):
             here = str(source) != KNOWN_BASE_MODELS[name].original

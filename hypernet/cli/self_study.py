@@ -30,9 +30,6 @@ def self_study(**settings: Any) -> None:
       --engine vllm --output-dir outputs/fineweb
     """
     asked = StudySettings(**settings)
-    from hypernet.io.logs import silence_torchao_warnings
-
-    silence_torchao_warnings()
     from hypernet.data.self_study.study import study
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)

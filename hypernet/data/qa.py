@@ -28,6 +28,7 @@ from hypernet.data.drawing import Epochs
 from hypernet.data.encyclopedia import SPLITS
 from hypernet.data.records import UNKNOWN, Question, Record
 from hypernet.data.sources import MAX_CORRUPT_ROWS, CorruptRows, count_tokens
+from hypernet.io.hub import hub_asked_once
 
 log = logging.getLogger(__name__)
 
@@ -375,7 +376,8 @@ def _load(loader: str, what: str, **settings: Any) -> Iterable[Mapping[str, Any]
     from datasets import load_dataset  # takes a second, and few need it
 
     try:
-        return load_dataset(loader, **settings)
+        with hub_asked_once(what):
+            return load_dataset(loader, **settings)
     except Exception as error:  # no network, no such dataset, a damaged file: datasets raises a dozen types for these
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"Could not read {what}: {reason}. Check the file, or the name and the network.") from error

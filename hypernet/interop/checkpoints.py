@@ -15,6 +15,7 @@ from hypernet.base.base_model import fingerprint
 from hypernet.base.catalog import locate
 from hypernet.interop.published import find_published, is_published, read_published
 from hypernet.io.files import replaced_folder
+from hypernet.io.hub import hub_asked_once
 from hypernet.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -57,7 +58,9 @@ def _skeleton(base_model: str) -> nn.Module:
     """The base model's modules without weights, from its configuration alone."""
     try:
         source = str(locate(base_model))
-        config = AutoConfig.from_pretrained(str(Path(source).expanduser()) if source[:1] == "~" else source)
+        source = str(Path(source).expanduser()) if source[:1] == "~" else source
+        with hub_asked_once(source):
+            config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers and the hub raise a dozen types for a bad source; all of them mean this

@@ -3,6 +3,7 @@
     whole("Who is K\\udce4the?", "ask")        # -> "Who is K\\ufffdthe?"
     visible("Ol\\u00adwin\\u00a0Corton", "a.txt")  # -> "Olwin Corton"
     without_hyphenation("Olwin Cor-\\nton")     # -> "Olwin Corton"
+    wording("* Olwin Corton, 3.5 m!")          # -> "olwin corton 3 5 m", the same wherever and however it is set
 
 The first two say in the log how much they changed. Texts of ordinary characters come back as they are.
 """
@@ -53,6 +54,7 @@ _BROKEN = re.compile(
 )
 _LONGEST_ADDRESS = 200  # characters that are looked at before a broken word
 _HYPHENATED = frozenset("self twenty thirty forty fifty sixty seventy eighty ninety".split())  # with what follows
+_WORDS_AND_SIGNS = re.compile(r"\w+|[^\w\s.,;:!?…'\"‘’“”„‚«»()\[\]*#]+")  # not the marks of sentences and Markdown
 _CONJUNCTIONS = frozenset("and or und oder bzw sowie bis et ou y".split())  # after "pre-", before "post-war"
 
 
@@ -136,3 +138,8 @@ def without_hyphenation(text: str) -> str:
     while (longer := _BROKEN.sub(joined, text)) != text:
         text = longer
     return text
+
+
+def wording(text: str) -> str:
+    """What stays of a passage however it is set: words, numbers and signs such as minus, in small letters."""
+    return " ".join(_WORDS_AND_SIGNS.findall(text.casefold()))

@@ -15,10 +15,12 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hypernet.io.logs import log_kept_back
 from hypernet.text.cleaning import visible, whole, without_hyphenation
 
 log = logging.getLogger(__name__)
@@ -223,7 +225,7 @@ def _html_text(source: str, data: bytes) -> str:
     """The text a reader sees: blocks apart by a blank line, list items and table rows on their own lines."""
     try:
         import html5lib  # type: ignore[import-untyped]  # noqa: F401  (BeautifulSoup takes it by its name)
-        from bs4 import BeautifulSoup
+        from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning
         from bs4.dammit import EncodingDetector
         from bs4.element import PreformattedString
         from bs4.exceptions import ParserRejectedMarkup
@@ -244,7 +246,9 @@ def _html_text(source: str, data: bytes) -> str:
     # that HTML does not let one close: "<title/>" would make the whole page a title.
     parser = "html.parser" if _XHTML.match(data) or source.lower().endswith(".xhtml") else "html5lib"
     try:
-        soup = BeautifulSoup(_decode(source, data, declared=declared), parser)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)  # a page may be as short as a file's name
+            soup = BeautifulSoup(_decode(source, data, declared=declared), parser)
     except ParserRejectedMarkup as error:
         raise ValueError(f"{source!r} cannot be read as HTML ({_one_line(error)}). Save it as text.") from error
 
@@ -279,7 +283,8 @@ def _pdf_text(source: str, data: bytes) -> str:
     except ImportError as error:
         raise ValueError(f"Reading PDF ({source!r}) needs pypdf. Install it: {_INSTALL}") from error
     try:
-        pages = [page.extract_text() for page in PdfReader(io.BytesIO(data)).pages]
+        with log_kept_back("pypdf") as faults:
+            pages = [page.extract_text() for page in PdfReader(io.BytesIO(data)).pages]
     except (FileNotDecryptedError, DependencyError) as error:
         raise ValueError(
             f"{source!r} is an encrypted PDF. Decrypt it: qpdf --decrypt --password=... {_to_new_pdf(source)}"
@@ -296,6 +301,8 @@ def _pdf_text(source: str, data: bytes) -> str:
         )
     if num_blank:
         log.warning("%r: %d of %d pages have no text", source, num_blank, len(pages))
+    if faults:
+        log.warning("%r: the PDF is faulty (%s); compare its text with the pages", source, " ".join(faults[0].split()))
     return without_hyphenation(visible("\n".join(pages), source))
 
 

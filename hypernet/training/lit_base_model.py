@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import PackedRows
 from hypernet.data.splitting import StepPart, document_targets
+from hypernet.io.logs import without_weight_bars
 from hypernet.training.lit_module import LitModule, beginnings, check_same_sizes
 from hypernet.training.losses import answer_nll, answers_right_by_kind
 from hypernet.training.optimizers import make_optimizer
@@ -91,5 +92,6 @@ class LitBaseModel(LitModule):
 
 def save_base_model(base_model: nn.Module, tokenizer: Any, output_dir: str | Path) -> None:
     """transformers' format: config.json, model.safetensors, the tokenizer."""
-    base_model.save_pretrained(output_dir)
+    with without_weight_bars():
+        base_model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

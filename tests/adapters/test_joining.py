@@ -8,13 +8,14 @@ import torch
 
 from benchmarks.measuring.metrics import exact_match
 from hypernet.adapters.adapter import LoRAAdapter
-from hypernet.adapters.composition import compress, concatenate, select_chunks
+from hypernet.adapters.composition import average, compress, concatenate, select_chunks, weight
 from hypernet.adapters.joining import (
     SETTINGS,
     WAYS,
     Joining,
     decorrelate_,
     decorrelated,
+    distinct,
     highest,
     last_inputs,
     routing_scores,
@@ -25,7 +26,9 @@ from hypernet.adapters.merging import merged
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.interop.vllm import export_vllm
-from tests.adapters.test_adapter import assert_one_line_value_error
+from hypernet.text.documents import Document
+from tests.adapters.test_adapter import assert_one_line_value_error, make_adapter, targets  # noqa: F401
+from tests.adapters.test_adapter import document as entry_of
 
 # Chunks, rank and width: rows fewer than the width, as many, and more (where the smaller system is solved).
 SIZES = [(4, 3, 29), (5, 2, 10), (7, 3, 5), (1, 1, 1)]
@@ -278,6 +281,158 @@ def test_routed_answers_equal_those_of_each_questions_chunks(make_doc_to_lora) -
     assert mixed[1] == model.generate(QUESTIONS[1:2], max_new_tokens=5)[0]
 
 
+# Copies
+
+
+def test_distinct_equals_a_loop_over_all_pairs(targets) -> None:  # noqa: F811
+    adapter = make_adapter(targets, 11, rank=1)
+    A, B = adapter.A, adapter.B
+    documents = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4]
+    passages = ["a", "b", "c", "d", "a", "e", "a", "a", "e", "e", "f"]
+    for copy, of in ((4, 0), (6, 0), (7, 4), (8, 5), (9, 5), (10, 5)):
+        for name in A:
+            A[name][copy] = 3 * A[name][of] + 0.001 * torch.randn_like(A[name][of])  # a copy whatever its length
+            B[name][copy] = B[name][of] + 0.001 * torch.randn_like(B[name][of])
+    A["q_proj"][6] *= -1
+    B["down_proj"][8, 1] *= -1  # the values of one module differ
+    B["down_proj"][9] = 0
+    vectors = [
+        [w[t.name][c, p.layer].flatten().double() for t in targets for p in t.modules() for w in (A, B)]
+        for c in range(11)
+    ]
+    left: list[int] = []
+    for c in range(11):
+        agreeing = [
+            e
+            for e in left
+            if documents[e] != documents[c]
+            and passages[e] == passages[c]
+            and all(x @ y >= 0.9 * x.norm() * y.norm() > 0 for x, y in zip(vectors[c], vectors[e], strict=True))
+        ]
+        left += [] if agreeing else [c]
+    assert left == [0, 1, 2, 3, 5, 6, 8, 9, 10]  # 10 agrees with 5, and has another wording
+    chosen = distinct(A, B, targets, passages=passages, documents=documents, weights=[1.0] * 5)
+    assert chosen == left
+    unknown = distinct(A, B, targets, passages=[None] * 11, documents=documents, weights=[1.0] * 5)
+    assert unknown == list(range(11))
+
+
+def saying(adapter, *passages):
+    """The adapter with the wording of its documents' chunks."""
+    entries = [{**e, "passages": p} for e, p in zip(adapter.provenance["documents"], passages, strict=True)]
+    return replace(adapter, provenance={**adapter.provenance, "documents": entries})
+
+
+def test_passages_repeated_in_one_document_are_copies_if_asked(targets) -> None:  # noqa: F811
+    one = make_adapter(targets, 1)
+    entry = {**entry_of("d", 3), "passages": ["a"] * 3}
+    three = replace(
+        one,
+        A={name: rows.expand(3, -1, -1, -1) for name, rows in one.A.items()},
+        B={name: rows.expand(3, -1, -1, -1) for name, rows in one.B.items()},
+        provenance={**one.provenance, "documents": [entry]},
+    )
+    assert three.without_copies() is three
+    once = three.without_copies(within=True)
+    assert once.num_chunks == 1
+    assert once.provenance["documents"] == [{**entry, "chunks": entry["chunks"][:1], "passages": ["a"]}]
+    assert (three + saying(one, ["a"])).without_copies().num_chunks == 3
+    assert (three + one).without_copies(within=True).num_chunks == 2  # whose wording is unknown
+
+
+@pytest.mark.parametrize(
+    "weights, left",
+    [
+        ([1.0, 1.0, 1.0], [0]),
+        ([1 / 3, 1 / 3, 1 / 3], [0, 1, 2]),
+        ([0.5, 1.0, 0.25], [1]),
+        ([2.0, 0.5, 1.0], [0]),
+        ([1.0, -1.0, 1.0], [0, 1]),
+        ([0.25, 0.75, 0.0], [0, 1, 2]),
+    ],
+)
+def test_copies_of_weighted_documents_add_up_to_one(targets, weights, left) -> None:  # noqa: F811
+    one = saying(make_adapter(targets, 1), ["a"])
+    joined = concatenate([one, one, one])
+    for number, factor in enumerate(weights):
+        joined = weight(joined, factor, document=number)
+    expected = joined.of_chunks(left)
+    found = joined.without_copies()
+    assert all(torch.equal(found.B[name], expected.B[name]) for name in found.B)
+    assert [len(entry["chunks"]) for entry in found.provenance["documents"]] == [int(i in left) for i in range(3)]
+
+
+def test_average_of_equal_adapters_is_one_of_them(make_doc_to_lora) -> None:
+    model = make_doc_to_lora()
+    adapter = model.internalize(DOCUMENTS[0])
+    logits = []
+    for given in (adapter, average([adapter] * 3)):
+        with model.using(given):
+            logits.append(model.base_model(torch.arange(7)[None]).logits)
+    torch.testing.assert_close(*logits)
+
+
+def test_without_copies_nothing_changes(make_doc_to_lora) -> None:
+    adapter = make_doc_to_lora().internalize(DOCUMENTS)
+    assert adapter.without_copies() is adapter and adapter.fused("sum") is adapter
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("trained_ridge", [None, 2.0])
+def test_copied_documents_change_no_logit(make_doc_to_lora, way, trained_ridge) -> None:
+    model = make_doc_to_lora()
+    model.trained_joining = Joining() if trained_ridge is None else Joining("ridge", ridge=trained_ridge)
+    once, twice = (model.internalize(DOCUMENTS + more) for more in ((), DOCUMENTS[::-1]))
+    many = concatenate([twice, once, once])
+    joining = model.joining(way, ridge=2.0 if way == "ridge" else None, top_k=2 if way == "route" else None)
+    prompts = model.tokenizer([model.layout.prompt(q) for q in QUESTIONS], add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([prompt[:6] for prompt in prompts])
+    logits = []
+    for adapter in (once, many):
+        with model.using(adapter, joining, prompts=prompts):
+            logits.append(model.base_model(ids).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    plain = model.base_model(ids).logits
+    assert (logits[0] - plain).abs().max() > 0.01
+    if way in ("sum", "ridge"):  # what is exported agrees with what is injected
+        fused = many.fused(way, ridge=joining.ridge)
+        assert fused.num_chunks == once.num_chunks and len(fused.provenance["documents"]) == 4 * len(DOCUMENTS)
+        assert fused.is_fused and fused.fused() is fused
+        with merged(model.base_model, fused):
+            torch.testing.assert_close(model.base_model(ids).logits, logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_copies_of_a_passage_in_other_documents_answer_right() -> None:
+    """Before, four copies were answered .44 by the sum, .58 gated."""
+    model = DocToLoRA.from_pretrained("assets/tiny")
+    fenda = Path("examples/fenda_elfax.txt").read_text()
+    town = "Halvawold is led by Vornia Walmoor. "
+    question = ["Who taught Fenda Elfax?"]
+    (right,) = model.generate(question, model.internalize(fenda))
+    copies = model.internalize([fenda, fenda + town, fenda, fenda + "\n" + town])
+    for way in WAYS:
+        assert model.generate(question, copies, join=way) == [right], way
+
+
+def test_documents_given_several_times_are_named_once(make_doc_to_lora, caplog) -> None:
+    model = make_doc_to_lora()
+    texts = ["Ada was born.", "Rain fell.", "Ada was born.\n", "Rain fell."]
+    docs = [Document(f"{n}.txt", text, str(n) * 64) for n, text in zip("abcd", texts, strict=True)]
+    adapter = model.internalize(docs)
+    (message,) = caplog.messages
+    assert "count once: 3 (c.txt) is 1 (a.txt); 4 (d.txt) is 2 (b.txt). " in message
+    caplog.clear()
+    joined = adapter + model.internalize("Snow fell.")
+    assert caplog.messages == []  # nothing new
+    joined + model.internalize(docs[1])
+    (message,) = caplog.messages
+    assert "count once: 6 (b.txt) is 2 (b.txt). " in message
+    caplog.clear()
+    model.internalize(["Rain fell."] * 9)
+    (message,) = caplog.messages
+    assert "6 (text) is 1 (text); and 3 more." in message
+
+
 # Settings
 
 
@@ -356,12 +511,12 @@ def test_fused_adapters_answer_as_their_way_did_before(make_doc_to_lora) -> None
 def test_fused_follows_rows_that_change_in_place(make_doc_to_lora) -> None:
     model = with_ridge(make_doc_to_lora)
     adapter = model.internalize(DOCUMENTS)
-    before = model._separated(adapter, model.trained_joining)
-    assert model._separated(adapter, model.trained_joining) is before  # made once
-    assert model._separated(adapter, Joining("ridge", ridge=0.5)) is not before
+    before = model._as_joined(adapter, model.trained_joining)
+    assert model._as_joined(adapter, model.trained_joining) is before  # made once
+    assert model._as_joined(adapter, Joining("ridge", ridge=0.5)) is not before
     for rows in adapter.A.values():
         rows[0] *= -2
-    after = model._separated(adapter, model.trained_joining)
+    after = model._as_joined(adapter, model.trained_joining)
     assert all(torch.equal(after.A[name], adapter.fused().A[name]) for name in adapter.A)
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from hypernet.text.cleaning import visible, whole, without_hyphenation
+from hypernet.text.cleaning import visible, whole, without_hyphenation, wording
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,19 @@ def test_words_broken_at_line_ends_are_put_together(given, right):
 )
 def test_other_hyphens_at_line_ends_stay(text):
     assert without_hyphenation(text) == text
+
+
+# Wording
+
+
+def test_wording_is_the_same_however_a_passage_is_set():
+    expected = "olwin corton 3 5 m"
+    for text in ("Olwin Corton, 3.5 m!", "* Olwin\n  CORTON (3.5 m)", "“Olwin Corton”; 3.5 m …", expected):
+        assert wording(text) == expected
+
+
+@pytest.mark.parametrize(
+    "one, other", [("1.5 m", "15 m"), ("-5 C", "5 C"), ("5-3", "53"), ("a + b", "a b"), ("é", "e")]
+)
+def test_wording_keeps_numbers_and_signs_apart(one, other):
+    assert wording(one) != wording(other)

@@ -322,6 +322,13 @@ def test_deeply_nested_html_is_read(tmp_path):
     assert read_document(write(tmp_path / "a.html", data)).text == "deep\n"
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", ["https://example.org/a", "notes/a.txt"])
+def test_html_as_short_as_an_address_is_read_without_a_warning(tmp_path, text):
+    pytest.importorskip("bs4")
+    assert read_document(write(tmp_path / "a.html", text.encode())).text == text + "\n"
+
+
 # PDF
 
 
@@ -342,6 +349,15 @@ def test_pdf_words_broken_at_line_ends_are_put_together(tmp_path):
 
 def test_hyphens_at_line_ends_of_a_text_file_stay(tmp_path):
     assert read_document(write(tmp_path / "a.txt", "Cor-\nton")).text == "Cor-\nton"
+
+
+def test_faulty_pdf_is_one_warning_of_ours(tmp_path, caplog, capfd):
+    pytest.importorskip("pypdf")
+    path = write(tmp_path / "a.pdf", b"junk\n" + make_pdf("The first page."))
+    assert read_document(path).text == "The first page."
+    (record,) = caplog.records
+    assert record.name == "hypernet.text.documents" and "faulty (invalid pdf header" in record.getMessage()
+    assert capfd.readouterr().err == ""
 
 
 def test_pdf_from_stdin_is_detected(monkeypatch):

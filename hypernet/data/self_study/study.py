@@ -15,6 +15,7 @@ from hypernet.data.self_study.engines import Engine, load_engine
 from hypernet.data.self_study.settings import StudySettings
 from hypernet.data.self_study.shards import check_same, tokenizer_fingerprint, write_shard
 from hypernet.data.sources import CorruptRows, TooManyCorruptRows
+from hypernet.io.hub import hub_asked_once
 from hypernet.text.chunking import chunk_document
 from hypernet.text.documents import Document, read_documents
 
@@ -119,9 +120,10 @@ def _streamed(settings: StudySettings) -> Iterator[Document]:
     from datasets import load_dataset  # takes a second
 
     try:
-        rows = load_dataset(
-            settings.dataset, settings.dataset_config or None, split=settings.dataset_split, streaming=True
-        )
+        with hub_asked_once(settings.dataset):
+            rows = load_dataset(
+                settings.dataset, settings.dataset_config or None, split=settings.dataset_split, streaming=True
+            )
         corrupt = CorruptRows(settings.dataset, settings.max_corrupt_rows)
         for number, row in enumerate(rows):
             text = row[settings.dataset_column]

@@ -138,6 +138,8 @@ def _run(request: dict, streams: list) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, stream in enumerate(streams, 1):
             os.dup2(stream.fileno(), number)
+        # Ignored where the tests themselves run in the background of a shell.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(request["cwd"])
         os.environ.update(request["environment"])
         name = request["command"]

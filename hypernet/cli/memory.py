@@ -54,12 +54,12 @@ Model = Annotated[
     typer.Option(help="Base model or checkpoint that finds by meaning too; default words alone.", show_default=False),
 ]
 Key = Annotated[str, typer.Argument(help="ID or ID@VERSION.", show_default=False)]
-Text = Annotated[str, typer.Argument(help="The text; - reads standard input.", show_default=False)]
+MemoryText = Annotated[str, typer.Argument(help="The text; - reads standard input.", show_default=False)]
 
 
 @app.command()
 def add(
-    text: Text,
+    text: MemoryText,
     user: User = None,
     agent: Agent = None,
     run: Run = None,
@@ -198,7 +198,7 @@ def profile(
 @app.command()
 def update(
     key: Key,
-    text: Text,
+    text: MemoryText,
     valid_at: ValidAt = None,
     invalid_at: InvalidAt = None,
     source: _Source = None,

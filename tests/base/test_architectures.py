@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.base.base_model import build_base_model, freeze
+from hypernet.base.catalog import KNOWN_BASE_MODELS
 from hypernet.doc_to_lora import DocToLoRA
 
 PRETRAINED = Path(__file__).parents[2] / "conf" / "pretrained"

@@ -116,7 +116,10 @@ def arguments_of(target: Callable[..., Any]) -> type[Settings]:
     None of them is required: what is left out here may be given by call.
     """
     made = inspect.isclass(target) and not issubclass(target, tuple)  # a named tuple's types are the class's own
-    hints = get_type_hints(target.__init__ if made else target)
+    try:
+        hints = get_type_hints(target.__init__ if made else target)
+    except NameError:  # some are there for type checkers alone
+        hints = {}
     parameters = inspect.signature(target).parameters.values()
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     kinds = {parameter.name: hints.get(parameter.name, Any) for parameter in parameters}

@@ -150,13 +150,19 @@ def _check(cfg: DictConfig) -> None:
             "hides it: save the file as UTF-8 without one."
         )
     known = TrainSettings.model_fields
-    everything = "\n".join(OmegaConf.to_yaml(part, resolve=False) for part in (cfg, HydraConfig.get()))
+    # An experiment may have keys of its own, which others refer to: there, unless the command line replaces those.
+    files = [path for source in HydraConfig.get().runtime.config_sources for path in _experiments(source.path)]
+    texts = [OmegaConf.to_yaml(part, resolve=False) for part in (cfg, HydraConfig.get())]
+    everything = "\n".join([*texts, *(path.read_text(encoding="utf-8", errors="replace") for path in files)])
     for key in cfg:
-        # An experiment may have keys of its own, which others refer to.
         if key not in known and not re.search(rf"\$\{{{re.escape(str(key))}\b", everything):
             raise ValueError(no_such_setting(str(key), list(known)))
     checked(TrainSettings, {key: value for key, value in plain(cfg).items() if key in known})
     _check_earlier_runs(cfg.task)
+
+
+def _experiments(folder: str) -> list[Path]:
+    return sorted(Path(folder, "experiment").glob("*.yaml"))
 
 
 def _check_parts(task: Mapping[str, Any]) -> None:
@@ -254,11 +260,11 @@ def _check_earlier_runs(task: DictConfig) -> None:
     Raises:
         ValueError: it is not there.
     """
-    experiments = Path(__file__).parent / "conf" / "experiment"
+    names = {path.stem for path in _experiments(str(Path(__file__).parent / "conf"))}
     for key in ("base_model", "init_from"):
         path = task.get(key)
         found = re.match(r"outputs/(\w+)/", path) if isinstance(path, str) else None
-        if found and not Path(path).exists() and (experiments / f"{found[1]}.yaml").is_file():
+        if found and not Path(path).exists() and found[1] in names:
             raise ValueError(
                 f"task.{key}={path} is not there: it is what python train.py experiment={found[1]} leaves. "
                 f"Run that first, or set task.{key}."

@@ -189,7 +189,7 @@ def markdown(summary: Sequence[dict]) -> str:
 
 class FiguresSettings(Settings):
     checkpoint: Text
-    seeds: Annotated[list[Number], Field(min_length=1)]
+    seeds: Annotated[list[Number], Field(min_length=1, description="a list of whole numbers, at least one")]
     article_tokens: Count
     documents_one_entity: Count
     documents_many_entities: Count

@@ -110,6 +110,9 @@ class Made:
     def __init__(self, model: torch.nn.Module, *, rank: int = 8, source: str | Mapping[str, float] = "x") -> None: ...
 
 
+def for_type_checkers(run: "OnlyThere | None" = None, rank: int = 8) -> None: ...  # noqa: F821
+
+
 def with_others(rank: int, **others: Any) -> None: ...
 
 
@@ -135,6 +138,9 @@ def test_signature_leaves_unchecked_what_yaml_cannot_give():
     checked(arguments_of(Made), {"model": {"_target_": "x"}, "source": {"a": 1}})
     checked(arguments_of(with_others), {"rank": 1, "other": object()})
     checked(arguments_of(Stage), {"sizes": [1, 2]})
+    checked(arguments_of(for_type_checkers), {"run": 3})
+    with pytest.raises(ValueError, match="There is no setting 'rnk'"):
+        checked(arguments_of(for_type_checkers), {"rnk": 3})
     assert issubclass(arguments_of(with_others), Open)
 
 

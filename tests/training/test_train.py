@@ -198,6 +198,7 @@ def test_experiment_may_have_keys_of_its_own_that_are_used(train, small, tmp_pat
         train(*mine)
     path.write_text(text % "${few}")
     train(*mine)
+    train(*mine, "trainer.max_steps=2", "ckpt_path=last")  # nothing refers to it now
     assert (tmp_path / "outputs/mine/checkpoint").is_dir()
 
 

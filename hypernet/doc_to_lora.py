@@ -276,9 +276,9 @@ class DocToLoRA(nn.Module):
             ValueError: a document is empty, max_batch_tokens below 1, or an adapter is merged into the base model.
             MemoryError: a single chunk does not fit into memory.
         """
-        is_one = isinstance(document, (str, Document)) or not isinstance(document, Sequence)  # a Document is a tuple
-        given = [document] if is_one else document
-        documents = [_as_document(text) for text in given]
+        if isinstance(document, (str, Document)) or not isinstance(document, Sequence):
+            document = [document]  # a Document is a sequence too
+        documents = [_as_document(text) for text in document]
         if not documents:
             raise ValueError("There is no document to internalize; give at least one.")
         if has_merged(self.base_model):

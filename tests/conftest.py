@@ -5,6 +5,7 @@ GPU, or bf16 in a Triton kernel, with `@pytest.mark.requires_gpu`; it is skipped
 `TRITON_INTERPRET=1 make test` interprets the kernels on a GPU machine too.
 """
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -48,6 +49,15 @@ LONGEST_FILES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left():
+    """Hydra's log handlers write to the streams of the test that started it, which are closed after it."""
+    yield
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

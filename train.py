@@ -93,6 +93,9 @@ SCRIPT = TrainScript("train.py", TrainSettings)
 def train(cfg: DictConfig) -> None:
     """Builds what `cfg.task` describes and fits it, from `cfg.ckpt_path` if that is given."""
     _check(cfg)
+    from hypernet.training.host_memory import keep_flat
+
+    keep_flat()
     import lightning
     import torch
 

@@ -72,6 +72,32 @@ class Stage(NamedTuple):
     min_chunk_tokens: int = 25  # of chunks whose number is drawn by chunk_weights
 
 
+# Least value of a stage's numbers and ranges; chances are from 0 to 1.
+_LEAST = {
+    **dict.fromkeys(("steps", "batch_size", "num_entities", "facts_per_entity", "num_joined_documents"), 1),
+    **dict.fromkeys(("max_questions", "min_chunk_tokens"), 1),
+    **dict.fromkeys(("num_distractors", "num_background", "num_cross_document", "num_in_prompt"), 0),
+    **dict.fromkeys(("num_distractor_documents", "bucket_documents"), 0),
+}
+_CHANCES = ("unanswerable", "shared_relations", "shared_topic", "reordering")
+
+
+def _check_ranges(number: int, stage: Stage) -> None:
+    """Raises ValueError where a number of the stage cannot be meant."""
+    for name, least in _LEAST.items():
+        value = getattr(stage, name)
+        if isinstance(value, (tuple, list)):
+            if len(value) != 2 or not least <= value[0] <= value[1]:
+                raise ValueError(
+                    f"Stage {number}: {name} should be a range [from, to], at least {least}, got {list(value)}."
+                )
+        elif value < least:
+            raise ValueError(f"Stage {number}: {name} should be at least {least}, got {value}.")
+    for name in _CHANCES:
+        if not 0 <= getattr(stage, name) <= 1:
+            raise ValueError(f"Stage {number}: {name} is a chance, from 0 to 1, got {getattr(stage, name)}.")
+
+
 class Curriculum:
     """Stages one after the other.
 
@@ -96,6 +122,8 @@ class Curriculum:
         self.stages = [stage for given in stages for stage in _in_turn(given)]
         if not self.stages:
             raise ValueError("A curriculum needs at least one stage; give steps and batch_size.")
+        for number, stage in enumerate(self.stages):
+            _check_ranges(number, stage)
         self.num_steps = sum(stage.steps for stage in self.stages)
         self._first_article = [0]
         for stage in self.stages:
@@ -162,12 +190,6 @@ class Curriculum:
             raise ValueError(
                 f"Stage {number} has distractor_source={stage.distractor_source}, but the sources are "
                 f"{', '.join(self.sources) or 'none'}. Enter it under sources."
-            )
-        least, most = stage.num_joined_documents
-        if not 1 <= least <= most:
-            raise ValueError(
-                f"Stage {number} has num_joined_documents={[least, most]}; give the least and the most documents in "
-                "one adapter, at least 1."
             )
         if missing := set(weights) - {ENCYCLOPEDIA, *self.sources}:
             raise ValueError(

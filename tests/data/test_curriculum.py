@@ -93,6 +93,24 @@ def test_curriculum_refuses_empty_or_misspelt_stages():
         make_curriculum(stages=[{"steps": 1, "batchsize": 2}])
 
 
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"steps": 0}, "Stage 0: steps should be at least 1, got 0."),
+        ({"batch_size": -2}, "Stage 0: batch_size should be at least 1, got -2."),
+        ({"max_questions": 0}, "Stage 0: max_questions should be at least 1, got 0."),
+        ({"num_background": -1}, "Stage 0: num_background should be at least 0, got -1."),
+        ({"num_entities": [3, 1]}, r"Stage 0: num_entities should be a range \[from, to\], at least 1, got \[3, 1\]."),
+        ({"facts_per_entity": [0, 2]}, r"facts_per_entity should be a range .* at least 1, got \[0, 2\]."),
+        ({"num_distractors": [1]}, r"num_distractors should be a range .* got \[1\]."),
+        ({"unanswerable": 5}, "Stage 0: unanswerable is a chance, from 0 to 1, got 5."),
+    ],
+)
+def test_stage_out_of_range_is_one_line(stage, message):
+    with pytest.raises(ValueError, match=message):
+        make_curriculum(stages=[{"steps": 2, **stage}])
+
+
 def test_shared_relations_is_a_share_of_articles():
     shape = {"steps": 4, "batch_size": 10, "num_entities": [2, 2], "facts_per_entity": [1, 1]}
 
@@ -134,7 +152,7 @@ def test_unknown_distractor_source_is_refused(tiny_tokenizer):
 
 @pytest.mark.parametrize("num_joined", [[0, 4], [5, 4]])
 def test_impossible_num_joined_documents_is_refused(num_joined):
-    message = f"Stage 0 has num_joined_documents={num_joined}; give the least and the most"
+    message = f"Stage 0: num_joined_documents should be a range [from, to], at least 1, got {num_joined}."
     with pytest.raises(ValueError, match=re.escape(message)):
         make_curriculum(stages=[{"steps": 1, "num_joined_documents": num_joined}])
 

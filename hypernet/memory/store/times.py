@@ -30,7 +30,8 @@ def to_micros(value: Instant, what: str) -> int:
         elif not isinstance(value, datetime):
             raise ValueError("no date")
         aware = value if value.tzinfo else value.replace(tzinfo=UTC)
-        return (aware - _EPOCH) // timedelta(microseconds=1)
+        # At the calendar's edges a local date may exist whose UTC date does not.
+        return (aware.astimezone(UTC) - _EPOCH) // timedelta(microseconds=1)
     except (ValueError, OverflowError) as error:
         raise ValueError(
             f"{what} is {value!r}, not a date that exists. Give ISO 8601, such as 2026-03-01 or "

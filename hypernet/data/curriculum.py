@@ -86,7 +86,7 @@ def _check_ranges(number: int, stage: Stage) -> None:
     """Raises ValueError where a number of the stage cannot be meant."""
     for name, least in _LEAST.items():
         value = getattr(stage, name)
-        if isinstance(value, (tuple, list)):
+        if isinstance(value, Sequence):
             if len(value) != 2 or not least <= value[0] <= value[1]:
                 raise ValueError(
                     f"Stage {number}: {name} should be a range [from, to], at least {least}, got {list(value)}."

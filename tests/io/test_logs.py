@@ -55,8 +55,6 @@ SCREENS = {
     ),
     "-m hypernet library add --adapter {tmp}/none": ("", "hypernet: [^\n]*{tmp}/none[^\n]*\n"),
     "-m benchmarks.tiny_figures checkpoint={tmp}/none": ("", rf"benchmarks.tiny_figures: {NO_CHECKPOINT}\n"),
-    "-m benchmarks.real_text checkpoint={tmp}/none": ("", rf"benchmarks.real_text: {NO_CHECKPOINT}\n"),
-    "-m benchmarks.times_asked base_model={tmp}/none": ("", r"benchmarks.times_asked: No base model in {tmp}/none.*\n"),
     "-m benchmarks.training_speed model=none": ("", r"benchmarks.training_speed: model should be .*\n"),
     "-c from#hypernet#import#DocToLoRA;print(DocToLoRA.from_pretrained('assets/tiny').max_chunk_tokens)": ("20\n", ""),
 }

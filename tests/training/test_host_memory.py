@@ -22,7 +22,7 @@ def step(tokens):
     torch.nn.functional.linear(torch.ones(tokens, 576, dtype=torch.bfloat16), weight)
 step(700)
 before = resident()
-for tokens in range(300, 700):
+for tokens in range(500, 700):
     step(tokens)
 print(resident() - before)
 """

@@ -7,12 +7,14 @@ GPU, or bf16 in a Triton kernel, with `@pytest.mark.requires_gpu`; it is skipped
 
 import logging
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import absl.logging
 import pytest
 import torch
 
@@ -22,6 +24,10 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+
+# rouge-score imports absl, whose handler closes its stream when Hydra sets up logging, unless it is one of sys's: made
+# within a test it would have pytest's, and every later test of that process would fail.
+absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ def step(tokens):
     torch.nn.functional.linear(torch.ones(tokens, 576, dtype=torch.bfloat16), weight)
 step(700)
 before = resident()
-for tokens in range(500, 700):
+for tokens in range(300, 700):
     step(tokens)
 print(resident() - before)
 """
@@ -37,7 +37,7 @@ def run(script: str, *arguments: str, **variables: str) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_new_shapes_keep_little_memory():
-    assert int(run(STEPS, "flat")) < 0.5 * int(run(STEPS))  # measured .34
+    assert int(run(STEPS, "flat")) < 0.6 * int(run(STEPS))  # measured .34
 
 
 def test_what_the_environment_says_stays():

@@ -72,6 +72,7 @@ class DocToLoRA(nn.Module):
         ridge: how the hypernetwork is trained to have chunks and documents joined: separated with this ridge (see
             `hypernet.adapters.joining`); None: their plain sum, as in the published checkpoints.
         base_model_source: where the base model came from; adapters carry it for PEFT.
+        base_model_fingerprint: of the weights, where it is known; None computes it.
 
     Raises:
         ValueError: the hypernetwork's targets are not in this base model, or the ridge is not above 0.
@@ -87,6 +88,7 @@ class DocToLoRA(nn.Module):
         max_chunk_tokens: int,
         ridge: float | None = None,
         base_model_source: str = "",
+        base_model_fingerprint: str | None = None,
     ) -> None:
         super().__init__()
         self.base_model = base_model
@@ -97,7 +99,7 @@ class DocToLoRA(nn.Module):
         self.trained_joining = Joining() if ridge is None else Joining("ridge", ridge=ridge)
         self.base_model_source = base_model_source
         self._base_model_name = absolute_source(base_model_source)  # now: the process may change its directory
-        self.base_model_fingerprint = fingerprint(base_model)
+        self.base_model_fingerprint = base_model_fingerprint or fingerprint(base_model)
         self.injector = LoRAInjector(base_model, hypernetwork.targets)
         self.layout = ChatLayout.of(tokenizer)
         self._joined: WeakKeyDictionary[LoRAAdapter, tuple[Any, LoRAAdapter | None]] = WeakKeyDictionary()
@@ -169,6 +171,21 @@ class DocToLoRA(nn.Module):
         model, tokenizer = load_base_model(
             base_source, device=device, dtype=dtype, quantization=quantization, attention=attention
         )
+        recorded = checkpoint.base_model_fingerprint
+        # Rounded otherwise, the same weights have another fingerprint; then only the targets' shapes can be checked.
+        if recorded is not None and dtype is None and quantization is None:
+            loaded = fingerprint(model)
+            same, sentence = True, ""
+            if loaded != recorded:
+                same, sentence = same_but_for_rounding(model, base_source, checkpoint.base_model)
+            if not same:
+                raise ValueError(
+                    f"The checkpoint {source} was made for the base model {checkpoint.base_model} with fingerprint "
+                    f"{recorded[:12]}, but {base_source} has {loaded[:12]}. Give the base model it was trained with."
+                    + f" {sentence}".rstrip()
+                )
+            if sentence:
+                log.warning("%s", sentence)
         result = cls(
             base_model=model,
             tokenizer=tokenizer,
@@ -177,8 +194,9 @@ class DocToLoRA(nn.Module):
             max_chunk_tokens=checkpoint.max_chunk_tokens,
             ridge=checkpoint.ridge,
             base_model_source=base_source,
+            base_model_fingerprint=recorded,
         )
-        if checkpoint.base_model_fingerprint is None:  # a published checkpoint records only its base model's name
+        if recorded is None:  # a published checkpoint records only its base model's name
             network, encoder = result.hypernetwork, result.context_encoder
             wanted, found = (network.num_maps, network.feature_dim), (encoder.num_maps, encoder.feature_dim)
             if wanted != found:
@@ -188,19 +206,6 @@ class DocToLoRA(nn.Module):
                     "model it was trained with."
                 )
             return result
-        # Rounded otherwise, the same weights have another fingerprint; then only the targets' shapes can be checked.
-        as_stored = dtype is None and quantization is None
-        if as_stored and result.base_model_fingerprint != checkpoint.base_model_fingerprint:
-            same, sentence = same_but_for_rounding(model, base_source, checkpoint.base_model)
-            if not same:
-                raise ValueError(
-                    f"The checkpoint {source} was made for the base model {checkpoint.base_model} with fingerprint "
-                    f"{checkpoint.base_model_fingerprint[:12]}, but {base_source} has "
-                    f"{result.base_model_fingerprint[:12]}. Give the base model it was trained with."
-                    + f" {sentence}".rstrip()
-                )
-            log.warning("%s", sentence)
-        result.base_model_fingerprint = checkpoint.base_model_fingerprint
         return result
 
     def save_pretrained(self, directory: str | Path, *, include_base_model: bool = False) -> None:

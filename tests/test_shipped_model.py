@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from hypernet.adapters.adapter import LoRAAdapter
+from hypernet.base.base_model import build_base_model
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.data.records import UNKNOWN
 from hypernet.doc_to_lora import DocToLoRA
@@ -79,3 +81,12 @@ def test_shipped_files_are_small_and_hold_no_pickle() -> None:
     files = [path for path in TINY.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 40e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".yaml", ".jinja", ".md"}
+
+
+def test_base_model_of_another_shape_is_named_as_another_one(tmp_path):
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 600}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    build_base_model({"model_type": "llama", **sizes, **heads}).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(TINY / "base_model").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was made for the base model .* Give the base model it was trained with."):
+        DocToLoRA.from_pretrained(TINY, base_model=tmp_path)

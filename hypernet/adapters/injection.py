@@ -325,11 +325,11 @@ def _target_module(base_model: nn.Module, place: LayerTarget) -> nn.Linear:
     except AttributeError as error:
         raise ValueError(
             f"{type(base_model).__name__} has no module {place.path!r}. "
-            "Find the targets in this base model (find_targets)."
+            "Give the base model that these targets were found in, or find them in this one (find_targets)."
         ) from error
     if not isinstance(module, nn.Linear) or (module.in_features, module.out_features) != (place.d_in, place.d_out):
         raise ValueError(
             f"Expected {place.path!r} to be an nn.Linear from {place.d_in} to {place.d_out} features, got {module}. "
-            "Find the targets in this base model (find_targets)."
+            "Give the base model that these targets were found in, or find them in this one (find_targets)."
         )
     return module

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from pydantic import BeforeValidator, Field, model_validator
 
 from hypernet.cli.scripts import Script
-from hypernet.cli.settings import Count, Device, Settings, Text, Texts, as_list, choose_device
+from hypernet.cli.settings import Count, Device, OutputFolder, Settings, Text, Texts, as_list, choose_device
 
 if TYPE_CHECKING:  # seconds each; a mistake in the settings is told without them
     from rich.console import Console
@@ -59,7 +59,7 @@ class GenerateSettings(Settings):
     """What can be set, as conf/generate_adapter.yaml has it."""
 
     document: Texts = Field(examples=["[a.txt,b.md]"])
-    output_dir: Text
+    output_dir: OutputFolder
     overwrite: bool
     ask: Annotated[Texts, BeforeValidator(_as_questions)] = Field(examples=['["Who founded Norbach?","When?"]'])
     compare: bool

@@ -17,13 +17,16 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import hydra
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
 from benchmarks.measuring.rows import Row, describe_run, write_rows
+from hypernet.cli.scripts import Script, check_targets
+from hypernet.cli.settings import Count, Number, OutputFile, Settings
 from hypernet.memory.store.records import Draft, Filters
 from hypernet.memory.store.token_store import TokenStore
 
@@ -238,8 +241,28 @@ def random_schedules(folder: Path, *, num_schedules: int, rng: random.Random, nu
     return {"kind": "schedules", "schedules": num_schedules, "wrong": wrong, "damage": len(damage)}
 
 
+class StoreSettings(Settings):
+    memory: dict[str, Any]
+    num_users: Annotated[int, Field(ge=2, description="a whole number, at least 2")]
+    memories_per_user: Count
+    num_searches: Count
+    num_kills: Number
+    num_schedules: Number
+    seed: Number
+    output: OutputFile | None
+
+
+SCRIPT = Script("benchmarks.memory_store", StoreSettings)
+
+
 @hydra.main(config_path="../conf", config_name="memory_store", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    with SCRIPT.errors():
+        check_targets({"memory": SCRIPT.check(cfg).memory})
+        run_all(cfg)
+
+
+def run_all(cfg: DictConfig) -> None:
     rows = []
 
     def note(row: Row) -> None:
@@ -263,4 +286,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.run(main, Path(__file__).parents[1] / "conf/memory_store.yaml")

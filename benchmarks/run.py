@@ -19,7 +19,7 @@ import hydra
 from omegaconf import DictConfig
 
 from hypernet.cli.scripts import Script, check_targets, plain
-from hypernet.cli.settings import Count, Device, Number, Settings, Text
+from hypernet.cli.settings import Count, Device, Name, Number, OutputFolder, Settings, Text
 
 log = logging.getLogger(__name__)
 # What a cell's answers do not depend on.
@@ -41,9 +41,9 @@ class CellSettings(Settings):
     max_new_tokens: Count
     num_timed: Number
     num_profiled: Number
-    task_name: Text
-    method_name: Text
-    output_dir: Text
+    task_name: Name
+    method_name: Name
+    output_dir: OutputFolder
     force: bool
     device: Device
     threads: Count | None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import hydra
 
 from hypernet.cli.scripts import Script
-from hypernet.cli.settings import Settings, Text
+from hypernet.cli.settings import OutputFolder, Settings, Text
 from hypernet.io.files import replaced
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -93,7 +93,7 @@ def take(page: Path, output: Path, shot: Shot) -> None:
 
 class ScreenshotSettings(Settings):
     page: Text
-    output_dir: Text
+    output_dir: OutputFolder
 
 
 SCRIPT = Script("benchmarks.screenshots", ScreenshotSettings)

@@ -18,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from hypernet.io.files import replaced
+from hypernet.io.paths import output_folder
 
 # Raised when prompts, cases or scores change, so that cells measured before are not taken for the new ones.
 VERSION = 1
@@ -102,7 +103,10 @@ class SweepProgress(Callback):
         parsed = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(overrides)}
         sweeps = [o for o in parsed.values() if o.is_sweep_override()]
         num_cells = math.prod(len(list(o.sweep_string_iterator())) for o in sweeps)
-        folder = Path(config.output_dir)
+        try:
+            folder = Path(output_folder(config.output_dir))
+        except ValueError as error:  # Hydra makes a warning of it, and goes on
+            raise SystemExit(f"benchmarks.run: {error}") from error
         folder.mkdir(parents=True, exist_ok=True)
         with replaced(folder / SWEEP_FILE) as temporary:
             temporary.write_text(json.dumps(Sweep(num_cells, time.time())._asdict()), encoding="utf-8")

@@ -12,7 +12,6 @@ checked(arguments_of(make_optimizer), values)  # what a function or class takes,
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import (
@@ -26,6 +25,8 @@ from pydantic import (
     create_model,
 )
 from pydantic.fields import FieldInfo
+
+from hypernet.io.paths import name_below, output_file, output_folder
 
 
 class Settings(BaseModel):
@@ -46,22 +47,15 @@ def as_list(value: Any) -> Any:
     return [str(item) if type(item) in (int, float) else item for item in value]
 
 
-def _as_file(path: str) -> str:
-    """A path that a file can be written to, as far as can be seen before the work that leads there."""
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder. Name a file.")
-    if file := next((parent for parent in Path(path).parents if parent.is_file()), None):
-        raise ValueError(f"{path} cannot be written: {file} is a file. Name another one.")
-    return path
-
-
 Count = Annotated[int, Field(ge=1, description="a whole number, at least 1")]
 Number = Annotated[int, Field(ge=0, description="a whole number, at least 0")]
 Above0 = Annotated[float, Field(gt=0, description="a number above 0")]
 AtLeast0 = Annotated[float, Field(ge=0, description="a number, at least 0")]
 Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
 Text = Annotated[str, Field(min_length=1, description="a text")]
-OutputFile = Annotated[str, Field(min_length=1, description="a file"), AfterValidator(_as_file)]
+Name = Annotated[str, Field(min_length=1, description="a text"), AfterValidator(name_below)]
+OutputFolder = Annotated[str, Field(min_length=1, description="a folder"), AfterValidator(output_folder)]
+OutputFile = Annotated[str, Field(min_length=1, description="a file"), AfterValidator(output_file)]
 Texts = Annotated[
     list[Annotated[str, StringConstraints(pattern=r"\S")]],
     BeforeValidator(as_list),

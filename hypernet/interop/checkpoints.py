@@ -16,6 +16,7 @@ from hypernet.base.catalog import locate
 from hypernet.interop.published import find_published, is_published, read_published
 from hypernet.io.files import replaced_folder
 from hypernet.io.hub import hub_asked_once
+from hypernet.io.paths import output_folder
 from hypernet.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -89,10 +90,10 @@ def convert(
         overwrite: replace a checkpoint that is in output_dir.
 
     Raises:
-        ValueError: as `load_checkpoint`, or output_dir holds something else than a checkpoint.
+        ValueError: as `load_checkpoint`, or output_dir is a file or holds something else than a checkpoint.
         FileExistsError: output_dir is not empty and overwrite is False.
     """
-    folder = Path(output_dir).expanduser().resolve()
+    folder = Path(output_folder(output_dir)).expanduser().resolve()
     _check_output(folder, overwrite=overwrite)
     if not is_published(source):
         raise ValueError(f"There is no published checkpoint {source}. Name a pytorch_model.bin, its folder, or hub:...")
@@ -115,8 +116,8 @@ def convert(
 def _check_output(folder: Path, *, overwrite: bool) -> None:
     if not folder.exists():
         return
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
-    if found and not (overwrite and folder.is_dir()):
+    found = {path.name for path in folder.iterdir()}
+    if found and not overwrite:
         raise FileExistsError(f"{folder} exists and is not empty. Name another output_dir, or set overwrite.")
     if foreign := sorted(found - {CONFIG_FILE, WEIGHTS_FILE}):
         raise ValueError(f"{folder} is not replaced: it also holds {foreign[:3]}. Name another output_dir.")

@@ -1,7 +1,11 @@
 """benchmarks.memory_store: facts that can be found, and rows of a small run."""
 
+import re
+import runpy
+import sys
 from pathlib import Path
 
+import pytest
 from hydra import compose, initialize_config_dir
 
 from benchmarks.memory_store import measure, user_facts
@@ -22,3 +26,19 @@ def test_small_run_measures_every_row(tmp_path):
     assert set(rows) == {"ingest", "first_searches", "search", "profile", "delete_all", "purge"}
     assert rows["search"]["recall_at_5"] > 0.8 > 0.1 > rows["search"]["recall_in_anothers_memory"]
     assert rows["search"]["wrong_user_hits"] == 0 and rows["ingest"]["memories"] == 60
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("output=README.md/x", "README.md/x cannot be written: README.md is a file. Name another one."),
+        ("num_users=1", "num_users should be a whole number, at least 2, got 1."),
+        ("memory.model=[a]", "memory.model should be a text or null, got ['a']."),
+    ],
+)
+def test_mistake_in_a_setting_is_one_line(monkeypatch, argument, says):
+    monkeypatch.chdir(CONF.parent)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.memory_store", argument])
+    with pytest.raises(SystemExit, match=re.escape(f"benchmarks.memory_store: {says}")):
+        runpy.run_module("benchmarks.memory_store", run_name="__main__")

@@ -74,6 +74,12 @@ def test_failed_cell_says_so_in_one_line_and_is_retried(monkeypatch, tmp_path) -
     assert not error.exists() and read_cells(tmp_path)[-1]["kind"] == "summary"
 
 
+@pytest.mark.parametrize("sweep", [[], ["--multirun"]], ids=["cell", "sweep"])
+def test_output_folder_that_is_a_file_is_one_line(monkeypatch, sweep, recwarn) -> None:
+    message = run(monkeypatch, *sweep, "output_dir=README.md", "method=no_context", *SMALL)
+    assert message == "benchmarks.run: README.md is a file. Name a folder." and not recwarn.list
+
+
 def test_sweep_ends_with_its_failed_cells(monkeypatch, tmp_path) -> None:
     sweep = ["--multirun", f"output_dir={tmp_path}", "task=encyclopedia", *ONE_SET, "seed=0", *SMALL]
     message = run(monkeypatch, *sweep, "method=no_context", "max_new_tokens=none,4")

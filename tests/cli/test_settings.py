@@ -12,9 +12,11 @@ from hypernet.cli.settings import (
     AtLeast0,
     Count,
     Device,
+    Name,
     Number,
     Open,
     OutputFile,
+    OutputFolder,
     Settings,
     Share,
     Text,
@@ -41,6 +43,8 @@ class Trial(Settings):
     files: Texts = Field(default=["x"], examples=["[a,b]"])
     device: Device = "auto"
     output: OutputFile | None = None
+    output_dir: OutputFolder = "outputs"
+    path: Name = "x"
     on: bool = True
     scale: float | list[float] = 1.0
     inner: Inner = Inner(lr=1)
@@ -89,13 +93,15 @@ def test_settings_below_a_place_are_named_with_it():
         checked(Trial, {"inner": {"lr": 0}}, place="task")
 
 
-def test_output_that_cannot_be_written_is_told_beforehand(tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("output", "cannot be written"), ("output_dir", "is a file. Name a folder"), ("path", "stays in its folder")],
+)
+def test_path_is_checked_before_the_work(tmp_path, setting, says):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a folder. Name a file."):
-        checked(Trial, {"output": str(tmp_path)})
-    with pytest.raises(ValueError, match="cannot be written: .*file is a file"):
-        checked(Trial, {"output": str(tmp_path / "file" / "rows.jsonl")})
-    checked(Trial, {"output": str(tmp_path / "new" / "rows.jsonl")})
+    value = str(tmp_path / ("file/rows.jsonl" if setting == "output" else "file"))
+    with pytest.raises(ValueError, match=says):
+        checked(Trial, {setting: value})
 
 
 # What a function takes

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from hypernet.io.paths import output_folder
+
 # What an option is about: the headings of the command's help.
 TEXTS, ASKED, WORK = "Texts", "What is asked and stored", "How the work is done"
 
@@ -49,6 +51,7 @@ class StudySettings:
     num_processes: int = _setting(1, of=WORK, help="How many processes divide the shards among themselves.")
 
     def __post_init__(self) -> None:
+        output_folder(self.output_dir)
         if bool(self.documents) == bool(self.dataset):
             raise ValueError("Give either documents (a file or folder) or dataset (a name on the hub).")
         for name in ("questions_per_chunk", "max_chunk_tokens", "max_question_tokens", "max_answer_tokens", "top_k"):

@@ -4,6 +4,7 @@ A run that ends before its first step leaves nothing behind; a finished one is r
 """
 
 import logging
+import os
 import re
 import shutil
 import signal
@@ -25,8 +26,10 @@ from hypernet.cli.settings import (
     Above0,
     AtLeast0,
     Count,
+    Name,
     Number,
     Open,
+    OutputFolder,
     Settings,
     Share,
     Text,
@@ -62,9 +65,9 @@ class TrainerSettings(Open):
 class TrainSettings(Settings):
     """What can be set, as conf/train.yaml has it."""
 
-    name: Text
+    name: Name
     seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number, at least 0 and below 2^32")]
-    output_dir: Text
+    output_dir: OutputFolder
     overwrite: bool
     ckpt_path: Text | None
     threads: Count | None
@@ -87,6 +90,7 @@ class TrainScript(Script[TrainSettings]):
         return _called_now(str(error)) or super().explain(error)
 
 
+CONFIG = Path(".hydra/config.yaml")  # in a run's folder
 SCRIPT = TrainScript("train.py", TrainSettings)
 
 
@@ -118,7 +122,7 @@ def train(cfg: DictConfig) -> None:
     checkpoints = Path(cfg.output_dir) / "checkpoints"
     ckpt_path = find_checkpoint(cfg.ckpt_path, checkpoints)
     goes_on = ckpt_path is not None and ckpt_path.resolve().parent == checkpoints.resolve()
-    if not goes_on and not cfg.overwrite:
+    if not goes_on:
         _check_free(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)
     with _run_folder(cfg) as trainers:
@@ -188,33 +192,53 @@ def _check_parts(task: Mapping[str, Any]) -> None:
 
 
 def _check_free(cfg: DictConfig) -> None:
-    """Refuses to replace what an earlier run has left in the output folder.
+    """Refuses to mix a new run into other files, and to replace what an earlier run has left, unless it is told to.
 
     Raises:
-        ValueError: it holds a checkpoint or a trained model.
+        ValueError: the output folder holds what no run of this command leaves; or a checkpoint or a trained model.
     """
+    from lightning.pytorch.utilities import rank_zero_only
+
     from hypernet.training.run_state import SUFFIX
 
+    folder = Path(cfg.output_dir)
     trained = [Path(cfg.task.output_dir)] if cfg.task.get("output_dir") else []
-    found = [*trained, *sorted(Path(cfg.output_dir, "checkpoints").glob(f"*{SUFFIX}"))]
-    if there := [path for path in found if path.exists()]:
+    checkpoints = sorted((folder / "checkpoints").glob(f"*{SUFFIX}"))
+    # A run that was killed at once may have left its log and empty folders. The other processes find the first one's.
+    is_run = bool(checkpoints) or (folder / CONFIG).is_file() or rank_zero_only.rank != 0
+    own = {CONFIG.parent.name, "checkpoints", f"{HydraConfig.get().job.name}.log"}
+    if not is_run and folder.is_dir() and (foreign := sorted({path.name for path in folder.iterdir()} - own)):
         raise ValueError(
-            f"{cfg.output_dir} holds an earlier run ({there[0]}). Go on with it by ckpt_path=last, give this one "
+            f"{folder} holds other files than a run's, such as {foreign[0]}, and the run's would be mixed into them. "
+            "Name an empty or a new folder: output_dir=... or name=..."
+        )
+    if not cfg.overwrite and (there := [path for path in [*trained, *checkpoints] if path.exists()]):
+        raise ValueError(
+            f"{folder} holds an earlier run ({there[0]}). Go on with it by ckpt_path=last, give this one "
             "another name=, or replace it with overwrite=true."
         )
 
 
 def _built(trainer: DictConfig) -> Any:
-    """What makes the trainer; Lightning's refusals, of a dozen types, as ValueErrors."""
+    """What makes the trainer; Lightning's refusals, of a dozen types, as ValueErrors, and more processes than cores."""
+    from lightning.pytorch.accelerators import CPUAccelerator
+
     make = instantiate(trainer, _convert_="all")
 
-    def made(**given: Any) -> Any:
+    def build(**given: Any) -> Any:
         try:
-            return make(**given)
+            made = make(**given)
         except Exception as error:
             raise ValueError(f"The trainer cannot be made: {' '.join(str(error).split())}") from error
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if isinstance(made.accelerator, CPUAccelerator) and made.num_devices > cores:
+            raise ValueError(
+                f"trainer.devices is {made.num_devices}, but this CPU has {cores} cores: the processes would wait for "
+                f"one another. Set trainer.devices to at most {cores}."
+            )
+        return made
 
-    return made
+    return build
 
 
 @contextmanager
@@ -235,9 +259,9 @@ def _run_folder(cfg: DictConfig) -> Iterator[list[Any]]:
     logging.getLogger().addHandler(log)
     try:
         if rank_zero_only.rank == 0:
-            (folder / ".hydra").mkdir(exist_ok=True)
-            OmegaConf.save(cfg, folder / ".hydra/config.yaml")
-            OmegaConf.save(HydraConfig.get().overrides.task, folder / ".hydra/overrides.yaml")
+            (folder / CONFIG).parent.mkdir(exist_ok=True)
+            OmegaConf.save(cfg, folder / CONFIG)
+            OmegaConf.save(HydraConfig.get().overrides.task, (folder / CONFIG).with_name("overrides.yaml"))
         yield trainers
     except BaseException as error:
         trainer = trainers[0] if trainers else None

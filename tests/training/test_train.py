@@ -185,6 +185,21 @@ def test_earlier_run_is_replaced_only_on_request(train, small, tmp_path):
     train(*small, "trainer.max_steps=2", "ckpt_path=auto", "seed=1")
 
 
+def test_run_is_not_mixed_into_a_folder_of_other_files(train, small, tmp_path):
+    note = tmp_path / "mine/note.txt"
+    note.parent.mkdir()
+    note.write_text("mine")
+    for more in ([], ["overwrite=true"], ["ckpt_path=auto"]):
+        with pytest.raises(SystemExit, match="mine holds other files than a run's, such as note.txt.*output_dir="):
+            train(*small, "trainer.max_steps=1", "output_dir=mine", *more)
+    assert [path.name for path in note.parent.iterdir()] == ["note.txt"]
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/train.log").touch()  # of a run that was killed at once
+    train(*small, "trainer.max_steps=1", "output_dir=killed")
+    (tmp_path / "killed/note.txt").touch()  # about the run that is there
+    train(*small, "trainer.max_steps=1", "output_dir=killed", "overwrite=true")
+
+
 def test_experiment_may_have_keys_of_its_own_that_are_used(train, small, tmp_path):
     (tmp_path / "experiment").mkdir()
     path = tmp_path / "experiment" / "mine.yaml"
@@ -288,6 +303,7 @@ def test_experiment_without_its_package_line_is_refused(train, small, tmp_path, 
         (["trainer.precision=8"], ["trainer.precision should be one of 64, 32, 16 or ", "got 8"]),
         (["trainer.accelerator=abacus"], ["The trainer cannot be made: ", "abacus"]),
         (["trainer.devices=0"], ["The trainer cannot be made: "]),
+        (["trainer.devices=1000"], ["trainer.devices is 1000, but this CPU has ", " cores", "at most "]),
         (["+trainer.max_step=1"], ["no setting 'trainer.max_step'. There are trainer.accelerator, "]),
         (["threads=0"], ["threads should be a whole number, at least 1 or null, got 0"]),
         (["seed=x"], ["seed should be a whole number, at least 0 and below 2^32, got 'x'"]),
@@ -295,6 +311,8 @@ def test_experiment_without_its_package_line_is_refused(train, small, tmp_path, 
         (["checkpoint_every=0"], ["checkpoint_every should be a whole number, at least 1, got 0"]),
         (["num_workers=-1"], ["num_workers should be a whole number, at least 0, got -1"]),
         (["name=''"], ["name should be a text, got ''"]),
+        (["name=../../x"], ["A name is part of a path and stays in its folder, but '../../x' does not"]),
+        ([f"output_dir={SCRIPT}/x"], [f"{SCRIPT}/x cannot be written: {SCRIPT} is a file"]),
         (["overwrite=perhaps"], ["overwrite should be true or false, got 'perhaps'"]),
         (["+nonsense=1"], ["There is no setting 'nonsense'. There are name, seed, "]),
         (["+chekpoint_every=1"], ["There is no setting 'chekpoint_every'"]),

@@ -37,6 +37,7 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _CONTROL_BYTES = bytes(code for code in range(0x20) if chr(code) not in "\t\n\v\f\r")
 # A log with colours has a few control characters, a binary file about one in nine (29 of 256 byte values).
 _MOST_CONTROL = 0.05
+_MOST_NAMED = 5  # files in a line of the log
 
 # What only a page begins with, after comments: <html> and <head> may be left out. A paragraph may begin Markdown too.
 _HTML_START = re.compile(
@@ -88,10 +89,11 @@ def read_documents(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[st
     """Reads files, folders and "-" (standard input), in the order given.
 
     A folder is searched for files with a suffix in SUFFIXES, also below it, in the order of their paths; hidden files
-    and folders are left out, and links to folders not followed.
+    and folders are left out, and links to folders not followed. A file that is named again, also by another spelling,
+    by a link or with its folder, counts once, as a copy of it does later: a line of the log says so.
 
     Raises:
-        ValueError: as read_document, and for no path at all, a folder without documents, or a file asked for twice.
+        ValueError: as read_document, and for no path at all, or a folder without documents.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not paths:
@@ -104,14 +106,19 @@ def read_documents(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[st
         else:
             wanted += [(file, file.relative_to(path).as_posix()) for file in _files_below(Path(path))]
 
-    seen = set()
-    for path, _ in wanted:
+    once: dict[str, tuple[str | os.PathLike[str], str | None]] = {}
+    again = []
+    for path, name in wanted:
         key = _STANDARD_INPUT if os.fspath(path) == _STANDARD_INPUT else os.path.realpath(path)
-        if key in seen:
-            raise ValueError(f"{os.fspath(path)!r} is asked for twice, which would count it double. Name it once.")
-        seen.add(key)
+        if key in once:
+            again.append(_printable(os.fspath(path)))
+        else:
+            once[key] = (path, name)
+    if again:
+        more = f" and {len(again) - _MOST_NAMED} more" if len(again) > _MOST_NAMED else ""
+        log.warning("Documents named several times count once: %s%s.", ", ".join(again[:_MOST_NAMED]), more)
 
-    documents = [(read_document(path), name) for path, name in wanted]
+    documents = [(read_document(path), name) for path, name in once.values()]
     return [document._replace(name=_printable(name)) if name else document for document, name in documents]
 
 

@@ -226,11 +226,25 @@ def test_unlistable_folder_is_refused(tmp_path, monkeypatch):
     assert "Permission denied. Change its permissions" in refusal(read_documents, [tmp_path])
 
 
-def test_missing_and_repeated_paths_are_refused(tmp_path):
+def test_no_path_is_refused():
     assert "No document given. Name at least one" in refusal(read_documents, [])
-    path = write(tmp_path / "a.txt", "text")
-    assert "asked for twice" in refusal(read_documents, [path, tmp_path])
-    assert "'-' is asked for twice" in refusal(read_documents, ["-", "-"])
+
+
+def test_file_named_again_counts_once(tmp_path, monkeypatch, caplog):
+    path, other = write(tmp_path / "in/a.txt", "text"), write(tmp_path / "in/b.txt", "other")
+    link = tmp_path / "link.txt"
+    link.symlink_to(path)
+    folder = path.parent
+    again = [folder / ".." / "in" / "a.txt", os.path.relpath(path), link, folder]
+    documents = read_documents([path, *again])
+    assert [(document.name, document.text) for document in documents] == [("a.txt", "text"), ("b.txt", "other")]
+    shown = ", ".join(map(str, [*again[:3], path]))
+    assert caplog.messages == [f"Documents named several times count once: {shown}."]
+    caplog.clear()
+    read_documents([other] * 8)
+    assert caplog.messages == [f"Documents named several times count once: {', '.join([str(other)] * 5)} and 2 more."]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"piped")))
+    assert [document.text for document in read_documents(["-", "-"])] == ["piped"]
 
 
 def test_missing_path_among_several_is_named(tmp_path):

@@ -119,6 +119,9 @@ def generate(settings: GenerateSettings) -> None:
     from hypernet.adapters.adapter import check_destination
 
     check_destination(settings.output_dir, overwrite=settings.overwrite)
+    from hypernet.model.checkpoint import num_saved_layers
+
+    check_scale(settings.scale, num_layers=num_saved_layers(settings.checkpoint))
     model = load(
         settings.checkpoint,
         base_model=settings.base_model,
@@ -127,6 +130,7 @@ def generate(settings: GenerateSettings) -> None:
         quantization=settings.quantization,
         attention=settings.attention,
     )
+    check_scale(settings.scale, num_layers=model.hypernetwork.num_layers)  # published files do not say it before
     joining = model.joining(
         settings.join,
         ridge=settings.ridge,
@@ -177,6 +181,14 @@ def read(paths: Sequence[str], *, checkpoint: str) -> "list[Document]":
             "python train.py"
         )
     return read_documents(paths)
+
+
+def check_scale(scale: float | Sequence[float], *, num_layers: int | None) -> None:
+    """Raises ValueError: as many factors as no adapter of this checkpoint has layers."""
+    if isinstance(scale, Sequence) and num_layers is not None and len(scale) != num_layers:
+        raise ValueError(
+            f"scale should be a number, or one for each of the {num_layers} adapted layers, got {len(scale)} numbers."
+        )
 
 
 def load(

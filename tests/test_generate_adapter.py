@@ -314,7 +314,9 @@ def test_scale_multiplies_what_the_adapter_does_by_layer(run):
 
 
 def test_scale_of_another_number_of_layers_is_refused(run):
-    assert "one for each of 2 layers, got 3" in error_line(run("document=doc.txt", "scale=[1,2,3]"))
+    result = run("document=doc.txt", "scale=[1,2,3]")
+    assert "one for each of the 2 adapted layers, got 3 numbers." in error_line(result)
+    assert "Loading" not in result.err
 
 
 # How chunks are joined
@@ -509,6 +511,8 @@ def test_unreadable_document_is_a_one_line_error(run, work, name, content, says)
         (["document=doc.txt", "device=${nothing}"], r"device should be cpu, cuda or auto, got '\$\{nothing\}'"),
         (["document=doc.txt", "overwrite=maybe"], "overwrite should be true or false, got 'maybe'"),
         (["document=doc.txt", "scale=strong"], "scale should be a number, or one for each .* got 'strong'"),
+        (["document=doc.txt", "ask={a: 1}"], "ask should be a text or a list of texts, got"),
+        (["document=doc.txt", "--bogus"], "There is no option --bogus. Settings are key=value, without dashes"),
         (["document=doc.txt", "scale=[]"], r"scale should be a number, or one for each layer.* got \[\]"),
         (["document=doc.txt", "quantization=int3"], "quantization should be one of int8, 4bit or null, got 'int3'"),
         (["document=doc.txt", "max_batch_tokens=0"], "max_batch_tokens should be a whole number, at least 1, got 0"),

@@ -1,6 +1,12 @@
-"""one_line: what a user can put right, as the one line that a command prints instead of a traceback."""
+"""What a command prints in one line: a mistake that the user can put right, instead of a traceback; and a warning,
+without the place in the code that it comes from."""
 
 import errno
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 LESS = "Give it less at once, or a device with more memory."
@@ -24,3 +30,32 @@ def one_line(error: BaseException, *, less: str = LESS) -> str | None:
     if isinstance(error, (ValueError, OSError)):
         return " ".join(str(error).split())
     return None
+
+
+@contextmanager
+def one_line_warnings(name: str) -> Iterator[None]:
+    """Within the block, whatever is warned of is a line on standard error, once for each text.
+
+    Args:
+        name: of the command, in front of the line.
+    """
+    before, seen = warnings.showwarning, set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = " ".join(str(message).split())
+        if text not in seen:
+            seen.add(text)
+            print(f"{name}: warning: {text}", file=sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

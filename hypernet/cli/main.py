@@ -12,7 +12,7 @@ import typer
 
 from hypernet import __version__
 from hypernet.cli import base_model, checkpoint, library, memory, self_study
-from hypernet.cli.errors import INTERRUPTED, one_line
+from hypernet.cli.errors import INTERRUPTED, one_line, one_line_warnings
 
 app = typer.Typer(
     name="hypernet",
@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _status(arguments: Sequence[str]) -> int:
     try:
         # Not standalone: Typer would put usage errors in a box of several lines.
-        status = app(args=list(arguments), prog_name="hypernet", standalone_mode=False) or 0
+        with one_line_warnings("hypernet"):
+            status = app(args=list(arguments), prog_name="hypernet", standalone_mode=False) or 0
     except typer.TyperException as error:
         # Without a subcommand there is no message: the help has been printed.
         if message := " ".join(error.format_message().split()):

@@ -18,21 +18,23 @@ import os
 import re
 import string
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc import locate
-from typing import Any, Generic
+from typing import Any, Generic, NoReturn
 
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hypernet.cli.errors import INTERRUPTED, LESS, one_line
-from hypernet.cli.settings import S, arguments_of, checked, no_such_setting
+from hypernet.cli.errors import INTERRUPTED, LESS, one_line, one_line_warnings
+from hypernet.cli.settings import S, arguments_of, checked, no_such_setting, wanted
 
 
 class Script(Generic[S]):
@@ -79,7 +81,8 @@ class Script(Generic[S]):
             in_task: what Hydra calls, of which a sweep has several: one that fails does not end the others.
         """
         try:
-            yield
+            with one_line_warnings(self.name):
+                yield
         except KeyboardInterrupt:
             print(f"{self.name}: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
@@ -101,6 +104,10 @@ class Script(Generic[S]):
             )
         if unknown := re.match(r"Could not override '(.+?)'", text):
             return self._no_such_setting(unknown[1])
+        if merged := re.match(r"Error merging override ([\w.]+)=(.*)", text, re.DOTALL):
+            key, value = merged.groups()
+            field = self.settings.model_fields.get(key)
+            return f"{key} should be {wanted(field) if field else 'of another type'}, got {value}."
         if ambiguous := re.match(r"Ambiguous value for argument '(.+?)=(.*)'", text):
             key, value = ambiguous.groups()
             return (
@@ -129,6 +136,7 @@ class Script(Generic[S]):
         with self.errors(in_task=False):
             for argument in sys.argv[1:]:
                 self._check_argument(argument)
+            _parser().parse_args()
             if {"--help", "-h"} & {*sys.argv[1:]}:
                 print(help_of(config))
             else:
@@ -146,6 +154,19 @@ class Script(Generic[S]):
         if name in self.renamed:
             return f"There is no setting {name!r} any more: write {self.renamed[name]}. See --help."
         return no_such_setting(name, () if "." in name else list(self.settings.model_fields))
+
+
+def _parser() -> ArgumentParser:
+    """Hydra's own, which prints its usage for an option that there is not; this one raises a ValueError."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        said = f"There is no option {unknown.split()[0]}" if unknown != message else message[:1].upper() + message[1:]
+        raise ValueError(f"{said}. Settings are key=value, without dashes; see --help.")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

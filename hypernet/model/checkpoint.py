@@ -111,6 +111,15 @@ def is_checkpoint(source: str | Path) -> bool:
     return (directory / CONFIG_FILE).is_file() or (directory / WEIGHTS_FILE).is_file()
 
 
+def num_saved_layers(source: str | Path) -> int | None:
+    """Layers that a checkpoint folder's adapters have, from its config.yaml alone; None where that does not say it."""
+    try:
+        config = yaml.safe_load((Path(source).expanduser() / CONFIG_FILE).read_bytes())
+        return len(config["hypernetwork"]["targets"][0]["paths"])
+    except (OSError, IndexError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        return None  # `load_checkpoint` says what is wrong
+
+
 def load_checkpoint(source: str | Path) -> SavedHypernetwork:
     """Reads a checkpoint folder and verifies its weights.
 

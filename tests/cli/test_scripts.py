@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 
 import hydra
 import pytest
@@ -80,6 +81,9 @@ def test_task_gets_checked_settings(config, monkeypatch):
         (["model=old"], "There is no setting 'model=old' any more: write model=new. See --help."),
         (["model=large"], "There is no model 'large'. There are new, tiny; see --help."),
         (["--runs", "3"], "Settings have no dashes: write runs=... instead of --runs."),
+        (["--bogus=1"], "There is no option --bogus=1. Settings are key=value, without dashes; see --help."),
+        (["-x", "runs=1"], "There is no option -x. "),
+        (["--cfg", "no"], "Argument --cfg/-c: invalid choice: 'no'"),
         (["runs"], "Cannot read the argument 'runs'. "),
         (["runs=1,2"], "Several values need brackets: 'runs=[1,2]'. "),
         (["runs=${nothing}"], "Interpolation key 'nothing' not found"),
@@ -105,6 +109,17 @@ def test_mistake_within_the_task_is_one_line(config, monkeypatch, capsys, error,
 
     assert run(config, monkeypatch, task=task) == says
     assert not capsys.readouterr().err
+
+
+def test_warning_within_the_task_is_one_line(config, monkeypatch, capsys):
+    def task(trial):
+        for text in ("wide\nline", "other", "other"):
+            warnings.warn(text, stacklevel=1)
+
+    shown = warnings.showwarning
+    assert run(config, monkeypatch, task=task) is None
+    assert capsys.readouterr().err == "trial: warning: wide line\ntrial: warning: other\n"
+    assert warnings.showwarning is shown
 
 
 def test_interrupted_task_says_so(config, monkeypatch, capsys):

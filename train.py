@@ -102,12 +102,13 @@ def train(cfg: DictConfig) -> None:
     keep_flat()
     import lightning
     import torch
+    from lightning.pytorch.utilities import disable_possible_user_warnings
 
-    # Of what Lightning says by itself only warnings matter here, and not that the frozen base model is in eval mode.
+    # Of what Lightning says by itself only warnings matter here, and not those that it calls possible: that the frozen
+    # base model is in eval mode, that every process validates on all of it, that a run ends before its first log line.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    disable_possible_user_warnings()
     warnings.filterwarnings("ignore", message=".*treespec")
-    warnings.filterwarnings("ignore", message=".*sync_dist=True")  # every process validates on all of it
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of tensors of a few numbers
 
     from hypernet.training.callbacks import StepProgressBar

@@ -76,7 +76,7 @@ def evaluate(model: Any, cfg: "RealTextSettings") -> dict[str, Any]:
                 difference = difference if math.isnan(difference) or found <= difference else found
     window = model.base_model.config.get_text_config().max_position_embeddings
     flat = [(i, question, answers) for i, (_, asked) in enumerate(paragraphs) for question, answers in asked]
-    length = {i: len(model.tokenizer(text)["input_ids"]) for i, (text, _) in enumerate(paragraphs)}
+    length = {i: len(model.tokenizer(text, verbose=False)["input_ids"]) for i, (text, _) in enumerate(paragraphs)}
     fits = {i for i in length if length[i] + 64 <= window}
     methods = {
         "no_context": [(q, None, None) for i, q, _ in flat],

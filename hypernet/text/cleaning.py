@@ -102,10 +102,10 @@ def visible(text: str, what: str) -> str:
     text = _INVISIBLE.sub(replacement, text)
     num_blanks += num_line_ends + num_paragraphs
     num_dropped += num_broken
-    if num_blanks or num_dropped:
-        log.warning(
-            "%r: %d blanks made spaces or line ends, %d invisible characters dropped", what, num_blanks, num_dropped
-        )
+    changed = [f"{num_blanks} blanks made spaces or line ends"] if num_blanks else []
+    changed += [f"{num_dropped} invisible characters dropped"] if num_dropped else []
+    if changed:
+        log.warning("%r: %s", what, ", ".join(changed))
     return text
 
 

@@ -22,10 +22,7 @@ NO_CHECKPOINT = (
     "No checkpoint at {tmp}/none: there is no such folder. Give a folder that holds config.yaml, or a published "
     "pytorch_model.bin."
 )
-ONE_STEP = (
-    "trainer.max_steps=1 trainer.log_every_n_steps=1 trainer.enable_progress_bar=false "
-    "task.stages=[{steps:1,batch_size:2}]"
-)
+ONE_STEP = "trainer.max_steps=1 trainer.enable_progress_bar=false task.stages=[{steps:1,batch_size:2}]"
 # Arguments → the whole screen as a regular expression, standard output first, {tmp} for the test's folder. Of each kind
 # of command that imports transformers, as far as the libraries have something to say.
 SCREENS = {

@@ -78,6 +78,9 @@ def test_changes_are_counted_in_one_warning(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "'a.txt': 2 blanks made spaces or line ends, 2 invisible characters dropped"
     ]
+    caplog.clear()
+    visible("a\u00a0b", "a.txt"), visible("c\u200bd", "b.txt")
+    assert caplog.messages == ["'a.txt': 1 blanks made spaces or line ends", "'b.txt': 1 invisible characters dropped"]
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def train(cfg: DictConfig) -> None:
     if not goes_on:
         _check_free(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)
-    with _run_folder(cfg) as trainers:
+    with _run_folder(cfg, goes_on=goes_on) as trainers:
         saving = RunCheckpoint(
             checkpoints,
             every_n_train_steps=cfg.checkpoint_every,
@@ -243,8 +243,11 @@ def _built(trainer: DictConfig) -> Any:
 
 
 @contextmanager
-def _run_folder(cfg: DictConfig) -> Iterator[list[Any]]:
+def _run_folder(cfg: DictConfig, *, goes_on: bool) -> Iterator[list[Any]]:
     """The run's folder, with its log and configuration; gone again if the run ends before its first step.
+
+    Args:
+        goes_on: the log that is there is this run's own.
 
     Yields:
         A list that takes the trainer, as soon as there is one.
@@ -256,7 +259,7 @@ def _run_folder(cfg: DictConfig) -> Iterator[list[Any]]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     job = HydraConfig.get().job.name  # of its own for each process
-    log = logging.FileHandler(folder / f"{job}.log", encoding="utf-8")
+    log = logging.FileHandler(folder / f"{job}.log", mode="a" if goes_on else "w", encoding="utf-8")
     logging.getLogger().addHandler(log)
     try:
         if rank_zero_only.rank == 0:

@@ -36,6 +36,7 @@ LIGHTNING = {
     "hypernet.data.datamodule",
     "hypernet.training.callbacks",
     "hypernet.training.lit_module",
+    "hypernet.training.metrics_file",
     "hypernet.training.run_state",
     "hypernet.training.sharding",
 }

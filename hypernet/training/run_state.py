@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from safetensors import SafetensorError, safe_open
 
 from hypernet.io.files import replaced, save_tensors
+from hypernet.training.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class RunCheckpoint(Checkpoint):
         dirpath: the run's checkpoints folder.
         every_n_train_steps: optimizer steps.
         keep: files; the second newest is what remains if the newest cannot be read.
-        replaces: the files that are there are an earlier run's, and go once this one has its first.
+        replaces: the files that are there are an earlier run's, and go once this one has its first; its metrics go when
+            this one begins.
         config: the resolved configuration, of plain values; resuming with another one says what differs.
     """
 
@@ -71,6 +73,12 @@ class RunCheckpoint(Checkpoint):
             for pattern in (f".{PREFIX}*{SUFFIX}.*", ".tmp*"):
                 for path in self.dirpath.glob(pattern):
                     path.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                # What was logged after the checkpoint, before a kill, comes again; an earlier run's is not this one's.
+                logger.begin(0 if self.replaces else trainer.global_step)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self._random_states is not None:

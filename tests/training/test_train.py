@@ -91,8 +91,8 @@ def test_train_resumes_where_the_last_run_stopped(train, small, tmp_path):
     checkpoints = tmp_path / "outputs/small/checkpoints"
     saved = SafetensorsCheckpointIO().load_checkpoint(find_checkpoint("last", checkpoints))
     assert saved["global_step"] == 2
-    train(*small, "trainer.max_steps=3", "ckpt_path=last", "logger.name=again")
-    assert steps_logged(tmp_path / "outputs/small/again") == [2]
+    train(*small, "trainer.max_steps=3", "ckpt_path=last")
+    assert steps_logged(tmp_path / "outputs/small/logs") == [0, 1, 2]
     newest = max(checkpoints.iterdir(), key=lambda path: path.stat().st_mtime)
     assert SafetensorsCheckpointIO().load_checkpoint(newest)["global_step"] == 3
 
@@ -182,7 +182,10 @@ def test_earlier_run_is_replaced_only_on_request(train, small, tmp_path):
     train(*small, "trainer.max_steps=1", "overwrite=true", "seed=1")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001.safetensors"]
     assert "seed: 1" in (folder / ".hydra/config.yaml").read_text()
+    assert steps_logged(folder) == [0]
+    assert (folder / "train.log").read_text().count("Checkpoint written to") == 1
     train(*small, "trainer.max_steps=2", "ckpt_path=auto", "seed=1")
+    assert (folder / "train.log").read_text().count("Checkpoint written to") == 2
 
 
 def test_run_is_not_mixed_into_a_folder_of_other_files(train, small, tmp_path):

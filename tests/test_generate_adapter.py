@@ -531,7 +531,7 @@ def test_unreadable_document_is_a_one_line_error(run, work, name, content, says)
         (["document=doc.txt", "gate=1.5"], "no setting 'gate' any more: write join=gate gate_power=1.25"),
         (["document=doc.txt", "+amplitude=2"], "no setting 'amplitude' any more: write scale=1.5"),
         (["document=doc.txt", "~ask"], "ask should be a text or a list of texts, got None"),
-        (["document=doc.txt", "output_dir=null"], "output_dir should be a text, got None"),
+        (["document=doc.txt", "output_dir=null"], "output_dir should be a folder, got None"),
         (["document=doc.txt", "dtype=float8"], "dtype should be one of float32, .* or null, got 'float8'"),
         (["document=doc.txt", "device=tpu"], "device should be cpu, cuda or auto, got 'tpu'"),
         (["document=doc.txt", "attention=magic"], "attention should be one of eager, .*, got 'magic'"),

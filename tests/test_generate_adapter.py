@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import safetensors.torch
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -33,7 +34,6 @@ from hypernet.base.base_model import build_base_model
 from hypernet.base.tokenizer import train_tokenizer
 from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.io import files as files_module
 from hypernet.model.checkpoint import WEIGHTS_FILE
 from hypernet.text.documents import read_documents
 
@@ -622,7 +622,7 @@ def no_space(error: Exception) -> Callable:
     ],
 )
 def test_full_disk_leaves_no_adapter_files(run, work, monkeypatch, error):
-    monkeypatch.setattr(files_module, "save_file", no_space(error))
+    monkeypatch.setattr(safetensors.torch, "save_file", no_space(error))
     line = error_line(run("document=doc.txt", "output_dir=deep/out", "ask=Who?"))
     assert re.search("No space left on the disk of .* Free some", line)
     assert files(work) == ["doc.txt"]
@@ -630,7 +630,7 @@ def test_full_disk_leaves_no_adapter_files(run, work, monkeypatch, error):
 
 def test_unwritable_folder_is_a_one_line_error(run, work, monkeypatch):
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out")
-    monkeypatch.setattr(files_module, "save_file", no_space(error))
+    monkeypatch.setattr(safetensors.torch, "save_file", no_space(error))
     assert "Permission denied: out. Check" in error_line(run("document=doc.txt", "output_dir=out"))
     assert files(work) == ["doc.txt"]
 
@@ -659,7 +659,7 @@ def test_interrupt_leaves_output_unchanged(run, work, monkeypatch, stage):
     assert run("document=doc.txt", "output_dir=out").code == 0
     before = {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
     if stage == "save":
-        monkeypatch.setattr(files_module, "save_file", no_space(KeyboardInterrupt()))
+        monkeypatch.setattr(safetensors.torch, "save_file", no_space(KeyboardInterrupt()))
     else:
         monkeypatch.setattr(DocToLoRA, stage, raising(KeyboardInterrupt()))
     for more in (["output_dir=out", "overwrite=true"], ["output_dir=new/folder"]):

@@ -14,10 +14,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:  # seconds, and only `save_tensors` needs it
+    from torch import Tensor
 
 
 @contextmanager
@@ -70,8 +70,11 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(tensors: "dict[str, Tensor]", path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """safetensors' save_file, raising OSError with the system's number where that raises a SafetensorError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:

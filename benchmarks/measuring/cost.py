@@ -14,13 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from hypernet.base.targets import LoRATarget
+if TYPE_CHECKING:  # torch takes seconds, and tables of stored rows need none
+    from torch import nn
 
-if TYPE_CHECKING:
+    from hypernet.base.targets import LoRATarget
     from hypernet.doc_to_lora import DocToLoRA
 
 
@@ -29,6 +27,9 @@ def flops_of(run: Callable[[], object]) -> int:
 
     `lora_delta` is one opaque op to torch: what an adapter adds is counted by `adapter_flops`.
     """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         run()
@@ -58,7 +59,9 @@ class ModelShape(NamedTuple):
     attention_width: int  # heads times head_dim
 
     @classmethod
-    def of(cls, base_model: nn.Module) -> "ModelShape":
+    def of(cls, base_model: "nn.Module") -> "ModelShape":
+        from torch import nn
+
         config = base_model.config.get_text_config()
         head = base_model.get_output_embeddings()
         linear = sum(m.weight.numel() for m in base_model.modules() if isinstance(m, nn.Linear) and m is not head)
@@ -76,7 +79,7 @@ class ModelShape(NamedTuple):
         return self.forward_flops(prompt, past=past) + sum(decoded)
 
 
-def adapter_flops(targets: Sequence[LoRATarget], rank: int, num_tokens: int) -> int:
+def adapter_flops(targets: "Sequence[LoRATarget]", rank: int, num_tokens: int) -> int:
     """Of an adapter of that total rank on so many tokens."""
     return 2 * rank * num_tokens * sum(module.d_in + module.d_out for t in targets for module in t.modules())
 
@@ -119,7 +122,7 @@ class CostModel(NamedTuple):
     """
 
     shape: ModelShape
-    targets: tuple[LoRATarget, ...]
+    targets: "tuple[LoRATarget, ...]"
     rank_per_chunk: int
     bias_rank: int
     max_chunk_tokens: int

@@ -90,7 +90,7 @@ def test_full_disk_is_one_line_and_changes_nothing(tmp_path):
     store = TokenStore(tmp_path / "memory")
     store.add([Draft(text="one")])
     pages = store.database._engine.raw_connection().driver_connection.execute("PRAGMA page_count").fetchone()[0]
-    store.close()
+    store.database._engine.dispose()  # its next connection has the limit
 
     @event.listens_for(store.database._engine, "connect")
     def limit(connection, _):

@@ -1,10 +1,10 @@
-"""benchmarks.memory_store: facts that can be found, and rows of a small run."""
+"""benchmarks.memory.store: facts that can be found, and rows of a small run."""
 
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from benchmarks.memory_store import measure, user_facts
+from benchmarks.memory.store import measure, user_facts
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import event, text
 
-from benchmarks.memory_store import kill_writers, random_schedules
+from benchmarks.memory.store import kill_writers, random_schedules
 from hypernet.memory.store import database as database_module
 from hypernet.memory.store.database import DATABASE_FILE, Database
 from hypernet.memory.store.records import Draft

@@ -1,7 +1,7 @@
 """The token tier of the memory: speed and recall, kill -9 at random points, random schedules.
 
-python -m benchmarks.memory_store
-python -m benchmarks.memory_store num_kills=0 num_schedules=0 memory.model=null
+python -m benchmarks.memory.store
+python -m benchmarks.memory.store num_kills=0 num_schedules=0 memory.model=null
 
 Users' memories are facts of the encyclopedia's test split, one sentence each that names its subject; a question is
 answered if that sentence is among the first five. The controls are another user's memory and random hits. A killed
@@ -238,7 +238,7 @@ def random_schedules(folder: Path, *, num_schedules: int, rng: random.Random, nu
     return {"kind": "schedules", "schedules": num_schedules, "wrong": wrong, "damage": len(damage)}
 
 
-@hydra.main(config_path="../conf", config_name="memory_store", version_base="1.3")
+@hydra.main(config_path="../../conf", config_name="memory_store", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     rows = []
 

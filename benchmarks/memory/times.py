@@ -288,9 +288,9 @@ def timeqa(pages: Pages, seeds: Sequence[int], *, num_others: int, **settings: A
                                 scores[kept, when, form].append(_scored(question, hits, statement_of))
                 memory.close()
     for (kept, when, form), found in scores.items():
-        asked = "as asked" if form == "text" else "without its dates"
+        how = "as asked" if form == "text" else "without its dates"
         row: Row = {"kind": "timeqa", "others": min(num_others, len(pages.others)), "dates": kept, "asked_at": when}
-        row |= {"question": asked, "questions": len(found), "pages": len({one["page"] for one in found})}
+        row |= {"question": how, "questions": len(found), "pages": len({one["page"] for one in found})}
         row["seeds"] = len(seeds)
         groups = [one["page"] for one in found]
         for name in ("right_at_1", "right_at_5", "answer_at_1", "answer_at_5"):

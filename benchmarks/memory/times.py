@@ -122,8 +122,12 @@ def mistakes(seed: int, *, num_facts: int, num_corrections: int, key: str) -> Ro
     encyclopedia = Encyclopedia("test", seed=seed)
     rng = encyclopedia.rng("mistakes")
     facts: list[Fact] = []
+    names: set[str] = set()
     while len(facts) < num_facts:
         entity = encyclopedia.entity(rng, rng.choice(relations()).entity_kind)
+        if entity.name.casefold() in names:  # two of one name would be one subject
+            continue
+        names.add(entity.name.casefold())
         facts += [
             Fact(entity, relation, encyclopedia.value(rng, relation.value_kind))
             for relation in relations()
@@ -141,8 +145,8 @@ def mistakes(seed: int, *, num_facts: int, num_corrections: int, key: str) -> Ro
         drafts = []
         for _, fact, since in told:
             sentence = rng.choice(fact.relation.sentences).format(s=fact.entity.name, n=fact.entity.name, v=fact.value)
-            names = {"given": fact.relation.name, "subject": "is"}
-            keyed = {"subject": fact.entity.name, "relation": names[key]} if key in names else {}
+            said = {"given": fact.relation.name, "subject": "is"}
+            keyed = {"subject": fact.entity.name, "relation": said[key]} if key in said else {}
             text = sentence[0].upper() + sentence[1:]
             drafts.append(Draft(text=text, filters=Filters(USER), valid_at=since, **keyed))
         if key == "extracted":  # which is what `Memory.add` does

@@ -1,9 +1,9 @@
 """This memory and Mem0's library on the same memories, in one run, offline: `python -m benchmarks.memory.peers`
 
-Users' memories are facts of the encyclopedia, as in `benchmarks.memory.store`. Each system stores them one by one, answers
-the same questions, deletes the same memories, and is closed and opened again. Mem0 runs with its default vector store
-(Qdrant's local mode, a folder), without telemetry, without a language model (`infer=False`) and with our embedder in
-place of its own. Its keyword search and its entities need models that it downloads, so they are off: to compare like
+Users' memories are facts of the encyclopedia, as in `benchmarks.memory.store`. Each system stores them one by one,
+answers the same questions, deletes the same memories, and is closed and opened again. Mem0 runs with its default vector
+store (Qdrant's local mode, a folder), without telemetry, without a language model (`infer=False`) and with our embedder
+in place of its own. Its keyword search and its entities need models that it downloads, so they are off: to compare like
 with like, one row of ours ranks by vectors.
 
 Mem0 is no dependency: it wants an older protobuf than the one pinned here. Install it beside, in a folder:
@@ -105,7 +105,10 @@ class Mem0:
 
     def open(self) -> None:
         import mem0
+        from mem0.memory.telemetry import MEM0_TELEMETRY
 
+        if MEM0_TELEMETRY:
+            raise ValueError("mem0 was imported before with its telemetry on. Run this in a process of its own.")
         for logger in ("mem0", "qdrant_client"):  # told once for each memory: that there is no spaCy, no fastembed
             logging.getLogger(logger).setLevel(logging.ERROR)
         dims = self._embedder.embed(["dims"]).shape[1]

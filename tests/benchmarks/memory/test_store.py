@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks.memory.store import measure, user_facts
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = Path(__file__).parents[3] / "conf"
 
 
 def test_each_question_has_one_memory_of_its_user():

@@ -28,6 +28,7 @@ from hypernet.memory.store.records import Draft, Filters
 from hypernet.memory.store.token_store import TokenStore
 
 log = logging.getLogger(__name__)
+_OPENED = "opened"  # a writer's first line
 
 
 class UserFacts(NamedTuple):
@@ -135,12 +136,14 @@ def kill_writers(folder: Path, *, num_kills: int, rng: random.Random, seconds: f
             finally:
                 os._exit(1)
         os.close(writer)
+        if rng.random() < 0.8:  # the others may be killed while they open the memory
+            os.read(reader, len(_OPENED) + 1)
         time.sleep(rng.random() * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(reader) as pipe:
             lines = [line.split() for line in pipe.read().split("\n")[:-1]]  # the last one may be cut
-        acknowledged += len(lines)
+        acknowledged += sum(what in ("add", "delete", "purge") for what, *_ in lines)
         begun: set[str] = set()
         for what, *keys in lines:
             if what == "add":
@@ -173,6 +176,7 @@ def _write_until_killed(folder: Path, live: list[str], seed: int, pipe: int) -> 
     def tell(*words: object) -> None:
         os.write(pipe, (" ".join(map(str, words)) + "\n").encode())
 
+    tell(_OPENED)
     while True:
         kind = rng.choice(["add", "add", "update", "delete", "rollback", "purge"])
         if kind == "add":

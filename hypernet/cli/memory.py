@@ -361,6 +361,9 @@ def import_(
     \b
     hypernet memory import mem0.jsonl --format mem0 --user alice
     """
+    from hypernet.memory.exchange import read_drafts
+
+    read_drafts(file, format=format)  # a mistake in it is told before a folder is made
     with _memory(directory, create=True) as memory:
         batch = memory.import_jsonl(file, format=format, user_id=user, agent_id=agent)
     _print_batch(batch, as_json)

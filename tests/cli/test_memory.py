@@ -100,6 +100,12 @@ def test_import_says_what_it_left_out(run, tmp_path):
     assert len(run("versions", "--json")[1]) == 1
 
 
+def test_import_of_a_faulty_file_makes_no_memory(run, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"caf\xe9")
+    assert run("import", tmp_path / "in.jsonl")[0] == run("import", tmp_path / "none.jsonl")[0] == 1
+    assert not (tmp_path / "memory").exists()
+
+
 def test_empty_list_is_no_error_and_no_hit_is_status_1(run):
     run("add", "one")
     assert run("list", "--user", "nobody") == (0, "") and run("search", "two") == (1, "")

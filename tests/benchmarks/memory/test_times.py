@@ -47,7 +47,7 @@ def pages(tmp_path):
     return read_timeqa(tmp_path / "timeqa.json")
 
 
-def test_statement_is_the_marked_sentence_with_the_questions_dates(pages):
+def test_statement_is_the_marked_sentence_with_its_dates(pages):
     first, second, *_ = pages.questions
     assert first.right == (
         ("/wiki/Fenda", "P108", "Fenda Elfax: She taught in Korvale .", date(1950, 1, 1), date(1955, 1, 1)),

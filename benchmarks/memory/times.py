@@ -24,6 +24,7 @@ import hydra
 from pydantic import Field
 
 from benchmarks.measuring.rows import Row
+from benchmarks.report.tables import Table
 from hypernet.cli.scripts import Script
 from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
 from hypernet.memory.memory import Memory
@@ -358,6 +359,19 @@ def _scored(
         **{"page": question.page, "right_at_1": any(found[:1]), "right_at_5": any(found)},
         **{"answer_at_1": any(answered[:1]), "answer_at_5": any(answered)},
     }
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """TimeQA's table in the documentation: shares of questions with the right span first, or among five hits."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if row["kind"] == "timeqa":
+            cells = [f"{row['right_at_1']:.2f}", " to ".join(f"{end:.2f}" for end in row["right_at_1_interval"])]
+            place = (f"{row['others']:,}", row["dates"], row["asked_at"])
+            lines[place] = [*lines.get(place, []), *cells, f"{row['right_at_5']:.2f}"]
+    asked = [f"{what}, {how}" for how in ("as asked", "without dates") for what in ("first", "95 %", "of five")]
+    head = ["other sentences", "dates kept", "asked at", *asked]
+    return Table("", head, [[*place, *cells] for place, cells in lines.items()]).markdown()
 
 
 # --- All ------------------------------------------------------------------------------------------------------------

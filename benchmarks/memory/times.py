@@ -24,7 +24,6 @@ import hydra
 from pydantic import Field
 
 from benchmarks.measuring.rows import Row
-from benchmarks.report.tables import Table
 from hypernet.cli.scripts import Script
 from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
 from hypernet.memory.memory import Memory
@@ -32,6 +31,7 @@ from hypernet.memory.store.records import Draft, Filters
 
 USER = "reader"
 _PRIORITY = ("registry", "notes/*")  # of sources, the best first
+_ANOTHER = "date of another span"  # the control
 _FIRST_DAY, _DAYS = date(1900, 1, 1), 40_000
 
 
@@ -281,9 +281,7 @@ def timeqa(pages: Pages, seeds: Sequence[int], *, num_others: int, **settings: A
         for kept in ("start and end", "start, and a key", "none"):
             with tempfile.TemporaryDirectory() as folder:
                 memory, statement_of = _filled(folder, pages, others, kept, settings)
-                asked = (
-                    {"date of the span": dates, "date of another span": wrong} if kept != "none" else {"no date": dates}
-                )
+                asked = {"date of the span": dates, _ANOTHER: wrong} if kept != "none" else {"no date": dates}
                 for when, days in asked.items():
                     for form in ("text", "undated"):
                         for question, day in zip(pages.questions, days, strict=True):
@@ -362,16 +360,20 @@ def _scored(
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """TimeQA's table in the documentation: shares of questions with the right span first, or among five hits."""
-    lines: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
-        if row["kind"] == "timeqa":
-            cells = [f"{row['right_at_1']:.2f}", " to ".join(f"{end:.2f}" for end in row["right_at_1_interval"])]
-            place = (f"{row['others']:,}", row["dates"], row["asked_at"])
-            lines[place] = [*lines.get(place, []), *cells, f"{row['right_at_5']:.2f}"]
-    asked = [f"{what}, {how}" for how in ("as asked", "without dates") for what in ("first", "95 %", "of five")]
-    head = ["other sentences", "dates kept", "asked at", *asked]
-    return Table("", head, [[*place, *cells] for place, cells in lines.items()]).markdown()
+    """TimeQA's table in the documentation: shares of questions whose first hit is a statement of the right span."""
+    from benchmarks.report.tables import Table, number
+
+    cells = {
+        "dates kept": lambda row: row["dates"],
+        "other sentences": lambda row: f"{row['others']:,}",
+        "question": lambda row: row["question"],
+        "right first": number("right_at_1"),
+        "low": lambda row: f"{row['right_at_1_interval'][0]:.2f}",
+        "high": lambda row: f"{row['right_at_1_interval'][1]:.2f}",
+        "right of five": number("right_at_5"),
+    }
+    shown = [row for row in rows if row["kind"] == "timeqa" and row["asked_at"] != _ANOTHER]
+    return Table.of("", shown, cells).markdown()
 
 
 # --- All ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ RESULTS = "benchmarks/results"
 SUMMARY = f"{RESULTS}/summary.html"
 # The page of all sweeps and what a person says of it are of these, in this order.
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
-FILES = ("README.md", "docs/results.md", "assets/tiny/README.md")
+FILES = ("README.md", "docs/results.md", "docs/memory.md", "assets/tiny/README.md")
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "niah": figures.needles,
     "composition": figures.composition,
@@ -229,6 +229,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training_speed_gpu": _speed("training_speed", "training_speed_gpu"),
     "internalize_cost": _speed("internalize_cost"),
     "kernel_speed": _speed("kernel_speed"),
+    "memory_times": _speed("memory.times", "memory_times"),
 }
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -86,7 +86,7 @@ def build(monkeypatch, tmp_path, tiny_base_model_folder):
 
 @pytest.mark.parametrize("top", TOP)
 def test_every_top_level_config_belongs_to_a_command(top):
-    commands = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    commands = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     assert [path for path in commands if f'config_name="{top}"' in path.read_text(encoding="utf-8")]
     assert resolved(composed(top))
 

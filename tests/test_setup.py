@@ -23,8 +23,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 TOOLS = ("awk", "bash", "cat", "chmod", "cp", "dirname", "echo", "find", "make", "mkdir", "rm", "sh", "touch")
-# Optional and too large for an extra; a command that needs a missing one names it.
-NOT_OURS_TO_INSTALL = {"vllm", "sentence-transformers"}
+# Optional: too large for an extra, or in need of an older protobuf than the pinned one; who needs one names it.
+NOT_OURS_TO_INSTALL = {"vllm", "sentence-transformers", "mem0"}
 DISTRIBUTION_OF = {"yaml": "pyyaml", "hydra": "hydra-core", "omegaconf": "hydra-core", "bs4": "beautifulsoup4"}
 
 # `-m venv` copies the stand-in to .venv/bin/python, so that what runs in .venv is logged as well.

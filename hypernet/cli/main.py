@@ -13,6 +13,7 @@ import typer
 from hypernet import __version__
 from hypernet.cli import base_model, checkpoint, library, memory, self_study
 from hypernet.cli.errors import INTERRUPTED, one_line, one_line_warnings
+from hypernet.text.cleaning import escaped
 
 app = typer.Typer(
     name="hypernet",
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and ends the process.
 
     The exit status is 0; 1 after a mistake that a command found, told in one line on standard error, or where `library
-    verify` found damage; 2 after a wrong option; 130 after Ctrl-C. `memory` adds 1 where nothing is found and 3 where
-    work is unfinished.
+    verify` found damage; 2 after a wrong option; 130 after Ctrl-C. `memory` adds 1 where `search` finds nothing, and 3
+    where work is unfinished.
 
     Args:
         arguments: without the command's own name; None takes the process's.
@@ -91,4 +92,4 @@ def _status(arguments: Sequence[str]) -> int:
 
 
 def _say(reason: str) -> None:
-    print(f"hypernet: {reason}", file=sys.stderr)
+    print(f"hypernet: {escaped(reason)}", file=sys.stderr)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hypernet.text.cleaning import escaped
+
 if TYPE_CHECKING:
     from hypernet.memory.memory import Memory
     from hypernet.memory.store.records import Batch, MemoryRef, MemoryVersion
@@ -25,8 +27,8 @@ app = typer.Typer(
     ID@VERSION. A filter that is not given does not restrict. In Python this is
     hypernet.Memory.
 
-    Exit status: 0 done, 1 an error or nothing found, 2 a wrong option, 3 work is
-    unfinished.
+    Exit status: 0 done, 1 an error, no hit of search or damage that verify found,
+    2 a wrong option, 3 work is unfinished.
 
     \b
     hypernet memory add "Orla Wint taught Fenda Elfax." --user alice
@@ -138,7 +140,9 @@ def get(
     """
     with _memory(directory) as memory:
         found = memory.get(key, as_of=as_of, known_at=known_at)
-    typer.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2) if as_json else found.text)
+    typer.echo(
+        json.dumps(found.as_dict(), ensure_ascii=False, indent=2) if as_json else escaped(found.text or "", keep="\n\t")
+    )
 
 
 @app.command("list")
@@ -192,7 +196,7 @@ def profile(
     with _memory(directory) as memory:
         found = memory.profile(user_id=user, agent_id=agent, run_id=run, limit=limit, recent_days=recent_days)
     parts = {name: [memory.as_dict() for memory in part] for name, part in found._asdict().items()}
-    typer.echo(json.dumps(parts, ensure_ascii=False, indent=2) if as_json else str(found))
+    typer.echo(json.dumps(parts, ensure_ascii=False, indent=2) if as_json else escaped(str(found), keep="\n\t"))
 
 
 @app.command()
@@ -357,6 +361,9 @@ def import_(
     \b
     hypernet memory import mem0.jsonl --format mem0 --user alice
     """
+    from hypernet.memory.exchange import read_drafts
+
+    read_drafts(file, format=format)  # a mistake in it is told before a folder is made
     with _memory(directory, create=True) as memory:
         batch = memory.import_jsonl(file, format=format, user_id=user, agent_id=agent)
     _print_batch(batch, as_json)
@@ -394,7 +401,7 @@ def verify(directory: _Directory = _DIRECTORY, as_json: _Json = False) -> None:
         typer.echo(json.dumps(found._asdict()))
     else:
         lines = [*found.damage, *(f"repaired {what}" for what in found.repaired)]
-        typer.echo("\n".join(lines) or "Everything is as it was stored.")
+        typer.echo("\n".join(map(escaped, lines)) or "Everything is as it was stored.")
     if found.damage:
         raise typer.Exit(1)
 
@@ -423,7 +430,9 @@ def _print_batch(batch: "Batch", as_json: bool) -> None:
         typer.echo(json.dumps(batch._asdict()))
         return
     derived = f", {batch.num_derived} of them derived" if batch.num_derived else ""
-    typer.echo(f"{batch.operation}: {len(batch.memories)} versions{derived} ({batch.version})")
+    known = f", {batch.num_known} left out that were here before" if batch.num_known else ""
+    version = f" ({batch.version})" if batch.version else ""
+    typer.echo(f"{batch.operation}: {len(batch.memories)} versions{derived}{known}{version}")
 
 
 def _print_memories(found: "Sequence[MemoryVersion]", as_json: bool) -> None:
@@ -432,7 +441,7 @@ def _print_memories(found: "Sequence[MemoryVersion]", as_json: bool) -> None:
         return
     for memory in found:
         until = f" to {memory.invalid_at[:10]}" if memory.invalid_at else ""
-        typer.echo(f"{memory.ref}  {memory.valid_at[:10]}{until}  {memory.text}")
+        typer.echo(escaped(f"{memory.ref}  {memory.valid_at[:10]}{until}  {memory.text}"))
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
@@ -440,4 +449,4 @@ def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
         return
     for row in rows:
-        typer.echo("  ".join(str(value) for value in row.values() if value not in (None, False)))
+        typer.echo(escaped("  ".join(str(value) for value in row.values() if value not in (None, False))))

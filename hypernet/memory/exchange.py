@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hypernet.memory.store.records import Draft, Filters, MemoryVersion
+from hypernet.memory.store.records import Draft, Filters, MemoryVersion, whole_number
 
 _ARRAYS = ("results", "edges", "passages", "blocks")
 _PLAIN = ("text", "role", "subject", "relation", "source", "valid_at", "conflict")
@@ -34,13 +34,22 @@ def read_drafts(path: str | Path, *, format: str = "plain") -> list[Draft]:
         OSError: it cannot be read.
     """
     reader, _ = _format(format)
-    drafts = []
-    for number, fields in _objects(Path(path).expanduser()):
+    drafts: list[Draft] = []
+    given: dict[tuple[str, int | None], tuple[str, Draft]] = {}
+    for place, fields in _objects(Path(path).expanduser()):
         try:
-            drafts.append(reader(fields))
-        except (KeyError, TypeError, AttributeError) as error:
-            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path}, entry {number} is no memory of the format {format}: {reason}.") from error
+            draft = reader(fields).checked()
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
+            raise ValueError(f"{path}, {place} is no memory of the format {format}: {reason}.") from error
+        if draft.id is not None:
+            first, same = given.setdefault((draft.id, draft.version), (place, draft))
+            if same != draft:
+                raise ValueError(
+                    f"{path}, {place} says something else under the id {draft.id!r} and version {draft.version} than "
+                    f"{first}. Give each memory its own id."
+                )
+        drafts.append(draft)
     return drafts
 
 
@@ -68,25 +77,66 @@ def _format(name: str) -> tuple[Callable[[Fields], Draft], Callable[[MemoryVersi
     return FORMATS[name]
 
 
-def _objects(path: Path) -> Iterator[tuple[int, Fields]]:
-    content = path.read_bytes().decode("utf-8-sig")
+def _objects(path: Path) -> Iterator[tuple[str, Fields]]:
+    """Each entry, and where it stands: "line 3" of JSON lines, "entry 3" of one value."""
+    content = _decoded(path)
+    found: Any
     try:
-        found = json.loads(content)
-    except json.JSONDecodeError:
-        found = []
-        for number, line in enumerate(content.splitlines(), 1):
-            if line.strip():
-                try:
-                    found.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number} is no JSON: {error}. Give one object per line.") from error
-    if isinstance(found, Mapping):
-        arrays = [found[name] for name in _ARRAYS if isinstance(found.get(name), list)]
-        found = [entry for array in arrays for entry in array] if arrays else [found]
-    for number, entry in enumerate(found, 1):
+        found = _loaded(content) if content.strip() else []
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg != "Extra data":  # more than one value: JSON lines
+            raise ValueError(
+                f"{path}, line {error.lineno} is no JSON: {error.msg}. Give one object per line."
+            ) from error
+        # Not splitlines: a JSON text may hold other line ends, such as U+2028, as they are.
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+        unit, found = "line", [(number, _line(path, number, line)) for number, line in lines]
+    else:
+        if isinstance(found, Mapping):
+            arrays = [found[name] for name in _ARRAYS if isinstance(found.get(name), list)]
+            found = [entry for array in arrays for entry in array] if arrays else [found]
+        unit, found = "entry", list(enumerate(found if isinstance(found, list) else [found], 1))
+    for number, entry in found:
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{path}, entry {number} is {entry!r}. Give objects.")
-        yield number, dict(entry)
+            raise ValueError(f"{path}, {unit} {number} is {_short(entry)}. Give objects.")
+        yield f"{unit} {number}", dict(entry)
+
+
+def _decoded(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {number} is not UTF-8. Save the file as UTF-8.") from error
+
+
+def _line(path: Path, number: int, line: str) -> Any:
+    try:
+        return _loaded(line)
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{path}, line {number} is no JSON: {reason}. Give one object per line.") from error
+
+
+def _loaded(content: str) -> Any:
+    """Raises JSONDecodeError, or ValueError for what no memory can hold."""
+    try:
+        return json.loads(content, parse_constant=_refused)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError(str(error) if "is no number" in str(error) else "a number has too many digits") from error
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _short(entry: Any) -> str:
+    return text if len(text := repr(entry)) <= 60 else f"{text[:60]}..."
 
 
 def _rest(fields: Fields, format: str, used: Iterable[str]) -> Fields:
@@ -113,9 +163,7 @@ def _from_plain(fields: Fields) -> Draft:
 
 def _number(fields: Fields) -> int | None:
     version = fields.get("version", 1 if "id" in fields else None)
-    if version is not None and (not isinstance(version, int) or version < 1):
-        raise TypeError(f"version is {version!r}, not a number from 1 on")
-    return version
+    return None if version is None else whole_number(version, "version")
 
 
 def _from_mem0(fields: Fields) -> Draft:

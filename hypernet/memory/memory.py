@@ -20,7 +20,8 @@ from hypernet.memory.embedding import Embedder, open_embedder
 from hypernet.memory.exchange import read_drafts, write_memories
 from hypernet.memory.extraction import Extractor
 from hypernet.memory.profile import Profile, profile
-from hypernet.memory.retriever import Retriever
+from hypernet.memory.retriever import Retriever, check_settings
+from hypernet.memory.store.database import check_folder
 from hypernet.memory.store.records import (
     Batch,
     Draft,
@@ -29,6 +30,7 @@ from hypernet.memory.store.records import (
     Hit,
     MemoryRef,
     MemoryVersion,
+    checked_conflict,
 )
 from hypernet.memory.store.times import Instant
 from hypernet.memory.store.token_store import TokenStore, Verification
@@ -72,9 +74,13 @@ class Memory:
             ValueError: the folder is no memory, there is no such model, or a setting is impossible.
             OSError: it cannot be read or written.
         """
-        store = TokenStore(folder, create=create, conflict=conflict, source_priority=source_priority)
+        # Found before a folder is made: a folder of something else, settings, the model.
+        check_folder(Path(folder).expanduser(), create=create)
+        check_settings(num_candidates, dense_weight)
+        checked_conflict(conflict)
         source = embedder if embedder is not None else model
         chosen = open_embedder(source) if isinstance(source, (str, Path)) else source
+        store = TokenStore(folder, create=create, conflict=conflict, source_priority=source_priority)
         retriever = Retriever(store, embedder=chosen, num_candidates=num_candidates, dense_weight=dense_weight)
         return cls(store, retriever, extractor=extractor)
 
@@ -117,9 +123,16 @@ class Memory:
         """
         filters = Filters(user_id, agent_id, run_id)
         common: dict[str, Any] = {
-            **{"valid_at": valid_at, "invalid_at": invalid_at, "source": source, "metadata": dict(metadata or {})},
+            **{
+                "valid_at": valid_at,
+                "invalid_at": invalid_at,
+                "source": source,
+                "metadata": {} if metadata is None else metadata,
+            },
             **{"conflict": conflict, "derived_from": tuple(map(str, derived_from))},
         }
+        if not isinstance(content, str) and (not isinstance(content, Sequence) or isinstance(content, bytes)):
+            raise ValueError(f"A memory is a text or a list of messages, not {content!r}.")
         if not isinstance(content, str):
             if subject is not None or relation is not None:
                 raise ValueError("A chat has no single subject and relation. Add its messages one by one.")
@@ -199,8 +212,8 @@ class Memory:
         given = Filters(user_id, agent_id).checked()
         drafts = [_owned(draft, given) for draft in read_drafts(path, format=format)]
         refs = self.store.add(drafts, operation="import")
-        version = refs[0].batch if refs else self.store.versions()[-1]["version"]
-        return Batch(version, "import", tuple(map(str, refs)))
+        version = refs[0].batch if refs else ""
+        return Batch(version, "import", tuple(map(str, refs)), num_known=len(drafts) - len(refs))
 
     def export_jsonl(
         self,

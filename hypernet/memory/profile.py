@@ -1,12 +1,14 @@
 """What is known of one user at a glance: what has been so for a while, and what was said lately."""
 
+from numbers import Real
 from typing import NamedTuple
 
-from hypernet.memory.store.records import Filters, MemoryVersion
+from hypernet.memory.store.records import Filters, MemoryVersion, whole_number
 from hypernet.memory.store.times import Instant, now, to_micros
 from hypernet.memory.store.token_store import TokenStore
 
 _DAY = 86_400_000_000  # microseconds
+_MOST_DAYS = 3_652_059  # from year 1 to 9999
 
 
 class Profile(NamedTuple):
@@ -36,8 +38,9 @@ def profile(
     """
     if not filters.checked().given:
         raise ValueError("A profile is somebody's. Give user_id, agent_id or run_id.")
-    if limit < 1 or recent_days < 0:
-        raise ValueError(f"limit is {limit} and recent_days {recent_days}. Give at least 1 and 0.")
+    limit = whole_number(limit, "limit")
+    if isinstance(recent_days, bool) or not isinstance(recent_days, Real) or not 0 <= recent_days <= _MOST_DAYS:
+        raise ValueError(f"recent_days is {recent_days!r}. Give a number from 0 to {_MOST_DAYS}.")
     until = now() if as_of is None else to_micros(as_of, "as_of")
-    span = {"since": until - int(recent_days * _DAY), "until": until, "limit": limit}
+    span: dict[str, int] = {"since": until - int(recent_days * _DAY), "until": until, "limit": limit}
     return Profile(tuple(store.stable(filters, **span)), tuple(store.recent(filters, **span)))

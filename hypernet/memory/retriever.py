@@ -9,6 +9,8 @@ Vectors are computed by whoever searches first and stored; each user's are then 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 from threading import Lock
 from typing import Any
 
@@ -18,7 +20,7 @@ from sqlalchemy import Connection, Row, and_, insert, select
 
 from hypernet.memory.embedding import Embedder, Vectors
 from hypernet.memory.store import full_text
-from hypernet.memory.store.records import Filters, Hit
+from hypernet.memory.store.records import Filters, Hit, whole_number
 from hypernet.memory.store.schema import among, memories, vectors
 from hypernet.memory.store.times import FOREVER, Instant, now, to_micros
 from hypernet.memory.store.token_store import TokenStore
@@ -71,8 +73,7 @@ class Retriever:
         num_candidates: int = 50,
         dense_weight: float = 0.5,
     ) -> None:
-        if num_candidates < 1 or dense_weight < 0:
-            raise ValueError("num_candidates is at least 1 and dense_weight at least 0.")
+        check_settings(num_candidates, dense_weight)
         self.store, self.embedder = store, embedder
         self.num_candidates, self.dense_weight = num_candidates, dense_weight
         self._held: OrderedDict[str | None, _Matrix] = OrderedDict()
@@ -93,11 +94,11 @@ class Retriever:
             known_at: as it was known then; None: now.
 
         Raises:
-            ValueError: a filter is blank, a date impossible or the limit below 1.
+            ValueError: the question is no text, a filter blank, a date impossible or the limit below 1.
         """
-        if limit < 1:
-            raise ValueError(f"limit is {limit}. Ask for at least one memory.")
-        filters, question = filters.checked(), whole(str(question), "question")
+        if not isinstance(question, str):
+            raise ValueError(f"A question is a text, not {question!r}.")
+        limit, filters, question = whole_number(limit, "limit"), filters.checked(), whole(question, "question")
         when = now() if as_of is None else to_micros(as_of, "as_of")
         known = None if known_at is None else to_micros(known_at, "known_at")
         matrix = None
@@ -212,3 +213,10 @@ class Retriever:
             if rows:  # another process may have been faster
                 connection.execute(insert(vectors).prefix_with("OR IGNORE", dialect="sqlite"), rows)
         return {seq: found[seq].astype(np.float32) for seq in there}
+
+
+def check_settings(num_candidates: int, dense_weight: float) -> None:
+    """Raises ValueError if one of them cannot be."""
+    whole_number(num_candidates, "num_candidates")
+    if isinstance(dense_weight, bool) or not isinstance(dense_weight, Real) or not 0 <= dense_weight < inf:
+        raise ValueError(f"dense_weight is {dense_weight!r}. Give a number from 0 on.")

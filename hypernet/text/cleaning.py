@@ -4,6 +4,8 @@
     visible("Ol\\u00adwin\\u00a0Corton", "a.txt")  # -> "Olwin Corton"
     without_hyphenation("Olwin Cor-\\nton")     # -> "Olwin Corton"
     wording("* Olwin Corton, 3.5 m!")          # -> "olwin corton 3 5 m", the same wherever and however it is set
+    is_blank("\\ufeff\\u200b")                 # -> True
+    escaped("\\x1b[2J")                        # -> "\\\\x1b[2J", which moves no cursor
 
 The first two say in the log how much they changed. Texts of ordinary characters come back as they are.
 """
@@ -55,6 +57,8 @@ _BROKEN = re.compile(
 _LONGEST_ADDRESS = 200  # characters that are looked at before a broken word
 _HYPHENATED = frozenset("self twenty thirty forty fifty sixty seventy eighty ninety".split())  # with what follows
 _WORDS_AND_SIGNS = re.compile(r"\w+|[^\w\s.,;:!?…'\"‘’“”„‚«»()\[\]*#]+")  # not the marks of sentences and Markdown
+# What moves a terminal's cursor, colours or clears it, ends its line or turns its direction, and what it cannot encode.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _CONJUNCTIONS = frozenset("and or und oder bzw sowie bis et ou y".split())  # after "pre-", before "post-war"
 
 
@@ -138,6 +142,24 @@ def without_hyphenation(text: str) -> str:
     while (longer := _BROKEN.sub(joined, text)) != text:
         text = longer
     return text
+
+
+def is_blank(text: str) -> bool:
+    """Whether a reader would see nothing: blanks, control and invisible characters alone."""
+    return all(
+        unicodedata.category(character) in ("Cc", "Cf") for character in _BLANK.sub("", text) if not character.isspace()
+    )
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    """`text` with control characters and halves of characters as Python writes them: "\\x1b", "\\n", "\\u202e".
+
+    A stored text printed raw could clear the screen, forge lines or change the terminal's title.
+
+    Args:
+        keep: control characters that stay, such as "\\n\\t".
+    """
+    return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def wording(text: str) -> str:

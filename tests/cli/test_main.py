@@ -114,6 +114,20 @@ def test_interrupt_exits_with_130_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "hypernet: interrupted\n"
 
 
+def test_interrupt_while_modules_are_imported_is_one_line():
+    """A signal raises KeyboardInterrupt wherever Python is: here in the import of the first of them."""
+    script = (
+        "import sys, runpy\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'hypernet.cli.main': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting()); sys.argv = ['hypernet', 'library', 'list']\n"
+        "runpy.run_module('hypernet', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "hypernet: interrupted\n")
+
+
 def test_mistake_of_ours_keeps_its_traceback(monkeypatch):
     def broken(self) -> None:
         raise RuntimeError("shape mismatch")

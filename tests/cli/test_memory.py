@@ -78,6 +78,39 @@ def test_damage_is_named_with_status_1(run, tmp_path):
     assert status == 1 and "is not the text that was stored" in found["damage"][0]
 
 
+def test_control_characters_are_escaped_on_the_screen(run, tmp_path, capsys):
+    forged = "clear \x1b[2J title \x9b1m\nnext\u202eline"
+    key = run("add", forged, "--user", "alice\x07", "--json")[1]["id"]
+    printed = "clear \\x1b[2J title \\x9b1m\\nnext\\u202eline\n"
+    assert run("list")[1].endswith(printed) and run("search", "clear title")[1].endswith(printed)
+    assert run("get", key)[1] == printed.replace("\\n", "\n")
+    assert "\x1b" not in run("history", key)[1] + run("profile", "--user", "alice\x07")[1]
+    run("delete", key, "--reason", "\x1b]0;title\x07")
+    assert "\\x1b]0;title\\x07" in run("history", key)[1]
+    run("restore", key)
+    assert [m["text"] for m in run("list", "--json")[1]] == [forged]
+    assert hypernet("memory", "get", "a@\x1b[2J", "--directory", tmp_path / "memory") == 1
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_import_says_what_it_left_out(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": "m1", "text": "a"}\n')
+    run("import", tmp_path / "in.jsonl")
+    assert run("import", tmp_path / "in.jsonl")[1] == "import: 0 versions, 1 left out that were here before\n"
+    assert len(run("versions", "--json")[1]) == 1
+
+
+def test_import_of_a_faulty_file_makes_no_memory(run, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"caf\xe9")
+    assert run("import", tmp_path / "in.jsonl")[0] == run("import", tmp_path / "none.jsonl")[0] == 1
+    assert not (tmp_path / "memory").exists()
+
+
+def test_empty_list_is_no_error_and_no_hit_is_status_1(run):
+    run("add", "one")
+    assert run("list", "--user", "nobody") == (0, "") and run("search", "two") == (1, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [

@@ -50,6 +50,13 @@ LETTA = {
 }
 
 
+GOOD = '{"text": "good"}'
+
+
+def nested(depth: int) -> str:
+    return '{"a": ' * depth + "1" + "}" * depth
+
+
 @pytest.fixture
 def memory(tmp_path):
     memory = Memory.open(tmp_path / "memory")
@@ -123,17 +130,60 @@ def test_letta_blocks_and_passages_become_an_agents(memory, tmp_path):
     [
         ('{"text": "a"}\nnot json\n', "plain", "line 2 is no JSON"),
         ('{"memory": "a"}\n', "plain", "entry 1 is no memory of the format plain: text is missing"),
-        ('{"memory": "a"}\n{"text": "a"}\n', "mem0", "entry 2 is no memory of the format mem0: memory is missing"),
+        ('{"memory": "a"}\n{"text": "a"}\n', "mem0", "line 2 is no memory of the format mem0: memory is missing"),
         ('{"text": "good"}\n{"text": "a", "valid_at": "2026-02-30"}\n', "plain", "valid_at is '2026-02-30'"),
         ('{"text": "a", "id": "x", "version": "one"}', "plain", "version is 'one'"),
         ("[1]", "plain", "entry 1 is 1"),
+        ("5", "plain", "entry 1 is 5"),
+        ('[\n{"text": "a"},\n{"text": b}]', "plain", "line 3 is no JSON"),
+        (f'{GOOD}\n{{"text": "a", "id": "x", "version": {10**20}}}', "plain", f"line 2 .*version is {10**20}"),
+        (f'{GOOD}\n{{"text": "a", "metadata": {{"n": {"9" * 5000}}}}}', "plain", "line 2 .*too many digits"),
+        (f'{GOOD}\n{{"text": "a", "metadata": {{"n": NaN}}}}', "plain", "line 2 .*NaN is no number"),
+        (f'{GOOD}\n{{"text": "a", "metadata": {{"n": 1e999}}}}', "plain", "line 2 .*metadata is no JSON"),
+        (f'{GOOD}\n{{"text": "a", "metadata": {nested(33)}}}', "plain", "line 2 .*nested deeper than 32"),
+        (f'{GOOD}\n{{"text": "a", "metadata": {nested(100_000)}}}', "plain", "line 2 .*nested too deeply"),
+        (nested(100_000), "plain", "line 1 .*nested too deeply"),
+        (f'{GOOD}\n{{"text": "a", "user_id": "\\ud800"}}', "plain", "line 2 .*half a character"),
+        (f'{GOOD}\n{{"text": "a", "id": "\\u001b[2J"}}', "plain", "line 2 .*is no memory's id"),
+        (f'{GOOD}\n{{"text": "\\ufeff"}}', "plain", "line 2 .*A memory is a text"),
+        ('{"id": "x", "memory": "a"}\n\n{"id": "x", "memory": "b"}', "mem0", "line 3 says something else .* line 1"),
         ("[]", "zep", "Unknown format 'zep': choose one of plain, mem0"),
     ],
 )
 def test_unreadable_file_is_one_line_and_adds_nothing(memory, tmp_path, content, format, message):
     with pytest.raises(ValueError, match=message) as error:
         imported(memory, tmp_path, content, format=format)
-    assert "\n" not in str(error.value) and memory.list() == ()
+    assert "\n" not in str(error.value) and memory.list() == () and memory.versions() == ()
+    assert not str(error.value).endswith("..")
+
+
+@pytest.mark.parametrize(("content", "line"), [(b"caf\xe9", 1), (b'{"text": "a"}\r\n\n{"text": "\xc3("}', 3)])
+def test_bytes_that_are_no_utf8_are_named_by_line(memory, tmp_path, content, line):
+    (path := tmp_path / "file.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"file.jsonl, line {line} is not UTF-8"):
+        memory.import_jsonl(path)
+
+
+def test_import_of_nothing_new_leaves_no_batch(memory, tmp_path):
+    twice = '{"id": "x", "text": "a"}\n{"id": "x", "text": "a"}\n{"id": "y", "text": "b"}\n'
+    first = imported(memory, tmp_path, twice, format="plain")
+    assert (first.version, first.memories, first.num_known) == ("v1", ("x@1", "y@1"), 1)
+    again = imported(memory, tmp_path, twice, format="plain")
+    assert (again.version, again.memories, again.num_known) == ("", (), 3)
+    assert imported(memory, tmp_path, "", format="plain") == imported(memory, tmp_path, "[]", format="mem0")
+    assert [batch["version"] for batch in memory.versions()] == ["v1"]
+
+
+def test_odd_texts_and_metadata_come_back_from_an_export(memory, tmp_path):
+    deepest = json.loads(nested(32))
+    for text in ("one\u2028line \x85 of \x1b[2J many\r\n", "nul \0 inside", "\ufeffmarked"):
+        memory.add(text, metadata={"n": 2**70, "x": -0.5, "none": None})
+    memory.add("deep", metadata=deepest)
+    memory.export_jsonl(tmp_path / "all.jsonl")
+    other = Memory.open(tmp_path / "other")
+    other.import_jsonl(tmp_path / "all.jsonl")
+    assert [(m.text, m.metadata) for m in other.list()] == [(m.text, m.metadata) for m in memory.list()]
+    assert other.list()[-1].metadata == deepest and other.search("many")[0].metadata["n"] == 2**70
 
 
 def test_file_written_by_hand_needs_text_alone(memory, tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hypernet
@@ -44,6 +45,111 @@ def test_halves_of_characters_are_stored_whole(tmp_path):
     assert memory.get(ref).text == "Who is K\ufffdthe?"
     memory.update(ref, "K\udce4the", valid_at="2026-01-01")
     assert memory.search("K\udce4the is who", user_id="alice")
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: m.search("x", limit=1.5), "limit is 1.5"),
+        (lambda m: m.search("x", limit=10**20), f"limit is {10**20}. Give a whole number from 1 to 2147483647"),
+        (lambda m: m.search("x", limit=True), "limit is True"),
+        (lambda m: m.search(["a"]), r"A question is a text, not \['a'\]"),
+        (lambda m: m.search(None), "A question is a text, not None"),
+        (lambda m: m.list(limit=-1), "limit is -1"),
+        (lambda m: m.list(limit=10**20), "limit is 1"),
+        (lambda m: m.profile(user_id="alice", limit=0), "limit is 0"),
+        (lambda m: m.profile(user_id="alice", recent_days=float("nan")), "recent_days is nan"),
+        (lambda m: m.profile(user_id="alice", recent_days=1e300), "recent_days is 1e"),
+        (lambda m: m.add(None), "A memory is a text or a list of messages, not None"),
+        (lambda m: m.add(5), "not 5"),
+        (lambda m: m.add(b"bytes"), "not b'bytes'"),
+        (lambda m: m.add({"role": "user", "content": "a"}), "A memory is a text or a list of messages"),
+        (lambda m: m.add("a", user_id="\ud800"), "user_id .* half a character"),
+        (lambda m: m.add("a", user_id="\u200b"), "user_id .* Give a text"),
+        (lambda m: m.add("a", source="\udc00"), "source .* half a character"),
+        (lambda m: m.add("\ufeff"), "A memory is a text"),
+        (lambda m: m.add(" \u200b\u00ad\x00\n"), "A memory is a text"),
+        (lambda m: m.add([{"role": "user", "content": "\u200b"}]), "A memory is a text"),
+        (lambda m: m.update("one", "\ufeff"), "A memory is a text"),
+        (lambda m: m.add("a", metadata={"x": float("inf")}), "metadata is no JSON object"),
+        (lambda m: m.add("a", metadata={"x": object()}), "metadata is no JSON object"),
+        (lambda m: m.add("a", metadata=[1]), "metadata is no JSON object"),
+        (lambda m: m.delete("one", reason="\ud800"), "reason .* half a character"),
+        (lambda m: m.get(f"one@{10**20}"), "is no memory's id"),
+        (lambda m: m.get("\ud800"), "is no memory's id"),
+        (lambda m: m.rollback("v" + "9" * 30), "is no version of a batch"),
+    ],
+)
+def test_impossible_argument_is_one_line_and_changes_nothing(tmp_path, call, says):
+    memory = Memory.open(tmp_path / "memory")
+    (tmp_path / "one.jsonl").write_text('{"id": "one", "text": "one"}')
+    memory.import_jsonl(tmp_path / "one.jsonl")
+    with pytest.raises(ValueError, match=says) as error:
+        call(memory)
+    assert "\n" not in str(error.value) and [m.text for m in memory.list()] == ["one"]
+    assert len(memory.versions()) == 1 and memory.verify() == ((), ())
+
+
+def test_integers_of_numpy_are_limits(tmp_path):
+    memory = Memory.open(tmp_path / "memory")
+    memory.add("one")
+    assert len(memory.search("one", limit=np.int64(3))) == len(memory.list(limit=np.int32(1))) == 1
+
+
+def test_calls_after_close_are_one_line(tmp_path):
+    memory = Memory.open(tmp_path / "memory")
+    memory.add("one")
+    memory.close()
+    memory.close()
+    calls = [lambda: memory.add("two"), lambda: memory.search("one"), memory.list, memory.status, memory.versions]
+    for call in [*calls, memory.purge, memory.verify, lambda: memory.get("x")]:
+        with pytest.raises(ValueError, match="was closed. Open it again."):
+            call()
+    assert [m.text for m in Memory.open(tmp_path / "memory").list()] == ["one"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "/no/such/model"},
+        {"embedder": "sentence-transformers:none"},
+        {"num_candidates": 0},
+        {"dense_weight": float("nan")},
+        {"conflict": "newest"},
+        {"source_priority": "notes/*"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_memory_that_cannot_be_opened_leaves_no_file(tmp_path, settings):
+    with pytest.raises(ValueError):
+        Memory.open(tmp_path / "memory", **settings)
+    assert not (tmp_path / "memory").exists()
+
+
+def test_call_with_nothing_to_do_leaves_no_batch(tmp_path):
+    memory = Memory.open(tmp_path / "memory")
+    assert memory.delete_all(user_id="nobody").version == memory.purge().version == ""
+    assert memory.versions() == () and memory.add("one").batch == "v1"
+
+
+def test_restore_says_what_kept_a_memory_away(tmp_path):
+    memory = Memory.open(tmp_path / "memory")
+    ref = memory.add("one", user_id="alice")
+    with pytest.raises(ValueError, match=f"{ref.id} is not deleted: there is nothing to restore"):
+        memory.restore(ref)
+    undone = memory.rollback(ref.batch)
+    with pytest.raises(ValueError, match="was not deleted but taken back with its batch v1. .* roll back v2"):
+        memory.restore(ref)
+    memory.rollback(undone.version)
+    summary = memory.add("of one", user_id="alice", derived_from=[str(ref)])
+    memory.delete(f"{ref.id}@1")
+    with pytest.raises(ValueError, match=f"stays deleted: it was derived from {ref.id}@1, deleted too"):
+        memory.restore(summary)
+    memory.purge()
+    with pytest.raises(ValueError, match=f"{ref.id} was purged: its content is gone for good"):
+        memory.restore(ref)
+    with pytest.raises(ValueError, match="There is no memory nobody"):
+        memory.restore("nobody")
 
 
 def test_folder_moves_with_its_memories(tmp_path):

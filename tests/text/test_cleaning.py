@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from hypernet.text.cleaning import visible, whole, without_hyphenation, wording
+from hypernet.text.cleaning import escaped, is_blank, visible, whole, without_hyphenation, wording
 
 
 @pytest.mark.parametrize(
@@ -151,3 +151,23 @@ def test_wording_is_the_same_however_a_passage_is_set():
 )
 def test_wording_keeps_numbers_and_signs_apart(one, other):
     assert wording(one) != wording(other)
+
+
+def test_control_characters_are_written_as_python_writes_them():
+    for code in [
+        *range(0x20),
+        *range(0x7F, 0xA0),
+        0x2028,
+        0x2029,
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+        0xD800,
+    ]:
+        assert escaped(f"a{chr(code)}b") == f"a{ascii(chr(code))[1:-1]}b"
+    kept = "K\u00e4the \U0001f468\u200d\U0001f469 \u6f22 \\x1b"
+    assert escaped(kept) == kept and escaped("a\n\tb\r", keep="\n\t") == "a\n\tb\\r"
+
+
+@pytest.mark.parametrize("blank", ["", " \n\x1c", "\ufeff", "\u200b\u00ad", "\u3164\u00a0", "\x00\x1b", "\u202e"])
+def test_text_of_nothing_visible_is_blank(blank):
+    assert is_blank(blank) and not is_blank(f"{blank}.") and not is_blank(f"{blank}\u0301")

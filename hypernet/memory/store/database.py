@@ -40,13 +40,16 @@ class Database:
 
     def __init__(self, folder: Path, *, create: bool = True) -> None:
         self.path = folder / DATABASE_FILE
-        _check_folder(folder, create=create)
+        check_folder(folder, create=create)
         folder.mkdir(parents=True, exist_ok=True)
+        self._closed = False
         self._engine = _engine(self.path)
         with _locked(folder / _LOCK_FILE), self._translated():
             self._migrate()
 
     def close(self) -> None:
+        """Whatever is called afterwards raises ValueError."""
+        self._closed = True
         self._engine.dispose()
 
     @contextmanager
@@ -120,6 +123,8 @@ class Database:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
+        if self._closed:
+            raise ValueError(f"The memory {self.path.parent} was closed. Open it again.")
         try:
             yield
         except (DBAPIError, sqlite3.Error) as error:
@@ -142,7 +147,8 @@ class Database:
         return error
 
 
-def _check_folder(folder: Path, *, create: bool) -> None:
+def check_folder(folder: Path, *, create: bool) -> None:
+    """Raises ValueError unless the folder is a memory, or may become one. Makes nothing."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file. Name the folder of a memory.")
     if (folder / DATABASE_FILE).exists():

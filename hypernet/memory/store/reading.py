@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, func, or_, select
 from sqlalchemy.sql.elements import ColumnElement
 
 from hypernet.memory.store.database import Database
-from hypernet.memory.store.records import EVERYBODY, Filters, HistoryEntry, MemoryVersion, split_ref
+from hypernet.memory.store.records import EVERYBODY, Filters, HistoryEntry, MemoryVersion, split_ref, whole_number
 from hypernet.memory.store.schema import among, batches, events, memories
 from hypernet.memory.store.timeline import End, Statement, ends
 from hypernet.memory.store.times import FOREVER, Instant, now, to_micros, to_text
@@ -67,7 +67,7 @@ class StoreReader:
         limit: int | None = None,
     ) -> list[MemoryVersion]:
         """What holds at `as_of` (None: now), as it was known at `known_at` (None: now), in the order stored."""
-        filters = filters.checked()
+        filters, limit = filters.checked(), None if limit is None else whole_number(limit, "limit")
         when = now() if as_of is None else to_micros(as_of, "as_of")
         known = None if known_at is None else to_micros(known_at, "known_at")
         with self.database.read() as connection:

@@ -4,14 +4,22 @@ draft = Draft(text="Fenda Elfax was taught by Orla Wint.", filters=Filters(user_
 ref.id, ref.version, ref.batch             # str(ref) is id@version, the key of everything derived from it
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple, Self
 
-from hypernet.memory.store.times import Instant
+from hypernet.memory.store.timeline import CONFLICTS
+from hypernet.memory.store.times import Instant, to_micros
+from hypernet.text.cleaning import is_blank, whole
 
-_ID = re.compile(r"[^@\s]{1,128}")
+_ID = re.compile(r"[^@\s\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}")
+_NUMBER = re.compile("[1-9][0-9]{0,9}")
+_HALF = re.compile("[\ud800-\udfff]")
+MAX_NUMBER = 2**31 - 1  # of versions, batches and limits: an INTEGER of any database
+MAX_DEPTH = 32  # of metadata: json, dataclasses and databases each give up at some depth of their own
 
 
 class Filters(NamedTuple):
@@ -28,8 +36,7 @@ class Filters(NamedTuple):
             ValueError: an id is blank, which would otherwise mean everybody, or no text.
         """
         for name, value in self._asdict().items():
-            if value is not None and (not isinstance(value, str) or not value.strip()):
-                raise ValueError(f"{name} is {value!r}. Give a name, or leave it out.")
+            check_text(name, value)
         return self
 
     @property
@@ -54,8 +61,9 @@ class MemoryRef(NamedTuple):
 class Batch(NamedTuple):
     """What one call changed.
 
-    version: its name, such as "v12". memories: id@version of each. num_derived: how many of them had only been derived
-    from what was asked for. finished: False if another process still reads what was to be erased.
+    version: its name, such as "v12"; empty if nothing was to be changed. memories: id@version of each. num_derived: how
+    many of them had only been derived from what was asked for. finished: False if another process still reads what was
+    to be erased. num_known: of imported ones, those left out because they were here before.
     """
 
     version: str
@@ -63,6 +71,7 @@ class Batch(NamedTuple):
     memories: tuple[str, ...] = ()
     num_derived: int = 0
     finished: bool = True
+    num_known: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +100,49 @@ class Draft:
     derived_from: tuple[str, ...] = ()
     id: str | None = None
     version: int | None = None
+
+    def checked(self) -> Self:
+        """Itself.
+
+        Raises:
+            ValueError: there is no text, a date is impossible, only half a key is given, metadata is no JSON, ...
+        """
+        is_end = self.text is None and self.id is not None  # an imported statement that nothing holds
+        if not is_end and (not isinstance(self.text, str) or is_blank(self.text)):
+            raise ValueError(f"A memory is a text, not {self.text!r}. Give at least a word.")
+        self.filters.checked()
+        if (self.subject is None) != (self.relation is None):
+            raise ValueError("A key is a subject and a relation. Give both, or neither.")
+        for name in ("subject", "relation", "role", "source"):
+            check_text(name, getattr(self, name))
+        if self.conflict is not None:
+            checked_conflict(self.conflict)
+        if self.id is not None and split_ref(self.id)[1] is not None:
+            raise ValueError(f"id is {self.id!r}. Give it without @, and the version by itself.")
+        if self.version is not None:
+            whole_number(self.version, "version")
+        for name in ("valid_at", "invalid_at"):
+            if (value := getattr(self, name)) is not None:
+                to_micros(value, name)
+        self.metadata_json()
+        return self
+
+    def metadata_json(self) -> str:
+        """The metadata as it is stored.
+
+        Raises:
+            ValueError: it is no JSON object, or nested deeper than `MAX_DEPTH`.
+        """
+        try:
+            if not isinstance(self.metadata, Mapping):
+                raise TypeError(f"it is {self.metadata!r}")
+            _check_depth(self.metadata, MAX_DEPTH)
+            found = json.dumps(dict(self.metadata), ensure_ascii=False, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"metadata is no JSON object: {error}. Give texts, finite numbers, lists and dicts."
+            ) from error
+        return whole(found, "metadata")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +217,59 @@ def split_ref(key: str) -> tuple[str, int | None]:
         ValueError: it is neither.
     """
     identity, at, version = str(key).partition("@")
-    if not _ID.fullmatch(identity) or (at and not (version.isascii() and version.isdigit() and int(version) > 0)):
+    if not _ID.fullmatch(identity) or (at and not (_NUMBER.fullmatch(version) and int(version) <= MAX_NUMBER)):
         raise ValueError(f"{key!r} is no memory's id. Give an id or id@version, as add and search print them.")
     return identity, int(version) if at else None
+
+
+def batch_number(version: str | int) -> int:
+    """3 of "v3".
+
+    Raises:
+        ValueError: it is no name of a batch.
+    """
+    digits = str(version).removeprefix("v")
+    if not (_NUMBER.fullmatch(digits) and int(digits) <= MAX_NUMBER):
+        raise ValueError(f"{version!r} is no version of a batch. Give one such as v3; `versions` lists them.")
+    return int(digits)
+
+
+def whole_number(value: Any, name: str) -> int:
+    """`value` as an int from 1 to `MAX_NUMBER`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    # numpy's integers count; SQLite would store them as bytes.
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= MAX_NUMBER:
+        raise ValueError(f"{name} is {value!r}. Give a whole number from 1 to {MAX_NUMBER}.")
+    return int(value)
+
+
+def checked_conflict(conflict: str) -> str:
+    """One of `CONFLICTS`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if conflict not in CONFLICTS:
+        raise ValueError(f"Unknown conflict {conflict!r}: choose one of {', '.join(CONFLICTS)}.")
+    return conflict
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is None or a text that can be read and stored."""
+    if value is None:
+        return
+    if not isinstance(value, str) or is_blank(value):
+        raise ValueError(f"{name} is {value!r}. Give a text, or leave it out.")
+    if _HALF.search(value):
+        raise ValueError(f"{name} is {value!r}, which holds half a character. Give whole ones.")
+
+
+def _check_depth(value: Any, left: int) -> None:
+    if isinstance(value, (Mapping, list, tuple)):
+        if not left:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            _check_depth(inner, left - 1)

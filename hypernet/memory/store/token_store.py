@@ -38,17 +38,20 @@ from sqlalchemy import (
 from hypernet.memory.store import full_text
 from hypernet.memory.store.database import Database
 from hypernet.memory.store.deletions import DELETIONS_FILE, MAX_REASON_CHARACTERS, DeletionLog
-from hypernet.memory.store.reading import StoreReader, ends_of, named, same, within
+from hypernet.memory.store.reading import StoreReader, ends_of, named, same, unknown, within
 from hypernet.memory.store.records import (
     EVERYBODY,
     Batch,
     Draft,
     Filters,
     MemoryRef,
+    batch_number,
+    check_text,
+    checked_conflict,
     split_ref,
 )
 from hypernet.memory.store.schema import among, batches, contains, events, memories, vectors
-from hypernet.memory.store.timeline import CONFLICTS, JOINING, End
+from hypernet.memory.store.timeline import JOINING, End
 from hypernet.memory.store.times import Instant, now, to_micros, to_text
 
 _UNFINISHED_PURGE = ".purging"  # there while deleted content may still lie in free pages or the log
@@ -106,7 +109,9 @@ class TokenStore(StoreReader):
         conflict: str = "latest",
         source_priority: Sequence[str] = (),
     ) -> None:
-        self.conflict, self.source_priority = _checked_conflict(conflict), tuple(source_priority)
+        if isinstance(source_priority, str):
+            raise ValueError(f"source_priority is {source_priority!r}. Give a list of patterns.")
+        self.conflict, self.source_priority = checked_conflict(conflict), tuple(source_priority)
         self.folder = Path(folder).expanduser().resolve()
         super().__init__(Database(self.folder, create=create))
         self._log = DeletionLog(self.folder, self.database)
@@ -129,9 +134,12 @@ class TokenStore(StoreReader):
             ValueError: a text is empty, a date impossible, or what it was derived from is not here.
         """
         for draft in drafts:
-            _check(draft)
+            draft.checked()
         with self._writing(operation, batch=batch) as writing:
-            return self._add(writing, drafts, operation=operation)
+            refs = self._add(writing, drafts, operation=operation)
+            if not refs and batch is None:
+                _undo(writing)
+        return refs
 
     def update(
         self,
@@ -147,8 +155,7 @@ class TokenStore(StoreReader):
         Raises:
             ValueError: there is no such memory, or as `add`.
         """
-        draft = Draft(text=content, valid_at=valid_at, invalid_at=invalid_at, source=source)
-        _check(draft)
+        draft = Draft(text=content, valid_at=valid_at, invalid_at=invalid_at, source=source).checked()
         with self._writing("update") as writing:
             row = self._versions_of(writing.connection, key)[-1]
             return self._add(writing, [draft], operation="update", follows=row)[0]
@@ -199,8 +206,11 @@ class TokenStore(StoreReader):
         filters = _given(filters, "delete_all")
         _check_reason(reason)
         with self._writing("delete") as writing:
-            rows = writing.connection.execute(select(memories.c.seq).where(memories.c.live, *within(filters)))
-            result = self._delete(writing, list(rows.scalars()), reason)
+            found = writing.connection.execute(select(memories.c.seq).where(memories.c.live, *within(filters)))
+            if not (seqs := list(found.scalars())):
+                _undo(writing)
+                return Batch("", "delete")
+            result = self._delete(writing, seqs, reason)
         self._log.catch_up()
         return result
 
@@ -220,14 +230,11 @@ class TokenStore(StoreReader):
                 ).scalars()
             )
             if not asked:
-                raise ValueError(f"{key} is not deleted, or its content was purged. See its history.")
+                raise self._not_deleted(connection, key)
             self._record(writing, "restore", asked)
             moved = self._refresh(connection, asked)
             if not moved.keys() & set(asked):
-                raise ValueError(
-                    f"{key} stays deleted: its batch was taken back, or what it was derived from is deleted. See its "
-                    "history; rollback or restore that first."
-                )
+                raise self._not_restored(connection, key, asked)
             result = self._done(writing, "restore", asked, moved, derived="show")
         self._log.catch_up()
         return result
@@ -240,7 +247,7 @@ class TokenStore(StoreReader):
         Raises:
             ValueError: there is no such batch, it has been taken back, or what it deleted was purged since.
         """
-        number = _batch_number(version)
+        number = batch_number(version)
         with self._writing("rollback", target=number) as writing:
             connection = writing.connection
             batch = connection.execute(select(batches).where(batches.c.number == number)).one_or_none()
@@ -293,6 +300,9 @@ class TokenStore(StoreReader):
             )
             if key is not None and not rows:
                 raise ValueError(f"{key} is not deleted, or was purged before. Delete it first.")
+            if not rows and not self.is_unfinished:
+                _undo(writing)
+                return Batch("", "purge")
             rows = self._with_derived(connection, rows)
             (self.folder / _UNFINISHED_PURGE).touch()
             _sync(self.folder)
@@ -376,7 +386,7 @@ class TokenStore(StoreReader):
                 values = {"at": at, "operation": operation, "target": target, "active": True}
                 number = connection.execute(insert(batches).values(values).returning(batches.c.number)).scalar_one()
             else:
-                number = _batch_number(batch)
+                number = batch_number(batch)
                 active = connection.execute(select(batches.c.active).where(batches.c.number == number)).scalar()
                 if not active:
                     raise ValueError(f"Batch v{number} is not there or was taken back. Begin another.")
@@ -392,6 +402,7 @@ class TokenStore(StoreReader):
         derived: list[tuple[MemoryRef, str, str | None]] = []
         begun: dict[str, str] = {}  # timeline → memory id, of this call
         last: dict[str, int] = {}  # memory id → its highest version so far
+        placed: set[tuple[str, int]] = set()  # id and version of those that came with them
         for draft in drafts:
             values = self._inherited(draft, follows) if follows else self._values(draft)
             timeline = values["timeline"]
@@ -404,8 +415,11 @@ class TokenStore(StoreReader):
             begun[timeline] = identity
             if identity not in last:
                 last[identity] = self._last_version(connection, identity)
-            if draft.version is not None and self._was_here(connection, identity, draft.version, refs):
-                continue
+            if draft.version is not None:
+                place = (identity, draft.version)
+                if place in placed or self._was_here(connection, *place):
+                    continue
+                placed.add(place)
             values["version"] = draft.version or last[identity] + 1
             last[identity] = max(last[identity], values["version"])
             values |= {"batch": writing.batch, "created_at": writing.at, "live": True}
@@ -444,7 +458,7 @@ class TokenStore(StoreReader):
             **{"text": draft.text, "sha256": None if draft.text is None else _sha256(draft.text)},
             **{"memory_id": draft.id, "key": key, "timeline": key if joins else None},
             **{"role": draft.role, "subject": draft.subject, "relation": draft.relation, "source": draft.source},
-            "metadata": json.dumps(dict(draft.metadata), ensure_ascii=False, sort_keys=True),
+            "metadata": draft.metadata_json(),
             **{"conflict": conflict, "priority": self._priority(draft.source, conflict)},
             "stated_until": None if draft.invalid_at is None else to_micros(draft.invalid_at, "invalid_at"),
             **filters._asdict(),
@@ -474,9 +488,7 @@ class TokenStore(StoreReader):
         statement = select(func.coalesce(func.max(events.c.version), 0)).where(events.c.memory_id == identity)
         return connection.execute(statement).scalar_one()
 
-    def _was_here(self, connection: Connection, identity: str, version: int, refs: Sequence[MemoryRef]) -> bool:
-        if any((ref.id, ref.version) == (identity, version) for ref in refs):
-            return True
+    def _was_here(self, connection: Connection, identity: str, version: int) -> bool:
         where = (events.c.memory_id == identity, events.c.version == version)
         return connection.execute(select(exists().where(*where))).scalar_one()
 
@@ -560,6 +572,39 @@ class TokenStore(StoreReader):
         self._resolve(connection, connection.execute(timelines).scalars())
         return moved
 
+    def _not_deleted(self, connection: Connection, key: str) -> ValueError:
+        identity, version = split_ref(key)
+        if connection.execute(select(exists().where(*named(identity, version)))).scalar_one():
+            return ValueError(f"{key} is not deleted: there is nothing to restore.")
+        where = [events.c.memory_id == identity, *([] if version is None else [events.c.version == version])]
+        if connection.execute(select(exists().where(*where))).scalar_one():
+            return ValueError(f"{key} was purged: its content is gone for good. Add it anew.")
+        return unknown(key)
+
+    def _not_restored(self, connection: Connection, key: str, seqs: Sequence[int]) -> ValueError:
+        """Why these stay away: their batches were rolled back, or what they were derived from is not here."""
+        undoing = batches.alias()
+        rolled_back = (
+            select(batches.c.number, undoing.c.number)
+            .join_from(memories, batches, batches.c.number == memories.c.batch)
+            .join(undoing, (undoing.c.target == batches.c.number) & undoing.c.active)
+            .where(among(memories.c.seq, seqs), ~batches.c.active)
+            .order_by(undoing.c.number.desc())
+        )
+        if found := connection.execute(rolled_back).first():
+            return ValueError(
+                f"{key} was not deleted but taken back with its batch v{found[0]}. To undo that, roll back v{found[1]}."
+            )
+        member = memories.alias()
+        lacking = (
+            select(contains.c.member_id, contains.c.member_version)
+            .join_from(memories, contains, same(memories.c, contains.c.derived_id, contains.c.derived_version))
+            .outerjoin(member, same(member.c, contains.c.member_id, contains.c.member_version) & member.c.live)
+            .where(among(memories.c.seq, seqs), member.c.seq.is_(None))
+        )
+        names = ", ".join(f"{identity}@{version}" for identity, version in connection.execute(lacking))
+        return ValueError(f"{key} stays deleted: it was derived from {names}, deleted too. Restore that first.")
+
     def _derived_of(self, connection: Connection, seqs: Iterable[int]) -> list[int]:
         if not connection.execute(select(exists().select_from(contains))).scalar_one():
             return []
@@ -599,36 +644,10 @@ class TokenStore(StoreReader):
         return finished
 
 
-def _check(draft: Draft) -> None:
-    is_end = draft.text is None and draft.id is not None  # an imported statement that nothing holds
-    if not is_end and (not isinstance(draft.text, str) or not draft.text.strip()):
-        raise ValueError(f"A memory is a text, not {draft.text!r}. Give at least a word.")
-    draft.filters.checked()
-    if (draft.subject is None) != (draft.relation is None):
-        raise ValueError("A key is a subject and a relation. Give both, or neither.")
-    for name in ("subject", "relation", "role", "source"):
-        value = getattr(draft, name)
-        if value is not None and (not isinstance(value, str) or not value.strip()):
-            raise ValueError(f"{name} is {value!r}. Give a text, or leave it out.")
-    if draft.conflict is not None:
-        _checked_conflict(draft.conflict)
-    if draft.id is not None and split_ref(draft.id)[1] is not None:
-        raise ValueError(f"id is {draft.id!r}. Give it without @, and the version by itself.")
-    if draft.valid_at is not None:
-        to_micros(draft.valid_at, "valid_at")
-    if draft.invalid_at is not None:
-        to_micros(draft.invalid_at, "invalid_at")
-
-
 def _check_reason(reason: str | None) -> None:
+    check_text("reason", reason)
     if reason is not None and len(reason) > MAX_REASON_CHARACTERS:
         raise ValueError(f"The reason has {len(reason)} characters; {MAX_REASON_CHARACTERS} at most. Shorten it.")
-
-
-def _checked_conflict(conflict: str) -> str:
-    if conflict not in CONFLICTS:
-        raise ValueError(f"Unknown conflict {conflict!r}: choose one of {', '.join(CONFLICTS)}.")
-    return conflict
 
 
 def _given(filters: Filters, operation: str) -> Filters:
@@ -637,11 +656,11 @@ def _given(filters: Filters, operation: str) -> Filters:
     return filters
 
 
-def _batch_number(version: str | int) -> int:
-    digits = str(version).removeprefix("v")
-    if not (digits.isascii() and digits.isdigit()):
-        raise ValueError(f"{version!r} is no version of a batch. Give one such as v3; `versions` lists them.")
-    return int(digits)
+def _undo(writing: _Writing) -> None:
+    """Leaves no batch of a call that had nothing to do."""
+    transaction = writing.connection.get_transaction()
+    assert transaction is not None
+    transaction.rollback()
 
 
 def _set_active(connection: Connection, batch: Row[Any], *, active: bool) -> None:

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import event, text
 
-from benchmarks.memory_store import kill_writers, random_schedules
+from benchmarks.memory.store import kill_writers, random_schedules
 from hypernet.memory.store import database as database_module
 from hypernet.memory.store.database import DATABASE_FILE, Database
 from hypernet.memory.store.records import Draft
@@ -90,7 +90,7 @@ def test_full_disk_is_one_line_and_changes_nothing(tmp_path):
     store = TokenStore(tmp_path / "memory")
     store.add([Draft(text="one")])
     pages = store.database._engine.raw_connection().driver_connection.execute("PRAGMA page_count").fetchone()[0]
-    store.close()
+    store.database._engine.dispose()  # its next connection has the limit
 
     @event.listens_for(store.database._engine, "connect")
     def limit(connection, _):

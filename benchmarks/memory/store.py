@@ -1,7 +1,7 @@
 """The token tier of the memory: speed and recall, kill -9 at random points, random schedules.
 
-python -m benchmarks.memory_store
-python -m benchmarks.memory_store num_kills=0 num_schedules=0 memory.model=null
+python -m benchmarks.memory.store
+python -m benchmarks.memory.store num_kills=0 num_schedules=0 memory.model=null
 
 Users' memories are facts of the encyclopedia's test split, one sentence each that names its subject; a question is
 answered if that sentence is among the first five. The controls are another user's memory and random hits. A killed
@@ -31,6 +31,7 @@ from hypernet.memory.store.records import Draft, Filters
 from hypernet.memory.store.token_store import TokenStore
 
 log = logging.getLogger(__name__)
+_OPENED = "opened"  # a writer's first line
 
 
 class UserFacts(NamedTuple):
@@ -138,12 +139,14 @@ def kill_writers(folder: Path, *, num_kills: int, rng: random.Random, seconds: f
             finally:
                 os._exit(1)
         os.close(writer)
+        if rng.random() < 0.8:  # the others may be killed while they open the memory
+            os.read(reader, len(_OPENED) + 1)
         time.sleep(rng.random() * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(reader) as pipe:
             lines = [line.split() for line in pipe.read().split("\n")[:-1]]  # the last one may be cut
-        acknowledged += len(lines)
+        acknowledged += sum(what in ("add", "delete", "purge") for what, *_ in lines)
         begun: set[str] = set()
         for what, *keys in lines:
             if what == "add":
@@ -176,6 +179,7 @@ def _write_until_killed(folder: Path, live: list[str], seed: int, pipe: int) -> 
     def tell(*words: object) -> None:
         os.write(pipe, (" ".join(map(str, words)) + "\n").encode())
 
+    tell(_OPENED)
     while True:
         kind = rng.choice(["add", "add", "update", "delete", "rollback", "purge"])
         if kind == "add":
@@ -252,10 +256,10 @@ class StoreSettings(Settings):
     output: OutputFile | None
 
 
-SCRIPT = Script("benchmarks.memory_store", StoreSettings)
+SCRIPT = Script("benchmarks.memory.store", StoreSettings)
 
 
-@hydra.main(config_path="../conf", config_name="memory_store", version_base="1.3")
+@hydra.main(config_path="../../conf", config_name="memory_store", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with SCRIPT.errors():
         check_targets({"memory": SCRIPT.check(cfg).memory})

@@ -1,4 +1,4 @@
-"""benchmarks.memory_store: facts that can be found, and rows of a small run."""
+"""benchmarks.memory.store: facts that can be found, and rows of a small run."""
 
 import re
 import runpy
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from benchmarks.memory_store import measure, user_facts
+from benchmarks.memory.store import measure, user_facts
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = Path(__file__).parents[3] / "conf"
 
 
 def test_each_question_has_one_memory_of_its_user():
@@ -39,6 +39,6 @@ def test_small_run_measures_every_row(tmp_path):
 def test_mistake_in_a_setting_is_one_line(monkeypatch, argument, says):
     monkeypatch.chdir(CONF.parent)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(sys, "argv", ["benchmarks.memory_store", argument])
-    with pytest.raises(SystemExit, match=re.escape(f"benchmarks.memory_store: {says}")):
-        runpy.run_module("benchmarks.memory_store", run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.memory.store", argument])
+    with pytest.raises(SystemExit, match=re.escape(f"benchmarks.memory.store: {says}")):
+        runpy.run_module("benchmarks.memory.store", run_name="__main__")

@@ -262,7 +262,8 @@ SCRIPT = Script("benchmarks.memory.store", StoreSettings)
 @hydra.main(config_path="../../conf", config_name="memory_store", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with SCRIPT.errors():
-        check_targets({"memory": SCRIPT.check(cfg).memory})
+        memory = SCRIPT.check(cfg).memory
+        check_targets({"memory": {**memory, "folder": memory["folder"] or ""}})  # null: a temporary one
         run_all(cfg)
 
 
@@ -290,4 +291,4 @@ def run_all(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    SCRIPT.run(main, Path(__file__).parents[1] / "conf/memory_store.yaml")
+    SCRIPT.run(main, Path(__file__).parents[2] / "conf/memory_store.yaml")

@@ -12,6 +12,7 @@ checked(arguments_of(make_optimizer), values)  # what a function or class takes,
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import (
@@ -143,6 +144,8 @@ def choose_device(name: str) -> str:
 
 def _plain(kind: Any) -> Any:
     """A type as YAML can give it, with lists in the place of tuples; Any where it cannot."""
+    if kind is Path:
+        return str
     origin, parts = get_origin(kind), get_args(kind)
     if any(kind is plain for plain in _PLAIN) or origin is Literal:
         return kind

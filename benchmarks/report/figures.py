@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from benchmarks.measuring.break_even import at_equal_length, is_by_length
-from benchmarks.measuring.cost import Costs, amortised
+from benchmarks.measuring.cost import amortised
 from benchmarks.measuring.rows import Row, Rows
 from benchmarks.report.names import (
     ADAPTER,
@@ -42,6 +42,7 @@ from benchmarks.report.plots import (
     style_of,
 )
 from benchmarks.report.tables import METHOD, Cell, Table, break_even_table, number, scaled, score_cells, score_table
+from hypernet.adapters.break_even import Costs
 
 QUESTIONS_PER_VERSION = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 SHOWN = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER, GATED, ROUTED)  # where every method takes a line of its own

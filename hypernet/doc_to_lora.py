@@ -236,6 +236,11 @@ class DocToLoRA(nn.Module):
     def device(self) -> torch.device:
         return next(self.base_model.parameters()).device
 
+    @property
+    def generator(self) -> str:
+        """Fingerprint of the hypernetwork, which its adapters carry."""
+        return self._generator()[0]
+
     def adapt(self, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Chunk ids and mask [C, T] → target name → A [C, L, R, d_in], B [C, L, R, d_out], differentiable."""
         self.injector.clear()  # the encoder reads with the plain base model
@@ -382,17 +387,19 @@ class DocToLoRA(nn.Module):
         adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None] = None,
         *,
         join: str | None = None,
+        gate_power: float | None = None,
         documents: Sequence[str | None] | None = None,
     ) -> list[float]:
         """log p of each answer, with what the chat template ends it with, after its question: summed, in nats.
 
         Args:
-            questions, adapters, join, documents: as `generate`.
+            questions, adapters, join, gate_power, documents: as `generate`.
             answers: one text each.
 
         Raises:
             TypeError, ValueError: as `generate`.
         """
+        joining = self.joining(join, gate_power=gate_power)
         prompts = self._prompts(questions, documents)
         _check_texts("answers", answers)
         _check_one_each("answers", answers, questions)
@@ -408,7 +415,7 @@ class DocToLoRA(nn.Module):
             pad_id=self.tokenizer.pad_token_id or 0,
         ).to(self.device)
         wanted = rows.target_kind >= 0
-        with torch.inference_mode(), self.using(adapters, self.joining(join), prompts=prompts):
+        with torch.inference_mode(), self.using(adapters, joining, prompts=prompts):
             log_probs = self(rows).float().log_softmax(-1)
         found = log_probs.gather(1, rows.targets()[wanted][:, None])[:, 0]
         return [part.sum().item() for part in found.split([len(answer) for answer in framed])]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hypernet.cli import memory_tiers
+
 if TYPE_CHECKING:
     from hypernet.memory.memory import Memory
     from hypernet.memory.store.records import Batch, MemoryRef, MemoryVersion
@@ -18,7 +20,7 @@ _DIRECTORY = "outputs/memory"
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="""Memories of users: text with dates, in one folder, without a model or a network.
+    help="""Memories of users: text with dates, and adapters made of it, in one folder, without a network.
 
     Nothing is overwritten: an update is a new version, and a deletion can be
     taken back until it is purged. A KEY is an ID as add and search print it, or
@@ -26,7 +28,7 @@ app = typer.Typer(
     hypernet.Memory.
 
     Exit status: 0 done, 1 an error or nothing found, 2 a wrong option, 3 work is
-    unfinished.
+    stale or unfinished, such as adapters to be written.
 
     \b
     hypernet memory add "Orla Wint taught Fenda Elfax." --user alice
@@ -35,6 +37,8 @@ app = typer.Typer(
     hypernet memory rollback v1
     """,
 )
+
+memory_tiers.add_to(app)
 
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
 User = Annotated[str | None, typer.Option("--user", help="User id.", show_default=False)]
@@ -331,15 +335,24 @@ def rollback(
 def status(
     user: User = None, agent: Agent = None, run: Run = None, directory: _Directory = _DIRECTORY, as_json: _Json = False
 ) -> None:
-    """Count memories and bytes. Exit status 3 if a purge was interrupted.
+    """Count memories and bytes, and show the tiers. Exit status 3 if a purge or a write was interrupted, or where there
+    are adapters some are missing or stale.
 
     \b
     hypernet memory status --user alice
     """
     with _memory(directory) as memory:
         found = memory.status(user_id=user, agent_id=agent, run_id=run)
-    typer.echo(json.dumps(found) if as_json else "\n".join(f"{name:14}{value}" for name, value in found.items()))
-    if found["is_unfinished"]:
+    adapter = found["tiers"]["adapter"]
+    if as_json:
+        if adapter["break_even"] == float("inf"):  # JSON has no infinity
+            adapter["break_even"] = "never"
+        typer.echo(json.dumps(found))
+    else:
+        lines = [f"{name:14}{value}" for name, value in found.items() if name != "tiers"]
+        typer.echo("\n".join([*lines, *memory_tiers.tiers_table(found["tiers"])]))
+    has_adapters = adapter["memories"] or adapter["stale"]
+    if found["is_unfinished"] or (has_adapters and (adapter["missing"] or adapter["stale"])):
         raise typer.Exit(UNFINISHED)
 
 

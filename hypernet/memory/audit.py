@@ -99,6 +99,8 @@ class DeletionAudit:
         versions = self._versions(key)
         filters = Filters(versions[0].user_id)
         generator = self.bank.generator if self.bank.can_write else None
+        if verify and generator is None and self.bank.counts(filters).slots:
+            raise ValueError("This memory has adapters. Give the checkpoint that wrote them, to compare them too.")
         has_adapters = generator is not None and self.bank.counts(filters, generator).slots > 0
         tiers = [] if generator is None or not verify else ["token", *(["adapter"] if has_adapters else [])]
         probes = self._probes(versions, cases) if tiers else []

@@ -39,7 +39,7 @@ def test_cheapest_tier_with_the_accuracy_is_chosen(ledger):
     assert choose(ledger, ready=False).tier == "token"
 
 
-def test_the_last_measurement_counts_and_only_of_this_model_and_user(ledger):
+def test_last_measurement_of_this_model_and_user_counts(ledger):
     ledger.add(measured("adapter", 1.0, 0.01), ALICE)
     ledger.add(measured("adapter", 0.5, 0.01), ALICE)
     assert choose(ledger).reason.startswith("none has measured")

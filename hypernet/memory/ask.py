@@ -155,7 +155,8 @@ class Asker:
             raise ValueError(f"Unknown tier {tier!r}: choose one of auto, token, adapter, none.")
         model = self._model()
         questions = [_dated(question) for question in questions]
-        chosen = [self._tier(question, tier, accuracy) for question in questions]
+        tiers = {filters: self._tier(filters, tier, accuracy) for filters in {one.filters for one in questions}}
+        chosen = [tiers[question.filters] for question in questions]
         given = self._given(questions, [name for name, _ in chosen])
         texts: list[str] = []
         for start in range(0, len(questions), _BATCH):
@@ -317,13 +318,13 @@ class Asker:
             raise ValueError("Answers need a checkpoint: open the memory with model=..., such as assets/tiny.")
         return self.bank.model.doc_to_lora()
 
-    def _tier(self, question: MemoryQuestion, tier: str, accuracy: float) -> tuple[str, str]:
+    def _tier(self, filters: Filters, tier: str, accuracy: float) -> tuple[str, str]:
         if tier != "auto":
             return tier, "asked for"
         generator, base_model = self.bank.generator, self._model().base_model_fingerprint
-        found = self.ledger.latest(question.filters, generator=generator, base_model=base_model)
-        ready = not self.bank.counts(question.filters, generator).missing
-        memories = self.store.counts(question.filters)["valid_now"]
+        found = self.ledger.latest(filters, generator=generator, base_model=base_model)
+        ready = not self.bank.counts(filters, generator).missing
+        memories = self.store.counts(filters)["valid_now"]
         return self.ledger.choose(found, accuracy=accuracy, memories=memories, ready=ready)
 
     def _given(self, questions: Sequence[MemoryQuestion], tiers: Sequence[str]) -> list[_Given]:

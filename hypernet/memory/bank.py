@@ -579,7 +579,11 @@ class AdapterBank:
         of_entry: dict[str, set[str]] = {}
         for ref, entry in self.entries_of(refs).items():
             of_entry.setdefault(entry, set()).add(ref)
+        sizes = self._entries() if of_entry else {}
         for entry, names in of_entry.items():
+            if len(names) == sizes[entry]:  # nothing of it is left: it need not be read
+                self._forget_entry(entry)
+                continue
             try:
                 shard = self._shard(entry, as_stored=True)
             except ValueError:  # damaged: all of it is written anew

@@ -272,6 +272,32 @@ def test_kill_9_loses_nothing_that_verify_and_write_do_not_mend(tmp_path, model)
     assert AdapterLibrary(bank.folder).verify() == ()
 
 
+def test_two_processes_write_one_memory_at_once(tmp_path, model):
+    folder = tmp_path / "memory"
+    store = TokenStore(folder)
+    add(store, *(f"Fact number {n}." for n in range(14)))
+    store.close()
+    children = []
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                own = TokenStore(folder)
+                AdapterBank(own, LazyModel(model), shard_memories=3).write()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    store = TokenStore(folder)
+    bank = AdapterBank(store, LazyModel(model), shard_memories=3)
+    assert bank.counts().slots == 14 and bank.verify() == [] and len(bank.held(ALICE).refs) == 14
+    store.close()
+
+
 def test_orphans_missing_and_damaged_entries_are_mended(store, bank, model):
     refs = add(store, *(f"Fact number {n}." for n in range(8)))
     bank.write()

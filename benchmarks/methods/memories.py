@@ -9,6 +9,7 @@ from benchmarks.measuring.decoding import Prefix
 from benchmarks.methods.base import Answer, Method
 from benchmarks.tasks.base import Asked, Case
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.memory.ask import as_document
 from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Draft, Filters
 from hypernet.memory.store.times import now
@@ -60,7 +61,7 @@ class TokenMemory(MemoryMethod):
 
     def documents_for(self, question: Asked) -> Sequence[str]:
         hits = self.memory.search(question.text, user_id=self.user, limit=self.memory.asker.limit)
-        return ["\n".join(hit.text for hit in hits)] if hits else ()
+        return [as_document(hits)] if hits else ()
 
 
 class AdapterMemory(MemoryMethod):

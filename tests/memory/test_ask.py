@@ -37,7 +37,7 @@ def test_none_is_the_base_model_alone(told, model):
 def test_token_puts_what_a_search_finds_into_the_prompt(told, model):
     answer = told.ask(QUESTION, user_id="alice", tier="token")
     hits = told.search(QUESTION, user_id="alice", limit=2)
-    document = "\n".join(hit.text for hit in hits)
+    document = f"{hits[1].text} {hits[0].text}"
     assert [answer.text] == model.generate([QUESTION], documents=[document], max_new_tokens=6)
     assert answer.memories == tuple(hit.ref for hit in hits) and answer.prompt_tokens > 10
     assert (answer.tier, answer.reason, answer.user_id) == ("token", "asked for", "alice")

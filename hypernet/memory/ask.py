@@ -390,8 +390,8 @@ class Asker:
 def as_document(hits: Sequence[MemoryVersion]) -> str:
     """Memories as they stand in a prompt: one paragraph, the best one last, next to the question.
 
-    Of 200 questions on 25 memories each (validation split), the tiny model answers .97 so; with the best one first .93, as
-    lines .91, as lines with the best one last .49.
+    Of 200 questions on 25 memories each (validation split), the tiny model answers .97 so; with the best one first .93,
+    as lines .91, as lines with the best one last .49.
     """
     return " ".join(str(hit.text) for hit in reversed(hits))
 

@@ -4,15 +4,20 @@ audit = DeletionAudit(asker)
 report = audit.forget("4f1c9a3be2d07788")
 report.passed, report.as_dict()
 
-The twin is a fresh memory in a temporary folder, with everything that is left and nothing of what was deleted. The
-deletion holds if the adapters left are the twin's to the bit, if searches and answers are the twin's, and if the
-deleted memory's answer is no more likely than to the twin (membership). Nothing of a content goes into the report.
+The twin is a fresh memory in a folder inside this one, with everything that is left and nothing of what was deleted.
+Writing it takes as long as the user's adapters did; it is removed afterwards, or by `verify` where a process was
+killed. The deletion holds if the adapters left are the twin's to the bit, if searches and answers are the twin's, and
+if the deleted memory's answer is no more likely than to the twin (membership). Nothing of a content goes into the
+report.
 """
 
+import fcntl
 import json
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from hypernet.memory.store.records import Filters, MemoryVersion, split_ref
 from hypernet.memory.store.times import now, to_text
 from hypernet.memory.store.token_store import TokenStore
 
+_TWIN_PREFIX, _LOCK_FILE = ".twin-", ".lock"
 _MAX_QUESTIONS = 50  # about what is left, spread over it
 # Largest difference of two log-likelihoods that counts as none: the batches have the same shape, but an adapter may lie
 # at another place in the twin's.
@@ -138,8 +144,8 @@ class DeletionAudit:
         asked = [
             MemoryQuestion(text, filters, as_of=to_text(now())) for text in [*about, *(p.question for p in probes)]
         ]
-        with tempfile.TemporaryDirectory(prefix="hypernet-twin-") as folder:
-            twin = self._twin(Path(folder), filters, adapters="adapter" in tiers)
+        with _twin_folder(self.store.folder) as folder:
+            twin = self._twin(folder, filters, adapters="adapter" in tiers)
             try:
                 slots = self._slots_equal(twin.bank, filters) if "adapter" in tiers else (0, 0)
                 hits = [
@@ -221,6 +227,38 @@ class DeletionAudit:
         whose = Filters(self.store.get(key).user_id)
         found = [memory for memory in self.store.statements(whose) if memory.id == identity and memory.text is not None]
         return [memory for memory in found if version in (None, memory.version)]
+
+
+def left_twins(folder: Path) -> list[Path]:
+    """Folders of twins whose audit was killed."""
+    found = []
+    for path in folder.glob(f"{_TWIN_PREFIX}*"):
+        with (path / _LOCK_FILE).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # being audited
+                continue
+            found.append(path)
+    return found
+
+
+def remove_twins(folder: Path) -> int:
+    """Removes what killed audits left; returns how many."""
+    left = left_twins(folder)
+    for path in left:
+        shutil.rmtree(path)
+    return len(left)
+
+
+@contextmanager
+def _twin_folder(folder: Path) -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix=_TWIN_PREFIX, dir=folder))
+    with (path / _LOCK_FILE).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path)
 
 
 def _first_half(text: str) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hypernet.adapters.break_even import Costs, break_even
 from hypernet.memory.ask import Answer, Asker, Case, Effect, MemoryQuestion
-from hypernet.memory.audit import DeletionAudit, ForgetReport
+from hypernet.memory.audit import DeletionAudit, ForgetReport, left_twins, remove_twins
 from hypernet.memory.bank import AdapterBank, Written
 from hypernet.memory.capture import Conversation, Message, drafts_of
 from hypernet.memory.embedding import Embedder, LazyModel, open_embedder
@@ -428,7 +428,7 @@ class Memory:
         filters = Filters(user_id, agent_id, run_id)
         counts = self.store.counts(filters)
         num_bytes = sum(path.stat().st_size for path in self.store.folder.rglob("*") if path.is_file())
-        is_unfinished = self.store.is_unfinished or self.bank.is_unfinished
+        is_unfinished = self.store.is_unfinished or self.bank.is_unfinished or bool(left_twins(self.store.folder))
         return {**counts, "bytes": num_bytes, "is_unfinished": is_unfinished, "tiers": self._tiers(filters, counts)}
 
     def _tiers(self, filters: Filters, counts: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -456,7 +456,10 @@ class Memory:
         found = self.store.verify()
         if found.damage:
             return found
-        return found._replace(repaired=(*found.repaired, *self.bank.verify()))
+        repaired = [*found.repaired, *self.bank.verify()]
+        if number := remove_twins(self.store.folder):
+            repaired.append(f"{number} folders of interrupted audits")
+        return found._replace(repaired=tuple(repaired))
 
     # --- Inside -----------------------------------------------------------------------------------------------------
 

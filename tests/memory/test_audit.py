@@ -68,6 +68,17 @@ def test_forgotten_memory_comes_back_by_rollback_until_purge(told):
     assert b"Orla" not in b"".join(path.read_bytes() for path in told.store.folder.rglob("*") if path.is_file())
 
 
+def test_twin_of_a_killed_audit_is_removed_by_verify(told):
+    told.forget(told.refs[0])
+    assert not list(told.store.folder.glob(".twin-*"))
+    left = told.store.folder / ".twin-abc"
+    (left / "memory").mkdir(parents=True)
+    (left / "memory" / "memory.sqlite").write_text("everything that is left")
+    assert told.status()["is_unfinished"]
+    assert told.verify().repaired == ("1 folders of interrupted audits",) and not left.exists()
+    assert not told.status()["is_unfinished"] and told.verify() == ((), ())
+
+
 def test_derived_memories_and_their_adapters_go_too(told):
     summary = told.add("A summary: Orla taught.", user_id="alice", derived_from=[told.refs[0], told.refs[1]])
     of_summary = told.add("Shorter.", user_id="alice", derived_from=[summary])

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmarks.measuring.decoding import Prefix
 from benchmarks.methods.base import Answer, Method
 from benchmarks.tasks.base import Asked, Case
+from benchmarks.tasks.memories import memory_of
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.memory.ask import as_document
 from hypernet.memory.memory import Memory
@@ -109,8 +109,5 @@ class OracleMemory(Method):
         self._told = case.documents
 
     def documents_for(self, question: Asked) -> Sequence[str]:
-        place = int((question.attributes or {}).get("memory", 0))
-        return self._told[place : place + 1]
-
-    def prefix(self) -> Prefix | None:
-        return None
+        memory = memory_of(question, self._told)
+        return () if memory is None else (memory,)

@@ -129,6 +129,18 @@ def composition(rows: Rows) -> Figure | None:
     return _accuracy("composition", chosen, lambda row: row["attributes"]["num_documents"], x)
 
 
+def memory_growth(rows: Rows) -> Figure | None:
+    """How the tiers of a memory answer as it grows."""
+    chosen = [row for row in _slices(rows, "num_memories") if row["task"] == "memory_growth"]
+    if not chosen:
+        return None
+    axis = Axis("memories of one user", log=True, ticks=_attribute_values(chosen, "num_memories"))
+    methods = legend_order(_values(chosen, "method"))
+    lines = [_points(_of(chosen, method=m), lambda row: row["attributes"]["num_memories"]) for m in methods]
+    panel = Panel("", [_series(m, points) for m, points in zip(methods, lines, strict=True)], axis, MATCH)
+    return Figure("memory_growth", [panel], _legend(methods), [], ["memory_growth"])
+
+
 def interference(rows: Rows) -> Figure | None:
     """What adapters do to questions that their document says nothing about: every method that has one."""
     without = ("prefix_cache", "retrieval", "retrieval_dense")

@@ -9,7 +9,7 @@ from hypernet.data.encyclopedia import Encyclopedia
 class MemoriesTask:
     """Facts of the encyclopedia, one memory each; each names its subject, and no two say the same thing of one name.
 
-    Attributes: num_memories; of a question, memory: the number of the case's document that answers it.
+    Attribute: num_memories.
 
     Args:
         num_memories: of one user, a set for each.
@@ -91,9 +91,19 @@ def _name(size: int) -> str:
     return f"{size} memor{'y' if size == 1 else 'ies'}"
 
 
+def memory_of(question: Asked, memories: Sequence[str]) -> str | None:
+    """The one that holds the answer and names what is asked about; None if none does."""
+    name = _subject(question.text)
+    return next((text for text in memories if question.answers[0] in text and name in text), None)
+
+
+def _subject(question: str) -> str:
+    return " ".join(word for word in question.rstrip("?").split()[1:] if word[:1].isupper())
+
+
 def _asked(facts: Sequence[tuple[str, str, str, str]], place: int) -> Asked:
     _, question, answer, group = facts[place]
-    return Asked(question, (answer,), group, attributes={"memory": place})
+    return Asked(question, (answer,), group)
 
 
 def _facts(encyclopedia: Encyclopedia, number: int) -> Iterator[tuple[str, str, str, str]]:
@@ -104,7 +114,7 @@ def _facts(encyclopedia: Encyclopedia, number: int) -> Iterator[tuple[str, str, 
         record = encyclopedia.record(f"memories/{index}", num_entities=1, num_facts=4)
         index += 1
         for question in record.questions:
-            name = " ".join(word for word in question.text.rstrip("?").split()[1:] if word[:1].isupper())
+            name = _subject(question.text)
             holding = [sentence for sentence in record.sentences if question.answer in sentence and name in sentence]
             if name and len(holding) == 1 and (name, question.group) not in told and len(told) < number:
                 told.add((name, question.group))

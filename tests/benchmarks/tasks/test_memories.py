@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.tasks.memories import MemoriesTask
+from benchmarks.tasks.memories import MemoriesTask, memory_of
 
 
 def test_each_question_is_answered_by_its_memory_alone():
@@ -12,8 +12,8 @@ def test_each_question_is_answered_by_its_memory_alone():
         assert len(case.documents) == case.attributes["num_memories"] == len(case.others)
         assert len(set(case.documents)) == len(case.documents) and not set(case.documents) & set(case.others)
         for question in case.questions:
-            sentence = case.documents[int(question.attributes["memory"])]
-            assert question.answers[0] in sentence
+            sentence = memory_of(question, case.documents)
+            assert question.answers[0] in sentence and memory_of(question, case.others) is None
             name = " ".join(word for word in question.text.rstrip("?").split()[1:] if word[0].isupper())
             assert name in sentence
     told = [(question.text, question.answers) for case in cases[-1:] for question in case.questions]
@@ -29,7 +29,8 @@ def test_forgotten_memories_are_asked_about_in_sets_of_their_own():
     assert after.replaced == before.documents[7:] and not never.replaced and not before.replaced
     for case in (cases[f"forgotten, {when}"] for when in _WHEN):
         assert len(case.questions) == 3
-        assert all(q.answers[0] in before.documents[int(q.attributes["memory"])] for q in case.questions)
+        assert all(memory_of(question, before.documents[7:]) for question in case.questions)
+        assert not any(memory_of(question, never.documents) for question in case.questions)
 
 
 _WHEN = ("before", "after", "never told")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hypernet.cli import memory_tiers
+from hypernet.cli.memory_tiers import UNFINISHED, Agent, AsOf, KnownAt, Run, User
 
 if TYPE_CHECKING:
     from hypernet.memory.memory import Memory
     from hypernet.memory.store.records import Batch, MemoryRef, MemoryVersion
 
-UNFINISHED = 3  # exit status where work is left, such as an interrupted purge
 _DIRECTORY = "outputs/memory"
 
 app = typer.Typer(
@@ -41,12 +41,7 @@ app = typer.Typer(
 memory_tiers.add_to(app)
 
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
-User = Annotated[str | None, typer.Option("--user", help="User id.", show_default=False)]
-Agent = Annotated[str | None, typer.Option("--agent", help="Agent id.", show_default=False)]
-Run = Annotated[str | None, typer.Option("--run", help="Id of a run or conversation.", show_default=False)]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
-AsOf = Annotated[str | None, typer.Option(help="What held then; ISO 8601, default now.", show_default=False)]
-KnownAt = Annotated[str | None, typer.Option(help="As it was known then; default now.", show_default=False)]
 ValidAt = Annotated[str | None, typer.Option(help="True from then on; default now.", show_default=False)]
 InvalidAt = Annotated[str | None, typer.Option(help="True until then; default open.", show_default=False)]
 _Source = Annotated[str | None, typer.Option(help="Where it comes from.", show_default=False)]

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from hypernet.memory.memory import Memory
 
 UNFINISHED = 3  # exit status where work is left, such as adapters to be written
-DIRECTORY, MODEL = "outputs/memory", "assets/tiny"
-COLUMNS = ("memories", "valid_now", "missing", "stale", "bytes")
+_DIRECTORY, _MODEL = "outputs/memory", "assets/tiny"
+_COLUMNS = ("memories", "valid_now", "missing", "stale", "bytes")
 
-Directory = Annotated[str, typer.Option(help="The memory's folder.")]
+_Directory = Annotated[str, typer.Option(help="The memory's folder.")]
 User = Annotated[str | None, typer.Option("--user", help="User id.", show_default=False)]
 Agent = Annotated[str | None, typer.Option("--agent", help="Agent id.", show_default=False)]
 Run = Annotated[str | None, typer.Option("--run", help="Id of a run or conversation.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
 AsOf = Annotated[str | None, typer.Option(help="What held then; ISO 8601, default now.", show_default=False)]
 KnownAt = Annotated[str | None, typer.Option(help="As it was known then; default now.", show_default=False)]
 Checkpoint = Annotated[str, typer.Option("--model", help="Checkpoint: a folder, or hub:owner/repository/name.")]
@@ -54,9 +54,9 @@ def ask(
     accuracy: Accuracy = 0.9,
     as_of: AsOf = None,
     known_at: KnownAt = None,
-    model: Checkpoint = MODEL,
-    directory: Directory = DIRECTORY,
-    as_json: Json = False,
+    model: Checkpoint = _MODEL,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
 ) -> None:
     """Answer from the memories, and say by which tier and which memories. Exit status 3 if adapters are missing.
 
@@ -87,9 +87,9 @@ def explain(
     accuracy: Accuracy = 0.9,
     as_of: AsOf = None,
     known_at: KnownAt = None,
-    model: Checkpoint = MODEL,
-    directory: Directory = DIRECTORY,
-    as_json: Json = False,
+    model: Checkpoint = _MODEL,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
 ) -> None:
     """Answer, and measure for each memory behind it log p(answer) with it and without it, in nats.
 
@@ -122,9 +122,9 @@ def write_adapters(
     user: User = None,
     agent: Agent = None,
     run: Run = None,
-    model: Checkpoint = MODEL,
-    directory: Directory = DIRECTORY,
-    as_json: Json = False,
+    model: Checkpoint = _MODEL,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
 ) -> None:
     """Give every memory version its adapter; those that are there stay. Exit status 3 if some make none.
 
@@ -151,9 +151,9 @@ def measure(
     agent: Agent = None,
     run: Run = None,
     questions: Questions = None,
-    model: Checkpoint = MODEL,
-    directory: Directory = DIRECTORY,
-    as_json: Json = False,
+    model: Checkpoint = _MODEL,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
 ) -> None:
     """Ask held questions of each tier, and keep accuracy and cost, by which ask --tier auto chooses.
 
@@ -186,8 +186,8 @@ def forget(
         str | None,
         typer.Option(help="Checkpoint; needed to compare adapters and answers.", show_default=False),
     ] = None,
-    directory: Directory = DIRECTORY,
-    as_json: Json = False,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
 ) -> None:
     """Delete a memory, what was derived from it and its adapters. Exit status 1 if the comparison finds a difference.
 
@@ -221,13 +221,13 @@ def forget(
 
 def tiers_table(tiers: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """`Memory.status`'s tiers as lines."""
-    lines: list[tuple[str, ...]] = [("tier", *COLUMNS, "accuracy", "oracle", "tokens", "ms", "break-even", "measured")]
+    lines: list[tuple[str, ...]] = [("tier", *_COLUMNS, "accuracy", "oracle", "tokens", "ms", "break-even", "measured")]
     for name, of_tier in tiers.items():
         seconds, even, at = of_tier["question_s"], of_tier["break_even"], of_tier["measured_at"]
         lines.append(
             (
                 name,
-                *(f"{of_tier[column]:,}" for column in COLUMNS),
+                *(f"{of_tier[column]:,}" for column in _COLUMNS),
                 *(_figure(of_tier[key], "{:.2f}") for key in ("accuracy", "oracle")),
                 _figure(of_tier["question_tokens"], "{:.0f}"),
                 _figure(None if seconds is None else 1e3 * seconds, "{:.1f}"),

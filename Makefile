@@ -17,13 +17,16 @@ VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check train figures needles bench clean
+.PHONY: help demo memory test check train figures needles bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP) ## turn an example document into an adapter and answer questions with it
 	$(VENV_PYTHON) generate_adapter.py $(DEMO_ARGS)
+
+memory: $(STAMP) ## one user's memory: told, asked, corrected, forgotten, and proof that it is
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) examples/memory_story.py
 
 test: $(STAMP) ## run the tests
 	$(VENV_PYTHON) -m pytest $(TEST_ARGS)

@@ -60,8 +60,9 @@ def evaluate(model: Any, cfg: "RealTextSettings") -> dict[str, Any]:
     """Counts, the largest PEFT difference, seconds, and exact match and F1 by method."""
     from tqdm import tqdm
 
-    from benchmarks.measuring.metrics import exact_match, token_f1
+    from benchmarks.measuring.metrics import token_f1
     from benchmarks.tiny_figures import answer_all
+    from hypernet.text.matching import exact_match
 
     paragraphs = read_squad(cfg.squad_file)[: cfg.max_paragraphs]
     adapters, difference, seconds = [], 0.0, 0.0

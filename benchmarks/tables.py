@@ -30,6 +30,7 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "interference": figures.interference,
     "capacity": figures.capacity,
     "conflict": figures.conflict,
+    "memory_growth": figures.memory_growth,
 }
 # The main figures of the shipped model: what is asked → file, the rows' place there.
 MAIN = {
@@ -192,6 +193,36 @@ def main_plot() -> str:
     return standalone(panels, [(name, style_of(method)) for method, name in legend.items()])
 
 
+def memory_switches() -> str:
+    """By method, also as a share of the right memory's alone in the prompt."""
+    rows = sorted(
+        (row for row in read("memory_switches") if row["kind"] == "summary"), key=lambda r: order(r["method"])
+    )
+    (oracle,) = (row["exact_match"] for row in rows if row["method"] == "memory_oracle")
+    share = lambda row: f"{row['exact_match'] / oracle:.2f}"  # noqa: E731
+    lines = [[METHOD(row), MATCHED(row), share(row)] for row in rows]
+    return Table("", ["method", "exact match", "of the oracle"], lines).markdown()
+
+
+def memory_growth() -> str:
+    """Exact match by number of memories; of the tiers also milliseconds of a question by itself."""
+    rows = [row for row in read("memory_growth") if row["kind"] == "summary"]
+    rows.sort(key=lambda row: (order(row["method"]), row["attributes"]["num_memories"]))
+    timed = [row for row in rows if row["method"] in ("memory_token", "memory_adapter")]
+    names = {"what": lambda row: f"{name_of(row['method'])}, {row['unit']}"}
+    scores = [{**row, "unit": "exact match", "value": MATCHED(row)} for row in rows]
+    times = [{**row, "unit": "ms", "value": f"{1e3 * row['question_s']:.0f}"} for row in timed]
+    bytes_ = [{**row, "unit": "KiB", "value": f"{row['stored_bytes'] / 1024:,.0f}"} for row in timed]
+    across = lambda row: f"{row['attributes']['num_memories']:,.0f}"  # noqa: E731
+    return pivot([*scores, *times, *bytes_], names, across, lambda row: row["value"])
+
+
+def memory_forgetting() -> str:
+    rows = [row for row in read("memory_forgetting") if row["kind"] == "summary"]
+    rows.sort(key=lambda row: order(row["method"]))
+    return pivot(rows, METHOD, lambda row: row["set"])
+
+
 def summary() -> str:
     """What a person says of the rows, in Markdown."""
     text = (ROOT / SUMMARY).read_text(encoding="utf-8")
@@ -225,6 +256,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "conflict_adapter": conflict_adapter,
     "capacity": lambda: by_method("capacity", "facts", "fact", task="capacity"),
     "capacity_entities": lambda: by_method("capacity", "facts", "fact", task="capacity_entities"),
+    "memory_switches": memory_switches,
+    "memory_growth": memory_growth,
+    "memory_forgetting": memory_forgetting,
     "training_speed": _speed("training_speed"),
     "training_speed_gpu": _speed("training_speed", "training_speed_gpu"),
     "internalize_cost": _speed("internalize_cost"),

@@ -77,8 +77,8 @@ def evaluate(model: Any, cfg: "FiguresSettings") -> list[dict]:
 
 
 def _of_seed(model: Any, cfg: "FiguresSettings", seed: int) -> list[dict]:
-    from benchmarks.measuring.metrics import exact_match
     from hypernet.data.encyclopedia import background_questions
+    from hypernet.text.matching import exact_match
 
     sets = held_out_articles(
         model.tokenizer,

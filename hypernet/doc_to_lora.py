@@ -33,7 +33,7 @@ from hypernet.adapters.merging import has_merged
 from hypernet.base.base_model import fingerprint, load_base_model, num_embeddings
 from hypernet.base.generation import check_fits, generate_text
 from hypernet.base.packed_attention import packed_logits
-from hypernet.base.packed_rows import PackedRows
+from hypernet.base.packed_rows import PackedRows, Segment, pack_row, pad_rows
 from hypernet.base.rounding import same_but_for_rounding
 from hypernet.base.targets import adapted_layers, find_targets
 from hypernet.interop.checkpoints import open_checkpoint
@@ -42,12 +42,12 @@ from hypernet.model.checkpoint import BASE_MODEL_FOLDER, check_ours, save_checkp
 from hypernet.model.context_encoder import drop_context, make_context_encoder
 from hypernet.model.hypernetwork import HyperNetwork
 from hypernet.model.lora_head import zero_beyond_width
-from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_chunks
+from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_chunks, read_in_passes
 from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Chunks, chunk_document
 from hypernet.text.cleaning import visible, whole, wording
 from hypernet.text.documents import Document
-from hypernet.text.tokens import check_known
+from hypernet.text.tokens import check_known, framed_ids
 
 log = logging.getLogger(__name__)
 
@@ -236,6 +236,11 @@ class DocToLoRA(nn.Module):
     def device(self) -> torch.device:
         return next(self.base_model.parameters()).device
 
+    @property
+    def generator(self) -> str:
+        """Fingerprint of the hypernetwork, which its adapters carry."""
+        return self._generator()[0]
+
     def adapt(self, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Chunk ids and mask [C, T] → target name → A [C, L, R, d_in], B [C, L, R, d_out], differentiable."""
         self.injector.clear()  # the encoder reads with the plain base model
@@ -264,6 +269,7 @@ class DocToLoRA(nn.Module):
         document: str | Document | Sequence[str | Document],
         *,
         max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        pass_chunks: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> LoRAAdapter:
         """One adapter from a document of any length or from several; it holds their chunks as they are generated.
@@ -274,6 +280,8 @@ class DocToLoRA(nn.Module):
             document: a text, a `Document` (which also gives its name and hash), or a sequence of them. Spans and hash
                 of a text count it as cleaned by `hypernet.text.cleaning.visible`.
             max_batch_tokens: tokens read at once; fewer need less memory. Halved where memory runs out.
+            pass_chunks: instead, in passes of so many chunks and of one shape: a document's chunks are then the same to
+                the bit whatever documents are read with it (`read_in_passes`).
             progress: called with (chunks done, chunks altogether).
 
         Raises:
@@ -303,9 +311,11 @@ class DocToLoRA(nn.Module):
         warn_of_same([[entry] for entry in described])
         rows = [(ids, mask) for chunk in chunks for ids, mask in zip(chunk.ids, chunk.mask, strict=True)]
         self.injector.clear()  # the encoder reads with the plain base model
-        A, B = read_chunks(
-            rows, self.context_encoder, self.hypernetwork, max_batch_tokens=max_batch_tokens, progress=progress
-        )
+        parts = self.context_encoder, self.hypernetwork
+        if pass_chunks is None:
+            A, B = read_chunks(rows, *parts, max_batch_tokens=max_batch_tokens, progress=progress)
+        else:
+            A, B = read_in_passes(rows, *parts, pass_chunks=pass_chunks)
         generator, bias_A, bias_B = self._generator()
         return LoRAAdapter(
             targets=self.hypernetwork.targets,
@@ -369,6 +379,60 @@ class DocToLoRA(nn.Module):
         check_fits(self.base_model, [len(row) for row in prompts], max_new_tokens=max_new_tokens)
         with self.using(adapters, joining, prompts=prompts):
             return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
+
+    def log_likelihoods(
+        self,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None] = None,
+        *,
+        join: str | None = None,
+        gate_power: float | None = None,
+        documents: Sequence[str | None] | None = None,
+    ) -> list[float]:
+        """log p of each answer, with what the chat template ends it with, after its question: summed, in nats.
+
+        Args:
+            questions, adapters, join, gate_power, documents: as `generate`.
+            answers: one text each.
+
+        Raises:
+            TypeError, ValueError: as `generate`.
+        """
+        joining = self.joining(join, gate_power=gate_power)
+        prompts = self._prompts(questions, documents)
+        _check_texts("answers", answers)
+        _check_one_each("answers", answers, questions)
+        if not prompts:
+            return []
+        frame = self.layout.before_answer, self.layout.after_answer
+        framed = framed_ids(self.tokenizer, [(frame[0], whole(answer, "answer"), frame[1]) for answer in answers])
+        check_known([*prompts, *framed], self.tokenizer, num_embeddings=num_embeddings(self.base_model))
+        check_fits(self.base_model, [len(p) + len(a) for p, a in zip(prompts, framed, strict=True)], max_new_tokens=0)
+        pairs = zip(prompts, framed, strict=True)
+        rows = pad_rows(
+            [pack_row((), [Segment(prompt + answer, len(prompt), False, 0)]) for prompt, answer in pairs],
+            pad_id=self.tokenizer.pad_token_id or 0,
+        ).to(self.device)
+        wanted = rows.target_kind >= 0
+        with torch.inference_mode(), self.using(adapters, joining, prompts=prompts):
+            log_probs = self(rows).float().log_softmax(-1)
+        found = log_probs.gather(1, rows.targets()[wanted][:, None])[:, 0]
+        return [part.sum().item() for part in found.split([len(answer) for answer in framed])]
+
+    @torch.no_grad()
+    def routing_scores(self, questions: Sequence[str], adapter: LoRAAdapter) -> Tensor:
+        """How strongly each chunk of an adapter answers each question, [Q, C]; see `hypernet.adapters.joining`.
+
+        Raises:
+            ValueError: as `generate` with join="route".
+        """
+        self._check_ours(adapter)
+        adapter.check_keys("routed")
+        prompts = self._prompts(questions, None)
+        check_fits(self.base_model, [len(row) for row in prompts], max_new_tokens=0)
+        with self.injector.using(None):
+            return routing_scores(self.base_model, adapter.targets, adapter.A, prompts)
 
     def joining(
         self,

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measuring.cost import MODELLED, CostModel, Costs, Measured, SecondsModel, break_even, break_evens
+from benchmarks.measuring.cost import MODELLED, CostModel, Measured, SecondsModel, break_evens
 from benchmarks.measuring.rows import Row, Rows
 from benchmarks.report.names import ADAPTER, ALTERNATIVES, CEILING, FLOOR, GRADIENT
+from hypernet.adapters.break_even import Costs, break_even
 
 log = logging.getLogger(__name__)
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)

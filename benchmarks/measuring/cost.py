@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from hypernet.adapters.break_even import Costs
+
 if TYPE_CHECKING:  # torch takes seconds, and tables of stored rows need none
     from torch import nn
 
@@ -41,13 +43,6 @@ def _attention_flops(
 ) -> int:
     batch, heads, new, width = query
     return 2 * batch * heads * new * key[-2] * (width + value[-1])
-
-
-class Costs(NamedTuple):
-    """Of a method: once per version of the document, and per question. Seconds or FLOPs."""
-
-    prepare: float
-    question: float
 
 
 class ModelShape(NamedTuple):
@@ -82,14 +77,6 @@ class ModelShape(NamedTuple):
 def adapter_flops(targets: "Sequence[LoRATarget]", rank: int, num_tokens: int) -> int:
     """Of an adapter of that total rank on so many tokens."""
     return 2 * rank * num_tokens * sum(module.d_in + module.d_out for t in targets for module in t.modules())
-
-
-def break_even(adapter: Costs, other: Costs) -> float:
-    """Questions from which on the adapter costs less altogether; 0: from the start, inf: never."""
-    more_at_first, less_each = adapter.prepare - other.prepare, other.question - adapter.question
-    if less_each <= 0:
-        return 0.0 if more_at_first < 0 and less_each == 0 else math.inf
-    return max(0.0, more_at_first / less_each)
 
 
 def break_evens(adapter: Costs, other: Costs) -> np.ndarray:

@@ -16,12 +16,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from benchmarks.measuring.metrics import exact_match, rouge_l, token_f1
+from benchmarks.measuring.metrics import rouge_l, token_f1
 from benchmarks.measuring.rows import describe_run
 from benchmarks.methods.base import Method
 from benchmarks.tasks.base import Case, Task
 from hypernet.cli.settings import choose_device
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.text.matching import exact_match
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,5 @@
 """Metrics: answers -> numbers, and how sure these are.
 
-    exact_match("The Eiffel Tower", ["Eiffel tower", "the tower"])     # 1.0
     token_f1(prediction, references), rouge_l(prediction, references)  # the best over the references
     low, high = bootstrap_interval(scores, groups=document_ids)        # of the mean score
     paired_interval([a, b], lambda a, b: a / b, groups=document_ids)   # of a function of several methods' mean scores
@@ -9,8 +8,6 @@
 Scores are fractions, 0 to 1. No model and no tokenizer in here.
 """
 
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
@@ -18,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+from hypernet.text.matching import at_least_one, squad_words
 
 
 class RougeL(NamedTuple):
@@ -28,19 +24,6 @@ class RougeL(NamedTuple):
     precision: float
     recall: float
     f1: float
-
-
-def exact_match(prediction: str, references: str | Sequence[str]) -> float:
-    """1.0 if the normalized prediction equals one of the normalized references, else 0.0. Normalized as in SQuAD v1.1:
-    small letters, no ASCII punctuation, no English articles, single blanks.
-
-    Raises:
-        ValueError: if there is no reference.
-
-    Source: Rajpurkar et al. 2016, "Model Evaluation", https://arxiv.org/abs/1606.05250, and its script for v1.1.
-    """
-    words = _squad_words(prediction)
-    return float(any(words == _squad_words(reference) for reference in _at_least_one(references)))
 
 
 def token_f1(prediction: str, references: str | Sequence[str]) -> float:
@@ -52,10 +35,10 @@ def token_f1(prediction: str, references: str | Sequence[str]) -> float:
 
     Source: Rajpurkar et al. 2016, "Model Evaluation", https://arxiv.org/abs/1606.05250, and its script for v1.1.
     """
-    words = _squad_words(prediction)
+    words = squad_words(prediction)
     scores = []
-    for reference in _at_least_one(references):
-        reference_words = _squad_words(reference)
+    for reference in at_least_one(references):
+        reference_words = squad_words(reference)
         shared = (Counter(words) & Counter(reference_words)).total()
         scores.append(_f1(shared / len(words), shared / len(reference_words)) if shared else 0.0)
     return max(scores)
@@ -70,7 +53,7 @@ def rouge_l(prediction: str, references: str | Sequence[str]) -> RougeL:
 
     Source: Lin 2004, section 3, https://aclanthology.org/W04-1013, as the package rouge-score computes it.
     """
-    scores = _rouge_scorer().score_multi(list(_at_least_one(references)), prediction)
+    scores = _rouge_scorer().score_multi(list(at_least_one(references)), prediction)
     return RougeL(*map(float, scores["rougeL"]))
 
 
@@ -202,19 +185,6 @@ def gap_closed(score: float, floor: float, ceiling: float) -> float:
             "the base model, so report the scores instead."
         )
     return (score - floor) / (ceiling - floor)
-
-
-def _at_least_one(references: str | Sequence[str]) -> Sequence[str]:
-    if isinstance(references, str):
-        return [references]
-    if not references:
-        raise ValueError("There should be at least one reference answer, but the list is empty.")
-    return references
-
-
-def _squad_words(text: str) -> list[str]:
-    # The order counts: "a-b" loses its hyphen first, so its "a" is no article.
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 @cache

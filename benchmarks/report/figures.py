@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from benchmarks.measuring.break_even import at_equal_length, is_by_length
-from benchmarks.measuring.cost import Costs, amortised
+from benchmarks.measuring.cost import amortised
 from benchmarks.measuring.rows import Row, Rows
 from benchmarks.report.names import (
     ADAPTER,
@@ -42,6 +42,7 @@ from benchmarks.report.plots import (
     style_of,
 )
 from benchmarks.report.tables import METHOD, Cell, Table, break_even_table, number, scaled, score_cells, score_table
+from hypernet.adapters.break_even import Costs
 
 QUESTIONS_PER_VERSION = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 SHOWN = (FLOOR, WRONG, CEILING, "retrieval", ADAPTER, GATED, ROUTED)  # where every method takes a line of its own
@@ -126,6 +127,18 @@ def composition(rows: Rows) -> Figure | None:
     chosen = [row for row in chosen if row["task"].startswith(("composition", "many_documents"))]
     x = Axis("documents in one adapter", log=True, ticks=_attribute_values(chosen, "num_documents"))
     return _accuracy("composition", chosen, lambda row: row["attributes"]["num_documents"], x)
+
+
+def memory_growth(rows: Rows) -> Figure | None:
+    """How the tiers of a memory answer as it grows."""
+    chosen = [row for row in _slices(rows, "num_memories") if row["task"] == "memory_growth"]
+    if not chosen:
+        return None
+    axis = Axis("memories of one user", log=True, ticks=_attribute_values(chosen, "num_memories"))
+    methods = legend_order(_values(chosen, "method"))
+    lines = [_points(_of(chosen, method=m), lambda row: row["attributes"]["num_memories"]) for m in methods]
+    panel = Panel("", [_series(m, points) for m, points in zip(methods, lines, strict=True)], axis, MATCH)
+    return Figure("memory_growth", [panel], _legend(methods), [], ["memory_growth"])
 
 
 def interference(rows: Rows) -> Figure | None:

@@ -213,8 +213,11 @@ class LoRAAdapter:
         """
         return self.with_chunks_of([other]) if isinstance(other, LoRAAdapter) else NotImplemented
 
-    def with_chunks_of(self, others: Sequence[Self]) -> Self:
+    def with_chunks_of(self, others: Sequence[Self], *, warn_of_copies: bool = True) -> Self:
         """This adapter's chunks, then each other's, in one adapter; the bias block still counts once.
+
+        Args:
+            warn_of_copies: whether the log names documents with the text of one before.
 
         Raises:
             TypeError: one is no adapter.
@@ -233,7 +236,8 @@ class LoRAAdapter:
             base_model_name=self.provenance["base_model"]["name"],
             base_model_fingerprint=self.provenance["base_model"]["fingerprint"],
         )
-        warn_of_same([adapter.provenance["documents"] for adapter in adapters])
+        if warn_of_copies:
+            warn_of_same([adapter.provenance["documents"] for adapter in adapters])
         if "joining" in self.provenance:
             provenance["joining"] = self.provenance["joining"]
         if operations := [entry for adapter in adapters for entry in adapter.provenance.get("operations", ())]:

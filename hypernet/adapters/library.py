@@ -22,7 +22,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,8 +138,11 @@ class AdapterLibrary:
         Raises:
             ValueError: there is no or more than one such adapter, or it holds other documents than the one named.
         """
-        unreadable = self._unreadable(key, self.list())  # an entry without its JSON has only its id
-        identity = unreadable[0] if len(unreadable) == 1 else self._found_alone(key).id
+        if self._is_entry(key):
+            identity = key
+        else:
+            unreadable = self._unreadable(key, self.list())  # an entry without its JSON has only its id
+            identity = unreadable[0] if len(unreadable) == 1 else self._found_alone(key).id
         with self._writing():
             self._discard(self.directory / identity)
         return identity
@@ -175,6 +178,9 @@ class AdapterLibrary:
         Raises:
             ValueError: there is none, or several; the message lists them.
         """
+        if self._is_entry(key):  # the others need not be read
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: told below
+                return self._entry(key)
         entries = self.list()
         found = [entry for entry in entries if entry.id == key] or [
             entry for entry in entries if key and (entry.id.startswith(key) or key in dict(entry.documents))
@@ -370,6 +376,9 @@ class AdapterLibrary:
         """Names beginning with `key` that are not among the entries, for lack of readable JSON."""
         there = {entry.id for entry in entries}
         return [name for name in self._names() if key and name.startswith(key) and name not in there]
+
+    def _is_entry(self, key: str) -> bool:
+        return bool(_ENTRY_NAME.fullmatch(key)) and (self.directory / key).is_dir()
 
     def _temporary(self, suffix: str) -> Path:
         return self.directory / f".{uuid.uuid4().hex}.{suffix}"

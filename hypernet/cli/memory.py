@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hypernet.cli import memory_tiers
+from hypernet.cli.memory_tiers import UNFINISHED, Agent, AsOf, KnownAt, Run, User
 from hypernet.text.cleaning import escaped
 
 if TYPE_CHECKING:
     from hypernet.memory.memory import Memory
     from hypernet.memory.store.records import Batch, MemoryRef, MemoryVersion
 
-UNFINISHED = 3  # exit status where work is left, such as an interrupted purge
 _DIRECTORY = "outputs/memory"
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="""Memories of users: text with dates, in one folder, without a model or a network.
+    help="""Memories of users: text with dates, and adapters made of it, in one folder, without a network.
 
     Nothing is overwritten: an update is a new version, and a deletion can be
     taken back until it is purged. A KEY is an ID as add and search print it, or
@@ -28,7 +29,7 @@ app = typer.Typer(
     hypernet.Memory.
 
     Exit status: 0 done, 1 an error, no hit of search or damage that verify found,
-    2 a wrong option, 3 work is unfinished.
+    2 a wrong option, 3 work is stale or unfinished, such as adapters to be written.
 
     \b
     hypernet memory add "Orla Wint taught Fenda Elfax." --user alice
@@ -38,13 +39,10 @@ app = typer.Typer(
     """,
 )
 
+memory_tiers.add_to(app)
+
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
-User = Annotated[str | None, typer.Option("--user", help="User id.", show_default=False)]
-Agent = Annotated[str | None, typer.Option("--agent", help="Agent id.", show_default=False)]
-Run = Annotated[str | None, typer.Option("--run", help="Id of a run or conversation.", show_default=False)]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
-AsOf = Annotated[str | None, typer.Option(help="What held then; ISO 8601, default now.", show_default=False)]
-KnownAt = Annotated[str | None, typer.Option(help="As it was known then; default now.", show_default=False)]
 ValidAt = Annotated[str | None, typer.Option(help="True from then on; default now.", show_default=False)]
 InvalidAt = Annotated[str | None, typer.Option(help="True until then; default open.", show_default=False)]
 _Source = Annotated[str | None, typer.Option(help="Where it comes from.", show_default=False)]
@@ -335,15 +333,24 @@ def rollback(
 def status(
     user: User = None, agent: Agent = None, run: Run = None, directory: _Directory = _DIRECTORY, as_json: _Json = False
 ) -> None:
-    """Count memories and bytes. Exit status 3 if a purge was interrupted.
+    """Count memories and bytes, and show the tiers. Exit status 3 if a purge or a write was interrupted, or where there
+    are adapters some are missing or stale.
 
     \b
     hypernet memory status --user alice
     """
     with _memory(directory) as memory:
         found = memory.status(user_id=user, agent_id=agent, run_id=run)
-    typer.echo(json.dumps(found) if as_json else "\n".join(f"{name:14}{value}" for name, value in found.items()))
-    if found["is_unfinished"]:
+    adapter = found["tiers"]["adapter"]
+    if as_json:
+        if adapter["break_even"] == float("inf"):  # JSON has no infinity
+            adapter["break_even"] = "never"
+        typer.echo(json.dumps(found))
+    else:
+        lines = [f"{name:14}{value}" for name, value in found.items() if name != "tiers"]
+        typer.echo("\n".join([*lines, *memory_tiers.tiers_table(found["tiers"])]))
+    has_adapters = adapter["memories"] or adapter["stale"]
+    if found["is_unfinished"] or (has_adapters and (adapter["missing"] or adapter["stale"])):
         raise typer.Exit(UNFINISHED)
 
 

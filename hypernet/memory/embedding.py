@@ -3,9 +3,11 @@
 embedder = open_embedder("assets/tiny")            # or "sentence-transformers:<name>"
 embedder.embed(["Who taught Fenda Elfax?"])        # [N, D] float32, rows of length 1
 embedder.name                                      # names the weights and the way; vectors are stored under it
+LazyModel("assets/tiny")                           # a checkpoint or base model, loaded by whoever first needs it
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +17,8 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hypernet.doc_to_lora import DocToLoRA
 
 Vectors = npt.NDArray[np.float32]
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
@@ -99,6 +103,70 @@ class SentenceTransformersEmbedder:
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         return _unit(np.asarray(self._model.encode(list(texts), show_progress_bar=False), np.float32))
+
+
+class LazyModel:
+    """A checkpoint or base model, loaded when it is first needed; as an embedder, the base model's.
+
+    Args:
+        source: hub name or folder of either, or a DocToLoRA that is there already.
+
+    Raises:
+        ValueError: it is a path that is not there.
+    """
+
+    def __init__(self, source: "str | Path | DocToLoRA") -> None:
+        self.source: str | Path | None = source if isinstance(source, (str, Path)) else None
+        self._given: DocToLoRA | None = None if isinstance(source, (str, Path)) else source
+        if self.source is not None and str(self.source)[:1] in ("/", ".", "~"):
+            if not Path(self.source).expanduser().exists():
+                raise ValueError(f"No base model in {self.source}, and no checkpoint. Check the path.")
+
+    def doc_to_lora(self) -> "DocToLoRA":
+        """The checkpoint.
+
+        Raises:
+            ValueError: it is a base model without a hypernetwork, or cannot be read.
+        """
+        if (found := self._checkpoint) is None:
+            raise ValueError(
+                f"{self.source} is a base model without a hypernetwork, which searches but cannot answer. Give a "
+                "checkpoint, such as assets/tiny."
+            )
+        return found
+
+    @property
+    def has_hypernetwork(self) -> bool:
+        """Whether it is a checkpoint, so that it answers and writes adapters."""
+        return self._checkpoint is not None
+
+    @cached_property
+    def _checkpoint(self) -> "DocToLoRA | None":
+        if self._given is not None:
+            return self._given
+        from hypernet.interop.published import is_published
+        from hypernet.model.checkpoint import is_checkpoint
+
+        assert self.source is not None
+        if not is_checkpoint(self.source) and not is_published(self.source):
+            return None
+        from hypernet.doc_to_lora import DocToLoRA
+
+        return DocToLoRA.from_pretrained(self.source).eval().requires_grad_(False)
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        if self._checkpoint is not None:
+            return BaseModelEmbedder(self._checkpoint.base_model, self._checkpoint.tokenizer)
+        assert self.source is not None
+        return open_embedder(self.source)
+
+    @property
+    def name(self) -> str:
+        return self._embedder.name
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        return self._embedder.embed(texts)
 
 
 def open_embedder(source: str | Path) -> Embedder:

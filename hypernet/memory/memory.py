@@ -7,18 +7,28 @@ memory.search("Who taught Fenda Elfax?", user_id="alice", limit=5, as_of="2026-0
 memory.update(ref.id, "Fenda Elfax was taught by Jorun Pell.", valid_at="2026-06-01")
 memory.delete(ref.id, reason="asked"); memory.rollback("v4"); memory.delete_all(user_id="alice"); memory.purge()
 
+memory = Memory.open("outputs/memory", model="assets/tiny")  # loaded when it is first needed
+memory.write_adapters(user_id="alice")                       # one slot for each version, by one forward pass
+memory.ask("Who taught Fenda Elfax?", user_id="alice", tier="adapter").text
+memory.forget(ref.id).passed                                 # as if it had never been there
+
 A filter that is not given does not restrict; `delete_all` without any is refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from hypernet.adapters.break_even import Costs, break_even
+from hypernet.memory.ask import Answer, Asker, Case, Effect, MemoryQuestion
+from hypernet.memory.audit import DeletionAudit, ForgetReport, left_twins, remove_twins
+from hypernet.memory.bank import AdapterBank, Written
 from hypernet.memory.capture import Conversation, Message, drafts_of
-from hypernet.memory.embedding import Embedder, open_embedder
+from hypernet.memory.embedding import Embedder, LazyModel, open_embedder
 from hypernet.memory.exchange import read_drafts, write_memories
 from hypernet.memory.extraction import Extractor
+from hypernet.memory.ledger import TIERS, CostLedger, Measured
 from hypernet.memory.profile import Profile, profile
 from hypernet.memory.retriever import Retriever, check_settings
 from hypernet.memory.store.database import check_folder
@@ -36,38 +46,64 @@ from hypernet.memory.store.times import Instant
 from hypernet.memory.store.token_store import TokenStore, Verification
 from hypernet.text.cleaning import whole
 
+if TYPE_CHECKING:
+    from hypernet.doc_to_lora import DocToLoRA
+
 
 class Memory:
-    """Delegates: `store` keeps, `retriever` finds. `Memory.open` makes both.
+    """Delegates: `store` keeps, `retriever` finds, `bank` holds adapters, `asker` answers. `Memory.open` makes them.
 
     Args:
         extractor: gives added texts their keys, see `hypernet.memory.extraction`; None: keys are only what is given.
     """
 
-    def __init__(self, store: TokenStore, retriever: Retriever, *, extractor: Extractor | None = None) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        retriever: Retriever,
+        *,
+        bank: AdapterBank | None = None,
+        extractor: Extractor | None = None,
+        limit: int = 5,
+        max_new_tokens: int = 32,
+    ) -> None:
         self.store, self.retriever, self.extractor = store, retriever, extractor
+        self.bank, self.ledger = bank or AdapterBank(store), CostLedger(store)
+        lengths = {"limit": limit, "max_new_tokens": max_new_tokens}
+        self.asker = Asker(store, retriever, self.bank, self.ledger, **lengths)
 
     @classmethod
     def open(
         cls,
         folder: str | Path,
         *,
-        model: str | Path | None = None,
+        model: "str | Path | DocToLoRA | None" = None,
         embedder: str | Path | Embedder | None = None,
         conflict: str = "latest",
         source_priority: Sequence[str] = (),
         extractor: Extractor | None = None,
         num_candidates: int = 50,
         dense_weight: float = 0.5,
+        limit: int = 5,
+        max_new_tokens: int = 32,
+        join: str = "route",
+        top_k: int | None = None,
+        gate_power: float | None = None,
+        shard_memories: int = 128,
+        pass_chunks: int = 16,
+        dtype: str = "float16",
         create: bool = True,
     ) -> Self:
         """A folder's memory, made where it is missing.
 
         Args:
-            model: base model or checkpoint, hub name or folder; its embeddings find by meaning. None: words alone.
+            model: checkpoint, hub name or folder: it answers, writes adapters, and its embeddings find by meaning. Of a
+                base model the latter alone. Loaded when it is first needed. None: words alone.
             embedder: instead of the model's: "sentence-transformers:<name>", or any `Embedder`.
             conflict, source_priority: what an added memory does to others with its key, see `TokenStore`.
             num_candidates, dense_weight: see `Retriever`.
+            limit, max_new_tokens: memories in a prompt and tokens of an answer, see `Asker`.
+            join, top_k, gate_power, shard_memories, pass_chunks, dtype: of adapters, see `AdapterBank`.
             create: whether it may be made.
 
         Raises:
@@ -78,11 +114,14 @@ class Memory:
         check_folder(Path(folder).expanduser(), create=create)
         check_settings(num_candidates, dense_weight)
         checked_conflict(conflict)
-        source = embedder if embedder is not None else model
-        chosen = open_embedder(source) if isinstance(source, (str, Path)) else source
+        lazy = None if model is None else LazyModel(model)
+        chosen = open_embedder(embedder) if isinstance(embedder, (str, Path)) else embedder or lazy
         store = TokenStore(folder, create=create, conflict=conflict, source_priority=source_priority)
         retriever = Retriever(store, embedder=chosen, num_candidates=num_candidates, dense_weight=dense_weight)
-        return cls(store, retriever, extractor=extractor)
+        joined = {"join": join, "top_k": top_k, "gate_power": gate_power}
+        stored = {"shard_memories": shard_memories, "pass_chunks": pass_chunks, "dtype": dtype}
+        bank = AdapterBank(store, lazy, **joined, **stored)  # type: ignore[arg-type]
+        return cls(store, retriever, bank=bank, extractor=extractor, limit=limit, max_new_tokens=max_new_tokens)
 
     def close(self) -> None:
         self.store.close()
@@ -188,8 +227,35 @@ class Memory:
         agent_id: str | None = None,
         run_id: str | None = None,
     ) -> Batch:
-        """Erases the content of what was deleted or taken back from the folder. There is no way back."""
-        return self.store.purge(None if key is None else _key(key), Filters(user_id, agent_id, run_id))
+        """Erases the content of what was deleted or taken back from the folder, with its adapters. There is no way
+        back."""
+        batch = self.store.purge(None if key is None else _key(key), Filters(user_id, agent_id, run_id))
+        self.bank.sweep()
+        return batch
+
+    def forget(
+        self,
+        key: str | MemoryRef,
+        *,
+        verify: bool = True,
+        reason: str | None = None,
+        questions: Sequence[tuple[str, str]] | None = None,
+    ) -> ForgetReport:
+        """Deletes a memory, what was derived from it and its adapters, and compares what is left with a twin that never
+        had it; the report goes to deletions.jsonl. `purge` erases the content.
+
+        Args:
+            verify: False compares nothing.
+            questions: (question, answer) pairs that the memory answers, for the membership test; None: made of it.
+        """
+        cases = None if questions is None else _cases(questions)
+        return DeletionAudit(self.asker).forget(_key(key), reason=reason, verify=verify, cases=cases)
+
+    def write_adapters(
+        self, *, user_id: str | None = None, agent_id: str | None = None, run_id: str | None = None
+    ) -> Written:
+        """Gives every version within the filters its adapter; those that are there stay."""
+        return self.bank.write(Filters(user_id, agent_id, run_id))
 
     @contextmanager
     def capture(
@@ -231,6 +297,76 @@ class Memory:
         filters = Filters(user_id, agent_id, run_id)
         found = self.store.statements(filters) if format == "plain" else self.store.valid(filters)
         return write_memories(found, path, format=format)
+
+    # --- Asking -----------------------------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        question: str,
+        *,
+        user_id: str | None = None,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+        tier: str = "auto",
+        accuracy: float = 0.9,
+        as_of: Instant | None = None,
+        known_at: Instant | None = None,
+    ) -> Answer:
+        """Answers from the memories within the filters; the answer names its tier and its memories.
+
+        Args:
+            tier: "token" (found memories in the prompt), "adapter" (their adapters), "none", or "auto": the cheapest
+                that has measured `accuracy`, see `measure`.
+            as_of, known_at: as `search`.
+
+        Raises:
+            ValueError: there is no checkpoint; adapters are missing (`write_adapters`); ...
+        """
+        whose = Filters(user_id, agent_id, run_id)
+        (answer,) = self.asker.ask([MemoryQuestion(question, whose, as_of, known_at)], tier=tier, accuracy=accuracy)
+        return answer
+
+    def ask_many(
+        self,
+        questions: Sequence[str],
+        *,
+        user_ids: Sequence[str | None],
+        tier: str = "auto",
+        accuracy: float = 0.9,
+        as_of: Instant | None = None,
+        known_at: Instant | None = None,
+    ) -> tuple[Answer, ...]:
+        """Answers questions of several users in one pass, each from its own user's memories alone.
+
+        Args:
+            user_ids: one for each question.
+        """
+        if isinstance(questions, str) or len(questions) != len(user_ids):
+            raise ValueError(f"Got {len(user_ids)} user_ids for {len(questions)} questions. Give lists of one length.")
+        pairs = zip(questions, user_ids, strict=True)
+        asked = [MemoryQuestion(question, Filters(user), as_of, known_at) for question, user in pairs]
+        return tuple(self.asker.ask(asked, tier=tier, accuracy=accuracy))
+
+    def explain(self, answer: Answer) -> tuple[Effect, ...]:
+        """For each memory behind an answer log p(answer) with it and as if it had never been there."""
+        return tuple(self.asker.explain(answer))
+
+    def measure(
+        self,
+        *,
+        user_id: str | None = None,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+        questions: Sequence[tuple[str, str]] | None = None,
+        tiers: Sequence[str] = TIERS,
+    ) -> tuple[Measured, ...]:
+        """Asks held questions of each tier and keeps accuracy and cost, by which `ask` chooses.
+
+        Args:
+            questions: (question, answer) pairs; None: one made of each keyed memory, see `Asker.measure`.
+        """
+        cases = None if questions is None else _cases(questions)
+        return tuple(self.asker.measure(Filters(user_id, agent_id, run_id), cases, tiers=tiers))
 
     # --- Reading ----------------------------------------------------------------------------------------------------
 
@@ -294,14 +430,49 @@ class Memory:
     def status(
         self, *, user_id: str | None = None, agent_id: str | None = None, run_id: str | None = None
     ) -> dict[str, Any]:
-        """memories, versions, valid_now, deleted (waiting for `purge`), bytes of the folder, is_unfinished."""
-        counts = self.store.counts(Filters(user_id, agent_id, run_id))
+        """memories, versions, valid_now, deleted (waiting for `purge`), bytes of the folder, is_unfinished (a purge or
+        a write was interrupted), and tiers: of "token" and "adapter" a dict each.
+
+        memories, valid_now: versions in the tier. missing, stale: without an adapter, and adapters that answer nothing
+        (deleted, or of another hypernetwork or base model; `counts` has each). accuracy, oracle, questions,
+        question_tokens, question_s, measured_at: what `measure` found last, or None. break_even: questions after which
+        the adapters were cheaper than the prompt, inf: never, None: not measured.
+        """
+        filters = Filters(user_id, agent_id, run_id)
+        counts = self.store.counts(filters)
         num_bytes = sum(path.stat().st_size for path in self.store.folder.rglob("*") if path.is_file())
-        return {**counts, "bytes": num_bytes, "is_unfinished": self.store.is_unfinished}
+        is_unfinished = self.store.is_unfinished or self.bank.is_unfinished or bool(left_twins(self.store.folder))
+        return {**counts, "bytes": num_bytes, "is_unfinished": is_unfinished, "tiers": self._tiers(filters, counts)}
+
+    def _tiers(self, filters: Filters, counts: dict[str, int]) -> dict[str, dict[str, Any]]:
+        generator = self.bank.generator if self.bank.can_write else self.bank.last_generator(filters)
+        slots = self.bank.counts(filters, generator)
+        measured = self.ledger.latest(filters, generator=generator, base_model=None)
+        token, adapter = measured.get("token"), measured.get("adapter")
+        even = None
+        if token and adapter:
+            even = break_even(Costs(adapter.prepare_s, adapter.question_s), Costs(token.prepare_s, token.question_s))
+        return {
+            "token": {
+                **{"memories": counts["versions"], "valid_now": counts["valid_now"], "missing": 0, "stale": 0},
+                **{"bytes": self.store.content_bytes(filters), **_said(token), "break_even": None},
+            },
+            "adapter": {
+                **{"memories": slots.slots, "valid_now": slots.valid_now, "missing": slots.missing},
+                **{"stale": slots.stale, "bytes": slots.bytes, **_said(adapter), "break_even": even},
+                "counts": slots._asdict(),
+            },
+        }
 
     def verify(self) -> Verification:
         """Compares everything with what was stored, and finishes what a killed process had begun."""
-        return self.store.verify()
+        found = self.store.verify()
+        if found.damage:
+            return found
+        repaired = [*found.repaired, *self.bank.verify()]
+        if number := remove_twins(self.store.folder):
+            repaired.append(f"{number} folders of interrupted audits")
+        return found._replace(repaired=tuple(repaired))
 
     # --- Inside -----------------------------------------------------------------------------------------------------
 
@@ -316,6 +487,20 @@ class Memory:
                     values |= {"subject": facts[0].subject, "relation": facts[0].relation}
             found.append(Draft(**values))
         return found
+
+
+def _cases(questions: Sequence[tuple[str, str]]) -> list[Case]:
+    """ValueError unless each is a question and its answer."""
+    for pair in questions:
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) and text.strip() for text in pair):
+            raise ValueError(f"{pair!r} is no question with its answer. Give pairs of texts.")
+    return [Case(question, (answer,)) for question, answer in questions]
+
+
+def _said(measured: Measured | None) -> dict[str, Any]:
+    names = ("accuracy", "oracle", "questions", "question_tokens", "question_s")
+    values = {name: None if measured is None else getattr(measured, name) for name in names}
+    return {**values, "measured_at": None if measured is None else measured.at}
 
 
 def _key(key: str | MemoryRef) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measuring.metrics import exact_match
 from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.adapters.composition import average, compress, concatenate, select_chunks, weight
 from hypernet.adapters.joining import (
@@ -27,6 +26,7 @@ from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.interop.vllm import export_vllm
 from hypernet.text.documents import Document
+from hypernet.text.matching import exact_match
 from tests.adapters.test_adapter import assert_one_line_value_error, make_adapter, targets  # noqa: F401
 from tests.adapters.test_adapter import document as entry_of
 

@@ -163,7 +163,9 @@ def test_sweep_config_lists_and_explains_controls(path) -> None:
     # A header may give more methods in a command of their own.
     named = re.findall(r"^\s*method: (\S+)|^#.* method=(\S+)", text, re.MULTILINE)
     methods = {method for found in named for part in found for method in part.split(",")}
-    if not path.stem.startswith("tune"):  # which chooses among settings of a method and makes no figure
+    if path.stem.startswith("memory"):
+        assert {"no_context", "memory_oracle"} <= methods
+    elif not path.stem.startswith("tune"):  # which chooses among settings of a method and makes no figure
         assert {"no_context", "full_context", "wrong_document", "doc_to_lora"} <= methods
 
 

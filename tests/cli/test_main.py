@@ -37,7 +37,8 @@ EXAMPLES = [
 def test_the_commands_are_those_that_are_promised():
     library = {("library", name) for name in ("list", "verify", "clean", "add", "remove", "replace")}
     verbs = "add search get list history profile update invalidate delete delete-all restore purge versions rollback"
-    memory = {("memory", name) for name in [*verbs.split(), "status", "import", "export", "verify"]}
+    verbs += " status import export verify ask explain write-adapters measure forget"
+    memory = {("memory", name) for name in verbs.split()}
     expected = {
         (),
         ("library",),

@@ -1,9 +1,9 @@
-"""read_chunks: the same matrices as all at once, in bounded memory, also when memory runs out."""
+"""read_chunks: the same matrices as all at once, in bounded memory, when memory runs out; to the bit in passes."""
 
 import pytest
 import torch
 
-from hypernet.model.streaming import read_chunks
+from hypernet.model.streaming import read_chunks, read_in_passes
 
 TEXT = "Norbach is a town. " + "Ilda Renwick founded the mill in 1807, and it still stands by the river. " * 9
 
@@ -134,3 +134,29 @@ def test_token_budget_below_one_is_refused(make_doc_to_lora, budget):
     model = make_doc_to_lora()
     with pytest.raises(ValueError, match=f"max_batch_tokens should be a whole number, at least 1, got {budget}"):
         read_chunks(rows_of(model, "A."), model.context_encoder, model.hypernetwork, max_batch_tokens=budget)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS, ids=lambda encoder: "-".join(map(str, encoder.values())))
+@pytest.mark.parametrize("pass_chunks", [2, 7])
+def test_chunk_in_passes_depends_on_no_other(make_doc_to_lora, encoder, pass_chunks):
+    model = make_doc_to_lora(context_encoder=encoder)
+    parts = model.context_encoder, model.hypernetwork
+    rows = rows_of(model, TEXT, "A short one.", *(f"Sentence number {n} is short." for n in range(15)))
+    together = read_in_passes(rows, *parts, pass_chunks=pass_chunks)
+    expected = read_chunks(rows, *parts)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    permuted = read_in_passes([rows[place] for place in order], *parts, pass_chunks=pass_chunks)
+    for whole, plain, mixed in zip(together, expected, permuted, strict=True):
+        torch.testing.assert_close(whole["down_proj"], plain["down_proj"], rtol=1e-3, atol=1e-4)
+        assert torch.equal(whole["down_proj"][order], mixed["down_proj"])
+    for place in (0, 9, len(rows) - 1):
+        alone = read_in_passes(rows[place : place + 1], *parts, pass_chunks=pass_chunks)
+        for one, of in zip(alone, together, strict=True):
+            assert torch.equal(one["down_proj"][0], of["down_proj"][place])
+
+
+@pytest.mark.parametrize("pass_chunks", [1, 2.0, True])
+def test_pass_has_at_least_two_chunks(make_doc_to_lora, pass_chunks):
+    model = make_doc_to_lora()
+    with pytest.raises(ValueError, match="pass_chunks should be a whole number, at least 2"):
+        model.internalize("One.", pass_chunks=pass_chunks)

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import select
 
@@ -51,3 +52,15 @@ class DeletionLog:
             file.flush()
             os.fsync(file.fileno())
         return len(rows)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line about what the log holds so far, such as the audit of a deletion."""
+        self.catch_up()
+        with self._path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            last = file.read().splitlines()[-1:]
+            event = json.loads(last[0])["event"] if last else 0  # where `catch_up` goes on
+            file.write(json.dumps({"event": event, **line}, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())

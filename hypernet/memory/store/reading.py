@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, or_, select
+from sqlalchemy import Connection, LargeBinary, Row, cast, func, or_, select
 from sqlalchemy.sql.elements import ColumnElement
 
 from hypernet.memory.store.database import Database
@@ -193,6 +193,13 @@ class StoreReader:
                 "valid_now": number(seq, *live, *holds),
                 "deleted": number(seq, ~memories.c.live, *chosen),
             }
+
+    def content_bytes(self, filters: Filters = EVERYBODY) -> int:
+        """Of the texts of live versions, in UTF-8."""
+        size = func.coalesce(func.sum(func.length(cast(memories.c.text, LargeBinary))), 0)
+        statement = select(size).where(memories.c.live, *within(filters.checked()))
+        with self.database.read() as connection:
+            return int(connection.execute(statement).scalar_one())
 
     def last_batch(self, connection: Connection) -> int:
         """Number of the last batch; whoever caches something of the store compares it."""

@@ -6,6 +6,8 @@ memories   one row per memory version; the columns after created_at are computed
 contains   what was derived from what: deleting a member deletes what contains it
 vectors    a memory's embedding by one embedder
 words      the FTS5 index of live memories
+slots      the adapter of a memory version: which entry of `adapters/` holds it, by what it was written
+costs      what a tier was measured to answer and to cost, and when
 """
 
 import json
@@ -16,6 +18,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -32,7 +35,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.elements import ColumnElement
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 APPLICATION_ID = 0x48794D65  # "HyMe" in the header of memory.sqlite
 
 metadata = MetaData()
@@ -110,6 +113,46 @@ vectors = Table(
     Column("seq", Integer, primary_key=True, autoincrement=False),
     Column("embedder", String, primary_key=True),
     Column("vector", LargeBinary, nullable=False),
+)
+
+slots = Table(
+    "slots",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("memory_id", String, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("generator", String, nullable=False, index=True),  # `AdapterBank.generator`
+    Column("base_model", String, nullable=False),  # fingerprint
+    Column("sha256", String, nullable=False),  # of the memory's text
+    Column("entry", String, nullable=False, index=True),  # id in the AdapterLibrary
+    Column("chunks", Integer, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("seconds", Float, nullable=False),  # its part of the pass that wrote it; 0 if it was copied
+    Column("change", Integer, nullable=False, index=True),  # higher than any before
+    UniqueConstraint("memory_id", "version"),
+    sqlite_autoincrement=True,
+)
+
+costs = Table(
+    "costs",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("user_id", String),
+    Column("agent_id", String),
+    Column("run_id", String),
+    Column("tier", String, nullable=False),
+    Column("generator", String),  # None: no adapters were used
+    Column("base_model", String, nullable=False),
+    Column("reference", String, nullable=False),  # "given" answers, or the "oracle": the memory alone in the prompt
+    Column("memories", Integer, nullable=False),  # that held
+    Column("questions", Integer, nullable=False),
+    Column("accuracy", Float, nullable=False),
+    Column("oracle", Float),  # accuracy with the memory alone in the prompt, where it is known
+    Column("question_tokens", Float, nullable=False),  # that the tier adds to a prompt
+    Column("question_s", Float, nullable=False),  # median, one question at a time
+    Column("prepare_s", Float, nullable=False),  # of writing what it uses, once
+    sqlite_autoincrement=True,
 )
 
 

@@ -114,7 +114,7 @@ class TokenStore(StoreReader):
         self.conflict, self.source_priority = checked_conflict(conflict), tuple(source_priority)
         self.folder = Path(folder).expanduser().resolve()
         super().__init__(Database(self.folder, create=create))
-        self._log = DeletionLog(self.folder, self.database)
+        self.log = DeletionLog(self.folder, self.database)
 
     def close(self) -> None:
         self.database.close()
@@ -194,7 +194,7 @@ class TokenStore(StoreReader):
             if reason and any(row.text and row.text.casefold() in reason.casefold() for row in rows):
                 raise ValueError(f"The reason holds the memory's text, and {DELETIONS_FILE} keeps it. Give another.")
             result = self._delete(writing, [row.seq for row in rows], reason)
-        self._log.catch_up()
+        self.log.catch_up()
         return result
 
     def delete_all(self, filters: Filters, *, reason: str | None = None) -> Batch:
@@ -211,7 +211,7 @@ class TokenStore(StoreReader):
                 _undo(writing)
                 return Batch("", "delete")
             result = self._delete(writing, seqs, reason)
-        self._log.catch_up()
+        self.log.catch_up()
         return result
 
     def restore(self, key: str) -> Batch:
@@ -236,7 +236,7 @@ class TokenStore(StoreReader):
             if not moved.keys() & set(asked):
                 raise self._not_restored(connection, key, asked)
             result = self._done(writing, "restore", asked, moved, derived="show")
-        self._log.catch_up()
+        self.log.catch_up()
         return result
 
     def rollback(self, version: str | int) -> Batch:
@@ -273,7 +273,7 @@ class TokenStore(StoreReader):
             _set_active(connection, batch, active=False)
             moved = self._refresh(connection, seqs)
             result = self._done(writing, "rollback", seqs, moved)
-        self._log.catch_up()
+        self.log.catch_up()
         return result
 
     def purge(self, key: str | None = None, filters: Filters = EVERYBODY) -> Batch:
@@ -315,7 +315,7 @@ class TokenStore(StoreReader):
                 )
             )
             full_text.rebuild(connection)
-        self._log.catch_up()
+        self.log.catch_up()
         return result._replace(finished=self._finish_purge())
 
     def start_batch(self, operation: str) -> str:
@@ -366,7 +366,7 @@ class TokenStore(StoreReader):
                 writing.connection.execute(text("DELETE FROM words"))
                 full_text.index(writing.connection, _findable(self._rows(writing.connection, sorted(findable))))
             repaired.append(f"computed columns or the index of {len(set(wrong) | (indexed ^ findable))} versions")
-        if num_logged := self._log.catch_up():
+        if num_logged := self.log.catch_up():
             repaired.append(f"{num_logged} lines missing in {DELETIONS_FILE}")
         if self.is_unfinished:
             if self._finish_purge():

@@ -11,18 +11,17 @@ from benchmarks.internalize_cost import flops_of as torch_flops_of
 from benchmarks.internalize_cost import make_document
 from benchmarks.measuring.cost import (
     CostModel,
-    Costs,
     Line,
     Measured,
     ModelShape,
     SecondsModel,
     adapter_flops,
     amortised,
-    break_even,
     break_evens,
     flops_of,
 )
 from benchmarks.measuring.decoding import Prefix, greedy
+from hypernet.adapters.break_even import Costs, break_even
 
 
 @pytest.fixture(autouse=True)

@@ -139,6 +139,22 @@ def test_file_that_is_no_database_is_refused(tmp_path):
         TokenStore(tmp_path)
 
 
+def test_memory_of_an_older_schema_is_migrated(tmp_path):
+    store = TokenStore(tmp_path / "memory")
+    (ref,) = store.add([Draft(text="told before there were adapters")])
+    with store.database.write() as connection:
+        for table in ("slots", "costs"):
+            connection.execute(text(f"DROP TABLE {table}"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    store.close()
+    store = TokenStore(tmp_path / "memory")
+    with store.database.read() as connection:
+        found = compare_metadata(MigrationContext.configure(connection), metadata)
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == SCHEMA_VERSION
+    assert not [change for change in found if getattr(change[1], "name", "") in ("slots", "costs")]
+    assert store.get(str(ref)).text == "told before there were adapters" and store.verify() == ((), ())
+
+
 def test_newer_schema_is_refused(tmp_path):
     store = TokenStore(tmp_path / "memory")
     with store.database.write() as connection:

@@ -200,7 +200,7 @@ def memory_switches() -> str:
     )
     (oracle,) = (row["exact_match"] for row in rows if row["method"] == "memory_oracle")
     share = lambda row: f"{row['exact_match'] / oracle:.2f}"  # noqa: E731
-    lines = [[METHOD(row), MATCHED(row), share(row)] for row in rows]
+    lines = [[name_of(row["method"]), MATCHED(row), share(row)] for row in rows]
     return Table("", ["method", "exact match", "of the oracle"], lines).markdown()
 
 

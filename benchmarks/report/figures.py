@@ -131,7 +131,7 @@ def composition(rows: Rows) -> Figure | None:
 
 def memory_growth(rows: Rows) -> Figure | None:
     """How the tiers of a memory answer as it grows."""
-    chosen = [row for row in _slices(rows, "num_memories") if row["task"] == "memory_growth"]
+    chosen = [row for row in rows if row["kind"] == "summary" and row["task"].startswith("memory_growth")]
     if not chosen:
         return None
     axis = Axis("memories of one user", log=True, ticks=_attribute_values(chosen, "num_memories"))

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from benchmarks.measuring.rows import Row, describe_run, write_rows
 from hypernet.cli.scripts import Script, check_targets
-from hypernet.cli.settings import Count, Number, OutputFile, Settings
+from hypernet.cli.settings import Count, Number, Open, OutputFile, Settings
 from hypernet.memory.store.records import Draft, Filters
 from hypernet.memory.store.token_store import TokenStore
 
@@ -245,8 +245,13 @@ def random_schedules(folder: Path, *, num_schedules: int, rng: random.Random, nu
     return {"kind": "schedules", "schedules": num_schedules, "wrong": wrong, "damage": len(damage)}
 
 
+class MemorySettings(Open):
+    folder: str | None  # null: a temporary one
+    model: str | None
+
+
 class StoreSettings(Settings):
-    memory: dict[str, Any]
+    memory: MemorySettings
     num_users: Annotated[int, Field(ge=2, description="a whole number, at least 2")]
     memories_per_user: Count
     num_searches: Count
@@ -262,8 +267,8 @@ SCRIPT = Script("benchmarks.memory.store", StoreSettings)
 @hydra.main(config_path="../../conf", config_name="memory_store", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     with SCRIPT.errors():
-        memory = SCRIPT.check(cfg).memory
-        check_targets({"memory": {**memory, "folder": memory["folder"] or ""}})  # null: a temporary one
+        memory = SCRIPT.check(cfg).memory.model_dump()
+        check_targets({"memory": {**memory, "folder": memory["folder"] or ""}})
         run_all(cfg)
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.tasks.base import Asked, Case
+from benchmarks.tasks.base import Asked, Case, practice_on_text
 from hypernet.data.encyclopedia import Encyclopedia
+
+NUM_PRACTICE = 16  # questions for methods that train on questions
 
 
 class MemoriesTask:
@@ -14,7 +16,7 @@ class MemoriesTask:
     Args:
         num_memories: of one user, a set for each.
         num_questions: of a set, at most; small sets have more cases.
-        max_cases: of a set.
+        num_cases: of a set.
         num_forgotten: of the memories that are told and taken back. With it, there are six sets: questions on what is
             kept and on what is forgotten, before and after it is forgotten, and where it was never told.
 
@@ -23,14 +25,14 @@ class MemoriesTask:
     """
 
     def __init__(
-        self, *, num_memories: Sequence[int], num_questions: int = 100, max_cases: int = 10, num_forgotten: int = 0
+        self, *, num_memories: Sequence[int], num_questions: int = 100, num_cases: int = 10, num_forgotten: int = 0
     ) -> None:
         if not num_memories or min(num_memories) <= num_forgotten or min(num_memories) < 1:
             raise ValueError(
                 f"num_memories is {list(num_memories)} and num_forgotten {num_forgotten}; give sizes above it."
             )
         self.num_memories, self.num_questions = list(num_memories), num_questions
-        self.max_cases, self.num_forgotten = max_cases, num_forgotten
+        self.num_cases, self.num_forgotten = num_cases, num_forgotten
 
     def cases(self, seed: int) -> Iterator[Case]:
         encyclopedia = Encyclopedia("test", seed=seed)
@@ -44,7 +46,7 @@ class MemoriesTask:
                 rng = encyclopedia.rng("asked", size, case)
                 chosen = sorted(rng.sample(range(size), min(size, self.num_questions // number)))
                 if self.num_forgotten:
-                    yield from self._forgetting(str(case), own, chosen, others)
+                    yield from self._forgetting(str(case), own, chosen, others, _practice(encyclopedia, own, case))
                     continue
                 yield Case(
                     _name(size),
@@ -52,14 +54,20 @@ class MemoriesTask:
                     tuple(sentence for sentence, *_ in own),
                     tuple(_asked(own, place) for place in chosen),
                     others=others,
+                    practice=_practice(encyclopedia, own, case),
                     attributes={"num_memories": size},
                 )
 
     def _num_cases(self, size: int) -> int:
-        return 1 if self.num_forgotten else max(1, min(self.max_cases, self.num_questions // size))
+        return 1 if self.num_forgotten else max(1, min(self.num_cases, self.num_questions // size))
 
     def _forgetting(
-        self, name: str, own: list[tuple[str, str, str, str]], chosen: list[int], others: tuple[str, ...]
+        self,
+        name: str,
+        own: list[tuple[str, str, str, str]],
+        chosen: list[int],
+        others: tuple[str, ...],
+        practice: tuple[str, ...],
     ) -> Iterator[Case]:
         """The last ones are forgotten."""
         size = len(own)
@@ -83,8 +91,14 @@ class MemoriesTask:
                     questions,
                     others=others,
                     replaced=replaced,
+                    practice=practice,
                     attributes={"num_memories": size},
                 )
+
+
+def _practice(encyclopedia: Encyclopedia, own: Sequence[tuple[str, str, str, str]], case: int) -> tuple[str, ...]:
+    rng = encyclopedia.rng("practice", len(own), case)
+    return practice_on_text(" ".join(sentence for sentence, *_ in own), rng, NUM_PRACTICE)
 
 
 def _name(size: int) -> str:

@@ -28,8 +28,9 @@ app = typer.Typer(
     ID@VERSION. A filter that is not given does not restrict. In Python this is
     hypernet.Memory.
 
-    Exit status: 0 done, 1 an error, no hit of search or damage that verify found,
-    2 a wrong option, 3 work is stale or unfinished, such as adapters to be written.
+    Exit status: 0 done, 1 an error, no hit of search or damage that verify
+    found, 2 a wrong option, 3 work is stale or unfinished, such as adapters to
+    be written.
 
     \b
     hypernet memory add "Orla Wint taught Fenda Elfax." --user alice

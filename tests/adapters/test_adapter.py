@@ -336,7 +336,7 @@ def no_space_in_safetensors(*args, **kwargs):
 
 @pytest.mark.parametrize("failure", [no_space, no_space_in_safetensors])
 def test_save_on_full_disk_leaves_no_files(targets, tmp_path, monkeypatch, failure):
-    monkeypatch.setattr(hypernet.io.files, "save_file", failure)
+    monkeypatch.setattr("safetensors.torch.save_file", failure)
     with pytest.raises(OSError) as caught:
         make_adapter(targets).save(tmp_path / "made" / "adapter")
     assert caught.value.errno == errno.ENOSPC
@@ -360,7 +360,7 @@ def test_save_write_failure_raises_oserror_and_leaves_no_files(targets, tmp_path
 def test_failed_overwrite_keeps_old_adapter(targets, tmp_path, monkeypatch):
     old = make_adapter(targets, 1)
     old.save(tmp_path / "adapter")
-    monkeypatch.setattr(hypernet.io.files, "save_file", no_space)
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
     with pytest.raises(OSError):
         make_adapter(targets, 3).save(tmp_path / "adapter", overwrite=True)
     assert_same(LoRAAdapter.load(tmp_path / "adapter"), old)

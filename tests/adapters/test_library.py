@@ -320,11 +320,10 @@ def test_library_takes_adapters_alone(library, wrong):
 
 
 def test_library_add_on_full_disk_leaves_no_files(library, monkeypatch):
-    import hypernet.io.files
     from tests.adapters.test_adapter import no_space
 
     identity = library.add(uneven_adapter(1))
-    monkeypatch.setattr(hypernet.io.files, "save_file", no_space)
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
     with pytest.raises(OSError, match="No space"):
         library.add(uneven_adapter(2))
     assert visible(library) == [identity] and library.verify() == ()

@@ -38,7 +38,7 @@ def test_method_answers_as_the_tier_does(shipped, method, tier):
 
 
 def test_each_tier_answers_and_controls_do_not(shipped):
-    task = MemoriesTask(num_memories=[8], num_questions=16, max_cases=2)
+    task = MemoriesTask(num_memories=[8], num_questions=16, num_cases=2)
     scores = {}
     for method in (NoContext, OracleMemory, TokenMemory, AdapterMemory, AnothersTokenMemory, AnothersAdapterMemory):
         rows = run_cell(task.cases(1), method(model=shipped, max_new_tokens=12), seed=1, num_timed=0, num_profiled=0)

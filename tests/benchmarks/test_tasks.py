@@ -21,6 +21,7 @@ SMALL = {
     "needles": ["task.num_chunks=[1,3]"],
     "needles_keys": ["task.num_chunks=[2,3]"],
     "composition": ["task.num_documents=[1,2]"],
+    "memory_growth_large": ["task.num_memories=[30]"],
     "conflict": ["task.times_asked=null"],  # of the shipped base model
 }
 DATASETS = ("squad", "qasper", "multifieldqa_en", "2wikimqa")
@@ -59,7 +60,7 @@ def build(make_doc_to_lora, tmp_path):
     """build(name): the task of conf/benchmark/task/<name>.yaml with two cases in each set."""
 
     def build(name: str):
-        overrides = [f"task={name}", "task.num_cases=2", *SMALL.get(name, [])]
+        overrides = [f"task={name}", "++task.num_cases=2", *SMALL.get(name, [])]
         if name in DATASETS:
             overrides.append(f"task.path={datasets_file(tmp_path, name)}")
         with initialize_config_dir(str(CONF), version_base="1.3"):

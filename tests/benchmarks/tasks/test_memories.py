@@ -6,7 +6,7 @@ from benchmarks.tasks.memories import MemoriesTask, memory_of
 
 
 def test_each_question_is_answered_by_its_memory_alone():
-    cases = list(MemoriesTask(num_memories=[1, 10, 40], num_questions=30, max_cases=5).cases(3))
+    cases = list(MemoriesTask(num_memories=[1, 10, 40], num_questions=30, num_cases=5).cases(3))
     assert [case.attributes["num_memories"] for case in cases] == [1] * 5 + [10] * 3 + [40]
     for case in cases:
         assert len(case.documents) == case.attributes["num_memories"] == len(case.others)

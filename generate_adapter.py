@@ -37,6 +37,7 @@ WITHOUT, WITH_ADAPTER, IN_PROMPT = (
     "With the adapter\n(no document in the prompt)",
     "Document in the prompt",
 )
+MEASURED_CHUNKS = 128  # of one adapter in any benchmark here
 PIPED_WIDTH = 120  # columns of the table where there is no terminal to fit
 
 # Settings of before, and what says the same now.
@@ -221,6 +222,14 @@ def internalize(
     def progress(done: int, total: int) -> None:
         if not done:
             watch.lap("read and chunk")  # chunking is done when the number of chunks is known
+            if total > MEASURED_CHUNKS:
+                network = model.hypernetwork
+                widths = sum(place.d_in + place.d_out for target in network.targets for place in target.modules())
+                log.warning(
+                    "%s chunks make an adapter of rank %s and %s MB; answers were measured up to %s chunks.",
+                    *(f"{total:,}", f"{total * network.rank:,}", f"{total * network.rank * widths * 4 / 1e6:,.0f}"),
+                    MEASURED_CHUNKS,
+                )
             bars.append(tqdm(desc="Internalizing", unit="chunk", total=total, disable=total < 2))
         bars[-1].update(done - bars[-1].n)
 

@@ -346,6 +346,16 @@ def test_chosen_chunks_are_saved_as_generated(run, checkpoint, settings):
     assert joined.startswith(f"for each question by join={way} {name}={value}; saved as generated.")
 
 
+def test_size_of_a_very_long_document_is_told_before_it_is_read(run, work):
+    (work / "doc.txt").write_text(" ".join(f"Town {i} has {i * 7} houses and a mill by the river." for i in range(200)))
+    result = run("document=doc.txt", "join=sum")
+    assert result.code == 0, result.err
+    found = re.search(r"([\d,]+) chunks make an adapter of rank ([\d,]+) and ([\d,]+) MB", result.err + result.out)
+    assert found
+    chunks, rank, _ = (int(number.replace(",", "")) for number in found.groups())
+    assert chunks > 128 and rank == 2 * chunks
+
+
 @pytest.mark.parametrize("settings", [["join=ridge", "ridge=0.5"], ["join=sum"], []], ids=" ".join)
 def test_joined_for_good_one_plain_lora_answers_and_is_saved(run, checkpoint, settings):
     text, adapter, joined = answered(run, *settings)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hypernet.io.files import replaced
+from hypernet.io.paths import output_file
 from hypernet.memory.store.records import Draft, Filters, MemoryVersion, whole_number
 
 _ARRAYS = ("results", "edges", "passages", "blocks")
@@ -57,14 +59,12 @@ def write_memories(memories: Iterable[MemoryVersion], path: str | Path, *, forma
     """One JSON line per memory; the file is there completely or not at all. Returns how many.
 
     Raises:
-        ValueError: the format is unknown.
+        ValueError: the format is unknown, or no file can be there.
         OSError: it cannot be written.
     """
     _, writer = _format(format)
-    from hypernet.io.files import replaced
-
+    path = Path(output_file(str(path))).expanduser()
     lines = [json.dumps(writer(memory), ensure_ascii=False) for memory in memories]
-    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -189,3 +189,40 @@ def test_odd_texts_and_metadata_come_back_from_an_export(memory, tmp_path):
 def test_file_written_by_hand_needs_text_alone(memory, tmp_path):
     imported(memory, tmp_path, '\ufeff{"text": "a", "invalid_at": "2100-01-01"}\n\n{"text": "b"}\n', format="plain")
     assert [(m.text, m.invalid_at and m.invalid_at[:4]) for m in memory.list()] == [("a", "2100"), ("b", None)]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "memory/memory.sqlite",
+        "memory/deletions.jsonl",
+        "memory/.lock",
+        "memory/adapters/new/all.jsonl",
+        "memory/../memory/all.jsonl",
+        "link/memory.sqlite",
+        "to_database",
+        "memory/outwards",
+        "other/memory.sqlite",
+    ],
+)
+def test_export_into_a_memory_is_refused(memory, tmp_path, target):
+    memory.add("one")
+    Memory.open(tmp_path / "other").close()
+    (tmp_path / "link").symlink_to(tmp_path / "memory")
+    (tmp_path / "to_database").symlink_to(tmp_path / "memory/memory.sqlite")
+    (tmp_path / "memory/outwards").symlink_to(tmp_path / "outside.jsonl")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"{target} lies in .*, the folder of a memory. Name a file elsewhere"):
+        memory.export_jsonl(tmp_path / target)
+    assert sorted(tmp_path.rglob("*")) == before and memory.verify() == ((), ())
+
+
+def test_export_where_no_file_can_be_names_what_was_given(memory, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=f"^{tmp_path} is a folder. Name a file.$"):
+        memory.export_jsonl(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/file/x cannot be written: {tmp_path}/file is a file"):
+        memory.export_jsonl(tmp_path / "file/x")
+    with pytest.raises(OSError) as error:
+        memory.export_jsonl(long := tmp_path / ("x" * 250))  # its temporary name is longer
+    assert error.value.filename == str(long)

@@ -160,6 +160,13 @@ def check_folder(folder: Path, *, create: bool) -> None:
         raise ValueError(f"{folder} holds other files and no {DATABASE_FILE}. Name an empty or a new folder.")
 
 
+def check_outside(path: Path) -> None:
+    """Raises ValueError if `path`, or what it links to, lies in the folder of a memory."""
+    for place in (path.parent.resolve() / path.name, path.resolve()):
+        if folder := next((parent for parent in place.parents if (parent / DATABASE_FILE).exists()), None):
+            raise ValueError(f"{path} lies in {folder}, the folder of a memory. Name a file elsewhere.")
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Alone among processes that open this memory: SQLite refuses to wait while another turns its log on."""

@@ -26,7 +26,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
     An OSError about the temporary name names `path`.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}")  # a name has at most 255 bytes
     try:
         yield temporary
         if path.exists():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hypernet.io.files import replaced
 from hypernet.memory.memory import Memory
 
 MEM0 = {
@@ -223,6 +224,10 @@ def test_export_where_no_file_can_be_names_what_was_given(memory, tmp_path):
         memory.export_jsonl(tmp_path)
     with pytest.raises(ValueError, match=f"^{tmp_path}/file/x cannot be written: {tmp_path}/file is a file"):
         memory.export_jsonl(tmp_path / "file/x")
+    assert memory.export_jsonl(tmp_path / ("x" * 255)) == 0  # as long as a name can be
     with pytest.raises(OSError) as error:
-        memory.export_jsonl(long := tmp_path / ("x" * 250))  # its temporary name is longer
-    assert error.value.filename == str(long)
+        memory.export_jsonl(tmp_path / ("x" * 256))
+    assert error.value.filename == str(tmp_path / ("x" * 256))
+    with pytest.raises(OSError) as error, replaced(tmp_path / "none/x") as temporary:
+        temporary.touch()
+    assert error.value.filename == str(tmp_path / "none/x")

@@ -432,8 +432,8 @@ class TokenStore(StoreReader):
             values["expired_at"] = None if until is None else writing.at
             if until is not None and until <= values["valid_at"]:
                 raise ValueError(
-                    f"invalid_at {to_text(until)} is not after valid_at {to_text(values['valid_at'])}. Give the first "
-                    "instant at which it no longer holds."
+                    f"It would end at {to_text(until)}, which is not after {to_text(values['valid_at'])}, when it "
+                    "begins. Give the first instant at which it no longer holds."
                 )
             ref = MemoryRef(identity, values["version"], f"v{writing.batch}")
             refs.append(ref)

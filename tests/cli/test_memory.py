@@ -166,7 +166,7 @@ def test_versions_and_status_are_said_in_words(run, tmp_path):
     assert "\nunfinished    yes, run verify\n" in run("status")[1]
 
 
-def test_export_into_the_memory_and_an_emptied_memory_are_one_line(run, tmp_path, capsys):
+def test_overwriting_and_emptied_memories_are_one_line(run, tmp_path, capsys):
     run("add", "one")
     folder = tmp_path / "memory"
     assert hypernet("memory", "export", folder / "memory.sqlite", "--directory", folder) == 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hypernet.cli import memory_tiers
-from hypernet.cli.memory_tiers import UNFINISHED, Agent, AsOf, KnownAt, Run, User
+from hypernet.cli.memory_tiers import UNFINISHED, Agent, AsOf, KnownAt, Reason, Run, User, instant, text_or_nothing
 from hypernet.text.cleaning import escaped
 
 if TYPE_CHECKING:
@@ -42,14 +42,33 @@ app = typer.Typer(
 
 memory_tiers.add_to(app)
 
+
+def _days(option: typer.CallbackParam, value: float) -> float:
+    from hypernet.memory.profile import checked_days
+
+    return checked_days(value, option.opts[0])
+
+
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
-ValidAt = Annotated[str | None, typer.Option(help="True from then on; default now.", show_default=False)]
-InvalidAt = Annotated[str | None, typer.Option(help="True until then; default open.", show_default=False)]
-_Source = Annotated[str | None, typer.Option(help="Where it comes from.", show_default=False)]
-Reason = Annotated[str | None, typer.Option(help="Kept in deletions.jsonl.", show_default=False)]
+ValidAt = Annotated[
+    str | None, typer.Option(help="True from then on; default now.", callback=instant, show_default=False)
+]
+InvalidAt = Annotated[
+    str | None, typer.Option(help="True until then; default open.", callback=instant, show_default=False)
+]
+_At = Annotated[
+    str | None, typer.Option(help="Since when; ISO 8601, default now.", callback=instant, show_default=False)
+]
+_Subject = Annotated[
+    str | None, typer.Option(help="With --relation, the key by which it supersedes.", callback=text_or_nothing)
+]
+_Relation = Annotated[
+    str | None, typer.Option(help="With --subject, the key by which it supersedes.", callback=text_or_nothing)
+]
+_Source = Annotated[str | None, typer.Option(help="Where it comes from.", callback=text_or_nothing, show_default=False)]
 Format = Annotated[str, typer.Option(help="plain, mem0, graphiti or letta.")]
-Limit = Annotated[int, typer.Option(help="At most so many.")]
+Limit = Annotated[int, typer.Option(help="At most so many.", min=1)]
 Model = Annotated[
     str | None,
     typer.Option(help="Base model or checkpoint that finds by meaning too; default words alone.", show_default=False),
@@ -64,8 +83,8 @@ def add(
     user: User = None,
     agent: Agent = None,
     run: Run = None,
-    subject: Annotated[str | None, typer.Option(help="With --relation, the key by which it supersedes.")] = None,
-    relation: Annotated[str | None, typer.Option(help="With --subject, the key by which it supersedes.")] = None,
+    subject: _Subject = None,
+    relation: _Relation = None,
     valid_at: ValidAt = None,
     invalid_at: InvalidAt = None,
     source: _Source = None,
@@ -183,7 +202,7 @@ def profile(
     agent: Agent = None,
     run: Run = None,
     limit: Limit = 20,
-    recent_days: Annotated[float, typer.Option(help="Days for which what was stored is recent.")] = 7,
+    recent_days: Annotated[float, typer.Option(help="Days for which what was stored is recent.", callback=_days)] = 7,
     directory: _Directory = _DIRECTORY,
     as_json: _Json = False,
 ) -> None:
@@ -192,6 +211,8 @@ def profile(
     \b
     hypernet memory profile --user alice
     """
+    if user is None and agent is None and run is None:
+        raise ValueError("A profile is somebody's. Give --user, --agent or --run.")
     with _memory(directory) as memory:
         found = memory.profile(user_id=user, agent_id=agent, run_id=run, limit=limit, recent_days=recent_days)
     parts = {name: [memory.as_dict() for memory in part] for name, part in found._asdict().items()}
@@ -222,7 +243,7 @@ def update(
 @app.command()
 def invalidate(
     key: Key,
-    at: Annotated[str | None, typer.Option(help="Since when; ISO 8601, default now.", show_default=False)] = None,
+    at: _At = None,
     directory: _Directory = _DIRECTORY,
     as_json: _Json = False,
 ) -> None:
@@ -262,6 +283,8 @@ def delete_all(
     \b
     hypernet memory delete-all --user alice --run chat-7
     """
+    if user is None and agent is None and run is None:
+        raise ValueError("delete-all needs --user, --agent or --run. It never means everybody.")
     with _memory(directory) as memory:
         batch = memory.delete_all(user_id=user, agent_id=agent, run_id=run, reason=reason)
     _print_batch(batch, as_json)
@@ -348,7 +371,8 @@ def status(
             adapter["break_even"] = "never"
         typer.echo(json.dumps(found))
     else:
-        lines = [f"{name:14}{value}" for name, value in found.items() if name != "tiers"]
+        lines = [f"{name:14}{value}" for name, value in found.items() if name not in ("is_unfinished", "tiers")]
+        lines.append(f"{'unfinished':14}{'yes, run verify' if found['is_unfinished'] else 'no'}")
         typer.echo("\n".join([*lines, *memory_tiers.tiers_table(found["tiers"])]))
     has_adapters = adapter["memories"] or adapter["stale"]
     if found["is_unfinished"] or (has_adapters and (adapter["missing"] or adapter["stale"])):
@@ -457,4 +481,5 @@ def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
         return
     for row in rows:
-        typer.echo(escaped("  ".join(str(value) for value in row.values() if value not in (None, False))))
+        told = {name: name.replace("_", " ") if value is True else value for name, value in row.items()}
+        typer.echo(escaped("  ".join(str(value) for value in told.values() if value not in (None, False))))

@@ -16,13 +16,34 @@ UNFINISHED = 3  # exit status where work is left, such as adapters to be written
 _DIRECTORY, _MODEL = "outputs/memory", "assets/tiny"
 _COLUMNS = ("memories", "valid_now", "missing", "stale", "bytes")
 
+
+def text_or_nothing(option: typer.CallbackParam, value: str | None) -> str | None:
+    """Checks an option here, because the library's messages have its own names for it."""
+    from hypernet.memory.store.records import check_text
+
+    check_text(option.opts[0], value)
+    return value
+
+
+def instant(option: typer.CallbackParam, value: str | None) -> str | None:
+    """As `text_or_nothing`."""
+    from hypernet.memory.store.times import to_micros
+
+    if value is not None:
+        to_micros(value, option.opts[0])
+    return value
+
+
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
-User = Annotated[str | None, typer.Option("--user", help="User id.", show_default=False)]
-Agent = Annotated[str | None, typer.Option("--agent", help="Agent id.", show_default=False)]
-Run = Annotated[str | None, typer.Option("--run", help="Id of a run or conversation.", show_default=False)]
+_Text: dict[str, Any] = {"show_default": False, "callback": text_or_nothing}
+_Instant: dict[str, Any] = {"show_default": False, "callback": instant}
+User = Annotated[str | None, typer.Option("--user", help="User id.", **_Text)]
+Agent = Annotated[str | None, typer.Option("--agent", help="Agent id.", **_Text)]
+Run = Annotated[str | None, typer.Option("--run", help="Id of a run or conversation.", **_Text)]
+Reason = Annotated[str | None, typer.Option(help="Kept in deletions.jsonl.", **_Text)]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
-AsOf = Annotated[str | None, typer.Option(help="What held then; ISO 8601, default now.", show_default=False)]
-KnownAt = Annotated[str | None, typer.Option(help="As it was known then; default now.", show_default=False)]
+AsOf = Annotated[str | None, typer.Option(help="What held then; ISO 8601, default now.", **_Instant)]
+KnownAt = Annotated[str | None, typer.Option(help="As it was known then; default now.", **_Instant)]
 Checkpoint = Annotated[str, typer.Option("--model", help="Checkpoint: a folder, or hub:owner/repository/name.")]
 Tier = Annotated[str, typer.Option(help="auto, token (in the prompt), adapter or none.")]
 Accuracy = Annotated[float, typer.Option(help="That auto asks a tier to have measured.")]
@@ -180,7 +201,7 @@ def measure(
 def forget(
     key: Annotated[str, typer.Argument(help="ID or ID@VERSION.", show_default=False)],
     verify: Annotated[bool, typer.Option("--verify", help="Compare with a memory that never had it.")] = False,
-    reason: Annotated[str | None, typer.Option(help="Kept in deletions.jsonl.", show_default=False)] = None,
+    reason: Reason = None,
     questions: Questions = None,
     model: Annotated[
         str | None,

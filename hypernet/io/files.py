@@ -22,8 +22,11 @@ if TYPE_CHECKING:  # seconds, and only `save_tensors` needs it
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary name next to `path` that takes its place when the block ends well, and is removed if it fails."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """A temporary name next to `path` that takes its place when the block ends well, and is removed if it fails.
+
+    An OSError about the temporary name names `path`.
+    """
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}")  # a name has at most 255 bytes
     try:
         yield temporary
         if path.exists():
@@ -31,6 +34,10 @@ def replaced(path: Path) -> Iterator[Path]:
         else:
             temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename == str(temporary):  # a name that nobody has given
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def output_file(path: str) -> str:
     """Raises ValueError: the path is a folder's, or below a file."""
-    if Path(path).is_dir():
+    if Path(path).expanduser().is_dir():
         raise ValueError(f"{path} is a folder. Name a file.")
     return _below_folders(path)
 

@@ -375,8 +375,8 @@ class Asker:
             if missing := [ref for ref in missing if ref not in question.hidden]:
                 total = len(missing) + int(shown.sum())
                 raise Unwritten(
-                    f"{len(missing)} of {total} memories have no adapter by this model, such as {missing[0]}. Run "
-                    "write_adapters, or ask with tier=token."
+                    f"{len(missing)} of {total} memories have no adapter by this model, such as {missing[0]}. Write "
+                    "the adapters, or ask the tier token."
                 )
             for ref in question.hidden & held.place.keys():
                 shown[held.place[ref]] = False

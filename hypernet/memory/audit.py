@@ -126,7 +126,7 @@ class DeletionAudit:
         else:
             figures = self._compared(batch.memories, filters, tiers, probes, before)
             report = ForgetReport(**common, **figures, seconds=time.perf_counter() - started)
-        self.store.log.append({"operation": "audit", **report.as_dict()})
+        self.store.log.append_audit(report.as_dict())
         return report
 
     def _compared(

@@ -569,7 +569,7 @@ class AdapterBank:
             try:
                 found = self.library.load(entry)
             except ValueError as error:
-                raise ValueError(f"{error} For a memory: run verify, then write_adapters.") from error
+                raise ValueError(f"{error} For a memory: run verify, then write the adapters.") from error
             self._shards.put(entry, found, found.num_bytes)
         if as_stored:
             return found

@@ -14,15 +14,22 @@ stored by others are when something was true; when it was stored here is now. No
 their ends are stated.
 """
 
+import dataclasses
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hypernet.io.files import replaced
+from hypernet.io.paths import output_file
 from hypernet.memory.store.records import Draft, Filters, MemoryVersion, whole_number
 
 _ARRAYS = ("results", "edges", "passages", "blocks")
 _PLAIN = ("text", "role", "subject", "relation", "source", "valid_at", "conflict")
+_KNOWN = tuple(field.name for field in dataclasses.fields(MemoryVersion))
+_HALF = re.compile("[\ud800-\udfff]")
 Fields = dict[str, Any]
 
 
@@ -38,6 +45,7 @@ def read_drafts(path: str | Path, *, format: str = "plain") -> list[Draft]:
     given: dict[tuple[str, int | None], tuple[str, Draft]] = {}
     for place, fields in _objects(Path(path).expanduser()):
         try:
+            _check_whole(fields)
             draft = reader(fields).checked()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
@@ -57,14 +65,12 @@ def write_memories(memories: Iterable[MemoryVersion], path: str | Path, *, forma
     """One JSON line per memory; the file is there completely or not at all. Returns how many.
 
     Raises:
-        ValueError: the format is unknown.
+        ValueError: the format is unknown, or no file can be there.
         OSError: it cannot be written.
     """
     _, writer = _format(format)
-    from hypernet.io.files import replaced
-
+    path = Path(output_file(str(path))).expanduser()
     lines = [json.dumps(writer(memory), ensure_ascii=False) for memory in memories]
-    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -93,13 +99,15 @@ def _objects(path: Path) -> Iterator[tuple[str, Fields]]:
         unit, found = "line", [(number, _line(path, number, line)) for number, line in lines]
     else:
         if isinstance(found, Mapping):
+            if isinstance(found, _Repeating):
+                raise ValueError(f"{path}, entry 1 has the key {found.key!r} twice. Give it once.")
             arrays = [found[name] for name in _ARRAYS if isinstance(found.get(name), list)]
             found = [entry for array in arrays for entry in array] if arrays else [found]
         unit, found = "entry", list(enumerate(found if isinstance(found, list) else [found], 1))
     for number, entry in found:
-        if not isinstance(entry, Mapping):
+        if not isinstance(entry, dict):
             raise ValueError(f"{path}, {unit} {number} is {_short(entry)}. Give objects.")
-        yield f"{unit} {number}", dict(entry)
+        yield f"{unit} {number}", entry
 
 
 def _decoded(path: Path) -> str:
@@ -122,13 +130,43 @@ def _line(path: Path, number: int, line: str) -> Any:
 def _loaded(content: str) -> Any:
     """Raises JSONDecodeError, or ValueError for what no memory can hold."""
     try:
-        return json.loads(content, parse_constant=_refused)
+        return json.loads(content, parse_constant=_refused, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except json.JSONDecodeError:
         raise
     except ValueError as error:
         raise ValueError(str(error) if "is no number" in str(error) else "a number has too many digits") from error
+
+
+class _Repeating(dict[str, Any]):
+    """An object with a key that stands twice, of which `json` would drop the first."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Fields:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeating = _Repeating(found)
+    repeating.key = Counter(name for name, _ in pairs).most_common(1)[0][0]
+    return repeating
+
+
+def _check_whole(entry: Fields) -> None:
+    """Raises ValueError where an object at any depth has a key twice, or a text half a character."""
+    todo: list[Any] = [entry]
+    while todo:  # not recursive: a file may nest deeper than Python calls
+        value = todo.pop()
+        if isinstance(value, _Repeating):
+            raise ValueError(f"the key {value.key!r} stands twice. Give it once")
+        if isinstance(value, str) and _HALF.search(value):
+            raise ValueError(f"{_short(value)} holds half a character. Give whole ones")
+        if isinstance(value, Mapping):
+            todo += [*value, *value.values()]
+        elif isinstance(value, list):
+            todo += value
 
 
 def _refused(constant: str) -> None:
@@ -153,8 +191,11 @@ def _own(memory: MemoryVersion, format: str) -> tuple[Fields, Fields]:
 
 
 def _from_plain(fields: Fields) -> Draft:
+    if unknown := [name for name in fields if name not in _KNOWN]:
+        raise ValueError(f"unknown key {_short(unknown[0])}. Known are {', '.join(_KNOWN)}")
     filters = Filters(*(fields.get(name) for name in Filters._fields))
-    metadata, until = fields.get("metadata") or {}, fields.get("stated_until")
+    metadata, until = fields.get("metadata"), fields.get("stated_until")
+    metadata = {} if metadata is None else metadata
     values: Fields = {name: fields.get(name) for name in _PLAIN} | {"text": fields["text"], "metadata": metadata}
     if "stated_until" not in fields:  # not written here, but by hand
         until = fields.get("invalid_at")

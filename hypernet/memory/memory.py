@@ -31,7 +31,7 @@ from hypernet.memory.extraction import Extractor
 from hypernet.memory.ledger import TIERS, CostLedger, Measured
 from hypernet.memory.profile import Profile, profile
 from hypernet.memory.retriever import Retriever, check_settings
-from hypernet.memory.store.database import check_folder
+from hypernet.memory.store.database import check_folder, check_outside
 from hypernet.memory.store.records import (
     Batch,
     Draft,
@@ -293,7 +293,12 @@ class Memory:
         """Writes memories to a file, and returns how many lines.
 
         "plain" has every version, so that importing it gives the same view at every date; the others what holds now.
+
+        Raises:
+            ValueError: the file would lie in a memory's folder, where it could take the place of what is kept.
+            OSError: it cannot be written.
         """
+        check_outside(Path(path).expanduser())
         filters = Filters(user_id, agent_id, run_id)
         found = self.store.statements(filters) if format == "plain" else self.store.valid(filters)
         return write_memories(found, path, format=format)

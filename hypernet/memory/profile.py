@@ -39,8 +39,18 @@ def profile(
     if not filters.checked().given:
         raise ValueError("A profile is somebody's. Give user_id, agent_id or run_id.")
     limit = whole_number(limit, "limit")
-    if isinstance(recent_days, bool) or not isinstance(recent_days, Real) or not 0 <= recent_days <= _MOST_DAYS:
-        raise ValueError(f"recent_days is {recent_days!r}. Give a number from 0 to {_MOST_DAYS}.")
+    recent_days = checked_days(recent_days, "recent_days")
     until = now() if as_of is None else to_micros(as_of, "as_of")
     span: dict[str, int] = {"since": until - int(recent_days * _DAY), "until": until, "limit": limit}
     return Profile(tuple(store.stable(filters, **span)), tuple(store.recent(filters, **span)))
+
+
+def checked_days(value: float, name: str) -> float:
+    """Itself.
+
+    Raises:
+        ValueError: it is no number, or reaches beyond the calendar.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= _MOST_DAYS:
+        raise ValueError(f"{name} is {value!r}. Give a number from 0 to {_MOST_DAYS}.")
+    return value

@@ -116,10 +116,22 @@ def test_empty_list_is_no_error_and_no_hit_is_status_1(run):
     [
         (["get", "nobody"], 1, "There is no memory nobody"),
         (["delete", "x@y"], 1, "'x@y' is no memory's id"),
-        (["delete-all"], 1, "delete_all needs a filter"),
-        (["delete-all", "--user", ""], 1, "user_id is ''"),
-        (["profile"], 1, "A profile is somebody's"),
-        (["add", "x", "--valid-at", "2026-02-30"], 1, "valid_at is '2026-02-30', not a date that exists"),
+        (["delete-all"], 1, "delete-all needs --user, --agent or --run"),
+        (["delete-all", "--agent", " "], 1, "--agent is ' '. Give a text"),
+        (["list", "--run", ""], 1, "--run is ''. Give a text"),
+        (["forget", "x", "--reason", ""], 1, "--reason is ''. Give a text"),
+        (["add", "x", "--subject", "", "--relation", "is"], 1, "--subject is ''. Give a text"),
+        (["add", "x", "--source", ""], 1, "--source is ''. Give a text"),
+        (["delete-all", "--user", ""], 1, "--user is ''"),
+        (["profile"], 1, "A profile is somebody's. Give --user, --agent or --run."),
+        (["profile", "--user", "a", "--recent-days", "-1"], 1, "--recent-days is -1.0. Give a number from 0"),
+        (["list", "--limit", "0"], 2, "Invalid value for '--limit': Input should be greater"),
+        (["list", "--as-of", "x"], 1, "--as-of is 'x', not a date"),
+        (["search", "x", "--known-at", "x"], 1, "--known-at is 'x', not a date"),
+        (["invalidate", "x", "--at", "x"], 1, "--at is 'x', not a date"),
+        (["add", "x", "--invalid-at", "9999-12-31T23:59:59-14:00"], 1, "--invalid-at is '9999-12-31T23:59:59-14:00',"),
+        (["add", "x", "--valid-at", "2026-02-01", "--invalid-at", "2026-01-01"], 1, "It would end at 2026-01-01"),
+        (["add", "x", "--valid-at", "2026-02-30"], 1, "--valid-at is '2026-02-30', not a date that exists"),
         (["add", "x", "--valid-at", "2026-02-01T00:00+30:00"], 1, "not a date that exists"),
         (["add", "  "], 1, "A memory is a text"),
         (["rollback", "v7"], 1, "There is no batch v7"),
@@ -139,3 +151,28 @@ def test_memory_mistakes_are_one_line_errors(arguments, status, says, tmp_path, 
 def test_reading_makes_no_memory(tmp_path, capsys):
     assert hypernet("memory", "list", "--directory", tmp_path / "new") == 1
     assert "No memory at" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_versions_and_status_are_said_in_words(run, tmp_path):
+    run("add", "one", "--user", "alice")
+    run("rollback", "v1")
+    printed = run("versions")[1].splitlines()
+    assert printed[0].endswith("add  1  taken back") and "True" not in "".join(printed)
+    key = run("add", "two")[1].split("@")[0]
+    run("rollback", "v3")
+    assert "taken back" in run("history", key)[1] and "True" not in run("history", key)[1]
+    assert "\nunfinished    no\n" in run("status")[1]
+    (tmp_path / "memory" / ".purging").touch()
+    assert "\nunfinished    yes, run verify\n" in run("status")[1]
+
+
+def test_overwriting_and_emptied_memories_are_one_line(run, tmp_path, capsys):
+    run("add", "one")
+    folder = tmp_path / "memory"
+    assert hypernet("memory", "export", folder / "memory.sqlite", "--directory", folder) == 1
+    assert "the folder of a memory. Name a file elsewhere." in capsys.readouterr().err
+    (folder / "memory.sqlite").write_bytes(b"")
+    for command in (["list"], ["add", "x"], ["verify"]):
+        assert hypernet("memory", *command, "--directory", folder) == 1
+        error = capsys.readouterr().err
+        assert "is damaged (it has 0 bytes)" in error and error.count("\n") == 1

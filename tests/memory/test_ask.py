@@ -97,7 +97,7 @@ def test_date_decides_which_version_answers(told, tier):
 
 def test_missing_adapters_are_named_and_leave_the_others(told):
     new = told.add("It is raining.", user_id="alice")
-    with pytest.raises(Unwritten, match=f"1 of 4 memories have no adapter .* such as {new}. Run write_adapters"):
+    with pytest.raises(Unwritten, match=f"1 of 4 memories have no adapter .* such as {new}. Write the adapters"):
         told.ask(QUESTION, user_id="alice", tier="adapter")
     assert told.ask(QUESTION, user_id="alice", tier="adapter", as_of="2026-02-01").memories
 

@@ -320,7 +320,7 @@ def test_damaged_entry_is_one_line(store, model, tmp_path):
     AdapterBank(store, LazyModel(model)).write()
     bank = AdapterBank(store, LazyModel(model))
     (bank.folder / bank.entries_of(refs)[refs[0]] / "provenance.json").write_text("{")
-    with pytest.raises(ValueError, match="run verify, then write_adapters") as error:
+    with pytest.raises(ValueError, match="run verify, then write the adapters") as error:
         bank.held(ALICE)
     assert "\n" not in str(error.value)
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hypernet.io.files import replaced
 from hypernet.memory.memory import Memory
 
 MEM0 = {
@@ -129,7 +130,7 @@ def test_letta_blocks_and_passages_become_an_agents(memory, tmp_path):
     ("content", "format", "message"),
     [
         ('{"text": "a"}\nnot json\n', "plain", "line 2 is no JSON"),
-        ('{"memory": "a"}\n', "plain", "entry 1 is no memory of the format plain: text is missing"),
+        ('{"role": "a"}\n', "plain", "entry 1 is no memory of the format plain: text is missing"),
         ('{"memory": "a"}\n{"text": "a"}\n', "mem0", "line 2 is no memory of the format mem0: memory is missing"),
         ('{"text": "good"}\n{"text": "a", "valid_at": "2026-02-30"}\n', "plain", "valid_at is '2026-02-30'"),
         ('{"text": "a", "id": "x", "version": "one"}', "plain", "version is 'one'"),
@@ -144,6 +145,24 @@ def test_letta_blocks_and_passages_become_an_agents(memory, tmp_path):
         (f'{GOOD}\n{{"text": "a", "metadata": {nested(100_000)}}}', "plain", "line 2 .*nested too deeply"),
         (nested(100_000), "plain", "line 1 .*nested too deeply"),
         (f'{GOOD}\n{{"text": "a", "user_id": "\\ud800"}}', "plain", "line 2 .*half a character"),
+        (f'{GOOD}\n{{"text": "\\ud800"}}', "plain", "line 2 .*half a character"),
+        (f'{GOOD}\n{{"text": "a", "metadata": {{"\\udc00": 1}}}}', "plain", "line 2 .*half a character"),
+        ('{"memory": "a", "metadata": {"n": ["\\ud800"]}}', "mem0", "file.json, entry 1 .*half a character"),
+        (
+            f'{GOOD}\n{{"text": "a", "valid_att": 1}}',
+            "plain",
+            "line 2 .*unknown key 'valid_att'. Known are id, version, t",
+        ),
+        ('{"text": "a", "user": "alice"}', "plain", "entry 1 .*unknown key 'user'. Known are .*user_id, agent_id"),
+        (f'{GOOD}\n{{"text": "a", "text": "b"}}', "plain", "line 2 .*the key 'text' stands twice"),
+        ('[{"text": "a"}, {"text": "a", "metadata": {"n": 1, "n": 2}}]', "plain", "entry 2 .*key 'n' stands twice"),
+        ('{"memory": "a", "score": 1, "score": 2}', "mem0", "entry 1 .*key 'score' .*twice"),
+        ('{"results": [], "results": [{"memory": "a"}]}', "mem0", "entry 1 has the key 'results' twice"),
+        ('{"text": "a", "metadata": []}', "plain", r"entry 1 .*metadata is no JSON object: it is \[\]"),
+        ('{"text": "a", "metadata": ""}', "plain", "entry 1 .*metadata is no JSON object: it is ''"),
+        ('{"text": "a", "metadata": false}', "plain", "entry 1 .*metadata is no JSON object: it is False"),
+        ('{"text": "a", "id": 5}', "plain", "entry 1 .*id is 5. Give a text"),
+        ('{"text": "a", "id": ""}', "plain", "entry 1 .*id is ''. Give a text"),
         (f'{GOOD}\n{{"text": "a", "id": "\\u001b[2J"}}', "plain", "line 2 .*is no memory's id"),
         (f'{GOOD}\n{{"text": "\\ufeff"}}', "plain", "line 2 .*A memory is a text"),
         ('{"id": "x", "memory": "a"}\n\n{"id": "x", "memory": "b"}', "mem0", "line 3 says something else .* line 1"),
@@ -189,3 +208,44 @@ def test_odd_texts_and_metadata_come_back_from_an_export(memory, tmp_path):
 def test_file_written_by_hand_needs_text_alone(memory, tmp_path):
     imported(memory, tmp_path, '\ufeff{"text": "a", "invalid_at": "2100-01-01"}\n\n{"text": "b"}\n', format="plain")
     assert [(m.text, m.invalid_at and m.invalid_at[:4]) for m in memory.list()] == [("a", "2100"), ("b", None)]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "memory/memory.sqlite",
+        "memory/deletions.jsonl",
+        "memory/.lock",
+        "memory/adapters/new/all.jsonl",
+        "memory/../memory/all.jsonl",
+        "link/memory.sqlite",
+        "to_database",
+        "memory/outwards",
+        "other/memory.sqlite",
+    ],
+)
+def test_export_into_a_memory_is_refused(memory, tmp_path, target):
+    memory.add("one")
+    Memory.open(tmp_path / "other").close()
+    (tmp_path / "link").symlink_to(tmp_path / "memory")
+    (tmp_path / "to_database").symlink_to(tmp_path / "memory/memory.sqlite")
+    (tmp_path / "memory/outwards").symlink_to(tmp_path / "outside.jsonl")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"{target} lies in .*, the folder of a memory. Name a file elsewhere"):
+        memory.export_jsonl(tmp_path / target)
+    assert sorted(tmp_path.rglob("*")) == before and memory.verify() == ((), ())
+
+
+def test_export_where_no_file_can_be_names_what_was_given(memory, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=f"^{tmp_path} is a folder. Name a file.$"):
+        memory.export_jsonl(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/file/x cannot be written: {tmp_path}/file is a file"):
+        memory.export_jsonl(tmp_path / "file/x")
+    assert memory.export_jsonl(tmp_path / ("x" * 255)) == 0  # as long as a name can be
+    with pytest.raises(OSError) as error:
+        memory.export_jsonl(tmp_path / ("x" * 256))
+    assert error.value.filename == str(tmp_path / ("x" * 256))
+    with pytest.raises(OSError) as error, replaced(tmp_path / "none/x") as temporary:
+        temporary.touch()
+    assert error.value.filename == str(tmp_path / "none/x")

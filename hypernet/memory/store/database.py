@@ -20,9 +20,12 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 
+from hypernet.io.files import sync_folder
 from hypernet.memory.store.schema import APPLICATION_ID, SCHEMA_VERSION
 
 DATABASE_FILE, _LOCK_FILE = "memory.sqlite", ".lock"
+_NEW_FILE = f".{DATABASE_FILE}.new"  # until it has its tables
+_SMALLEST_PAGE = 512  # bytes, of SQLite
 BUSY_TIMEOUT_S = 30.0
 
 
@@ -34,7 +37,7 @@ class Database:
         create: whether it may be made where it is missing.
 
     Raises:
-        ValueError: the folder is no memory, or one of a newer version.
+        ValueError: the folder is no memory, a damaged one, or one of a newer version.
         OSError: it cannot be read or written.
     """
 
@@ -45,7 +48,10 @@ class Database:
         self._closed = False
         self._engine = _engine(self.path)
         with _locked(folder / _LOCK_FILE), self._translated():
-            self._migrate()
+            if self.path.exists():
+                self._migrate()
+            else:
+                self._make()
 
     def close(self) -> None:
         """Whatever is called afterwards raises ValueError."""
@@ -93,33 +99,38 @@ class Database:
             found = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
         return [] if found == ["ok"] else found
 
+    def _make(self) -> None:
+        """A file is there with all of its tables or not at all, so one without them is a damaged memory's."""
+        new = self.path.with_name(_NEW_FILE)
+        for left in self.path.parent.glob(f"{_NEW_FILE}*"):  # by a killed process
+            left.unlink()
+        engine = _engine(new)
+        try:
+            _upgrade(engine)
+        finally:
+            engine.dispose()  # with its last connection the log goes into the file
+        new.replace(self.path)
+        sync_folder(self.path.parent)
+
     def _migrate(self) -> None:
         with self._engine.connect() as connection, connection.begin():
             identity = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
             tables = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one()
-            if tables and identity != APPLICATION_ID:
+            if not tables:
+                raise _damaged(self.path, "it has no tables")
+            if identity != APPLICATION_ID:
                 raise ValueError(f"{self.path} is the database of another program. Name another folder.")
-            found = None
-            if tables:
-                found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one_or_none()
+            found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one_or_none()
         if found == SCHEMA_VERSION:
             return
-        if found is not None and found > SCHEMA_VERSION:
+        if found is None or not str(found).isdecimal():
+            raise _damaged(self.path, f"its schema is {found!r}")
+        if found > SCHEMA_VERSION:
             raise ValueError(
                 f"{self.path} has schema {found}, this version reads up to {SCHEMA_VERSION}. Use the version that "
                 "wrote it."
             )
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells each of its plugins
-        # Alembic takes 0.4 s to import; a memory of this version does not need it.
-        from alembic import command
-        from alembic.config import Config
-
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
-        with self._engine.execution_options(writes=True).connect() as connection, connection.begin():
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-            connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+        _upgrade(self._engine)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -142,22 +153,52 @@ class Database:
             return OSError(errno.EACCES, "The memory cannot be opened", str(self.path))
         if "I/O" in reason:
             return OSError(errno.EIO, "The disk failed", str(self.path))
-        if "not a database" in reason or "malformed" in reason:
-            return ValueError(f"{self.path} is damaged ({reason}). Restore a copy, or import an export elsewhere.")
+        if any(sign in reason for sign in ("not a database", "malformed", "no such table", "no such column")):
+            return _damaged(self.path, reason)
         return error
 
 
 def check_folder(folder: Path, *, create: bool) -> None:
-    """Raises ValueError unless the folder is a memory, or may become one. Makes nothing."""
+    """Raises ValueError unless the folder is a memory that is not empty, or may become one. Makes nothing."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file. Name the folder of a memory.")
-    if (folder / DATABASE_FILE).exists():
+    if (path := folder / DATABASE_FILE).exists():
+        # Before SQLite opens it: an empty file or a byte is a new database to it, whose log it throws away.
+        if path.is_file() and (size := path.stat().st_size) < _SMALLEST_PAGE:
+            raise _damaged(path, f"it has {size} bytes")
         return
     if not create:
         raise ValueError(f"No memory at {folder}: {DATABASE_FILE} is missing. Check the path, or add a memory first.")
-    # A lock alone is what a process leaves that was killed while it made the memory.
-    if folder.exists() and {path.name for path in folder.iterdir()} - {_LOCK_FILE}:
+    # A lock and a new file are what a process leaves that was killed while it made the memory.
+    if folder.exists() and any(
+        path.name != _LOCK_FILE and not path.name.startswith(_NEW_FILE) for path in folder.iterdir()
+    ):
         raise ValueError(f"{folder} holds other files and no {DATABASE_FILE}. Name an empty or a new folder.")
+
+
+def check_outside(path: Path) -> None:
+    """Raises ValueError if `path`, or what it links to, lies in the folder of a memory."""
+    for place in (path.parent.resolve() / path.name, path.resolve()):
+        if folder := next((parent for parent in place.parents if (parent / DATABASE_FILE).exists()), None):
+            raise ValueError(f"{path} lies in {folder}, the folder of a memory. Name a file elsewhere.")
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({reason}). Restore a copy, or import an export elsewhere.")
+
+
+def _upgrade(engine: Engine) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells each of its plugins
+    # Alembic takes 0.4 s to import; a memory of this version does not need it.
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    with engine.execution_options(writes=True).connect() as connection, connection.begin():
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
 @contextmanager

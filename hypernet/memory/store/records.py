@@ -110,6 +110,8 @@ class Draft:
         is_end = self.text is None and self.id is not None  # an imported statement that nothing holds
         if not is_end and (not isinstance(self.text, str) or is_blank(self.text)):
             raise ValueError(f"A memory is a text, not {self.text!r}. Give at least a word.")
+        if self.text is not None and _HALF.search(self.text):
+            raise ValueError(f"text is {self.text!r}, which holds half a character. Give whole ones.")
         self.filters.checked()
         if (self.subject is None) != (self.relation is None):
             raise ValueError("A key is a subject and a relation. Give both, or neither.")
@@ -117,6 +119,7 @@ class Draft:
             check_text(name, getattr(self, name))
         if self.conflict is not None:
             checked_conflict(self.conflict)
+        check_text("id", self.id)
         if self.id is not None and split_ref(self.id)[1] is not None:
             raise ValueError(f"id is {self.id!r}. Give it without @, and the version by itself.")
         if self.version is not None:

@@ -22,6 +22,7 @@ def to_micros(value: Instant, what: str) -> int:
     Raises:
         ValueError: not a date, or one that no calendar has.
     """
+    given = value if isinstance(value, str) else str(value)
     try:
         if isinstance(value, str):
             value = datetime.fromisoformat(value.strip())
@@ -34,7 +35,7 @@ def to_micros(value: Instant, what: str) -> int:
         return (aware.astimezone(UTC) - _EPOCH) // timedelta(microseconds=1)
     except (ValueError, OverflowError) as error:
         raise ValueError(
-            f"{what} is {value!r}, not a date that exists. Give ISO 8601, such as 2026-03-01 or "
+            f"{what} is {given!r}, not a date that exists. Give ISO 8601, such as 2026-03-01 or "
             "2026-03-01T09:30:00+01:00."
         ) from error
 

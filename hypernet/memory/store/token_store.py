@@ -189,6 +189,7 @@ class TokenStore(StoreReader):
             ValueError: there is no such memory, or the reason holds its text.
         """
         _check_reason(reason)
+        self.log.check()
         with self._writing("delete") as writing:
             rows = self._versions_of(writing.connection, key)
             if reason and any(row.text and row.text.casefold() in reason.casefold() for row in rows):
@@ -205,6 +206,7 @@ class TokenStore(StoreReader):
         """
         filters = _given(filters, "delete_all")
         _check_reason(reason)
+        self.log.check()
         with self._writing("delete") as writing:
             found = writing.connection.execute(select(memories.c.seq).where(memories.c.live, *within(filters)))
             if not (seqs := list(found.scalars())):
@@ -222,6 +224,7 @@ class TokenStore(StoreReader):
                 derived from is deleted.
         """
         identity, version = split_ref(key)
+        self.log.check()
         with self._writing("restore") as writing:
             connection = writing.connection
             asked = list(
@@ -248,6 +251,7 @@ class TokenStore(StoreReader):
             ValueError: there is no such batch, it has been taken back, or what it deleted was purged since.
         """
         number = batch_number(version)
+        self.log.check()
         with self._writing("rollback", target=number) as writing:
             connection = writing.connection
             batch = connection.execute(select(batches).where(batches.c.number == number)).one_or_none()
@@ -291,6 +295,7 @@ class TokenStore(StoreReader):
         """
         filters = filters.checked()
         chosen = named(*split_ref(key)) if key is not None else []
+        self.log.check()
         with self._writing("purge") as writing:
             connection = writing.connection
             rows = list(
@@ -366,8 +371,7 @@ class TokenStore(StoreReader):
                 writing.connection.execute(text("DELETE FROM words"))
                 full_text.index(writing.connection, _findable(self._rows(writing.connection, sorted(findable))))
             repaired.append(f"computed columns or the index of {len(set(wrong) | (indexed ^ findable))} versions")
-        if num_logged := self.log.catch_up():
-            repaired.append(f"{num_logged} lines missing in {DELETIONS_FILE}")
+        repaired += self.log.repair()
         if self.is_unfinished:
             if self._finish_purge():
                 repaired.append("an interrupted purge")
@@ -428,8 +432,8 @@ class TokenStore(StoreReader):
             values["expired_at"] = None if until is None else writing.at
             if until is not None and until <= values["valid_at"]:
                 raise ValueError(
-                    f"invalid_at {to_text(until)} is not after valid_at {to_text(values['valid_at'])}. Give the first "
-                    "instant at which it no longer holds."
+                    f"It would end at {to_text(until)}, which is not after {to_text(values['valid_at'])}, when it "
+                    "begins. Give the first instant at which it no longer holds."
                 )
             ref = MemoryRef(identity, values["version"], f"v{writing.batch}")
             refs.append(ref)

@@ -195,3 +195,69 @@ def test_settings_of_sqlite_hold_on_every_connection(tmp_path):
         }
         assert found == {"journal_mode": "wal", "secure_delete": 1}
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 512, 4096, 8192, 40_960])
+def test_database_that_was_cut_off_is_damaged_not_new(tmp_path, size):
+    store = TokenStore(tmp_path)
+    store.add([Draft(text=f"memory {number}") for number in range(300)])
+    store.close()
+    path = tmp_path / DATABASE_FILE
+    assert path.stat().st_size > size
+    with path.open("r+b") as file:
+        file.truncate(size)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"^{path} is damaged .*Restore a copy, or import an export elsewhere.$"):
+        store = TokenStore(tmp_path, create=size % 2 == 0)
+        store.valid()
+    assert path.read_bytes() == before
+
+
+def test_empty_database_keeps_the_log_that_lies_beside_it(tmp_path):
+    (tmp_path / DATABASE_FILE).touch()
+    (log := tmp_path / f"{DATABASE_FILE}-wal").write_bytes(b"what was told last")
+    with pytest.raises(ValueError, match="is damaged .it has 0 bytes"):
+        TokenStore(tmp_path)
+    assert log.read_bytes() == b"what was told last"
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("DROP TABLE memories", "no such table: memories"),
+        ("DROP TABLE alembic_version", "no such table: alembic_version"),
+        ("DELETE FROM alembic_version", "its schema is None"),
+        ("UPDATE alembic_version SET version_num = 'x'", "its schema is 'x'"),
+        ("ALTER TABLE memories RENAME COLUMN text TO content", "no such column: memories.text"),
+    ],
+)
+def test_memory_without_a_part_of_its_schema_is_damaged(tmp_path, statement, reason):
+    store = TokenStore(tmp_path)
+    store.close()
+    connection = sqlite3.connect(tmp_path / DATABASE_FILE)
+    connection.execute(statement)
+    connection.commit()
+    connection.close()
+    with pytest.raises(ValueError, match=f"is damaged .{reason}"):
+        TokenStore(tmp_path).valid()
+
+
+def test_database_without_tables_is_damaged_not_new(tmp_path):
+    connection = sqlite3.connect(tmp_path / DATABASE_FILE)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.close()
+    assert (tmp_path / DATABASE_FILE).stat().st_size
+    with pytest.raises(ValueError, match="is damaged .it has no tables"):
+        TokenStore(tmp_path)
+
+
+def test_what_a_killed_maker_left_is_made_anew(tmp_path):
+    (tmp_path / ".lock").touch()
+    for suffix in ("", "-wal", "-shm"):
+        (tmp_path / f".{DATABASE_FILE}.new{suffix}").write_bytes(b"half")
+    with pytest.raises(ValueError, match="No memory at"):
+        TokenStore(tmp_path, create=False)
+    store = TokenStore(tmp_path)
+    store.add([Draft(text="one")])
+    store.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", DATABASE_FILE]

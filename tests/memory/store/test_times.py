@@ -47,9 +47,9 @@ def test_instants_come_back_to_the_microsecond(value):
     ],
 )
 def test_impossible_dates_are_named_in_one_line(value):
-    with pytest.raises(ValueError, match="at is .*not a date that exists. Give ISO 8601") as error:
+    with pytest.raises(ValueError, match="not a date that exists. Give ISO 8601") as error:
         to_micros(value, "at")
-    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"at is {str(value)!r}, not") and "\n" not in str(error.value)
 
 
 def test_no_end_has_no_text():

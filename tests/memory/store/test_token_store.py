@@ -487,8 +487,8 @@ def test_random_schedules_resurrect_nothing(tmp_path, seed):
         (Draft(text="x", subject="a"), "Give both, or neither"),
         (Draft(text="x", subject=" ", relation="b"), "subject is ' '"),
         (Draft(text="x", valid_at="2026-02-30"), "valid_at is '2026-02-30', not a date"),
-        (Draft(text="x", valid_at="2026-03-01", invalid_at="2026-03-01"), "is not after valid_at"),
-        (Draft(text="x", invalid_at="2020-01-01"), "is not after valid_at"),
+        (Draft(text="x", valid_at="2026-03-01", invalid_at="2026-03-01"), "It would end at .*, which is not after"),
+        (Draft(text="x", invalid_at="2020-01-01"), "It would end at .*, which is not after"),
         (Draft(text="x", conflict="newest"), "Unknown conflict 'newest'"),
         (Draft(text="x", filters=Filters("")), "user_id is ''"),
         (Draft(text="x", filters=Filters(5)), "user_id is 5"),
@@ -517,3 +517,97 @@ def test_memory_is_not_invalidated_before_it_began(store):
         store.invalidate(ref.id, at=date(3))
     with pytest.raises(ValueError, match="did not hold at"):
         store.get(ref.id, as_of=date(3))
+
+
+# --- A damaged log of deletions -------------------------------------------------------------------------------------
+DAMAGES = [
+    b"{}",
+    b"[1]",
+    b"garbage",
+    b'{"event":99}',
+    b"\xff\xfe",
+    b'{"event": "1"}',
+    b'{"event": true}',
+    b"[" * 99_999,
+]
+DAMAGES += [b'{"event": 3, "operation": "audit"}', b'{"event": 1, "memory": "x@1"}', b"9" * 5000, b"\0" * 70_000]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage[:20].hex())
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("instead", [False, True])
+def test_damaged_log_takes_deletions_and_is_repaired(store, damage, end, instead):
+    refs = [tell(store, f"n{n}") for n in range(3)]
+    path = store.folder / "deletions.jsonl"
+    store.delete(refs[0].id)  # event 4
+    first = path.read_bytes()
+    store.delete(refs[1].id)
+    path.write_bytes(damage + end if instead else path.read_bytes() + damage + end)
+    store.delete(refs[2].id, reason="asked")
+    # Done and logged, whatever came before; said once.
+    lines = [line for line in path.read_bytes().split(b"\n") if str(refs[2]).encode() in line]
+    assert [json.loads(line)["reason"] for line in lines] == ["asked"] and store.valid() == []
+    number = 1 if instead else 3
+    repaired = store.verify().repaired
+    assert f"deletions.jsonl, line {number}, which tells of no deletion here" in repaired[0]
+    assert (path.with_name("deletions.jsonl.damaged")).read_bytes().strip() == damage.strip()
+    assert path.read_bytes().startswith(first)
+    told = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert [line["memory"] for line in told] == [str(ref) for ref in refs]
+    assert store.verify() == ((), ())
+
+
+def test_line_left_out_in_the_middle_is_written_again(store):
+    for n in range(3):
+        store.delete(tell(store, f"n{n}").id)
+    path = store.folder / "deletions.jsonl"
+    store.log.append_audit({"passed": True})
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], *lines[2:]]))
+    assert store.verify().repaired == ("1 lines missing in deletions.jsonl",) and path.read_bytes() == whole
+    path.write_bytes(b"".join([lines[3], *lines[:3]]).replace(b"\n", b"\r\n"))
+    assert store.verify().repaired == ("order and line ends of deletions.jsonl",) and path.read_bytes() == whole
+    path.write_bytes(b"".join(lines).strip())  # an editor's
+    assert store.verify().repaired and path.read_bytes() == whole
+    path.write_bytes(whole + lines[1])
+    assert "line 5, which" in store.verify().repaired[0] and path.read_bytes() == whole
+
+
+def test_whole_last_line_without_its_end_is_kept(store):
+    store.delete(tell(store, "one").id)
+    store.log.append_audit({"passed": True})
+    path = store.folder / "deletions.jsonl"
+    path.write_bytes(before := path.read_bytes().strip())
+    store.delete(tell(store, "two").id)
+    assert path.read_bytes().startswith(before + b"\n") and path.read_bytes().count(b"\n") == 3
+    assert store.verify() == ((), ())
+
+
+def test_audit_longer_than_the_tail_is_gone_on_from(store):
+    store.delete(tell(store, "one").id)
+    store.log.append_audit({"memories": ["0123456789abcdef@1"] * 5000})
+    store.delete(tell(store, "two").id)
+    store.log.append_audit({"passed": True})
+    content = (store.folder / "deletions.jsonl").read_bytes()
+    operations = [json.loads(line)["operation"] for line in content.splitlines()]
+    assert operations == ["delete", "audit", "delete", "audit"] and store.verify() == ((), ())
+
+
+def test_log_that_cannot_be_written_refuses_before(store):
+    gone, kept = tell(store, "one"), tell(store, "two")
+    store.delete(gone.id)
+    path = store.folder / "deletions.jsonl"
+    path.unlink()
+    path.mkdir()
+    before = view(store), store.versions()
+    for refused in (
+        lambda: store.delete(kept.id),
+        lambda: store.delete_all(Filters("alice")),
+        lambda: store.restore(gone.id),
+        lambda: store.rollback("v1"),
+        store.purge,
+    ):
+        with pytest.raises(IsADirectoryError):
+            refused()
+    assert (view(store), store.versions()) == before

@@ -264,15 +264,18 @@ def _run_folder(cfg: DictConfig, *, goes_on: bool) -> Iterator[list[Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     job = HydraConfig.get().job.name  # of its own for each process
     log = logging.FileHandler(folder / f"{job}.log", encoding="utf-8")
-    try:
-        fcntl.lockf(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's alone: forked workers do not keep it
-    except (BlockingIOError, PermissionError):
-        log.close()
-        raise ValueError(
-            f"Another process is training in {folder}. Wait for it, or give this run another name."
-        ) from None
-    if not goes_on:
-        log.stream.truncate(0)
+    if rank_zero_only.rank == 0:
+        try:
+            fcntl.lockf(
+                log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # this process's alone: forked workers do not keep it
+        except (BlockingIOError, PermissionError):
+            log.close()
+            raise ValueError(
+                f"Another process is training in {folder}. Wait for it, or give this run another name."
+            ) from None
+        if not goes_on:
+            log.stream.truncate(0)
     logging.getLogger().addHandler(log)
     try:
         if rank_zero_only.rank == 0:

@@ -3,7 +3,6 @@
 A run that ends before its first step leaves nothing behind; a finished one is replaced only if it is told to.
 """
 
-import fcntl
 import logging
 import os
 import re
@@ -250,9 +249,6 @@ def _run_folder(cfg: DictConfig, *, goes_on: bool) -> Iterator[list[Any]]:
     Args:
         goes_on: the log that is there is this run's own.
 
-    Raises:
-        ValueError: another process trains there.
-
     Yields:
         A list that takes the trainer, as soon as there is one.
     """
@@ -263,19 +259,7 @@ def _run_folder(cfg: DictConfig, *, goes_on: bool) -> Iterator[list[Any]]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     job = HydraConfig.get().job.name  # of its own for each process
-    log = logging.FileHandler(folder / f"{job}.log", encoding="utf-8")
-    if rank_zero_only.rank == 0:
-        try:
-            fcntl.lockf(
-                log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # this process's alone: forked workers do not keep it
-        except (BlockingIOError, PermissionError):
-            log.close()
-            raise ValueError(
-                f"Another process is training in {folder}. Wait for it, or give this run another name."
-            ) from None
-        if not goes_on:
-            log.stream.truncate(0)
+    log = logging.FileHandler(folder / f"{job}.log", mode="a" if goes_on else "w", encoding="utf-8")
     logging.getLogger().addHandler(log)
     try:
         if rank_zero_only.rank == 0:

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -187,24 +186,6 @@ def test_earlier_run_is_replaced_only_on_request(train, small, tmp_path):
     assert (folder / "train.log").read_text().count("Checkpoint written to") == 1
     train(*small, "trainer.max_steps=2", "ckpt_path=auto", "seed=1")
     assert (folder / "train.log").read_text().count("Checkpoint written to") == 2
-
-
-def test_two_processes_do_not_train_in_one_folder(train, small, tmp_path):
-    held = (
-        "import fcntl, sys; log = open(sys.argv[1], 'a'); fcntl.lockf(log, fcntl.LOCK_EX); log.write('first'); "
-        "log.flush(); print('held', flush=True); sys.stdin.read()"
-    )
-    folder = tmp_path / "shared"
-    (folder / "checkpoints").mkdir(parents=True)
-    command = [sys.executable, "-c", held, str(folder / "train.log")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout and other.stdout.readline() == b"held\n"
-        with pytest.raises(SystemExit, match=f"Another process is training in {folder}"):
-            train(*small, "trainer.max_steps=1", f"output_dir={folder}")
-        assert (folder / "train.log").read_text() == "first"
-        other.kill()
-    train(*small, "trainer.max_steps=1", f"output_dir={folder}")
-    assert "first" not in (folder / "train.log").read_text()
 
 
 def test_run_is_not_mixed_into_a_folder_of_other_files(train, small, tmp_path):

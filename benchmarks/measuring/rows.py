@@ -50,6 +50,16 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, run: dict[st
         temporary.unlink(missing_ok=True)
 
 
+def show_and_write(rows: Iterable[Row], output: str | None, *, config: dict[str, Any]) -> None:
+    """Prints each row as soon as it is measured, rounded; then writes all of them, unless output is None."""
+    measured = []
+    for row in rows:
+        measured.append(rounded(row))
+        print("  ".join(f"{name}={value}" for name, value in measured[-1].items()), flush=True)
+    if output:
+        write_rows(output, measured, run=describe_run(config))
+
+
 def read_rows(path: str | Path) -> list[Row]:
     """Rows of a file, with the present names of sweeps and methods."""
     text = Path(path).read_text(encoding="utf-8-sig")

@@ -264,14 +264,9 @@ SCRIPT = Script("benchmarks.memory.peers", PeersSettings)
 @hydra.main(config_path="../../conf", config_name="memory_peers", version_base="1.3")
 @SCRIPT
 def main(cfg: PeersSettings) -> None:
-    from benchmarks.measuring.rows import describe_run, rounded, write_rows
+    from benchmarks.measuring.rows import show_and_write
 
-    rows = []
-    for row in measure(cfg):
-        rows.append(rounded(row))
-        print("  ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
-    if cfg.output:
-        write_rows(cfg.output, rows, run=describe_run(cfg.model_dump()))
+    show_and_write(measure(cfg), cfg.output, config=cfg.model_dump())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A run that ends before its first step leaves nothing behind; a finished one is replaced only if it is told to.
 """
 
+import fcntl
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -249,6 +250,9 @@ def _run_folder(cfg: DictConfig, *, goes_on: bool) -> Iterator[list[Any]]:
     Args:
         goes_on: the log that is there is this run's own.
 
+    Raises:
+        ValueError: another run has it.
+
     Yields:
         A list that takes the trainer, as soon as there is one.
     """
@@ -258,6 +262,10 @@ def _run_folder(cfg: DictConfig, *, goes_on: bool) -> Iterator[list[Any]]:
     is_new = rank_zero_only.rank == 0 and not (folder.is_dir() and any(folder.iterdir()))
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    held = ExitStack()
+    # Set for every process of a run but where Lightning starts the others itself; its own rank comes later than this.
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")):
+        held.callback(os.close, _only_run_in(folder))
     job = HydraConfig.get().job.name  # of its own for each process
     log = logging.FileHandler(folder / f"{job}.log", mode="a" if goes_on else "w", encoding="utf-8")
     logging.getLogger().addHandler(log)
@@ -283,6 +291,22 @@ def _run_folder(cfg: DictConfig, *, goes_on: bool) -> Iterator[list[Any]]:
     finally:
         logging.getLogger().removeHandler(log)
         log.close()
+        held.close()
+
+
+def _only_run_in(folder: Path) -> int:
+    """Locks the folder until the returned descriptor is closed or the process ends."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise ValueError(
+            f"Another run writes to {folder} now. Wait for its end, or give this one another name."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return number
 
 
 def _check_earlier_runs(task: DictConfig) -> None:

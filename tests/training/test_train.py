@@ -1,6 +1,7 @@
 """train.py as it is called: a run, a resumed one, both trainings in a row, and mistakes told in one line."""
 
 import csv
+import fcntl
 import logging
 import os
 import re
@@ -186,6 +187,20 @@ def test_earlier_run_is_replaced_only_on_request(train, small, tmp_path):
     assert (folder / "train.log").read_text().count("Checkpoint written to") == 1
     train(*small, "trainer.max_steps=2", "ckpt_path=auto", "seed=1")
     assert (folder / "train.log").read_text().count("Checkpoint written to") == 2
+
+
+def test_second_run_in_a_folder_is_refused(train, small, tmp_path):
+    folder = tmp_path / "shared"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "train.log").write_text("first")
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(SystemExit, match=f"Another run writes to {folder} now"):
+        train(*small, "trainer.max_steps=1", f"output_dir={folder}")
+    assert (folder / "train.log").read_text() == "first"
+    os.close(held)  # as its end does
+    train(*small, "trainer.max_steps=1", f"output_dir={folder}")
+    assert "first" not in (folder / "train.log").read_text()
 
 
 def test_run_is_not_mixed_into_a_folder_of_other_files(train, small, tmp_path):

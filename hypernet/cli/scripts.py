@@ -18,9 +18,11 @@ import os
 import re
 import string
 import sys
+import textwrap
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from pydoc import locate
 from typing import Any, Generic, NoReturn
@@ -28,6 +30,7 @@ from typing import Any, Generic, NoReturn
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -136,6 +139,7 @@ class Script(Generic[S]):
         with self.errors(in_task=False):
             for argument in sys.argv[1:]:
                 self._check_argument(argument)
+                _check_choice(argument, config.parent)
             _parser().parse_args()
             if {"--help", "-h"} & {*sys.argv[1:]}:
                 print(help_of(config))
@@ -154,6 +158,21 @@ class Script(Generic[S]):
         if name in self.renamed:
             return f"There is no setting {name!r} any more: write {self.renamed[name]}. See --help."
         return no_such_setting(name, () if "." in name else list(self.settings.model_fields))
+
+
+def _check_choice(argument: str, folder: Path) -> None:
+    """Hydra has a traceback for some values that are no text where one of a folder's files is to be chosen.
+
+    Raises:
+        ValueError: of one line.
+    """
+    group = re.split("[=@]", argument.lstrip("+"))[0]
+    files = sorted((folder / group).glob("*.yaml")) if re.fullmatch(r"\w+", group) else []
+    if files and "=" in argument:
+        override = OverridesParser.create().parse_override(argument)
+        if not override.is_sweep_override() and not isinstance(override.value(), str):
+            choices = ", ".join(file.stem for file in files)
+            raise ValueError(f"{group} should be one of {choices}, got {argument.partition('=')[2]}; see --help.")
 
 
 def _parser() -> ArgumentParser:
@@ -208,11 +227,16 @@ def help_of(config: Path) -> str:
 
 
 def _choices(group: Path) -> str:
-    lines = [f"{group.name}="]
     files = sorted(group.glob("*.yaml"))
     width = max(len(file.stem) for file in files)
-    for file in files:
-        comments = re.findall(r"^# ?(.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-        first = next((comment for comment in comments if not comment.startswith("@package")), "")
-        lines.append(f"  {file.stem:<{width}}  {first}".rstrip())
-    return "\n".join(lines) + "\n"
+    return "\n".join([f"{group.name}=", *(_choice(file, width) for file in files)]) + "\n"
+
+
+def _choice(file: Path, width: int) -> str:
+    """Its name, and the first sentence of its first comment."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    said = [line for line in lines if not line.startswith("# @package")]
+    comment = " ".join(line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), said))
+    sentence = re.split(r"(?<=\.)\s", comment, maxsplit=1)[0].rstrip(".")
+    head = f"  {file.stem:<{width}}  "
+    return textwrap.fill(head + sentence, 78, subsequent_indent=" " * len(head)) if sentence else head.rstrip()

@@ -18,6 +18,7 @@ class Trial(Settings):
 
 
 SCRIPT = Script("trial", Trial, renamed={"rounds": "runs", "model=old": "model=new"}, less="Lower runs.")
+NO_NAMES = ("[1]", "[]", "[[tiny]]", "{a:1}", "null", "1.5", "true", "[new,1]")
 CONFIG = """\
 # python trial.py: a trial
 defaults:
@@ -44,7 +45,7 @@ hydra:
 def config(tmp_path, monkeypatch):
     """The YAML of the command, with a group to choose from; HYDRA_FULL_ERROR is taken back."""
     (tmp_path / "model").mkdir()
-    for name, text in {"tiny": "# @package _global_.model\n# A small one\nrank: 1\n", "new": "rank: 2\n"}.items():
+    for name, text in {"tiny": "# @package _global_.model\n# A small one: told in\n# two lines. And more.\nrank: 1\n", "new": "rank: 2\n"}.items():
         (tmp_path / "model" / f"{name}.yaml").write_text(text)
     (tmp_path / "trial.yaml").write_text(CONFIG)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
@@ -80,6 +81,7 @@ def test_task_gets_checked_settings(config, monkeypatch):
         (["+rounds=1"], "There is no setting 'rounds' any more: write runs. See --help."),
         (["model=old"], "There is no setting 'model=old' any more: write model=new. See --help."),
         (["model=large"], "There is no model 'large'. There are new, tiny; see --help."),
+        *(([f"model={other}"], f"model should be one of new, tiny, got {other}; see --help.") for other in NO_NAMES),
         (["--runs", "3"], "Settings have no dashes: write runs=... instead of --runs."),
         (["--bogus=1"], "There is no option --bogus=1. Settings are key=value, without dashes; see --help."),
         (["-x", "runs=1"], "There is no option -x. "),
@@ -151,7 +153,7 @@ def test_help_is_the_comments_of_the_yaml(config, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed == help_of(config) + "\n"
     assert "runs: 3          # of each" in printed and "defaults" not in printed and "hydra" not in printed
-    assert re.search(r"^model=\n  new *\n  tiny  A small one$", printed, re.MULTILINE)
+    assert re.search(r"^model=\n  new *\n  tiny  A small one: told in two lines$", printed, re.MULTILINE)
 
 
 def test_targets_are_checked_by_their_signatures():

@@ -11,6 +11,7 @@ another segment; its positions go on after what it sees. So a row gives exactly 
 """
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ class Segment(NamedTuple):
     weight: float = 1.0
 
 
+MIN_SHARED_TOKENS = 8
+
 # Those of `hypernet.data.records.Question`, and "reordering": the document's sentences in another order.
 QUESTION_KINDS = ("document", "unanswerable", "background", "cross_document", "reordering", "in_prompt")
 
@@ -44,6 +47,27 @@ class Row(NamedTuple):
     sees_prefix: Tensor  # [S] bool
     target_kind: Tensor  # [S] kind of the answer token that the NEXT position holds, -1 where none is predicted
     target_weight: Tensor  # [S]
+
+
+def shared_beginning(segments: Sequence[Segment]) -> tuple[list[int], list[Segment]]:
+    """Segments that see no prefix, with what all their prompts begin with, such as a chat template, as their prefix.
+
+    The logits are the same (tested); a template's default system prompt is longer than many a question. The last token
+    of a prompt stays in its segment, since it predicts the answer. Beginnings below `MIN_SHARED_TOKENS` stay where they
+    are: a prefix costs a call of attention of its own in every layer.
+
+    Returns:
+        (prefix, segments), the prefix empty where nothing is shared.
+    """
+    if len(segments) < 2 or any(segment.sees_prefix for segment in segments):
+        return [], list(segments)
+    shared = commonprefix([segment.ids[: max(segment.num_prompt - 1, 0)] for segment in segments])
+    if (size := len(shared)) < MIN_SHARED_TOKENS:
+        return [], list(segments)
+    return list(shared), [
+        segment._replace(ids=segment.ids[size:], num_prompt=segment.num_prompt - size, sees_prefix=True)
+        for segment in segments
+    ]
 
 
 class PackedRows(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hypernet.base.packed_rows import QUESTION_KINDS, PackedRows, Segment, pack_row, pad_rows
+from hypernet.base.packed_rows import QUESTION_KINDS, PackedRows, Segment, pack_row, pad_rows, shared_beginning
 from hypernet.data.curriculum import Curriculum, Stage
 from hypernet.data.encyclopedia import background_questions
 from hypernet.data.records import UNKNOWN, Question
@@ -69,8 +69,8 @@ class _Batches(Dataset):
         flat = iter(self._segments([pair for questions in asked for pair in questions]))
         rows = []
         for i, (prefix, questions) in enumerate(zip(prefixes, asked, strict=True)):
-            segments = [next(flat) for _ in questions]
-            rows.append(pack_row(prefix, segments + (extra[i] if extra else [])))
+            segments = [next(flat) for _ in questions] + (extra[i] if extra else [])
+            rows.append(pack_row(prefix, segments) if prefix else pack_row(*shared_beginning(segments)))
         return pad_rows(rows, pad_id=self.tokenizer.pad_token_id)
 
 

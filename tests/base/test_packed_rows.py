@@ -1,9 +1,12 @@
 """Packed rows against one prompt per question, the chat layout, and where the answer tokens are."""
 
+import copy
+
 import pytest
 import torch
 
-from hypernet.base.packed_rows import QUESTION_KINDS, Segment, pack_row, pad_rows
+from hypernet.base.packed_attention import packed_logits
+from hypernet.base.packed_rows import QUESTION_KINDS, Segment, pack_row, pad_rows, shared_beginning
 from hypernet.data.batches import DistillationBatches
 from hypernet.data.curriculum import Curriculum, Stage
 from hypernet.data.encyclopedia import Encyclopedia
@@ -66,6 +69,51 @@ def test_packed_rows_equal_one_prompt_per_question(tiny_base_model, tiny_tokeniz
             assert rows.ids[row, own].tolist() == ids[-own.sum() :]
             expected = logits_of_prompt(tiny_base_model, ids)[-own.sum() :]
             torch.testing.assert_close(logits[row, own], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_shared_template_is_read_once_with_the_same_logits(tiny_base_model, tiny_tokenizer, batches, attention):
+    """A system prompt before every question, as SmolLM2's template has it; forward and gradients."""
+    tiny_base_model.set_attn_implementation(attention)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "Elmouth is a town on the river Vel. It makes tin boxes.\n" + tokenizer.chat_template
+    with_system = DistillationBatches(batches.curriculum, tokenizer, max_chunk_tokens=60)
+    layout, rows = ChatLayout.of(tokenizer), with_system.batch(DOCUMENTS, ASKED).student
+    assert (rows.segments == 0).sum(1).min() > 8
+    weight = tiny_base_model.model.layers[-1].mlp.down_proj.weight.requires_grad_()
+    logits = packed_logits(tiny_base_model, rows, rows.target_kind >= 0)
+    texts = [(layout.prompt(q.text), layout.answer(q.answer)) for questions in ASKED for q in questions]
+    expected = []
+    for prompt, answer in texts:
+        ids = tokenizer(prompt + answer)["input_ids"]
+        size = len(ids) - len(tokenizer(prompt)["input_ids"])
+        expected.append(tiny_base_model(torch.tensor([ids])).logits[0, -size - 1 : -1])
+    expected = torch.cat(expected)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    slopes = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad((logits * slopes).sum(), weight)
+    torch.testing.assert_close(gradient, torch.autograd.grad((expected * slopes).sum(), weight)[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        (["a system prompt of no fewer words than: x", "a system prompt of no fewer words than: y"], 8),
+        (
+            ["a system prompt of no fewer words than:", "a system prompt of no fewer words than: y"],
+            0,
+        ),  # the last token answers
+        (["of two words x", "of two words y"], 0),  # too few
+        (["a system prompt of no fewer words than: x"], 0),
+    ],
+)
+def test_shared_beginning_leaves_each_prompt_whole(prompts, shared):
+    segments = [Segment([*prompt.split(), "end"], len(prompt.split()), False, 0) for prompt in prompts]
+    prefix, rest = shared_beginning(segments)
+    assert len(prefix) == shared and [s.sees_prefix for s in rest] == [bool(shared)] * len(segments)
+    assert [[*prefix, *s.ids] for s in rest] == [s.ids for s in segments]
+    assert [len(prefix) + s.num_prompt for s in rest] == [s.num_prompt for s in segments]
+    assert min(s.num_prompt for s in rest) >= 1
 
 
 def test_the_prefix_is_read_as_if_nothing_followed(tiny_base_model, tiny_tokenizer, batch):

@@ -45,7 +45,10 @@ hydra:
 def config(tmp_path, monkeypatch):
     """The YAML of the command, with a group to choose from; HYDRA_FULL_ERROR is taken back."""
     (tmp_path / "model").mkdir()
-    for name, text in {"tiny": "# @package _global_.model\n# A small one: told in\n# two lines. And more.\nrank: 1\n", "new": "rank: 2\n"}.items():
+    for name, text in {
+        "tiny": "# @package _global_.model\n# A small one: told in\n# two lines. And more.\nrank: 1\n",
+        "new": "rank: 2\n",
+    }.items():
         (tmp_path / "model" / f"{name}.yaml").write_text(text)
     (tmp_path / "trial.yaml").write_text(CONFIG)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

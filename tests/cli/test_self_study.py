@@ -40,10 +40,13 @@ def test_help_shows_every_setting_with_its_default(capsys):
     ("arguments", "status", "says"),
     [
         (["--documents", "c"], 2, "Missing option '--base-model'"),
-        (["--base-model", "b"], 1, "Give either documents (a file or folder) or dataset"),
+        (["--base-model", "b"], 1, "Give one of documents (a file or folder), questions"),
         (["--base-model", "b", "--documents", "c", "--top-k", "0"], 1, "top_k should be at least 1, got 0"),
         (["--base-model", "b", "--documents", "c", "--top-k", "x"], 2, "Invalid value for '--top-k'"),
         (["--base-model", "b", "--documents", "c", "--process-index", "1"], 1, "counts from 0 to num_processes - 1"),
+        (["--base-model", "b", "--documents", "c", "--kept-answers", "x"], 1, "kept_answers should be right or all"),
+        (["--base-model", "b", "--questions", "c", "--documents", "c"], 1, "Give one of documents"),
+        (["--base-model", "assets/tiny/base_model", "--questions", "no.json"], 1, "Cannot read questions from no.json"),
         (["--base-model", "b", "--documents", "c", "--engine", "x"], 1, "Unknown engine 'x'"),
     ],
 )

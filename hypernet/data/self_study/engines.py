@@ -12,10 +12,10 @@ from hypernet.base.base_model import fingerprint, load_base_model
 from hypernet.base.catalog import locate
 from hypernet.base.generation import decode_answer, end_ids, generate_ids
 from hypernet.base.packed_attention import packed_logits
-from hypernet.base.packed_rows import Segment, pack_row, pad_rows
+from hypernet.base.packed_rows import Segment, pack_row, pad_rows, shared_beginning
 from hypernet.data.records import StoredAnswer
 from hypernet.data.self_study.settings import StudySettings
-from hypernet.text.chat import ChatLayout, closing_ids
+from hypernet.text.chat import DOCUMENT_SEPARATOR, ChatLayout, closing_ids
 from hypernet.text.tokens import framed_ids
 
 
@@ -36,8 +36,8 @@ class Engine(Protocol):
         """What a continuation says, without the closing token."""
         ...
 
-    def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
-        """How likely tokens were in answers to questions, (question, answer's ids) each, about a text."""
+    def top_k(self, text: str | None, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
+        """How likely tokens were in answers to questions, (question, answer's ids) each, about a text or none."""
         ...
 
 
@@ -73,14 +73,18 @@ class TransformersEngine:
         return decode_answer(self.tokenizer, ids, self._ends)
 
     @torch.no_grad()
-    def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
+    def top_k(self, text: str | None, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
         # One row for all questions, as in training: the text is read once, and the tokens are cut in the same places.
-        (prefix,) = framed_ids(self.tokenizer, [(self.layout.before_user, text, "")])
-        prompts = framed_ids(self.tokenizer, [("", "\n\n" + q, self.layout.after_user) for q, _ in asked])
+        before = self.layout.before_user
+        prefix, framed = [], [(before, q, self.layout.after_user) for q, _ in asked]
+        if text is not None:
+            (prefix,) = framed_ids(self.tokenizer, [(before, text, "")])
+            framed = [("", DOCUMENT_SEPARATOR + q, self.layout.after_user) for q, _ in asked]
         segments = [
-            Segment(prompt + ids, len(prompt), True, 0) for prompt, (_, ids) in zip(prompts, asked, strict=True)
+            Segment(prompt + ids, len(prompt), text is not None, 0)
+            for prompt, (_, ids) in zip(framed_ids(self.tokenizer, framed), asked, strict=True)
         ]
-        row = pack_row(prefix, segments)
+        row = pack_row(prefix, segments) if prefix else pack_row(*shared_beginning(segments))
         rows = pad_rows([row], pad_id=self.tokenizer.pad_token_id).to(next(self.base_model.parameters()).device)
         logits = packed_logits(self.base_model, rows, rows.target_kind >= 0)
         log_probs, indices = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
@@ -120,7 +124,7 @@ class VllmEngine:
     def text(self, ids: Sequence[int]) -> str:
         return decode_answer(self.tokenizer, ids, self._ends)
 
-    def top_k(self, text: str, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
+    def top_k(self, text: str | None, asked: Sequence[tuple[str, list[int]]], k: int) -> list[StoredAnswer]:
         from vllm import SamplingParams
 
         prompts = self.layout.prompt_ids(self.tokenizer, [question for question, _ in asked], [text] * len(asked))

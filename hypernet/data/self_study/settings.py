@@ -25,6 +25,9 @@ class StudySettings:
     base_model: str = _setting(help="The model that answers: hub name or folder.")
     questions_by: str = _setting("", help="The model that asks; without it the base model.")
     documents: str = _setting("", of=TEXTS, help="A file or a folder of texts.")
+    questions: str = _setting(
+        "", of=TEXTS, help="Or a file of texts with questions: .json as SQuAD's, .jsonl or .parquet in its columns."
+    )
     dataset: str = _setting("", of=TEXTS, help="Or a dataset on the hub, read as a stream.")
     dataset_config: str = _setting("", of=TEXTS, help="Its configuration.")
     dataset_split: str = _setting("train", of=TEXTS, help="Its split.")
@@ -41,6 +44,9 @@ class StudySettings:
     question_temperature: float = _setting(1.0, of=ASKED, help="0: the likeliest question.")
     answer_temperature: float = _setting(0.0, of=ASKED, help="0: the likeliest answer.")
     top_k: int = _setting(16, of=ASKED, help="Tokens stored at each place of an answer, with their probabilities.")
+    kept_answers: str = _setting(
+        "right", of=ASKED, help="Of a file's questions: right (they hold the file's answer) or all."
+    )
     seed: int = _setting(0, of=ASKED, help="Of what is sampled.")
     chunks_per_shard: int = _setting(256, of=WORK, help="Chunks in a parquet file.")
     engine: str = _setting("transformers", of=WORK, help="transformers, or vllm where it is installed.")
@@ -52,13 +58,17 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         output_folder(self.output_dir)
-        if bool(self.documents) == bool(self.dataset):
-            raise ValueError("Give either documents (a file or folder) or dataset (a name on the hub).")
+        if [bool(given) for given in (self.documents, self.questions, self.dataset)].count(True) != 1:
+            raise ValueError(
+                "Give one of documents (a file or folder), questions (a file) and dataset (a name on the hub)."
+            )
         for name in ("questions_per_chunk", "max_chunk_tokens", "max_question_tokens", "max_answer_tokens", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} should be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.process_index < self.num_processes:
             raise ValueError(f"process_index is {self.process_index}; it counts from 0 to num_processes - 1.")
+        if self.kept_answers not in ("right", "all"):
+            raise ValueError(f"kept_answers should be right or all, got {self.kept_answers!r}.")
         if self.engine not in ("transformers", "vllm"):
             raise ValueError(f"Unknown engine {self.engine!r}; choose transformers or vllm.")
 

@@ -12,6 +12,7 @@ from hypernet.data.records import Question, Record, StoredAnswer
 from hypernet.io.files import replaced
 
 PROVENANCE = b"provenance"  # key of the parquet metadata
+STORED_KINDS = ("document", "unanswerable")  # of questions; shards from before have the first alone
 
 
 def _schema() -> Any:
@@ -20,8 +21,8 @@ def _schema() -> Any:
     whole, text = pa.int32(), pa.string()
     return pa.schema(
         [("passage", whole), ("document", text), ("source", text), ("source_sha256", text), ("start", whole)]
-        + [("end", whole), ("num_tokens", whole), ("question", text), ("answer", text), ("answer_ids", pa.list_(whole))]
-        + [("top_indices", pa.list_(whole)), ("top_log_probs", pa.list_(pa.float32()))]
+        + [("end", whole), ("num_tokens", whole), ("question", text), ("kind", text), ("answer", text)]
+        + [("answer_ids", pa.list_(whole)), ("top_indices", pa.list_(whole)), ("top_log_probs", pa.list_(pa.float32()))]
     )
 
 
@@ -88,7 +89,7 @@ def read_shard(path: Path) -> tuple[dict[int, Record], tuple[str, ...]]:
         ids = tuple(row["answer_ids"])
         indices, log_probs = (np.array(row[key]).reshape(len(ids), -1) for key in ("top_indices", "top_log_probs"))
         stored = StoredAnswer(ids, indices.astype(np.int32), log_probs.astype(np.float32))
-        question = Question(row["question"], row["answer"], "document", "study", stored)
+        question = Question(row["question"], row["answer"], row.get("kind", STORED_KINDS[0]), "study", stored)
         found.setdefault(row["passage"], (row["document"], []))[1].append(question)
     records = {passage: Record((document,), tuple(questions)) for passage, (document, questions) in found.items()}
     return records, tuple(reasons)
@@ -101,6 +102,8 @@ def _what_is_wrong(row: dict[str, Any]) -> str | None:
         empty = [key for key in empty if key != "answer" or row[key] is None]
     if empty:
         return f"has no {empty[0]}"
+    if row.get("kind", STORED_KINDS[0]) not in STORED_KINDS:
+        return f"is of the kind {row['kind']!r}"
     ids, indices, log_probs = (row[key] for key in ("answer_ids", "top_indices", "top_log_probs"))
     if None in ids or None in indices or None in log_probs:
         return "has gaps in its tokens"

@@ -14,7 +14,7 @@ from hypernet.base.generation import generate_text
 from hypernet.data.self_study import study as module
 from hypernet.data.self_study.engines import TransformersEngine
 from hypernet.data.self_study.settings import StudySettings
-from hypernet.data.self_study.shards import read_provenance
+from hypernet.data.self_study.shards import read_provenance, read_shard
 from hypernet.data.self_study.study import clean_question, study
 from hypernet.text.chat import ChatLayout
 
@@ -85,6 +85,62 @@ def test_self_study_questions_can_come_from_another_model(settings, engine, tiny
 def test_self_study_questions_are_cleaned():
     assert clean_question('\n 1. "Who leads it?"\nBecause') == "Who leads it?"
     assert clean_question("**\n") == clean_question("  \n ") == ""
+
+
+# Questions that are given
+
+
+GIVEN = [
+    ("Norbach was founded by Ilda Renwick.", "Who founded Norbach?", ["Ilda Renwick", "Renwick"]),
+    ("Norbach was founded by Ilda Renwick.", "Who sold Norbach?", []),
+    ("Norbach was founded by Ilda Renwick.", "What is Norbach?", ["a town"]),
+    ("Elmouth lies on the Vel. " * 40, "Where does Elmouth lie?", ["on the Vel"]),  # too long
+    ("Elmouth lies on the Vel.", "Where does Elmouth lie?", ["on the Vel"]),
+]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """The path of a file in the columns of SQuAD 2.0."""
+    path = tmp_path / "questions.jsonl"
+    rows = [{"context": text, "question": asked, "answers": {"text": right}} for text, asked, right in GIVEN]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_given_questions_are_answered_as_they_are(settings, engine, questions):
+    (shard,) = study(settings(documents="", questions=str(questions), kept_answers="all"), answerer=engine)
+    rows = rows_of([shard])
+    assert [(row["document"], row["question"], row["kind"]) for row in rows] == [
+        (GIVEN[0][0], "Who founded Norbach?", "document"),
+        (GIVEN[0][0], "What is Norbach?", "document"),
+        (GIVEN[0][0], "Who sold Norbach?", "unanswerable"),
+        (GIVEN[4][0], "Where does Elmouth lie?", "document"),
+    ]
+    layout = ChatLayout.of(engine.tokenizer)
+    for row in rows:  # what has no answer in the text is asked without it
+        prompt = layout.prompt(row["question"], None if row["kind"] == "unanswerable" else row["document"])
+        ids = engine.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert generate_text(engine.base_model, engine.tokenizer, [ids], max_new_tokens=5) == [row["answer"]]
+        with torch.no_grad():
+            logits = engine.base_model(torch.tensor([ids + row["answer_ids"]])).logits[0, len(ids) - 1 : -1]
+        log_probs, indices = logits.log_softmax(-1).topk(4)
+        assert row["top_indices"] == indices.flatten().tolist()
+        torch.testing.assert_close(torch.tensor(row["top_log_probs"]).view(-1, 4), log_probs, atol=1e-4, rtol=1e-4)
+    records, wrong = read_shard(shard)
+    assert not wrong and [q.kind for q in records[0].questions] == ["document", "document", "unanswerable"]
+
+
+def test_answers_that_miss_the_given_one_are_left_out(settings, engine, questions, monkeypatch):
+    said = {"Who founded Norbach?": "it was RENWICK.", "What is Norbach?": "atown", "Where does Elmouth lie?": "on the"}
+
+    def write(prompts, **_):
+        texts = [next((a for q, a in said.items() if q in engine.tokenizer.decode(prompt)), "x") for prompt in prompts]
+        return [engine.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    monkeypatch.setattr(engine, "write", write)
+    (shard,) = study(settings(documents="", questions=str(questions)), answerer=engine)
+    assert [row["question"] for row in rows_of([shard])] == ["Who founded Norbach?", "Who sold Norbach?"]
 
 
 # Shards

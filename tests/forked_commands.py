@@ -1,6 +1,6 @@
 """Runs this project's commands in forks of one process that has imported everything, and kills them on demand.
 
-A command by itself takes 7 s of processor time to import torch, transformers and lightning; a fork takes none. A JSON
+A command by itself takes 6 s of processor time to import torch, transformers and lightning; a fork takes none. A JSON
 object per line on stdin, an answer per line on stdout; `Commands` is the side of the tests.
 
     commands.run("train.py", ["trainer.max_steps=3", ...], cwd=folder)              # to its end
@@ -11,6 +11,7 @@ object per line on stdin, an answer per line on stdout; `Commands` is the side o
     commands.run(..., processes=2)                                                 # both forked, as by torchrun
 """
 
+import gc
 import json
 import os
 import runpy
@@ -21,10 +22,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+EVERYTHING = ("lightning.pytorch.loggers", "peft", "hypernet.training.build", "hypernet.training.callbacks")
 
 
 class Finished(NamedTuple):
@@ -40,13 +44,23 @@ class Finished(NamedTuple):
 
 
 class Commands:
-    """The process that forks; a context manager."""
+    """The process that forks; a context manager.
+
+    Args:
+        imported: modules that it imports before.
+        environment: of it and of the commands; that of the tests by default.
+    """
+
+    def __init__(self, imported: Sequence[str] = EVERYTHING, environment: Mapping[str, str] = os.environ) -> None:
+        self.imported = imported
+        self.environment = environment
 
     def __enter__(self) -> "Commands":
-        command = [sys.executable, __file__]
+        command = [sys.executable, __file__, *self.imported]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         # A run's second process starts anew, and is to find the callbacks of the tests as well.
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        path = os.pathsep.join([str(ROOT), *filter(None, [self.environment.get("PYTHONPATH")])])
+        env = {**self.environment, "PYTHONPATH": path}
         self.process = subprocess.Popen(command, env=env, text=True, stderr=subprocess.DEVNULL, **pipes)
         return self
 
@@ -56,7 +70,13 @@ class Commands:
         self.process.stdout.close()
 
     def run(
-        self, command: str, arguments: list[str], *, cwd: Path, kill: dict | None = None, processes: int = 1
+        self,
+        command: str,
+        arguments: Sequence[str],
+        *,
+        cwd: Path,
+        kill: dict | None = None,
+        processes: int = 1,
     ) -> Finished:
         """command: a script of this project, or the name of a module.
 
@@ -70,19 +90,17 @@ class Commands:
 
 def _serve() -> None:
     sys.path.insert(0, str(ROOT))
-    import lightning.pytorch.loggers  # noqa: F401
-    import peft  # noqa: F401
-    import torch
-
-    import hypernet.training.build  # noqa: F401
-    import hypernet.training.callbacks  # noqa: F401
-
-    torch.set_num_threads(1)
+    gc.disable()
+    for name in sys.argv[1:]:
+        import_module(name)
+    # What was imported stays: the collector would go through it, and copy its pages, in every fork.
+    gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         request = json.loads(line)
         streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
         ranks = _ranks(request["processes"])
-        child, *others = [os.fork() or _run(request | {"environment": rank}, streams) for rank in ranks]
+        child, *others = [os.fork() or _run(request, rank, streams) for rank in ranks]
         code, kill = None, request["kill"]
         if kill:
             while code is None and not _is_time(kill):
@@ -132,7 +150,7 @@ def _poll(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def _run(request: dict, streams: list) -> None:
+def _run(request: dict, rank: dict[str, str], streams: list) -> None:
     code = 1
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -141,7 +159,7 @@ def _run(request: dict, streams: list) -> None:
         # Ignored where the tests themselves run in the background of a shell.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(request["cwd"])
-        os.environ.update(request["environment"])
+        os.environ.update(rank)
         name = request["command"]
         sys.argv = [str(ROOT / name), *request["arguments"]]
         if name.endswith(".py"):

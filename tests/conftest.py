@@ -10,8 +10,6 @@ import logging
 import os
 import sys
 
-gc.disable()  # until everything is imported, see pytest_collection_finish
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -27,6 +25,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+gc.disable()  # until the tests are imported, see pytest_collection_finish
 
 # rouge-score imports absl, whose handler closes its stream when Hydra sets up logging, unless it is one of sys's: made
 # within a test it would have pytest's, and every later test of that process would fail.

@@ -29,8 +29,8 @@ NO_CHECKPOINT = (
     "pytorch_model.bin."
 )
 ONE_STEP = "trainer.max_steps=1 trainer.enable_progress_bar=false task.stages=[{steps:1,batch_size:2}]"
-# Command → the whole screen as a regular expression, standard output first, {tmp} for the test's folder. Of each kind of
-# command that imports transformers, as far as the libraries have something to say.
+# Command → the whole screen as a regular expression, standard output first, {tmp} for the test's folder. Of each kind
+# of command that imports transformers, as far as the libraries have something to say.
 AS_A_USER = {
     "generate_adapter.py document={tmp}/note.txt output_dir={tmp}/adapter ask=Who? max_new_tokens=1 compare=false": (
         r"[┏┃┡│└][^%]*\nRead .*\nAdapter .*\nSeconds .*\nPEFT .*\n",

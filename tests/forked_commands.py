@@ -7,7 +7,7 @@ object per line on stdin, an answer per line on stdout; `Commands` is the side o
     commands.run("hypernet", ["library", "list"], cwd=folder)                       # python -m hypernet
     commands.run(..., kill={"steps": 2, "seconds": 0.01, "checkpoints": folder})    # SIGKILL after two checkpoints
     commands.run(..., kill={"while_writing": True, "checkpoints": folder})          # while one is being written
-    commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five logged lines
+    commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five more logged lines
     commands.run(..., processes=2)                                                 # both forked, as by torchrun
 """
 
@@ -125,7 +125,8 @@ def _serve() -> None:
 
 def _is_time(kill: dict) -> bool:
     if rows := kill.get("rows"):
-        return sum(path.read_text().count("\n") for path in Path(kill["log"]).rglob("metrics.csv")) > rows
+        logged = sum(path.read_text().count("\n") for path in Path(kill["log"]).rglob("metrics.csv"))
+        return logged > rows + kill.setdefault("logged", logged)
     checkpoints = Path(kill["checkpoints"])
     names = os.listdir(checkpoints) if checkpoints.is_dir() else []
     if kill.get("while_writing"):

@@ -7,7 +7,7 @@ object per line on stdin, an answer per line on stdout; `Commands` is the side o
     commands.run("hypernet", ["library", "list"], cwd=folder)                       # python -m hypernet
     commands.run(..., kill={"steps": 2, "seconds": 0.01, "checkpoints": folder})    # SIGKILL after two checkpoints
     commands.run(..., kill={"while_writing": True, "checkpoints": folder})          # while one is being written
-    commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five more logged lines
+    commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five more lines
     commands.run(..., processes=2)                                                 # both forked, as by torchrun
 """
 

@@ -8,6 +8,8 @@ object per line on stdin, an answer per line on stdout; `Commands` is the side o
     commands.run(..., kill={"steps": 2, "seconds": 0.01, "checkpoints": folder})    # SIGKILL after two checkpoints
     commands.run(..., kill={"while_writing": True, "checkpoints": folder})          # while one is being written
     commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five more lines
+    commands.run(..., kill={"said": "Step 2", "signal": 2})                         # SIGINT once its stderr has this
+    commands.run(..., stdin="a document")                                          # through a pipe
     commands.run(..., processes=2)                                                 # both forked, as by torchrun
 """
 
@@ -77,12 +79,14 @@ class Commands:
         cwd: Path,
         kill: dict | None = None,
         processes: int = 1,
+        stdin: str | None = None,
     ) -> Finished:
         """command: a script of this project, or the name of a module.
 
         processes: how many ranks of one run are forked; with 1 the command starts the others itself, anew.
         """
         request = {"command": command, "arguments": arguments, "cwd": str(cwd), "kill": kill, "processes": processes}
+        request["stdin"] = stdin
         self.process.stdin.write(json.dumps(request, default=str) + "\n")
         self.process.stdin.flush()
         return Finished(*json.loads(self.process.stdout.readline()))
@@ -103,7 +107,7 @@ def _serve() -> None:
         child, *others = [os.fork() or _run(request, rank, streams) for rank in ranks]
         code, kill = None, request["kill"]
         if kill:
-            while code is None and not _is_time(kill):
+            while code is None and not _is_time(kill, streams):
                 time.sleep(0.0005)
                 code = _poll(child)
             time.sleep(kill.get("seconds", 0))
@@ -123,7 +127,9 @@ def _serve() -> None:
         print(json.dumps([code, *printed]), flush=True)
 
 
-def _is_time(kill: dict) -> bool:
+def _is_time(kill: dict, streams: list) -> bool:
+    if said := kill.get("said"):
+        return said.encode() in os.pread(streams[1].fileno(), 10**6, 0)
     if rows := kill.get("rows"):
         logged = sum(path.read_text().count("\n") for path in Path(kill["log"]).rglob("metrics.csv"))
         return logged > rows + kill.setdefault("logged", logged)
@@ -154,7 +160,14 @@ def _poll(child: int) -> int | None:
 def _run(request: dict, rank: dict[str, str], streams: list) -> None:
     code = 1
     try:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        if request["stdin"] is None:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        else:
+            reading, writing = os.pipe()
+            os.write(writing, request["stdin"].encode())  # at most what a pipe holds, 64 KiB
+            os.close(writing)
+            os.dup2(reading, 0)
+            sys.stdin = open(0)
         for number, stream in enumerate(streams, 1):
             os.dup2(stream.fileno(), number)
         # Ignored where the tests themselves run in the background of a shell.

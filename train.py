@@ -159,13 +159,14 @@ def _check(cfg: DictConfig) -> None:
             "hides it: save the file as UTF-8 without one."
         )
     known = TrainSettings.model_fields
-    # An experiment may have keys of its own, which others refer to: there, unless the command line replaces those.
-    files = [path for source in HydraConfig.get().runtime.config_sources for path in _experiments(source.path)]
-    texts = [OmegaConf.to_yaml(part, resolve=False) for part in (cfg, HydraConfig.get())]
-    everything = "\n".join([*texts, *(path.read_text(encoding="utf-8", errors="replace") for path in files)])
-    for key in cfg:
-        if key not in known and not re.search(rf"\$\{{{re.escape(str(key))}\b", everything):
-            raise ValueError(no_such_setting(str(key), list(known)))
+    if own := [str(key) for key in cfg if key not in known]:
+        # An experiment may have keys of its own, which others refer to: there, unless the command line replaces those.
+        files = [path for source in HydraConfig.get().runtime.config_sources for path in _experiments(source.path)]
+        texts = [OmegaConf.to_yaml(part, resolve=False) for part in (cfg, HydraConfig.get())]
+        everything = "\n".join([*texts, *(path.read_text(encoding="utf-8", errors="replace") for path in files)])
+        for key in own:
+            if not re.search(rf"\$\{{{re.escape(key)}\b", everything):
+                raise ValueError(no_such_setting(key, list(known)))
     checked(TrainSettings, {key: value for key, value in plain(cfg).items() if key in known})
     _check_earlier_runs(cfg.task)
 

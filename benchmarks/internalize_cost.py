@@ -140,9 +140,13 @@ def process_bytes(run: Callable[[], Any]) -> int | None:
     return 1024 * (_kib(status, "VmHWM") - resident)
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large product in the hypernetwork's type: the best of ten."""
-    side = 8192 if device == "cuda" else 2048
+def matmul_rate(device: str, dtype: torch.dtype, *, side: int | None = None) -> float:
+    """FLOP/s of a large product in the hypernetwork's type: the best of ten.
+
+    Args:
+        side: rows and columns of both factors; None: 8192 on a GPU, 2048 on a CPU.
+    """
+    side = side or (8192 if device == "cuda" else 2048)
     left, right = torch.randn(2, side, side, device=device).to(dtype)
     return 2 * side**3 / min(seconds_of(lambda: left @ right, device=device) for _ in range(10))
 

@@ -13,18 +13,20 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import hydra
 from omegaconf import OmegaConf
-from transformers import PreTrainedTokenizerBase
 
 from hypernet.cli.scripts import Script
 from hypernet.cli.settings import Number, OutputFile, Settings, Text
-from hypernet.data.batches import BaseModelBatches
-from hypernet.data.curriculum import Curriculum
 from hypernet.data.encyclopedia import background_facts, background_questions, known_facts
-from hypernet.data.records import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hypernet.data.curriculum import Curriculum
+    from hypernet.data.records import Question
 
 CONF = Path(__file__).parent.parent / "conf"
 Fact = tuple[str, str]  # group, and subject or known entity
@@ -37,13 +39,31 @@ class TimesAsked(NamedTuple):
     counts: dict[Fact, int]
 
 
-def count(curriculum: Curriculum, tokenizer: PreTrainedTokenizerBase, *, steps: Iterable[int] | None = None) -> dict:
+def count(
+    curriculum: "Curriculum", tokenizer: "PreTrainedTokenizerBase", *, steps: Iterable[int] | None = None
+) -> dict:
     """Fact → how often a base model was asked for it in these steps; None: in all of them.
 
     Args:
         tokenizer: the base model's; for its chat layout alone, nothing is tokenized.
     """
-    batches = _Asked(curriculum, tokenizer)
+    from hypernet.data.batches import BaseModelBatches
+
+    class Asked(BaseModelBatches):
+        """The training's own draws: a batch is what each article's row asks, (question, does it see the article)."""
+
+        def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+            return [[] for _ in texts]
+
+        def _rows(
+            self,
+            prefixes: Sequence[list[int]],
+            asked: Sequence[Sequence[tuple["Question", bool]]],
+            extra: object = None,
+        ) -> Sequence[Sequence[tuple["Question", bool]]]:
+            return asked
+
+    batches = Asked(curriculum, tokenizer)
     fact_of = _fact_of_question()
     asked = Counter(
         fact_of[question.text]
@@ -88,18 +108,6 @@ def read_times_asked(path: str | Path) -> TimesAsked:
             f"Cannot read how often facts were asked from {path} ({type(error).__name__}: {error}); make the file with "
             f"python -m benchmarks.times_asked output={path}."
         ) from error
-
-
-class _Asked(BaseModelBatches):
-    """The training's own draws: a batch is what each article's row asks, (question, does it see the article)."""
-
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[] for _ in texts]
-
-    def _rows(
-        self, prefixes: Sequence[list[int]], asked: Sequence[Sequence[tuple[Question, bool]]], extra: object = None
-    ) -> Sequence[Sequence[tuple[Question, bool]]]:
-        return asked
 
 
 def _fact_of_question() -> dict[str, Fact]:

@@ -681,51 +681,35 @@ def test_interrupt_leaves_output_unchanged(run, work, monkeypatch, stage):
 # As a process of its own
 
 
-def command(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell may have started these tests in the background, with interrupts ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        **options,
-    )
-
-
-def test_command_works_from_another_folder_and_reads_a_pipe(work, checkpoint):
-    process = command("document=-", "output_dir=out", f"checkpoint={checkpoint}", "ask=Who?", "max_new_tokens=2")
-    out, err = process.communicate(TEXT)
-    assert process.returncode == 0, err
-    assert "Document in the prompt" in out and "standard input" in out and "\x1b" not in out
+def test_command_works_from_another_folder_and_reads_a_pipe(commands, work, checkpoint):
+    arguments = ["document=-", "output_dir=out", f"checkpoint={checkpoint}", "ask=Who?", "max_new_tokens=2"]
+    done = commands.run("generate_adapter.py", arguments, cwd=work, stdin=TEXT)
+    assert done.code == 0, done.stderr
+    assert "Document in the prompt" in done.stdout and "standard input" in done.stdout and "\x1b" not in done.stdout
     assert set(os.listdir("out")) == set(ADAPTER_FILES)
 
 
-def test_ctrl_c_exits_with_130_and_leaves_no_files(work, checkpoint):
+def test_ctrl_c_exits_with_130_and_leaves_no_files(commands, work, checkpoint):
     (work / "long.txt").write_text("\n\n".join([TEXT] * 2000))
-    process = command("document=long.txt", "output_dir=deep/out", f"checkpoint={checkpoint}", "max_batch_tokens=1")
-    while "Internalizing" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert process.returncode == 130 and "Traceback" not in err and not out
-    assert err.splitlines()[-1] == "generate_adapter.py: interrupted"
+    arguments = ["document=long.txt", "output_dir=deep/out", f"checkpoint={checkpoint}", "max_batch_tokens=1"]
+    kill = {"said": "Internalizing", "signal": int(signal.SIGINT)}
+    done = commands.run("generate_adapter.py", arguments, cwd=work, kill=kill)
+    assert done.code == 130 and "Traceback" not in done.stderr and not done.stdout
+    assert done.stderr.splitlines()[-1] == "generate_adapter.py: interrupted"
     assert files(work) == ["doc.txt", "long.txt"]
 
 
 def test_missing_document_fails_before_importing_torch(work, checkpoint):
-    script = (
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "except SystemExit as end: print(end.code, sorted({'torch', 'transformers'} & set(sys.modules)))"
-    )
+    """From another folder, in a process of its own."""
     arguments = ["document=missing.txt", f"checkpoint={checkpoint}"]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == (
-        "generate_adapter.py: Cannot read 'missing.txt': No such file or directory. Check the path. []\n",
-        "",
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-X", "importtime", str(SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    imported = re.findall(r"^import time: .*\| +(\S+)$", done.stderr, re.MULTILINE)
+    assert "hydra" in imported and not {"torch", "transformers"} & set(imported)
+    assert done.stdout == "" and [line for line in done.stderr.splitlines() if "import time:" not in line] == [
+        "generate_adapter.py: Cannot read 'missing.txt': No such file or directory. Check the path."
+    ]
 
 
 # The example documents

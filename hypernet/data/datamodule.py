@@ -89,7 +89,7 @@ def _start_method() -> str:
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["hypernet.data.batches"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hypernet.data.batches", __name__])
     return "forkserver"
 
 

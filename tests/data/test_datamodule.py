@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,23 +160,57 @@ def test_failing_batch_is_named_by_its_step(num_workers):
     assert "The batch of step 2 cannot be made (KeyError: 'question\\nanswer')" in str(error)
 
 
-def test_lost_worker_raises_instead_of_hanging():
-    # In another process: torch raises from a signal handler there, whatever the main thread is doing.
-    script = (
-        "from hypernet.data import datamodule\n"
-        "from tests.data.test_datamodule import run_into\n"
-        "datamodule.CHECK_EVERY_S = 1\n"
-        "print(repr(run_into('killed', num_workers=1)[1]))\n"
-        "print(repr(run_into('stuck', num_workers=1, worker_timeout_s=4)[1]))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
-    )
-    killed, stuck = done.stdout.splitlines() or ["", done.stderr]
+SCRIPT = """
+import os, signal
+from hypernet.data import datamodule
+from hypernet.data.datamodule import BatchDataModule
+from tests.data.test_datamodule import Squares, run_into
+
+if __name__ == "__main__":  # which its workers import
+    datamodule.CHECK_EVERY_S = 1
+    print(repr(run_into("killed", num_workers=1)[1]))
+    print(repr(run_into("stuck", num_workers=1, worker_timeout_s=3)[1]))
+    batches = iter(BatchDataModule(train=Squares(1), validation=Squares(9), num_workers=2).val_dataloader())
+    next(batches)
+    own = []
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        try:
+            parents = [pid]
+            while parents[-1] > 1:
+                parents.append(int(open(f"/proc/{parents[-1]}/stat").read().rpartition(")")[2].split()[1]))
+            own += [pid] if os.getpid() in parents[1:] else []
+        except OSError:
+            pass
+    print(*own, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed_trainer(commands, tmp_path_factory):
+    """What SCRIPT prints, in another process: torch raises from a signal handler, whatever the main thread is doing."""
+    script = tmp_path_factory.mktemp("killed") / "script.py"
+    script.write_text(SCRIPT)
+    done = commands.run(str(script), [], cwd=ROOT)
+    assert done.code == -signal.SIGKILL, done.output
+    return done.stdout.splitlines()
+
+
+def test_lost_worker_raises_instead_of_hanging(killed_trainer):
+    killed, stuck, _ = killed_trainer
     assert killed.startswith("ChildProcessError('A data worker was lost: "), killed
     assert stuck.startswith("ChildProcessError('A data worker was lost: "), stuck
     assert "timed out" in stuck and "timed out" not in killed
+
+
+def test_workers_end_when_the_trainer_is_killed(killed_trainer):
+    left = [int(pid) for pid in killed_trainer[-1].split()]
+    assert len(left) >= 4, left  # a resource tracker, the server and two workers
+    deadline = time.monotonic() + 30
+    while left and time.monotonic() < deadline:
+        left = [pid for pid in left if Path(f"/proc/{pid}").exists()]
+        time.sleep(0.1)
+    assert not left
 
 
 class Slow(Squares):
@@ -195,39 +227,6 @@ def test_slow_worker_is_waited_for(monkeypatch):
     data = BatchDataModule(train=Squares(5), num_workers=0)
     data.trainer = fake_trainer()
     assert seen == list(data.train_dataloader()) and len(seen) == 5
-
-
-def test_workers_end_when_the_trainer_is_killed():
-    script = """
-import os, signal
-from tests.data.test_datamodule import Squares
-from hypernet.data.datamodule import BatchDataModule
-batches = iter(BatchDataModule(train=Squares(1), validation=Squares(9), num_workers=2).val_dataloader())
-next(batches)
-found = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-own = []
-for pid in found:
-    try:
-        parents = [pid]
-        while parents[-1] > 1:
-            parents.append(int(open(f"/proc/{parents[-1]}/stat").read().rpartition(")")[2].split()[1]))
-        own += [pid] if os.getpid() in parents[1:] else []
-    except OSError:
-        pass
-print(*own, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    # They hold its standard output open, so this waits for them as well.
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
-    left = [int(pid) for pid in done.stdout.split()]
-    assert len(left) >= 4, done.stdout  # a resource tracker, the server and two workers
-    deadline = time.monotonic() + 30
-    while left and time.monotonic() < deadline:
-        left = [pid for pid in left if Path(f"/proc/{pid}").exists()]
-        time.sleep(0.1)
-    assert not left
 
 
 def test_failing_validation_batch_is_named_by_its_step():

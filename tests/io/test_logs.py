@@ -1,4 +1,9 @@
-"""What a user sees: every command in a process of its own, its whole screen compared with what is for the user."""
+"""What a user sees: the whole screen of every command, compared with what is for the user.
+
+Libraries say something when they are imported, and when they are used. So one command of each kind runs as a user
+starts it, in a process of its own; the others in forks of one that has imported only what says nothing by itself, as
+those tell: torch and lightning, which take two thirds of the time.
+"""
 
 import logging
 import os
@@ -10,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hypernet.io.logs import log_kept_back, without_weight_bars
+from tests.forked_commands import Commands
 
 ROOT = Path(__file__).parents[2]
 FILES = [path for top in ("", "benchmarks", "hypernet") for path in (ROOT / top).glob("**/*.py" if top else "*.py")]
@@ -23,61 +29,95 @@ NO_CHECKPOINT = (
     "pytorch_model.bin."
 )
 ONE_STEP = "trainer.max_steps=1 trainer.enable_progress_bar=false task.stages=[{steps:1,batch_size:2}]"
-# Arguments → the whole screen as a regular expression, standard output first, {tmp} for the test's folder. Of each kind
+# Command → the whole screen as a regular expression, standard output first, {tmp} for the test's folder. Of each kind
 # of command that imports transformers, as far as the libraries have something to say.
-SCREENS = {
+AS_A_USER = {
     "generate_adapter.py document={tmp}/note.txt output_dir={tmp}/adapter ask=Who? max_new_tokens=1 compare=false": (
         r"[┏┃┡│└][^%]*\nRead .*\nAdapter .*\nSeconds .*\nPEFT .*\n",
         r"Loading assets/tiny on cpu\nInternalizing note.txt\nAnswering\n",
-    ),
-    "generate_adapter.py document={tmp}/note.txt output_dir={tmp}/adapter base_model=nobody/nothing": (
-        "",
-        r"Loading assets/tiny on cpu\ngenerate_adapter.py: Could not load the base model from nobody/nothing: .*\n",
     ),
     f"train.py {ONE_STEP} output_dir={{tmp}}/train": (
         r"Hypernetwork: .* parameters\nCheckpoint written to {tmp}/train/checkpoint\n",
         "",
     ),
+    "-c from#hypernet#import#DocToLoRA;print(DocToLoRA.from_pretrained('assets/tiny').max_chunk_tokens)": ("20\n", ""),
+}
+FORKED = {
+    "generate_adapter.py document={tmp}/note.txt output_dir={tmp}/adapter base_model=nobody/nothing": (
+        "",
+        r"Loading assets/tiny on cpu\ngenerate_adapter.py: Could not load the base model from nobody/nothing: .*\n",
+    ),
     f"train.py experiment=tiny_base_model {ONE_STEP} output_dir={{tmp}}/base": (
         r"[^%]*written to {tmp}/base/base_model\n",
         "",
     ),
-    "-m hypernet self-study --documents {tmp}/note.txt --base-model assets/tiny/base_model --output-dir {tmp}/study": (
+    "hypernet self-study --documents {tmp}/note.txt --base-model assets/tiny/base_model --output-dir {tmp}/study": (
         r"1 shards made in {tmp}/study; .*\n",
         r"{tmp}/study/shard-00000.parquet: .*\n",
     ),
-    "-m hypernet checkpoint convert --source {tmp}/none --output-dir {tmp}/own": (
+    "hypernet checkpoint convert --source {tmp}/none --output-dir {tmp}/own": (
         "",
         r"hypernet: There is no published checkpoint {tmp}/none\. .*\n",
     ),
-    "-m hypernet library add --adapter {tmp}/none": ("", "hypernet: [^\n]*{tmp}/none[^\n]*\n"),
-    "-m benchmarks.tiny_figures checkpoint={tmp}/none": ("", rf"benchmarks.tiny_figures: {NO_CHECKPOINT}\n"),
-    "-m benchmarks.training_speed model=none": ("", r"benchmarks.training_speed: model should be .*\n"),
-    "-c from#hypernet#import#DocToLoRA;print(DocToLoRA.from_pretrained('assets/tiny').max_chunk_tokens)": ("20\n", ""),
+    "hypernet library add --adapter {tmp}/none": ("", "hypernet: [^\n]*{tmp}/none[^\n]*\n"),
+    "benchmarks.tiny_figures checkpoint={tmp}/none": ("", rf"benchmarks.tiny_figures: {NO_CHECKPOINT}\n"),
+    "benchmarks.training_speed model=none": ("", r"benchmarks.training_speed: model should be .*\n"),
 }
+# A hub that is asked, and not there.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+ENVIRONMENT |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    # A hub that is asked, and not there.
-    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    env |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def name_of(command: str) -> str:
+    return " ".join(command.split()[:3])[:40]
+
+
+@pytest.fixture(scope="module")
+def helped():
+    """Forks of a process that has imported what each command imports to read its arguments."""
+    with Commands(("hydra", "pydantic", "typer", "rich.console"), ENVIRONMENT) as commands:
+        yield commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_all_that_help_prints(command):
+def test_help_is_all_that_help_prints(command, helped):
     module = command.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
-    done = run(*([command] if "/" not in command else ["-m", module]), "--help")
-    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout) > 100
+    done = helped.run(command if "/" not in command else module, ["--help"], cwd=ROOT)
+    assert (done.code, done.stderr) == (0, "") and len(done.stdout) > 100
 
 
-@pytest.mark.parametrize("command", SCREENS, ids=lambda command: " ".join(command.split()[:3])[:40])
-def test_screen_shows_nothing_but_what_is_for_the_user(tmp_path, command):
+@pytest.fixture
+def note(tmp_path):
     (tmp_path / "note.txt").write_text("Olwin Corton was born in Norbach.")
+
+
+def assert_shows(stdout: str, stderr: str, expected: tuple[str, str], folder: Path) -> None:
+    for printed, pattern in zip((stdout, stderr), expected, strict=True):
+        assert re.fullmatch(pattern.replace("{tmp}", re.escape(str(folder))), printed), (stdout, stderr)
+
+
+@pytest.mark.parametrize("command", AS_A_USER, ids=name_of)
+def test_screen_shows_nothing_but_what_is_for_the_user(note, tmp_path, command):
     done = run(*(part.replace("{tmp}", str(tmp_path)).replace("#", " ") for part in command.split()))
-    for printed, expected in zip((done.stdout, done.stderr), SCREENS[command], strict=True):
-        assert re.fullmatch(expected.replace("{tmp}", re.escape(str(tmp_path))), printed), done
+    assert_shows(done.stdout, done.stderr, AS_A_USER[command], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def forked():
+    with Commands(("hydra", "pydantic", "typer", "lightning.pytorch"), ENVIRONMENT) as commands:
+        yield commands
+
+
+@pytest.mark.parametrize("command", FORKED, ids=name_of)
+def test_screen_of_other_commands_is_for_the_user(note, tmp_path, command, forked):
+    name, *arguments = command.replace("{tmp}", str(tmp_path)).split()
+    done = forked.run(name, arguments, cwd=ROOT)
+    assert_shows(done.stdout, done.stderr, FORKED[command], tmp_path)
 
 
 def test_logging_of_a_program_stays_its_own():

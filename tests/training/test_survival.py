@@ -3,9 +3,6 @@
 import csv
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +11,6 @@ import pytest
 from hypernet.training.run_state import SafetensorsCheckpointIO, find_checkpoint
 from tests.forked_commands import Commands, Finished
 
-SCRIPT = Path(__file__).parents[2] / "train.py"
 NUM_STEPS = 24
 
 
@@ -87,7 +83,7 @@ def test_run_killed_ten_times_is_the_undisturbed_one(runs, arguments, whole):
     for kill in kills:
         result = runs.run(command, kill=kill | {"checkpoints": checkpoints})
         assert result.code == -signal.SIGKILL, (seed, result.output)
-    result = runs.run(command)
+    result = runs.run([*arguments, "output_dir=killed", "ckpt_path=last"])
     assert result.code == 0, (seed, result.output)
     expected, found = losses(whole), losses(folder)
     # A kill between a checkpoint and its log line leaves that step out of the log, never another value in it.
@@ -95,27 +91,6 @@ def test_run_killed_ten_times_is_the_undisturbed_one(runs, arguments, whole):
     assert len(found) >= NUM_STEPS - len(kills)
     assert weights(folder) == weights(whole), seed
     assert not list(checkpoints.glob(".*"))  # nothing half-written stays
-
-
-def test_train_command_resumes_after_a_kill(runs, arguments, whole):
-    command = [sys.executable, str(SCRIPT), *arguments, "output_dir=command"]
-    checkpoints = runs.folder / "command" / "checkpoints"
-    with subprocess.Popen(command, cwd=runs.folder, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: len(list(checkpoints.glob("step-*"))) > 1 or process.poll() is not None)
-        time.sleep(random.uniform(0, 0.1))
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert runs.run([*arguments, "output_dir=command", "ckpt_path=last"]).code == 0
-    found = losses(runs.folder / "command")
-    assert found == {step: losses(whole)[step] for step in found}
-    assert weights(runs.folder / "command") == weights(whole)
-
-
-def wait_for(condition, *, timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("stage", ["build", "fit"])
@@ -148,21 +123,23 @@ def test_run_killed_before_its_result_writes_it_when_resumed(runs, arguments, wh
 # Told to stop
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_signal_ends_the_run_with_a_checkpoint_of_its_step(runs, arguments, whole, name):
-    folder = runs.folder / name
-    number = signal.Signals[name]
+def test_signals_end_the_run_with_a_checkpoint_of_its_step(runs, arguments, whole):
+    """One after the other, each some steps after the run went on."""
+    folder, done = runs.folder / "told", 0
     # Few regular checkpoints: the one that is found was written because of the signal.
-    arguments = [*arguments, f"output_dir={name}", "checkpoint_every=1000"]
-    kill = {"rows": 5, "signal": int(number), "log": str(folder)}
-    result = runs.run(arguments, kill=kill)
-    assert result.code == 128 + number, result.output
-    assert f"{name}: stopping with a checkpoint" in result.output and "Traceback" not in result.output
-    path = find_checkpoint("last", folder / "checkpoints")
-    steps = SafetensorsCheckpointIO().load_checkpoint(path)["global_step"]
-    assert f"Stopped after step {steps}; go on with ckpt_path=last." in result.output
-    assert sorted(losses(folder)) == list(range(steps))
-    assert not (folder / "checkpoint").exists()
-    assert runs.run([*arguments, "ckpt_path=last"]).code == 0
+    arguments = [*arguments, "output_dir=told", "checkpoint_every=1000", "ckpt_path=auto"]
+    for told in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        kill = {"rows": 4, "signal": int(told), "log": str(folder)}
+        result = runs.run(arguments, kill=kill)
+        assert result.code == 128 + told, result.output
+        assert f"{told.name}: stopping with a checkpoint" in result.output and "Traceback" not in result.output
+        path = find_checkpoint("last", folder / "checkpoints")
+        steps = SafetensorsCheckpointIO().load_checkpoint(path)["global_step"]
+        assert done < steps < NUM_STEPS
+        assert f"Stopped after step {steps}; go on with ckpt_path=last." in result.output
+        assert sorted(losses(folder)) == list(range(steps))
+        assert not (folder / "checkpoint").exists()
+        done = steps
+    assert runs.run(arguments).code == 0
     assert losses(folder) == losses(whole)
     assert weights(folder) == weights(whole)

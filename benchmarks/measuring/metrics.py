@@ -1,6 +1,7 @@
 """Metrics: answers -> numbers, and how sure these are.
 
     token_f1(prediction, references), rouge_l(prediction, references)  # the best over the references
+    contains(prediction, references)                                   # whether it holds one of them
     low, high = bootstrap_interval(scores, groups=document_ids)        # of the mean score
     paired_interval([a, b], lambda a, b: a / b, groups=document_ids)   # of a function of several methods' mean scores
     gap_closed(score, floor, ceiling)                                  # 0 at the floor, 1 at the ceiling
@@ -42,6 +43,21 @@ def token_f1(prediction: str, references: str | Sequence[str]) -> float:
         shared = (Counter(words) & Counter(reference_words)).total()
         scores.append(_f1(shared / len(words), shared / len(reference_words)) if shared else 0.0)
     return max(scores)
+
+
+def contains(prediction: str, references: str | Sequence[str]) -> float:
+    """1.0 if the words of one of the references stand in the prediction, all in a row, else 0.0. Normalized as in
+    exact_match; a reference without words stands in nothing.
+
+    Raises:
+        ValueError: if there is no reference.
+    """
+    words = squad_words(prediction)
+    for reference in map(squad_words, at_least_one(references)):
+        starts = range(len(words) - len(reference) + 1) if reference else ()
+        if any(words[start : start + len(reference)] == reference for start in starts):
+            return 1.0
+    return 0.0
 
 
 def rouge_l(prediction: str, references: str | Sequence[str]) -> RougeL:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.tasks.articles import other_value
 from benchmarks.measuring.metrics import contains
+from benchmarks.tasks.articles import other_value
 from benchmarks.tasks.base import Asked, Case, practice_on_text, some
 from benchmarks.times_asked import band_of, bands, read_times_asked
 from hypernet.data.encyclopedia import (

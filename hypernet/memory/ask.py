@@ -6,7 +6,7 @@ answer.text, answer.tier, answer.memories
 asker.explain(answer)            # log p(answer) with each memory and without it
 
 token      the memories that a search finds, in the prompt
-adapter    the memories' adapters, chosen by the question; nothing in the prompt
+adapter    the memories' adapters, chosen by the question, of many among what a search finds; nothing in the prompt
 none       the base model alone
 """
 

@@ -42,6 +42,10 @@ def test_token_f1_counts_shared_words(prediction, reference, expected):
         ("It was built in 19980.", "1998", 0.0),
         ("the Fenda, Elfax", ["nobody", "Fenda Elfax"], 1.0),
         ("Fenda and Elfax", "Fenda Elfax", 0.0),
+        ("It holds 8.75 ml.", "875 ml", 0.0),
+        ("It holds 8.75 ml.", "8.75 ml", 1.0),
+        ("Some 14,200 people.", "14200", 1.0),
+        ("In 1998. 12 came.", "1998", 1.0),
         ("Elfax Fenda", "Fenda Elfax", 0.0),
         ("", "x", 0.0),
         ("the cat", "the", 0.0),  # nothing is left of it

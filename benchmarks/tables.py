@@ -264,6 +264,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "internalize_cost": _speed("internalize_cost"),
     "kernel_speed": _speed("kernel_speed"),
     "memory_times": _speed("memory.times", "memory_times"),
+    "memory_store": _speed("memory.store", "memory_store"),
+    "memory_peers": _speed("memory.peers", "memory_peers"),
 }
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

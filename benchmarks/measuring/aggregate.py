@@ -27,6 +27,8 @@ from benchmarks.measuring.rows import Row, Rows
 from benchmarks.report.names import ADAPTER, CEILING, FLOOR, order, task_order
 
 SCORES = ("exact_match", "token_f1", "rouge_l_precision", "rouge_l_recall", "rouge_l_f1", "log_likelihood")
+# Of questions that had another answer before; cells measured earlier have the first alone.
+AGAINST = ("old_answer", "contains_answer", "contains_old_answer", "contains_neither")
 COSTS = ("prepare_s", "first_token_s", "question_s", "tokens_per_s", "stored_bytes")
 PROFILED = ("prepare_flops", "answer_flops", "prepare_peak_bytes", "answer_peak_bytes")
 # Attributes that are shown together, one on the axis and one as lines or panels; others are shown alone.
@@ -104,8 +106,7 @@ def _group(base: Row, questions: Rows, cases: Rows) -> list[Row]:
         }
         row |= {score: _mean(r[score] for r in chosen) for score in SCORES}
         row["interval"] = _interval([chosen], lambda a: a)
-        if all("old_answer" in r for r in chosen):
-            row["old_answer"] = _mean(r["old_answer"] for r in chosen)
+        row |= {name: _mean(r[name] for r in chosen) for name in AGAINST if all(name in r for r in chosen)}
         row |= _compared(keys, final, method) | _costs(costs)
         if method == ADAPTER and base["kind"] == "summary":
             row["against"] = {other: _difference(keys, final, other) for other in methods if other != method}

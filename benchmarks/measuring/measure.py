@@ -10,24 +10,61 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from benchmarks.measuring.metrics import rouge_l, token_f1
+from benchmarks.measuring.metrics import contains, rouge_l, token_f1
 from benchmarks.measuring.rows import describe_run
 from benchmarks.methods.base import Method
 from benchmarks.tasks.base import Case, Task
+from hypernet.base.base_model import load_base_model
+from hypernet.base.catalog import known_name
 from hypernet.cli.settings import choose_device
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.text.matching import exact_match
 
 
+def is_base_model(source: str) -> bool:
+    """Whether it is a fetched base model's name, or a base model's folder without a checkpoint."""
+    return known_name(source) is not None or (Path(source) / "config.json").is_file()
+
+
+class BaseModelAlone(DocToLoRA):
+    """A base model without a hypernetwork, for methods that ask it with texts; those that need adapters fail."""
+
+    @classmethod
+    def load(cls, source: str, *, device: str) -> Self:
+        base_model, tokenizer = load_base_model(source, device=device)
+        # Of the smallest size there is; nothing reads it.
+        model = cls.build(
+            base_model=base_model,
+            tokenizer=tokenizer,
+            target_modules=["down_proj"],
+            hypernetwork={"rank": 1, "aggregator": {"name": "outer_product", "inner_dim": 1}},
+            context_encoder={"kind": "per_layer_activations"},
+            max_chunk_tokens=128,
+            base_model_source=source,
+        )
+        return model.to(device).eval().requires_grad_(False)
+
+    def internalize(self, *_: Any, **__: Any) -> NoReturn:
+        raise ValueError(
+            f"{self.base_model_source} is a base model without a hypernetwork. Choose a method without adapters, or "
+            "checkpoint=assets/tiny."
+        )
+
+
 @lru_cache(maxsize=1)
 def load_model(checkpoint: str, device: str) -> DocToLoRA:
     """The checkpoint, once for all cells of a process."""
+    if is_base_model(checkpoint):
+        model = BaseModelAlone.load(checkpoint, device=device)
+        model.generate(["Where?"])
+        return model
     model = DocToLoRA.from_pretrained(checkpoint, device=device).eval().requires_grad_(False)
     model.generate(["Where?"], model.internalize("The first call of everything is slow."))
     return model
@@ -67,6 +104,7 @@ def question_rows(case: Case, method: Method, step: int | None) -> Iterator[dict
             "fits": answer.fits,
             "prompt_tokens": answer.prompt_tokens,
             "exact_match": exact_match(answer.text, question.answers),
+            "contains_answer": contains(answer.text, question.answers),
             "token_f1": token_f1(answer.text, question.answers),
             "rouge_l_precision": rouge.precision,
             "rouge_l_recall": rouge.recall,
@@ -75,6 +113,8 @@ def question_rows(case: Case, method: Method, step: int | None) -> Iterator[dict
         }
         if question.old_answer is not None:
             row["old_answer"] = exact_match(answer.text, question.old_answer)
+            row["contains_old_answer"] = contains(answer.text, question.old_answer)
+            row["contains_neither"] = float(not row["contains_answer"] and not row["contains_old_answer"])
         yield row
 
 

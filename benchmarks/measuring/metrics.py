@@ -1,6 +1,7 @@
 """Metrics: answers -> numbers, and how sure these are.
 
     token_f1(prediction, references), rouge_l(prediction, references)  # the best over the references
+    contains(prediction, references)                                   # whether it holds one of them
     low, high = bootstrap_interval(scores, groups=document_ids)        # of the mean score
     paired_interval([a, b], lambda a, b: a / b, groups=document_ids)   # of a function of several methods' mean scores
     gap_closed(score, floor, ceiling)                                  # 0 at the floor, 1 at the ceiling
@@ -8,6 +9,7 @@
 Scores are fractions, 0 to 1. No model and no tokenizer in here.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
@@ -16,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hypernet.text.matching import at_least_one, squad_words
+
+_POINT = re.compile(r"(?<=\d)\.(?=\d)")  # SQuAD's normalization drops it
 
 
 class RougeL(NamedTuple):
@@ -42,6 +46,21 @@ def token_f1(prediction: str, references: str | Sequence[str]) -> float:
         shared = (Counter(words) & Counter(reference_words)).total()
         scores.append(_f1(shared / len(words), shared / len(reference_words)) if shared else 0.0)
     return max(scores)
+
+
+def contains(prediction: str, references: str | Sequence[str]) -> float:
+    """1.0 if the words of one of the references stand in the prediction, all in a row, else 0.0. Normalized as in
+    exact_match, but 8.75 is not 875; a reference without words stands in nothing.
+
+    Raises:
+        ValueError: if there is no reference.
+    """
+    words, *held = (squad_words(_POINT.sub(" point ", text)) for text in (prediction, *at_least_one(references)))
+    for reference in held:
+        starts = range(len(words) - len(reference) + 1) if reference else ()
+        if any(words[start : start + len(reference)] == reference for start in starts):
+            return 1.0
+    return 0.0
 
 
 def rouge_l(prediction: str, references: str | Sequence[str]) -> RougeL:

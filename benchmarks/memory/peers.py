@@ -220,6 +220,24 @@ def _on_disk(folder: Path, texts: Sequence[str]) -> int:
     return sum(any(text.encode() in held for held in content) for text in texts)
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """A line for each system that ran."""
+    from benchmarks.report.tables import Table, number, scaled
+
+    shown = [row for row in rows if row["kind"] == "peer"]
+    (deleted,) = {row["deleted"] for row in shown}
+    cells = {
+        "system": lambda row: f"mem0ai {row['version']}" if "version" in row else f"this memory, {row['system']}",
+        "stored per second": lambda row: f"{row['ingest_per_s']:.0f}",
+        "search, median ms": scaled("p50_ms"),
+        "search, 99th percentile ms": scaled("p99_ms"),
+        "Recall@5": number("recall_at_5"),
+        f"found again of {deleted} deleted": lambda row: str(row["resurrected"]),
+        "of them left on the disk": lambda row: str(row["deleted_left_on_disk"]),
+    }
+    return Table.of("", shown, cells).markdown()
+
+
 class PeersSettings(Settings):
     model: Text
     num_users: Count

@@ -15,7 +15,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -248,6 +248,28 @@ def random_schedules(folder: Path, *, num_schedules: int, rng: random.Random, nu
 class MemorySettings(Open):
     folder: str | None  # null: a temporary one
     model: str | None
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """What was measured, a line for each figure."""
+    from benchmarks.report.tables import Table
+
+    of = {row["kind"]: row for row in rows}
+    search, kills = of["search"], of["kills"]
+    lines = {
+        f"memories stored per second, {of['ingest']['memories']:,} in all": f"{of['ingest']['per_second']:,.0f}",
+        "search, median ms": f"{search['p50_ms']:.1f}",
+        "search, 99th percentile ms": f"{search['p99_ms']:.1f}",
+        f"Recall@5 of {search['searches']:,} searches": f"{search['recall_at_5']:.2f}",
+        "the same in another user's memory": f"{search['recall_in_anothers_memory']:.2f}",
+        "hits of another user": str(search["wrong_user_hits"]),
+        f"deleting {of['delete_all']['memories']:,} memories of one user, s": f"{of['delete_all']['seconds']:.2f}",
+        "erasing them from the disk, s": f"{of['purge']['seconds']:.2f}",
+        f"lost of {kills['acknowledged']:,} writes, {kills['kills']} writers killed with kill -9": str(kills["lost"]),
+        "deleted memories that were back": str(kills["resurrected"]),
+        f"wrong answers after {of['schedules']['schedules']:,} random schedules": str(of["schedules"]["wrong"]),
+    }
+    return Table("", ["what", "figure"], [list(line) for line in lines.items()]).markdown()
 
 
 class StoreSettings(Settings):

@@ -7,12 +7,10 @@ from pathlib import Path
 
 from benchmarks.methods.base import Answer, Method
 from benchmarks.tasks.base import Asked, Case
-from benchmarks.tasks.memories import memory_of
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.memory.ask import as_document
+from hypernet.memory.ask import MemoryQuestion, as_document
 from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Draft, Filters
-from hypernet.memory.store.times import now
 
 
 class MemoryMethod(Method):
@@ -70,6 +68,7 @@ class AdapterMemory(MemoryMethod):
     with_adapters = True
 
     def held(self) -> None:
+        super().held()
         self.memory.bank.held(Filters(self.user))
 
     def answer(self, questions: Sequence[Asked]) -> list[Answer]:
@@ -81,10 +80,9 @@ class AdapterMemory(MemoryMethod):
         return super().timed_answer(question)
 
     def active(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager:
-        bank = self.memory.bank
-        held = bank.held(Filters(self.user))
-        choices = bank.choose(self._asked, held, [held.holding(now())] * len(prompts))
-        return self.model.injector.using([choice.adapter for choice in choices], gate_power=bank.gate_power or 0.0)
+        choices = self.memory.asker.choose([MemoryQuestion(text, Filters(self.user)) for text in self._asked])
+        gate_power = self.memory.bank.gate_power or 0.0
+        return self.model.injector.using([choice.adapter for choice in choices], gate_power=gate_power)
 
     def stored_bytes(self) -> int:
         return self.memory.bank.counts(Filters(self.user)).bytes
@@ -109,5 +107,4 @@ class OracleMemory(Method):
         self._told = case.documents
 
     def documents_for(self, question: Asked) -> Sequence[str]:
-        memory = memory_of(question, self._told)
-        return () if memory is None else (memory,)
+        return (question.evidence,) if question.evidence in self._told else ()

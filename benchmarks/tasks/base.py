@@ -21,7 +21,8 @@ class Asked(NamedTuple):
 
     answers: right answers, any of which counts. group: what it asks for. context: another document, which stands in
     every method's prompt. old_answer: what was right before the document said otherwise. attributes: numbers of the
-    question that its case does not have, such as times_asked.
+    question that its case does not have, such as times_asked. evidence: the text that answers it, of those that tasks
+    on memories give.
     """
 
     text: str
@@ -30,6 +31,7 @@ class Asked(NamedTuple):
     context: str | None = None
     old_answer: str | None = None
     attributes: Mapping[str, float] | None = None  # not an empty mapping: a question without any can be hashed
+    evidence: str | None = None
 
 
 class Case(NamedTuple):

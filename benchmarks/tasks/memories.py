@@ -105,19 +105,13 @@ def _name(size: int) -> str:
     return f"{size} memor{'y' if size == 1 else 'ies'}"
 
 
-def memory_of(question: Asked, memories: Sequence[str]) -> str | None:
-    """The one that holds the answer and names what is asked about; None if none does."""
-    name = _subject(question.text)
-    return next((text for text in memories if question.answers[0] in text and name in text), None)
-
-
 def _subject(question: str) -> str:
     return " ".join(word for word in question.rstrip("?").split()[1:] if word[:1].isupper())
 
 
 def _asked(facts: Sequence[tuple[str, str, str, str]], place: int) -> Asked:
-    _, question, answer, group = facts[place]
-    return Asked(question, (answer,), group)
+    sentence, question, answer, group = facts[place]
+    return Asked(question, (answer,), group, evidence=sentence)
 
 
 def _facts(encyclopedia: Encyclopedia, number: int) -> Iterator[tuple[str, str, str, str]]:

@@ -6,7 +6,7 @@ answer.text, answer.tier, answer.memories
 asker.explain(answer)            # log p(answer) with each memory and without it
 
 token      the memories that a search finds, in the prompt
-adapter    the memories' adapters, chosen by the question; nothing in the prompt
+adapter    the memories' adapters, chosen by the question, of many among what a search finds; nothing in the prompt
 none       the base model alone
 """
 
@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from hypernet.memory.bank import AdapterBank, Choice
+from hypernet.memory.bank import AdapterBank, Choice, Held
 from hypernet.memory.ledger import TIERS, CostLedger, Measured
 from hypernet.memory.retriever import Retriever
-from hypernet.memory.store.records import Filters, MemoryVersion
+from hypernet.memory.store.records import Filters, MemoryVersion, whole_number
 from hypernet.memory.store.times import Instant, now, to_micros, to_text
 from hypernet.memory.store.token_store import TokenStore
 from hypernet.text.matching import exact_match
@@ -124,6 +125,9 @@ class Asker:
     Args:
         limit: memories that go into the prompt at most.
         max_new_tokens: of an answer.
+        search_above: of more memories than these, a question chooses among the adapters of the
+            `num_adapter_candidates` that a search finds first. The search reads texts; what the base model is given
+            stays the adapters alone. None: it chooses among all, and no text is read.
     """
 
     def __init__(
@@ -135,9 +139,13 @@ class Asker:
         *,
         limit: int = 5,
         max_new_tokens: int = 32,
+        search_above: int | None = 100,
+        num_adapter_candidates: int = 20,
     ) -> None:
         if limit < 1 or max_new_tokens < 1:
             raise ValueError(f"limit is {limit} and max_new_tokens {max_new_tokens}. Give at least 1.")
+        self.search_above = None if search_above is None else whole_number(search_above, "search_above")
+        self.num_adapter_candidates = whole_number(num_adapter_candidates, "num_adapter_candidates")
         self.store, self.retriever, self.bank, self.ledger = store, retriever, bank, ledger
         self.limit, self.max_new_tokens = limit, max_new_tokens
 
@@ -228,6 +236,37 @@ class Asker:
                 **self.bank.joined,
             )
         return values
+
+    def choose(self, questions: Sequence[MemoryQuestion]) -> list[Choice]:
+        """The adapters that each question is asked with; all have the same filters.
+
+        Raises:
+            Unwritten: some are missing; or as `ask`.
+        """
+        filters = questions[0].filters
+        held = self.bank.held(filters)
+        visible = []
+        for question in map(_dated, questions):
+            when = to_micros(str(question.as_of), "as_of")
+            if question.known_at is None:
+                shown, missing = held.holding(when), held.missing_at(when)
+            else:
+                valid = self.store.valid(filters, as_of=question.as_of, known_at=question.known_at)
+                refs = [memory.ref for memory in valid]
+                shown = np.isin(np.array(held.refs, object), np.array(refs, object))
+                missing = [ref for ref in refs if ref in held.missing]
+            if missing := [ref for ref in missing if ref not in question.hidden]:
+                total = len(missing) + int(shown.sum())
+                raise Unwritten(
+                    f"{len(missing)} of {total} memories have no adapter by this model, such as {missing[0]}. Write "
+                    "the adapters, or ask the tier token."
+                )
+            for ref in question.hidden & held.place.keys():
+                shown[held.place[ref]] = False
+            if self.search_above is not None and shown.sum() > self.search_above:
+                shown &= self._found_first(question, held)
+            visible.append(shown)
+        return self.bank.choose([question.text for question in questions], held, visible)
 
     # --- Measuring --------------------------------------------------------------------------------------------------
 
@@ -335,8 +374,8 @@ class Asker:
                 given[place] = self._found(question)
             elif tier == "adapter":
                 by_filters.setdefault(question.filters, []).append(place)
-        for filters, places in by_filters.items():
-            choices = self._adapters(filters, [questions[place] for place in places])
+        for places in by_filters.values():
+            choices = self.choose([questions[place] for place in places])
             for place, (adapter, refs) in zip(places, choices, strict=True):
                 given[place] = _Given(adapter=adapter, refs=refs)
         return given
@@ -360,28 +399,19 @@ class Asker:
             return _Given()
         return _Given(as_document(hits), None, tuple(hit.ref for hit in hits))
 
-    def _adapters(self, filters: Filters, questions: Sequence[MemoryQuestion]) -> list[Choice]:
-        held = self.bank.held(filters)
-        visible = []
-        for question in questions:
-            when = to_micros(str(question.as_of), "as_of")
-            if question.known_at is None:
-                shown, missing = held.holding(when), held.missing_at(when)
-            else:
-                valid = self.store.valid(filters, as_of=question.as_of, known_at=question.known_at)
-                refs = [memory.ref for memory in valid]
-                shown = np.isin(np.array(held.refs, object), np.array(refs, object))
-                missing = [ref for ref in refs if ref in held.missing]
-            if missing := [ref for ref in missing if ref not in question.hidden]:
-                total = len(missing) + int(shown.sum())
-                raise Unwritten(
-                    f"{len(missing)} of {total} memories have no adapter by this model, such as {missing[0]}. Write "
-                    "the adapters, or ask the tier token."
-                )
-            for ref in question.hidden & held.place.keys():
-                shown[held.place[ref]] = False
-            visible.append(shown)
-        return self.bank.choose([question.text for question in questions], held, visible)
+    def _found_first(self, question: MemoryQuestion, held: Held) -> npt.NDArray[np.bool_]:
+        """[N] of `held`, the candidates that a search finds first."""
+        hits = self.retriever.search(
+            question.text,
+            question.filters,
+            limit=self.num_adapter_candidates + len(question.hidden),
+            as_of=question.as_of,
+            known_at=question.known_at,
+        )
+        refs = [hit.ref for hit in hits if hit.ref not in question.hidden][: self.num_adapter_candidates]
+        found = np.zeros(len(held.refs), bool)
+        found[[held.place[ref] for ref in refs if ref in held.place]] = True
+        return found
 
     def _tokens(self, content: str) -> int:
         return len(self._model().tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"])

@@ -186,10 +186,9 @@ class DeletionAudit:
         bank = self.bank.beside(store)
         if adapters:
             bank.write(filters)
-        asker = self.asker
-        return Asker(
-            *(store, retriever, bank, CostLedger(store)), limit=asker.limit, max_new_tokens=asker.max_new_tokens
-        )
+        names = ("limit", "max_new_tokens", "search_above", "num_adapter_candidates")
+        numbers = {name: getattr(self.asker, name) for name in names}
+        return Asker(store, retriever, bank, CostLedger(store), **numbers)
 
     def _slots_equal(self, twin: AdapterBank, filters: Filters) -> tuple[int, int]:
         mine, theirs = (_by_ref(bank.held(filters)) for bank in (self.bank, twin))

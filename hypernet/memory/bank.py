@@ -119,6 +119,28 @@ class Held:
     def place(self) -> dict[str, int]:
         return {ref: number for number, ref in enumerate(self.refs)}
 
+    def cut(self, chunks: npt.NDArray[np.int64], weights: Sequence[float] | None = None) -> "LoRAAdapter":
+        """`select_chunks` of its adapter, which would go through the provenance of all documents: 0.1 s of 10,000."""
+        from hypernet.adapters.composition import select_chunks
+
+        assert self.adapter is not None
+        numbers = np.unique(self.owner[chunks])
+        rows = np.flatnonzero(np.isin(self.owner, numbers))
+        entries = self.adapter.provenance["documents"]
+        whole = replace(
+            self.adapter,
+            A={name: block[rows] for name, block in self.adapter.A.items()},
+            B={name: block[rows] for name, block in self.adapter.B.items()},
+            provenance={**self.adapter.provenance, "documents": [entries[number] for number in numbers]},
+        )
+        return select_chunks(whole, np.searchsorted(rows, chunks).tolist(), weights)
+
+    @cached_property
+    def passages(self) -> list[str]:
+        """What tells each chunk's wording from others, [C]."""
+        assert self.adapter is not None
+        return [passage for entry in self.adapter.provenance["documents"] for passage in entry["passages"]]
+
 
 class Choice(NamedTuple):
     """What a question is asked with: an adapter of few chunks, and the memories that they are of, the best first."""
@@ -400,7 +422,6 @@ class AdapterBank:
         Args:
             visible: for each question, [N] of `held`.
         """
-        from hypernet.adapters.composition import select_chunks
         from hypernet.adapters.joining import Joining, highest
 
         if held.adapter is None:
@@ -411,22 +432,26 @@ class AdapterBank:
             gate_power=self.gate_power if self.join == "gate" else None,
         )
         top_k, power = (joining.top_k or 2, joining.weight_power or 0.0)
-        scores = self._model().routing_scores(questions, held.adapter)
         result = [Choice(None, ())] * len(questions)
         groups: dict[bytes, list[int]] = {}
         for place, mask in enumerate(visible):
             groups.setdefault(mask.tobytes(), []).append(place)
-        for places in groups.values():
-            chunks = self._distinct(held, visible[places[0]])
+        seen = [self._distinct(held, visible[places[0]]) for places in groups.values()]
+        scored = np.unique(np.concatenate([np.zeros(0, np.int64), *seen]))
+        if not len(scored):
+            return result
+        part = held.cut(scored) if len(scored) < len(held.owner) else held.adapter
+        scores = self._model().routing_scores(questions, part)
+        for places, chunks in zip(groups.values(), seen, strict=True):
             if not len(chunks):
                 continue
-            best, weights = highest(scores[places][:, chunks], top_k=top_k, weight_power=power)
-            whole = select_chunks(held.adapter, chunks.tolist()) if self.join == "gate" else None
+            own = np.searchsorted(scored, chunks)
+            best, weights = highest(scores[places][:, own], top_k=top_k, weight_power=power)
+            whole = held.cut(chunks) if self.join == "gate" else None
             for place, numbers, factors in zip(places, best, weights, strict=True):
-                picked = [int(chunks[number]) for number in numbers]
-                order = sorted(picked, key=lambda chunk: -float(scores[place, chunk]))
-                refs = tuple(dict.fromkeys(held.refs[held.owner[chunk]] for chunk in order))
-                adapter = whole if whole is not None else select_chunks(held.adapter, picked, factors)
+                order = sorted(numbers, key=lambda number: -float(scores[place, own[number]]))
+                refs = tuple(dict.fromkeys(held.refs[held.owner[chunks[number]]] for number in order))
+                adapter = whole if whole is not None else held.cut(chunks[numbers], factors)
                 result[place] = Choice(adapter, refs)
         return result
 
@@ -438,16 +463,16 @@ class AdapterBank:
 
         assert held.adapter is not None
         shown = visible[held.owner]
-        entries = held.adapter.provenance["documents"]
-        passages = [passage for entry in entries for passage in entry["passages"]]
-        own = [passage for passage, is_shown in zip(passages, shown, strict=True) if is_shown]
+        own = [held.passages[chunk] for chunk in np.flatnonzero(shown)]
         if len(set(own)) < len(own):
             adapter = held.adapter
             kept = distinct(
                 *(adapter.A, adapter.B, adapter.targets),
-                passages=[passage if is_shown else None for passage, is_shown in zip(passages, shown, strict=True)],
+                passages=[
+                    passage if is_shown else None for passage, is_shown in zip(held.passages, shown, strict=True)
+                ],
                 documents=held.owner.tolist(),
-                weights=[1.0] * len(entries),
+                weights=[1.0] * len(held.refs),
                 within=True,
             )
             shown = shown & np.isin(np.arange(len(shown)), kept)

@@ -66,11 +66,13 @@ class Memory:
         extractor: Extractor | None = None,
         limit: int = 5,
         max_new_tokens: int = 32,
+        search_above: int | None = 100,
+        num_adapter_candidates: int = 20,
     ) -> None:
         self.store, self.retriever, self.extractor = store, retriever, extractor
         self.bank, self.ledger = bank or AdapterBank(store), CostLedger(store)
-        lengths = {"limit": limit, "max_new_tokens": max_new_tokens}
-        self.asker = Asker(store, retriever, self.bank, self.ledger, **lengths)
+        numbers = {"limit": limit, "max_new_tokens": max_new_tokens, "num_adapter_candidates": num_adapter_candidates}
+        self.asker = Asker(store, retriever, self.bank, self.ledger, search_above=search_above, **numbers)
 
     @classmethod
     def open(
@@ -86,6 +88,8 @@ class Memory:
         dense_weight: float = 0.5,
         limit: int = 5,
         max_new_tokens: int = 32,
+        search_above: int | None = 100,
+        num_adapter_candidates: int = 20,
         join: str = "route",
         top_k: int | None = None,
         gate_power: float | None = None,
@@ -103,6 +107,7 @@ class Memory:
             conflict, source_priority: what an added memory does to others with its key, see `TokenStore`.
             num_candidates, dense_weight: see `Retriever`.
             limit, max_new_tokens: memories in a prompt and tokens of an answer, see `Asker`.
+            search_above, num_adapter_candidates: whether a search comes before the adapters, see `Asker`.
             join, top_k, gate_power, shard_memories, pass_chunks, dtype: of adapters, see `AdapterBank`.
             create: whether it may be made.
 
@@ -121,7 +126,8 @@ class Memory:
         joined = {"join": join, "top_k": top_k, "gate_power": gate_power}
         stored = {"shard_memories": shard_memories, "pass_chunks": pass_chunks, "dtype": dtype}
         bank = AdapterBank(store, lazy, **joined, **stored)  # type: ignore[arg-type]
-        return cls(store, retriever, bank=bank, extractor=extractor, limit=limit, max_new_tokens=max_new_tokens)
+        numbers = {"limit": limit, "max_new_tokens": max_new_tokens, "num_adapter_candidates": num_adapter_candidates}
+        return cls(store, retriever, bank=bank, extractor=extractor, search_above=search_above, **numbers)
 
     def close(self) -> None:
         self.store.close()

@@ -22,13 +22,14 @@ SMALL = {
     "needles_keys": ["task.num_chunks=[2,3]"],
     "composition": ["task.num_documents=[1,2]"],
     "memory_growth_large": ["task.num_memories=[30]"],
+    "memory_conflict_nq": ["task.questions_per_case=3"],
     "conflict": ["task.times_asked=null"],  # of the shipped base model
 }
-DATASETS = ("squad", "qasper", "multifieldqa_en", "2wikimqa")
+DATASETS = ("squad", "qasper", "multifieldqa_en", "2wikimqa", "memory_conflict_nq")
 
 
 def datasets_file(folder: Path, name: str) -> Path:
-    """Five documents with two questions each, in SQuAD's format or in LongBench's columns."""
+    """Five documents with two questions each, in SQuAD's format, ConflictNQ's or LongBench's columns."""
     if name == "squad":
         paragraphs = [
             {
@@ -42,6 +43,19 @@ def datasets_file(folder: Path, name: str) -> Path:
         ]
         path = folder / "questions.json"
         path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+    elif name == "memory_conflict_nq":
+        rows = [
+            {
+                "cleaned_question": f"On which {side} does town {i} lie?",
+                "fake_short_answer": f"Vel {side} {i}",
+                "real_short_answer": "Nora",
+                "fake_passages": [{"passage": f"Town {i} lies, as all know, on the {side} called Vel {side} {i}."}],
+            }
+            for i in range(5)
+            for side in ("river", "hill")
+        ]
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     else:
         rows = [
             {"input": f"What is {side} of {i}?", "context": f"Text {i} tells of many things, and of what is near it."}
@@ -61,7 +75,9 @@ def build(make_doc_to_lora, tmp_path):
 
     def build(name: str):
         overrides = [f"task={name}", "++task.num_cases=2", *SMALL.get(name, [])]
-        if name in DATASETS:
+        if name == "memory_conflict_nq":
+            overrides.append(f"task.paths=[{datasets_file(tmp_path, name)}]")
+        elif name in DATASETS:
             overrides.append(f"task.path={datasets_file(tmp_path, name)}")
         with initialize_config_dir(str(CONF), version_base="1.3"):
             settings = compose("run", overrides).task

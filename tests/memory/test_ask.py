@@ -5,6 +5,7 @@ import pytest
 from hypernet.memory.ask import MemoryQuestion, Unwritten
 from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Filters
+from hypernet.memory.store.times import now, to_text
 
 FACTS = ("Orla Wint taught Fenda Elfax.", "Norbach is a town by the river.", "Ilda Renwick founded the mill.")
 QUESTION = "Who taught Fenda Elfax?"
@@ -48,6 +49,36 @@ def test_adapter_routes_among_the_memories(told, model):
     adapter = model.internalize(list(FACTS), pass_chunks=16)
     assert [answer.text] == model.generate([QUESTION], adapter, join="route", max_new_tokens=6)
     assert len(answer.memories) == 2 and set(answer.memories) <= set(told.refs) and answer.prompt_tokens == 0
+
+
+def test_adapters_of_many_memories_are_chosen_among_hits(told, model):
+    """Exactly the hits that hold, however the adapters score the others; of few memories no text is read."""
+    asker, question = told.asker, MemoryQuestion(QUESTION, Filters("alice"))
+    (of_all,) = asker.choose([question])
+    told.update(told.refs[0].partition("@")[0], "Jorun Pell taught Fenda Elfax.", valid_at="2026-06-01")
+    told.write_adapters()
+    asker.search_above, asker.num_adapter_candidates = 2, 1
+    for as_of, known_at in (("2026-03-01", None), (None, None), ("2026-07-01", to_text(now()))):
+        (found,) = told.search(QUESTION, user_id="alice", limit=1, as_of=as_of, known_at=known_at)
+        (choice,) = asker.choose([question._replace(as_of=as_of, known_at=known_at)])
+        assert choice.refs == (found.ref,)
+        hidden = question._replace(as_of=as_of, known_at=known_at, hidden=frozenset({found.ref}))
+        asker.search_above = 1  # one of three is hidden
+        assert found.ref not in (refs := asker.choose([hidden])[0].refs) and len(refs) <= 1
+        asker.search_above = 2
+    texts = ["Quite something else?", QUESTION]
+    together = asker.choose([question._replace(text=text) for text in texts])
+    for text, choice in zip(texts, together, strict=True):
+        hits = told.search(text, user_id="alice", limit=1)
+        assert choice.refs == tuple(hit.ref for hit in hits) and (choice.adapter is None) == (not hits)
+    asker.search_above = 3
+    assert len(asker.choose([question])[0].refs) == len(of_all.refs) == 2
+
+
+@pytest.mark.parametrize("setting", ["search_above", "num_adapter_candidates"])
+def test_impossible_number_of_candidates_is_one_line(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"{setting} .*whole number"):
+        Memory.open(tmp_path / "memory", **{setting: 0})
 
 
 def test_gated_adapter_is_that_of_all_memories(tmp_path, model):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.library import AdapterLibrary
 from hypernet.memory.bank import AdapterBank
 from hypernet.memory.embedding import LazyModel
@@ -153,6 +154,20 @@ def test_copies_of_a_passage_are_chosen_once(store, bank):
     (choice,) = bank.choose(["Where is the mill?"], held, [held.holding(now())])
     texts = [store.get(ref).text for ref in choice.refs]
     assert len(set(texts)) == len(texts) == 2
+
+
+def test_cut_out_is_what_select_chunks_gives(store, bank):
+    add(store, "one.", PAGE, "two.", PAGE.replace("mill", "barn"), "three.")
+    bank.write()
+    held, rng = bank.held(ALICE), random.Random(0)
+    for _ in range(12):
+        chunks = sorted(rng.sample(range(len(held.owner)), rng.randint(1, len(held.owner))))
+        weights = rng.choice([None, [rng.random() for _ in chunks]])
+        cut, expected = held.cut(np.array(chunks), weights), select_chunks(held.adapter, chunks, weights)
+        for one, other in ((cut.A, expected.A), (cut.B, expected.B)):
+            assert all(torch.equal(one[name], other[name]) for name in other)
+        for key in ("documents", "operations"):
+            assert cut.provenance.get(key) == expected.provenance.get(key)
 
 
 # --- Stale slots ----------------------------------------------------------------------------------------------------

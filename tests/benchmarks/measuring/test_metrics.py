@@ -9,6 +9,7 @@ from torchmetrics.functional.text import squad
 from benchmarks.measuring.metrics import (
     RougeL,
     bootstrap_interval,
+    contains,
     gap_closed,
     paired_interval,
     rouge_l,
@@ -32,6 +33,26 @@ from hypernet.text.matching import exact_match
 def test_token_f1_counts_shared_words(prediction, reference, expected):
     assert token_f1(prediction, reference) == pytest.approx(expected)
     assert token_f1(reference, prediction) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "prediction, references, expected",
+    [
+        ("It was built in 1998, they say.", "1998", 1.0),
+        ("It was built in 19980.", "1998", 0.0),
+        ("the Fenda, Elfax", ["nobody", "Fenda Elfax"], 1.0),
+        ("Fenda and Elfax", "Fenda Elfax", 0.0),
+        ("It holds 8.75 ml.", "875 ml", 0.0),
+        ("It holds 8.75 ml.", "8.75 ml", 1.0),
+        ("Some 14,200 people.", "14200", 1.0),
+        ("In 1998. 12 came.", "1998", 1.0),
+        ("Elfax Fenda", "Fenda Elfax", 0.0),
+        ("", "x", 0.0),
+        ("the cat", "the", 0.0),  # nothing is left of it
+    ],
+)
+def test_contains_wants_all_words_in_a_row(prediction, references, expected):
+    assert contains(prediction, references) == expected
 
 
 def test_exact_match_and_f1_agree_with_torchmetrics_squad():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.tasks.memories import MemoriesTask, memory_of
+from benchmarks.tasks.memories import MemoriesTask
 
 
 def test_each_question_is_answered_by_its_memory_alone():
@@ -12,10 +12,9 @@ def test_each_question_is_answered_by_its_memory_alone():
         assert len(case.documents) == case.attributes["num_memories"] == len(case.others)
         assert len(set(case.documents)) == len(case.documents) and not set(case.documents) & set(case.others)
         for question in case.questions:
-            sentence = memory_of(question, case.documents)
-            assert question.answers[0] in sentence and memory_of(question, case.others) is None
             name = " ".join(word for word in question.text.rstrip("?").split()[1:] if word[0].isupper())
-            assert name in sentence
+            holding = [told for told in (*case.documents, *case.others) if name in told and question.answers[0] in told]
+            assert holding == [question.evidence] and question.evidence in case.documents
     told = [(question.text, question.answers) for case in cases[-1:] for question in case.questions]
     assert len({text for text, _ in told}) == len(told) == 30
 
@@ -29,8 +28,8 @@ def test_forgotten_memories_are_asked_about_in_sets_of_their_own():
     assert after.replaced == before.documents[7:] and not never.replaced and not before.replaced
     for case in (cases[f"forgotten, {when}"] for when in _WHEN):
         assert len(case.questions) == 3
-        assert all(memory_of(question, before.documents[7:]) for question in case.questions)
-        assert not any(memory_of(question, never.documents) for question in case.questions)
+        assert all(question.evidence in before.documents[7:] for question in case.questions)
+        assert not any(question.evidence in never.documents for question in case.questions)
 
 
 _WHEN = ("before", "after", "never told")

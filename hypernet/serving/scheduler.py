@@ -88,10 +88,12 @@ class Scheduler:
             self._condition.notify()
         self._thread.join(drain_s)
         with self._condition:
-            for one in (*self._waiting, *self.engine.running):
+            left = [*self._waiting, *self.engine.running]
+            for one in left:
                 one.cancelled = True
             jobs, self._jobs = list(self._jobs), deque()
             self._condition.notify()
+        _fail(left, Stopping("The server is stopping."))
         for _, future in jobs:
             if future.set_running_or_notify_cancel():
                 future.set_exception(Stopping("The server is stopping."))

@@ -139,13 +139,13 @@ def serve(
     """
     settings.checked()
     check_address(host, settings)
-    model = DocToLoRA.from_pretrained(source).eval().requires_grad_(False)
-    app = create_app(model, settings)
-    # The graceful shutdown waits for open streams, then for the lifespan to end, which drains the model's thread.
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=int(settings.drain_s)
-    )
-    with _listening(host, port) as found:
+    with _listening(host, port) as found:  # before the model is loaded, which takes seconds
+        model = DocToLoRA.from_pretrained(source).eval().requires_grad_(False)
+        # The graceful shutdown waits for open streams, then for the lifespan to end, which drains the model's thread.
+        config = uvicorn.Config(
+            create_app(model, settings),
+            **{"host": host, "port": port, "log_level": "warning", "timeout_graceful_shutdown": int(settings.drain_s)},
+        )
         shown = f"[{host}]" if ":" in host else host
         report(f"{settings.model_name} at http://{shown}:{port}/v1, files in {settings.directory}")
         uvicorn.Server(config).run(sockets=[found])

@@ -1,29 +1,34 @@
 """`hypernet serve` in a process of its own: OpenAI's client, many users at once, clients that leave, and its end."""
 
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 from hypernet.memory.memory import Memory
+from hypernet.serving.app import serve
+from hypernet.serving.state import ServerSettings
 from hypernet.serving.stores import UserStores
 from tests.serving.conftest import ROOT, ServerProcess
 
 DOCUMENTS = {
-    "fenda.txt": (ROOT / "examples/fenda_elfax.txt").read_text(encoding="utf-8"),
-    "corbaford.txt": (ROOT / "examples/corbaford.txt").read_text(encoding="utf-8"),
+    "person.txt": (ROOT / "examples/fenda_elfax.txt").read_text(encoding="utf-8"),
+    "town.txt": (ROOT / "examples/corbaford.txt").read_text(encoding="utf-8"),
 }
 QUESTIONS = [
     "Who was the teacher of Fenda Elfax?",
     "In which place was Fenda Elfax born?",
-    "In which year was Corbaford founded?",
+    "Who is the mayor of Corbaford?",
     "What is the capital of France?",
 ]
 
@@ -84,11 +89,11 @@ def test_concurrent_users_get_the_librarys_answers(server, client, adapters, exp
 
 def test_streamed_answer_is_the_whole_one_in_parts(client, adapters, expected):
     question = QUESTIONS[0]
-    chunks = list(ask(client, question, "fenda.txt", stream=True, stream_options={"include_usage": True}))
+    chunks = list(ask(client, question, "person.txt", stream=True, stream_options={"include_usage": True}))
     parts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert len(parts) > 2 and "".join(parts) == expected["fenda.txt", question]
+    assert len(parts) > 2 and "".join(parts) == expected["person.txt", question]
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "stop"
-    whole = ask(client, question, "fenda.txt")
+    whole = ask(client, question, "person.txt")
     assert chunks[-1].usage == whole.usage and whole.usage.completion_tokens > 2
 
 
@@ -157,43 +162,62 @@ def test_sequence_of_a_client_that_left_leaves_the_batch(server, stream):
         time.sleep(0.05)
 
 
-def test_stopping_keeps_every_acknowledged_write(tmp_path, random_model):
-    """SIGTERM while four users write: what was answered with 201 is there afterwards, and the process ends with 0."""
-    with ServerProcess(["serve", "--directory", str(tmp_path)]) as server:
-        acknowledged, stop = {user: [] for user in "abcd"}, threading.Event()
+PAGE = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```(sh|py)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
-        def write(user: str) -> None:
-            with httpx.Client(timeout=30) as http:
-                for number in range(10_000):
-                    if stop.is_set():
-                        return
-                    try:
-                        body = {"content": f"Note {number} of {user}."}
-                        made = http.post(f"{server.url}/v1/memories", json=body, headers={"X-User": user})
-                    except httpx.TransportError:
-                        return
-                    if made.status_code == 201:
-                        acknowledged[user].append(made.json()["id"])
 
-        threads = [threading.Thread(target=write, args=(user,)) for user in acknowledged]
-        for thread in threads:
-            thread.start()
-        while min(map(len, acknowledged.values())) < 5:
-            time.sleep(0.05)
-        output = server.stop(signal.SIGTERM)
-        stop.set()
-        for thread in threads:
-            thread.join()
+def test_examples_of_the_page_run_and_print_what_it_says(server, tmp_path):
+    """In their order, against this server; a comment `# -> text` is what the command or `print` above it prints."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    assert {language for language, _ in EXAMPLES} == {"sh", "py"}
+    for language, block in EXAMPLES:
+        code = block.replace("http://127.0.0.1:8000", server.url).replace("outputs/", f"{tmp_path}/")
+        if "hypernet serve" in code:  # the server that runs; its options are those of the command
+            continue
+        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
+        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for said in re.findall(r"# -> (.*)", block):
+            assert said in done.stdout
+
+
+def test_address_in_use_is_an_error_before_the_model_is_loaded(server, tmp_path):
+    with pytest.raises(ValueError, match="Cannot listen at 127.0.0.1:.* Give another --port"):
+        serve("no/such/checkpoint", ServerSettings(directory=str(tmp_path / "none")), port=server.port)
+    assert not (tmp_path / "none").exists()
+
+
+def test_stopping_keeps_every_acknowledged_write(server, random_model):
+    """SIGTERM while four users write: what was answered with 201 is there. The last test of this server."""
+    acknowledged, stop = {user: [] for user in "abcd"}, threading.Event()
+
+    def write(user: str) -> None:
+        with httpx.Client(timeout=30) as http:
+            for number in range(10_000):
+                if stop.is_set():
+                    return
+                try:
+                    body = {"content": f"Note {number} of {user}."}
+                    made = http.post(f"{server.url}/v1/memories", json=body, headers={"X-User": user})
+                except httpx.TransportError:
+                    return
+                if made.status_code == 201:
+                    acknowledged[user].append(made.json()["id"])
+
+    threads = [threading.Thread(target=write, args=(user,)) for user in acknowledged]
+    for thread in threads:
+        thread.start()
+    while min(map(len, acknowledged.values())) < 5:
+        time.sleep(0.05)
+    output = server.stop(signal.SIGTERM)
+    stop.set()
+    for thread in threads:
+        thread.join()
     assert server.process.returncode in (0, -signal.SIGTERM) and "Traceback" not in output
-    stores = UserStores(tmp_path, random_model)
+    stores = UserStores(server.folder, random_model)
     for user, ids in acknowledged.items():
         memory = Memory.open(stores.folder(user) / "memory", create=False)
         assert set(ids) <= {found.id for found in memory.list(user_id=user)}
         memory.close()
-
-
-def test_address_in_use_is_one_line(server, tmp_path):
-    command = [sys.executable, "-m", "hypernet", "serve", "--directory", str(tmp_path), "--port", str(server.port)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("hypernet: Cannot listen at 127.0.0.1")
-    assert done.stderr.count("\n") == 1

@@ -9,7 +9,7 @@ import typer
 _KEYS = "outputs/api_keys.json"
 _Model = Annotated[str, typer.Option(help="Checkpoint, as DocToLoRA.from_pretrained takes it.")]
 _Host = Annotated[str, typer.Option(help="Address to listen at; others than this machine's need --keys.")]
-_Port = Annotated[int, typer.Option(min=1, max=65535)]
+_Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")]
 _Keys = Annotated[str | None, typer.Option(help="File of API keys; without it no key is needed.", show_default=False)]
 
 

@@ -22,7 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import hypernet
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.serving import adapters, completions, errors, memories
+from hypernet.serving import errors
+from hypernet.serving.routes import adapters, completions, memories, page
 from hypernet.serving.state import CurrentUser, ServerMetrics, ServerSettings, ServerState, State
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def create_app(model: DocToLoRA, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="hypernet", version=hypernet.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
     errors.install(app, directory=str(server.stores.directory))
-    for part in (completions, adapters, memories):
+    for part in (completions, adapters, memories, page):
         app.include_router(part.router)
     app.add_api_route("/healthz", health, methods=["GET"])
     app.add_api_route("/metrics", metrics, methods=["GET"])
@@ -144,7 +145,10 @@ def serve(
         # The graceful shutdown waits for open streams, then for the lifespan to end, which drains the model's thread.
         config = uvicorn.Config(
             create_app(model, settings),
-            **{"host": host, "port": port, "log_level": "warning", "timeout_graceful_shutdown": int(settings.drain_s)},
+            host=host,
+            port=port,
+            log_level="warning",
+            timeout_graceful_shutdown=int(settings.drain_s),
         )
         shown = f"[{host}]" if ":" in host else host
         report(f"{settings.model_name} at http://{shown}:{port}/v1, files in {settings.directory}")

@@ -19,7 +19,7 @@ import torch
 from hypernet.serving.engine import BatchEngine, Delta, Generation
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class QueueFull(Exception):
@@ -72,9 +72,9 @@ class Scheduler:
             self._waiting.append(generation)
             self._condition.notify()
 
-    def call(self, work: Callable[[], T]) -> "Future[T]":
+    def call(self, work: Callable[[], _T]) -> "Future[_T]":
         """Work that needs the model, between two steps; a cancelled Future is not begun. Raises as `submit`."""
-        future: Future[T] = Future()
+        future: Future[_T] = Future()
         with self._condition:
             self._check_room()
             self._jobs.append((work, future))

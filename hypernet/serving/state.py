@@ -17,7 +17,7 @@ from hypernet.serving.keys import ApiKeys
 from hypernet.serving.scheduler import Scheduler
 from hypernet.serving.stores import UserStores
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 LOCAL_USER = "local"  # whose requests they are where there are no keys and nobody is named
 
 
@@ -90,7 +90,7 @@ class ServerState:
         self.metrics.watch(self.scheduler)
         self.window = context_window(model.base_model)
 
-    async def on_model(self, work: Callable[[], T]) -> T:
+    async def on_model(self, work: Callable[[], _T]) -> _T:
         """What needs the model, run by the thread that owns it."""
         return await asyncio.wrap_future(self.scheduler.call(work))
 

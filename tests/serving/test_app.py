@@ -5,6 +5,7 @@ import random
 import statistics
 import string
 import time
+from html.parser import HTMLParser
 
 import pytest
 from fastapi.testclient import TestClient
@@ -259,6 +260,73 @@ def test_every_verb_of_a_memory_over_http(random_model, tmp_path):
         ok("POST", "/purge", {})
         assert len(ok("GET", "/versions")["data"]) > 5
         assert ok("GET", "/status")["tiers"]["token"] and ok("POST", "/verify")["damage"] == []
+
+
+# --- The page -------------------------------------------------------------------------------------------------------
+
+
+class Seen(HTMLParser):
+    """Tags with their attributes, ids that labels name, and text of table cells."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.cells: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.cells and self.tags[-1][0] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def test_page_shows_four_answers_with_their_cost(random_model, tmp_path):
+    document, question = (
+        "Fenda Elfax was taught by Orla Wint. <b>She</b> was born in Gronmaburg.",
+        "Who taught <i>her</i>?",
+    )
+    with TestClient(
+        create_app(random_model, ServerSettings(directory=str(tmp_path))), base_url="http://127.0.0.1"
+    ) as client:
+        response = client.post("/", data={"document": document, "question": question})
+        memories = client.get("/v1/memories").json()["data"]
+        (adapter,) = client.get("/v1/adapters").json()["data"]
+        body = {"model": adapter["model"], "messages": [{"role": "user", "content": question}], "max_tokens": 64}
+        answered = client.post("/v1/chat/completions", json=body).json()
+    assert response.status_code == 200 and len(memories) == 2
+    seen = Seen(response.text)
+    rows = [seen.cells[i : i + 5] for i in range(5, len(seen.cells), 5)]
+    names = ["No context", "Adapter", "Memory text in the prompt", "Whole document in the prompt"]
+    assert [row[0] for row in rows] == names
+    tokens = [int(row[2]) for row in rows]
+    assert tokens[0] == tokens[1] == answered["usage"]["prompt_tokens"] < tokens[2] <= tokens[3]
+    assert rows[1][1] == answered["choices"][0]["message"]["content"]
+    assert rows[1][4] == f"{adapter['bytes']:,}" and rows[0][4] == "0"
+    assert "<b>She" not in response.text and "<i>her" not in response.text
+
+
+def test_page_needs_no_other_host_and_names_every_field(users):
+    response = users["nobody"].get("/")
+    seen = Seen(response.text)
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert not [tag for tag, _ in seen.tags if tag in ("script", "link", "img", "iframe")]
+    assert "http" not in response.text.replace("http-equiv", "")
+    fields = {found["id"] for tag, found in seen.tags if tag in ("input", "textarea")}
+    assert fields == {found["for"] for tag, found in seen.tags if tag == "label"} == {"document", "question", "key"}
+    assert ("html", {"lang": "en"}) in seen.tags
+
+
+def test_page_refuses_a_wrong_key_and_another_sites_form(users):
+    form = {"document": "Alice's door code is 4417.", "question": "What is it?", "key": "hn-guessed"}
+    refused = users["nobody"].post("/", data=form)
+    assert refused.status_code == 401 and 'role="alert"' in refused.text
+    foreign = users["nobody"].post("/", data=form, headers={"Origin": "https://evil.example"})
+    assert foreign.status_code == 403 and "not this server" in foreign.text
+    assert users["nobody"].post("/", content=b"\xff=&" * 9).status_code == 400
 
 
 # --- Limits and malformed requests ----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 model="tiny"               the base model alone
 model="tiny:<adapter>"     with an adapter of the user: its id, the beginning of one, or a document's name
-model="tiny:memory"        from the user's memory: tier auto; X-Memory-Tier: token, adapter or none chooses
+model="tiny:memory"        from the user's memory: tier auto; X-Memory-AnswerTier: token, adapter or none chooses
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from hypernet.text.cleaning import visible, whole
 from hypernet.text.tokens import text_ids
 
 MEMORY = "memory"  # in the place of an adapter's id
-Tier = Literal["auto", "token", "adapter", "none"]
+AnswerTier = Literal["auto", "token", "adapter", "none"]
 router = APIRouter()
 
 _Text = Annotated[str, Field(max_length=1_000_000)]
@@ -260,7 +260,7 @@ async def chat_completions(
     request: Request,
     state: State,
     user: CurrentUser,
-    x_memory_tier: Annotated[Tier, Header()] = "auto",
+    x_memory_tier: Annotated[AnswerTier, Header()] = "auto",
 ) -> Response | dict[str, Any]:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")

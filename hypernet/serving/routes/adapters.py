@@ -7,8 +7,8 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from hypernet.adapters.library import LibraryEntry
-from hypernet.serving.completions import ApiModel
 from hypernet.serving.errors import ApiError
+from hypernet.serving.routes.completions import ApiModel
 from hypernet.serving.state import CurrentUser, ServerState, State
 from hypernet.text.cleaning import visible, whole
 from hypernet.text.documents import Document
@@ -26,17 +26,7 @@ class AdapterRequest(ApiModel):
 @router.post("", status_code=201)
 async def create(body: AdapterRequest, state: State, user: CurrentUser) -> dict[str, Any]:
     """Reads a document into an adapter; one that is there already, with the same content, stays as it is."""
-    most = state.settings.max_document_characters
-    if len(body.document) > most:
-        raise ApiError(413, f"A document has at most {most:,} characters here, not {len(body.document):,}.")
-    text = visible(whole(body.document, "document"), "document")
-    document = Document(name=body.name, text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
-
-    def work() -> LibraryEntry:
-        library = state.stores.library(user)
-        return library.find(library.add(state.model.internalize(document)))
-
-    return _described(state, await state.on_model(work))
+    return _described(state, await stored_adapter(state, user, body.document, name=body.name))
 
 
 @router.get("")
@@ -52,6 +42,21 @@ def get(key: str, state: State, user: CurrentUser) -> dict[str, Any]:
 @router.delete("/{key}")
 def delete(key: str, state: State, user: CurrentUser) -> dict[str, Any]:
     return {"id": state.stores.remove(user, key), "object": "adapter", "deleted": True}
+
+
+async def stored_adapter(state: ServerState, user: str, text: str, *, name: str) -> LibraryEntry:
+    """A document's adapter in the user's library, made by the model's thread. ApiError 413 if it is too long."""
+    most = state.settings.max_document_characters
+    if len(text) > most:
+        raise ApiError(413, f"A document has at most {most:,} characters here, not {len(text):,}.")
+    text = visible(whole(text, "document"), "document")
+    document = Document(name=name, text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
+
+    def work() -> LibraryEntry:
+        library = state.stores.library(user)
+        return library.find(library.add(state.model.internalize(document)))
+
+    return await state.on_model(work)
 
 
 def _described(state: ServerState, entry: LibraryEntry) -> dict[str, Any]:

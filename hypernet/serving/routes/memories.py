@@ -19,12 +19,12 @@ from pydantic import Field
 from hypernet.memory.ask import Answer
 from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Filters, plain
-from hypernet.serving.completions import MEMORY, ApiModel, Tier, finished, sampling_of, start
-from hypernet.serving.completions import CompletionRequest as _Request
 from hypernet.serving.errors import ApiError
+from hypernet.serving.routes.completions import MEMORY, AnswerTier, ApiModel, finished, sampling_of, start
+from hypernet.serving.routes.completions import CompletionRequest as _Request
 from hypernet.serving.state import CurrentUser, State
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 router = APIRouter(prefix="/v1/memories")
 
 _Id = Annotated[str, Field(min_length=1, max_length=128)] | None
@@ -68,7 +68,7 @@ class SearchRequest(_WithinRequest):
 
 class AskRequest(_WithinRequest):
     question: _Text
-    tier: Tier = "auto"
+    tier: AnswerTier = "auto"
     max_tokens: Annotated[int, Field(ge=1)] = 32
 
 
@@ -116,7 +116,7 @@ def opened(state: State, user: CurrentUser) -> Iterator[Memory]:
 
 Within = Annotated[Filters, Depends(within)]
 Opened = Annotated[Memory, Depends(opened, scope="request")]
-Reason = Annotated[str | None, Query(min_length=1, max_length=500)]
+_Reason = Annotated[str | None, Query(min_length=1, max_length=500)]
 
 
 # --- Texts: no model ------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def list_(
 
 
 @router.delete("")
-def delete_all(memory: Opened, filters: Within, everything: bool = False, reason: Reason = None) -> Any:
+def delete_all(memory: Opened, filters: Within, everything: bool = False, reason: _Reason = None) -> Any:
     """Deletes what matches the filters; all of the user's only with everything=true."""
     if filters.agent_id is None and filters.run_id is None and not everything:
         raise ApiError(400, "Give agent_id or run_id; all of your memories are deleted by everything=true alone.")
@@ -272,7 +272,7 @@ def update(key: str, body: UpdateRequest, memory: Opened) -> Any:
 
 
 @router.delete("/{key}")
-def delete(key: str, memory: Opened, reason: Reason = None) -> Any:
+def delete(key: str, memory: Opened, reason: _Reason = None) -> Any:
     return plain(memory.delete(key, reason=reason))
 
 
@@ -302,8 +302,8 @@ async def forget(key: str, body: ForgetRequest, state: State, user: CurrentUser)
 # --- Inside ---------------------------------------------------------------------------------------------------------
 
 
-async def _with_memory(state: State, user: str, work: Callable[[Memory], T]) -> T:
-    def run() -> T:
+async def _with_memory(state: State, user: str, work: Callable[[Memory], _T]) -> _T:
+    def run() -> _T:
         with state.stores.memory(user) as memory:
             return work(memory)
 

@@ -2,7 +2,7 @@
 
 model="tiny"               the base model alone
 model="tiny:<adapter>"     with an adapter of the user: its id, the beginning of one, or a document's name
-model="tiny:memory"        from the user's memory: tier auto; X-Memory-AnswerTier: token, adapter or none chooses
+model="tiny:memory"        from the user's memory: tier auto; X-Memory-Tier: token, adapter or none chooses
 """
 
 import asyncio

@@ -113,12 +113,17 @@ async def _answers(request: Request, state: ServerState, user: str, document: st
 
 
 def _table(columns: Sequence[Column]) -> str:
+    def cell(unit: str, value: float) -> str:
+        return f'<td data-unit="{unit}">{value:,.0f}</td>'  # narrow windows show the unit, not the head
+
+    units = ("prompt tokens", "ms", "bytes kept")
     rows = "".join(
         f'<tr><th scope="row">{escape(one.name)}</th><td class="answer">{escape(one.text)}</td>'
-        f"<td>{one.prompt_tokens:,}</td><td>{one.milliseconds:,.0f}</td><td>{one.kept:,}</td></tr>"
+        + "".join(map(cell, units, (one.prompt_tokens, one.milliseconds, one.kept)))
+        + "</tr>"
         for one in columns
     )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("", "answer", "prompt tokens", "ms", "bytes kept"))
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("way", "answer", *units))
     return f"<table><caption>Four answers</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 

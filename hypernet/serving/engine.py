@@ -156,8 +156,12 @@ class BatchEngine:
         return self.max_batch - len(self.running)
 
     def check(self, generation: Generation) -> None:
-        """ValueError if a prompt does not fit the window with its answer, or has a token that the model lacks."""
-        model = self.model.base_model
+        """ValueError if a prompt does not fit the window with its answer, or has a token that the model lacks; or if
+        its adapter is of another hypernetwork, which would fail the whole batch."""
+        model, adapter = self.model.base_model, generation.adapter
+        wanted = self.model.hypernetwork.targets, self.model.hypernetwork.scaling
+        if adapter is not None and (adapter.targets, adapter.scaling) != wanted:
+            raise ValueError("The adapter was made by another hypernetwork than the one served. Make it again.")
         check_known([generation.prompt], self.model.tokenizer, num_embeddings=num_embeddings(model))
         check_fits(model, [len(generation.prompt)], max_new_tokens=generation.sampling.max_new_tokens)
 

@@ -1,6 +1,7 @@
 """serving/engine.py: a sequence gets the same tokens in a busy batch as alone, and its text once it is certain."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +124,14 @@ def test_prompt_beyond_the_window_is_refused(made):
     model, _ = made
     with pytest.raises(ValueError, match="does not fit: .* the base model takes 512"):
         BatchEngine(model).check(generation(model, "word " * 600))
+
+
+def test_adapter_of_another_scaling_is_refused_before_the_batch(made):
+    model, adapters = made
+    one = generation(model, "Who?", replace(adapters[1], scaling=2 * adapters[1].scaling))
+    with pytest.raises(ValueError, match="another hypernetwork than the one served"):
+        BatchEngine(model).check(one)
+    BatchEngine(model).check(generation(model, "Who?", adapters[1]))
 
 
 def test_batch_of_no_sequence_is_refused(made):

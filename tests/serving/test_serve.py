@@ -18,7 +18,6 @@ import pytest
 from hypernet.memory.memory import Memory
 from hypernet.serving.app import serve
 from hypernet.serving.state import ServerSettings
-from hypernet.serving.stores import UserStores
 from tests.serving.conftest import ROOT, ServerProcess
 
 DOCUMENTS = {
@@ -189,7 +188,7 @@ def test_address_in_use_is_an_error_before_the_model_is_loaded(server, tmp_path)
     assert not (tmp_path / "none").exists()
 
 
-def test_stopping_keeps_every_acknowledged_write(server, random_model):
+def test_stopping_keeps_every_acknowledged_write(server):
     """SIGTERM while four users write: what was answered with 201 is there. The last test of this server."""
     acknowledged, stop = {user: [] for user in "abcd"}, threading.Event()
 
@@ -216,8 +215,9 @@ def test_stopping_keeps_every_acknowledged_write(server, random_model):
     for thread in threads:
         thread.join()
     assert server.process.returncode in (0, -signal.SIGTERM) and "Traceback" not in output
-    stores = UserStores(server.folder, random_model)
-    for user, ids in acknowledged.items():
-        memory = Memory.open(stores.folder(user) / "memory", create=False)
-        assert set(ids) <= {found.id for found in memory.list(user_id=user)}
+    kept = set()
+    for folder in server.folder.glob("users/*/memory"):
+        memory = Memory.open(folder, create=False)
+        kept |= {(found.user_id, found.id) for found in memory.list()}
         memory.close()
+    assert {(user, ref) for user, ids in acknowledged.items() for ref in ids} <= kept

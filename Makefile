@@ -2,10 +2,11 @@
 # Needs Python 3.11 or newer with its venv module, found on the PATH or given: make demo PYTHON=/path/to/python3.12
 # .venv is managed by this file: an incomplete setup is started again from scratch.
 
-# Arguments of `make demo`, `make train` and `make test`; to set one: make train TRAIN_ARGS="trainer.max_steps=10"
+# Arguments of `make demo`, `make train`, `make serve` and `make test`; to set one: make train TRAIN_ARGS="trainer.max_steps=10"
 DEMO_ARGS ?= document=examples/fenda_elfax.txt output_dir=outputs/demo overwrite=true \
   'ask=["Who was the teacher of Fenda Elfax?","In which place was Fenda Elfax born?","What does Fenda Elfax work as?","When is the birthday of Fenda Elfax?","What is the capital of France?"]'
 TRAIN_ARGS ?=
+SERVE_ARGS ?=
 # Three processes for two cores: tests that wait (for workers, signals, files) would leave a tenth of the time idle.
 TEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
@@ -17,7 +18,7 @@ VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo memory test check train figures needles bench clean
+.PHONY: help demo memory serve test check train figures needles bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -27,6 +28,9 @@ demo: $(STAMP) ## turn an example document into an adapter and answer questions 
 
 memory: $(STAMP) ## one user's memory: told, asked, corrected, forgotten, and proof that it is
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) examples/memory_story.py
+
+serve: $(STAMP) ## serve the shipped model at http://127.0.0.1:8000; settings: SERVE_ARGS="--port 8001 ..."
+	$(VENV_PYTHON) -m hypernet serve $(SERVE_ARGS)
 
 test: $(STAMP) ## run the tests
 	$(VENV_PYTHON) -m pytest $(TEST_ARGS)
@@ -77,7 +81,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@# Python 3.11 comes with pip 23, which takes 20 s longer to resolve versions. If the upgrade fails, it still works.
 	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip >/dev/null 2>&1 || true
 	@# Warnings of pip and setuptools, such as about editable installs, are shown only with an error.
-	@$(VENV_PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,documents,bench,sweep]' \
+	@$(VENV_PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,documents,bench,sweep,serve,mcp]' \
 	  >.venv/install.log 2>&1 || { cat .venv/install.log >&2; \
 	  echo "make: pip could not install the dependencies, see above. Is the package index reachable? Then run make again." >&2; exit 1; }
 	@touch $@

@@ -476,6 +476,19 @@ class DocToLoRA(nn.Module):
             ValueError: an adapter's chunks are not as they were generated, and the way needs them so; or an adapter is
                 merged into the base model, and the sum of both would be used.
         """
+        joining = joining or self.trained_joining
+        adapters = self.joined(adapters, joining, prompts=prompts)
+        with self.injector.using(adapters, gate_power=joining.gate_power or 0.0):
+            yield
+
+    def joined(
+        self,
+        adapters: LoRAAdapter | None | Sequence[LoRAAdapter | None],
+        joining: Joining | None = None,
+        *,
+        prompts: Sequence[Sequence[int]] = (),
+    ) -> LoRAAdapter | None | list[LoRAAdapter | None]:
+        """What the injector is given for them, with the way's gate power; arguments and errors as `using`."""
         given = [adapters] if isinstance(adapters, LoRAAdapter) else adapters or []
         if any(adapter is not None for adapter in given) and has_merged(self.base_model):
             raise ValueError(
@@ -484,11 +497,10 @@ class DocToLoRA(nn.Module):
             )
         joining = joining or self.trained_joining
         adapters = self._each(adapters, lambda adapter: self._as_joined(adapter, joining))
-        if joining.way == "route" and adapters is not None:
-            each = [adapters] * len(prompts) if isinstance(adapters, LoRAAdapter) else adapters
-            adapters = self._routed(each, prompts, joining)
-        with self.injector.using(adapters, gate_power=joining.gate_power or 0.0):
-            yield
+        if joining.way != "route" or adapters is None:
+            return adapters
+        each = [adapters] * len(prompts) if isinstance(adapters, LoRAAdapter) else adapters
+        return self._routed(each, prompts, joining)
 
     @staticmethod
     def _each(

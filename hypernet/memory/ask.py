@@ -119,6 +119,35 @@ class _Given(NamedTuple):
     refs: tuple[str, ...] = ()
 
 
+class PreparedQuestion(NamedTuple):
+    """A question with what the base model is to be asked with: document in the prompt, adapter.
+
+    prompt_tokens: of the document.
+    """
+
+    question: MemoryQuestion
+    tier: str
+    reason: str
+    document: str | None
+    adapter: Any
+    memories: tuple[str, ...]
+    prompt_tokens: int
+
+    def answered(self, text: str) -> Answer:
+        asked = self.question
+        return Answer(
+            question=asked.text,
+            text=text,
+            tier=self.tier,
+            reason=self.reason,
+            memories=self.memories,
+            **asked.filters._asdict(),
+            as_of=str(asked.as_of),
+            known_at=None if asked.known_at is None else str(asked.known_at),
+            prompt_tokens=self.prompt_tokens,
+        )
+
+
 class Asker:
     """Asks one memory.
 
@@ -159,36 +188,36 @@ class Asker:
             ValueError: an unknown tier, a blank filter, an impossible date, or a prompt that does not fit.
             Unwritten: adapters are asked for and some are missing.
         """
+        model = self._model()
+        prepared = self.prepare(questions, tier=tier, accuracy=accuracy)
+        texts: list[str] = []
+        for start in range(0, len(prepared), _BATCH):
+            part = prepared[start : start + _BATCH]
+            texts += model.generate(
+                [one.question.text for one in part],
+                [one.adapter for one in part],
+                documents=[one.document for one in part],
+                max_new_tokens=self.max_new_tokens,
+                **self.bank.joined,
+            )
+        return [one.answered(text) for one, text in zip(prepared, texts, strict=True)]
+
+    def prepare(
+        self, questions: Sequence[MemoryQuestion], *, tier: str = "auto", accuracy: float = 0.9
+    ) -> list[PreparedQuestion]:
+        """What `ask` asks the base model with; arguments and errors as there."""
         if tier not in (*TIERS, "auto"):
             raise ValueError(f"Unknown tier {tier!r}: choose one of auto, token, adapter, none.")
-        model = self._model()
         questions = [_dated(question) for question in questions]
         tiers = {filters: self._tier(filters, tier, accuracy) for filters in {one.filters for one in questions}}
         chosen = [tiers[question.filters] for question in questions]
         given = self._given(questions, [name for name, _ in chosen])
-        texts: list[str] = []
-        for start in range(0, len(questions), _BATCH):
-            part = slice(start, start + _BATCH)
-            texts += model.generate(
-                [question.text for question in questions[part]],
-                [one.adapter for one in given[part]],
-                documents=[one.document for one in given[part]],
-                max_new_tokens=self.max_new_tokens,
-                **self.bank.joined,
-            )
         return [
-            Answer(
-                question=question.text,
-                text=text,
-                tier=name,
-                reason=reason,
-                memories=one.refs,
-                **question.filters._asdict(),
-                as_of=str(question.as_of),
-                known_at=None if question.known_at is None else str(question.known_at),
+            PreparedQuestion(
+                *(question, *decided, one.document, one.adapter, one.refs),
                 prompt_tokens=0 if one.document is None else self._tokens(one.document),
             )
-            for question, text, (name, reason), one in zip(questions, texts, chosen, given, strict=True)
+            for question, decided, one in zip(questions, chosen, given, strict=True)
         ]
 
     def explain(self, answer: Answer) -> list[Effect]:

@@ -62,7 +62,7 @@ class ChatLayout(NamedTuple):
         return cls(before_user, after_user, before_answer, after_answer.rstrip("\n"))
 
     def prompt(self, question: str, document: str | None = None) -> str:
-        return self.before_user + _user_text(question, document) + self.after_user
+        return self.before_user + user_text(question, document) + self.after_user
 
     def prompt_ids(
         self,
@@ -72,15 +72,41 @@ class ChatLayout(NamedTuple):
     ) -> list[list[int]]:
         """Token ids of a prompt per question; a control token that a question or document spells is ordinary text."""
         documents = [None] * len(questions) if documents is None else documents
-        texts = [_user_text(question, document) for question, document in zip(questions, documents, strict=True)]
+        texts = [user_text(question, document) for question, document in zip(questions, documents, strict=True)]
         return framed_ids(tokenizer, [(self.before_user, text, self.after_user) for text in texts])
 
     def answer(self, answer: str) -> str:
         return self.before_answer + answer + self.after_answer
 
 
-def _user_text(question: str, document: str | None) -> str:
+def user_text(question: str, document: str | None) -> str:
+    """A user's turn with its document, if it has one, before the question."""
     return question if document is None else document + DOCUMENT_SEPARATOR + question
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of a conversation up to the next answer; as in `prompt_ids`, no turn writes control tokens.
+
+    Args:
+        turns: (role, text) each; roles are those of the chat template, such as system, user and assistant.
+
+    Raises:
+        ValueError: the template fails on these roles, or does not repeat each text once, in order.
+    """
+    marks = [f"§{number}§" for number in range(len(turns))]
+    rendered = _rendered(tokenizer, list(zip([role for role, _ in turns], marks, strict=True)))
+    rest, parts = rendered + _missing_header(tokenizer), []
+    for mark in marks:
+        before, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise ValueError(
+                f"The chat template of {type(tokenizer).__name__} does not take the roles "
+                f"{', '.join(role for role, _ in turns)} in this order. Begin with a user's message and alternate."
+            )
+        parts.append(before)
+    afters = [""] * (len(turns) - 1) + [rest]
+    framed = zip(parts, [text for _, text in turns], afters, strict=True)
+    return [token for row in framed_ids(tokenizer, list(framed)) for token in row]
 
 
 def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -150,12 +176,22 @@ def chat_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 def _render(tokenizer: PreTrainedTokenizerBase, contents: Sequence[str], *, add_generation_prompt: bool = False) -> str:
     """A conversation of these contents: the user's, the assistant's, the user's ... ."""
-    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return _rendered(
+        tokenizer,
+        [(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)],
+        add_generation_prompt=add_generation_prompt,
+    )
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, tokenize=False)
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
     except Exception as error:  # a template is a program: it may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        asked = "a lone user message" if len(contents) == 1 else "a user message and its answer"
+        asked = {1: "a lone user message", 2: "a user message and its answer"}.get(len(turns), "a conversation")
         raise ValueError(
             f"The chat template of {type(tokenizer).__name__} fails on {asked} ({reason}). Set "
             "tokenizer.chat_template (chat_template.jinja in the model's folder) to one that takes it."

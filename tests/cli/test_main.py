@@ -50,6 +50,7 @@ def test_the_commands_are_those_that_are_promised():
         ("self-study",),
     }
     expected |= {("base-model",), ("base-model", "list"), ("base-model", "fetch")}
+    expected |= {("serve",), ("api-key",), ("mcp",)}
     assert set(COMMANDS) == expected
 
 

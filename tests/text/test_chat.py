@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hypernet.text.chat import ChatLayout, chat_affixes, closing_ids
+from hypernet.text.chat import ChatLayout, chat_affixes, closing_ids, conversation_ids
 from tests.text.small_tokenizers import TEMPLATE, make_metaspace_tokenizer, make_tokenizer, user_ids
 
 # ChatLayout
@@ -204,3 +204,38 @@ def test_chat_template_with_todays_date_warns():
     with pytest.warns(UserWarning, match="today's date .* fixed date"):
         prefix, _ = chat_affixes(tokenizer)
     assert prefix[0] == tokenizer.convert_tokens_to_ids("<|system|>")
+
+
+# conversation_ids
+
+
+TURNS = [("user", "Who taught Fenda?"), ("assistant", "Orla Wint"), ("user", "And who taught her?")]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_conversation_ids_are_those_of_the_chat_template(tiny_tokenizer, number):
+    turns = [{"role": role, "content": content} for role, content in TURNS[:number]]
+    expected = tiny_tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert conversation_ids(tiny_tokenizer, TURNS[:number]) == list(expected)
+
+
+def test_conversation_cannot_write_control_tokens(tiny_tokenizer):
+    control = set(tiny_tokenizer.all_special_ids) | set(tiny_tokenizer.added_tokens_decoder)
+    count = lambda turns: sum(token in control for token in conversation_ids(tiny_tokenizer, turns))  # noqa: E731
+    spelled = [(role, f"{content} {tiny_tokenizer.eos_token} {content}") for role, content in TURNS]
+    assert count(spelled) == count(TURNS) > 0
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
+            "does not take",
+        ),
+        ("{{ raise_exception('roles must alternate') }}", "fails on a conversation"),
+    ],
+)
+def test_roles_that_the_template_refuses_are_one_line(template, message):
+    with pytest.raises(ValueError, match=message):
+        conversation_ids(Templated(template), TURNS)

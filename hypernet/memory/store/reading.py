@@ -58,6 +58,12 @@ class StoreReader:
         row = max(held or stated, key=lambda row: (row.valid_at <= when, row.valid_at, row.seq))
         return _version(row, end_of[row.seq])
 
+    def owners(self, key: str) -> set[str | None]:
+        """The users of a memory's versions, deleted ones included; empty if there never was one."""
+        with self.database.read() as connection:
+            statement = select(memories.c.user_id).where(memories.c.memory_id == split_ref(key)[0]).distinct()
+            return set(connection.execute(statement).scalars())
+
     def valid(
         self,
         filters: Filters = EVERYBODY,
@@ -257,8 +263,12 @@ class StoreReader:
         return rows
 
 
-def unknown(key: str) -> ValueError:
-    return ValueError(f"There is no memory {key}: unknown, deleted or not known yet. `list` shows what there is.")
+class UnknownMemory(ValueError):
+    """There is no such memory, or not any more."""
+
+
+def unknown(key: str) -> UnknownMemory:
+    return UnknownMemory(f"There is no memory {key}: unknown, deleted or not known yet. `list` shows what there is.")
 
 
 def within(filters: Filters) -> list[ColumnElement[bool]]:

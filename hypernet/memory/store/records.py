@@ -7,7 +7,7 @@ ref.id, ref.version, ref.batch             # str(ref) is id@version, the key of 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from numbers import Integral
 from typing import Any, NamedTuple, Self
 
@@ -211,6 +211,24 @@ class HistoryEntry:
     text: str | None
     valid_at: str | None
     invalid_at: str | None
+
+
+def plain(value: Any) -> Any:
+    """A call's result as JSON has it; references and versions with their id@version."""
+    if isinstance(value, MemoryRef):
+        return {**value._asdict(), "ref": str(value)}
+    if isinstance(value, MemoryVersion):
+        return {**value.as_dict(), "ref": value.ref}
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "_asdict"):
+        return {name: plain(inner) for name, inner in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    # JSON has no infinity: adapters that are never cheaper than the prompt break even after none.
+    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
 
 
 def split_ref(key: str) -> tuple[str, int | None]:

@@ -1,0 +1,104 @@
+"""hypernet serve, api-key and mcp: the model and memories for other programs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+_KEYS = "outputs/api_keys.json"
+_Model = Annotated[str, typer.Option(help="Checkpoint, as DocToLoRA.from_pretrained takes it.")]
+_Host = Annotated[str, typer.Option(help="Address to listen at; others than this machine's need --keys.")]
+_Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")]
+_Keys = Annotated[str | None, typer.Option(help="File of API keys; without it no key is needed.", show_default=False)]
+
+
+def serve(
+    model: _Model = "assets/tiny",
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; default its folder's name.", show_default=False)
+    ] = None,
+    directory: Annotated[str, typer.Option(help="Folder of users' memories and adapters.")] = "outputs/serve",
+    keys: _Keys = None,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
+    max_batch: Annotated[int, typer.Option(min=1, help="Sequences decoded at once.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; others get 429.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 1024,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 2 << 20,
+    drain_seconds: Annotated[int, typer.Option(min=1, help="That running requests have when it stops.")] = 30,
+) -> None:
+    """Serve a checkpoint over HTTP, with adapters and memories of many users.
+
+    The API is OpenAI's: any of its clients works with the base URL that is
+    printed. A request names an adapter (model="tiny:ADAPTER") or its user's
+    memory (model="tiny:memory").
+
+    \b
+    hypernet serve --model assets/tiny --port 8000
+    hypernet serve --host 0.0.0.0 --keys outputs/api_keys.json
+    """
+    _needs("fastapi", "serve")
+    from hypernet.serving.app import serve as serve_app
+    from hypernet.serving.state import ServerSettings
+
+    settings = ServerSettings(
+        directory=directory,
+        model_name=name or Path(model).name.rpartition(":")[2],
+        keys=keys,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_new_tokens=max_new_tokens,
+        max_body_bytes=max_body_bytes,
+        drain_s=drain_seconds,
+    )
+    serve_app(model, settings, host=host, port=port, report=lambda line: typer.echo(line, err=True))
+
+
+def api_key(
+    user: Annotated[str, typer.Argument(help="Whose requests the key makes.", show_default=False)],
+    keys: Annotated[str, typer.Option(help="File to add it to; made where it is missing.")] = _KEYS,
+) -> None:
+    """Print a new API key of a user, once; the file has only its hash.
+
+    \b
+    hypernet api-key alice
+    hypernet serve --keys outputs/api_keys.json
+    """
+    from hypernet.serving.keys import ApiKeys
+
+    typer.echo(ApiKeys(keys, create=True).add(user))
+
+
+def mcp(
+    directory: Annotated[str, typer.Option(help="The memory's folder.")] = "outputs/memory",
+    user: Annotated[str, typer.Option(help="Whose memories agents see and write.")] = "local",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint that answers and finds by meaning; default words alone.", show_default=False),
+    ] = None,
+    transport: Annotated[Literal["stdio", "http"], typer.Option(help="How the agent reaches it.")] = "stdio",
+    host: _Host = "127.0.0.1",
+    port: _Port = 8001,
+) -> None:
+    """Offer a memory to agents as an MCP server.
+
+    Over stdio an agent starts this command itself; over HTTP it connects to
+    http://HOST:PORT/mcp, from this machine alone.
+
+    \b
+    hypernet mcp --user alice --model assets/tiny
+    hypernet mcp --user alice --transport http --port 8001
+    """
+    _needs("mcp", "mcp")
+    from hypernet.serving.mcp_server import run
+
+    run(directory, user=user, model=model, transport=transport, host=host, port=port)
+
+
+def _needs(package: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        python = Path(sys.executable).name
+        raise ValueError(f"This needs the extra [{extra}]: {python} -m pip install 'doc-to-lora[{extra}]'.")

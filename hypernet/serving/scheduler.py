@@ -1,0 +1,153 @@
+"""Scheduler: the one thread that owns the model. Sequences share its batch; other work runs between two steps.
+
+scheduler = Scheduler(BatchEngine(model), max_queue=256)
+scheduler.submit(generation)                        # joins the batch as soon as there is room; its `emit` is called
+scheduler.call(lambda: model.internalize(text))     # a Future
+scheduler.stop(drain_s=30)
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+
+from hypernet.serving.engine import BatchEngine, Delta, Generation
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class QueueFull(Exception):
+    """More waits than is allowed; later there may be room."""
+
+
+class Stopping(Exception):
+    """Nothing new is taken: the process is about to end."""
+
+
+class Scheduler:
+    """Runs an engine in a thread of its own, which begins at once.
+
+    Args:
+        max_queue: sequences and other work that may wait.
+    """
+
+    def __init__(self, engine: BatchEngine, *, max_queue: int = 256) -> None:
+        if max_queue < 1:
+            raise ValueError(f"max_queue is {max_queue}. Give at least 1.")
+        self.engine, self.max_queue = engine, max_queue
+        self._waiting: deque[Generation] = deque()
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._condition = threading.Condition()
+        self._stopping = False
+        self.num_tokens = self.num_steps = 0  # written so far, and in how many steps
+        self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._jobs)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.engine.running)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    def submit(self, generation: Generation) -> None:
+        """Lets a sequence wait for its place in the batch.
+
+        Raises:
+            QueueFull, Stopping: it is not taken.
+        """
+        with self._condition:
+            self._check_room()
+            self._waiting.append(generation)
+            self._condition.notify()
+
+    def call(self, work: Callable[[], _T]) -> "Future[_T]":
+        """Work that needs the model, between two steps; a cancelled Future is not begun. Raises as `submit`."""
+        future: Future[_T] = Future()
+        with self._condition:
+            self._check_room()
+            self._jobs.append((work, future))
+            self._condition.notify()
+        return future
+
+    def stop(self, *, drain_s: float = 30.0) -> None:
+        """Takes nothing new, finishes what there is for so long, and ends the thread; the rest ends with `Stopping`."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join(drain_s)
+        with self._condition:
+            left = [*self._waiting, *self.engine.running]
+            for one in left:
+                one.cancelled = True
+            jobs, self._jobs = list(self._jobs), deque()
+            self._condition.notify()
+        _fail(left, Stopping("The server is stopping."))
+        for _, future in jobs:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Stopping("The server is stopping."))
+        self._thread.join(5)
+
+    def _check_room(self) -> None:
+        if self._stopping:
+            raise Stopping("The server is stopping. Ask again once it is back.")
+        if self.num_waiting >= self.max_queue:
+            raise QueueFull(f"{self.num_waiting} requests wait already, the most that may. Ask again later.")
+
+    @torch.no_grad()
+    def _loop(self) -> None:
+        while True:
+            with self._condition:
+                while not (self._waiting or self._jobs or self.engine.running or self._stopping):
+                    self._condition.wait()
+                if self._stopping and not (self._waiting or self._jobs or self.engine.running):
+                    return
+                job = self._jobs.popleft() if self._jobs else None
+                arrivals = [self._waiting.popleft() for _ in range(min(self.engine.room, len(self._waiting)))]
+            if job is not None:
+                _finish(*job)
+            arrivals = [one for one in arrivals if not one.cancelled]
+            self._advance(arrivals)
+
+    def _advance(self, arrivals: list[Generation]) -> None:
+        """Admits and decodes; what goes wrong ends the sequences that it concerns, not the thread."""
+        before = time.perf_counter()
+        try:
+            self.engine.admit(arrivals)
+            self.num_tokens += len(arrivals)
+        except Exception as error:
+            log.exception("Reading %d prompts failed.", len(arrivals))
+            _fail([one for one in arrivals if one not in self.engine.running], error)
+        try:
+            if self.engine.running:
+                self.num_tokens += len(self.engine.running)
+                self.num_steps += 1
+                self.engine.step()
+        except Exception as error:
+            log.exception("A step of %d sequences failed after %.3f s.", self.num_running, time.perf_counter() - before)
+            _fail(self.engine.clear(), error)
+
+
+def _finish(work: Callable[[], Any], future: "Future[Any]") -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+
+
+def _fail(generations: list[Generation], error: Exception) -> None:
+    for one in generations:
+        one.emit(Delta(error=error))

@@ -1,0 +1,448 @@
+"""serving/app.py and its routes: nobody reaches what is another's, and whatever comes in, an error is one line."""
+
+import json
+import random
+import statistics
+import string
+import time
+from html.parser import HTMLParser
+
+import pytest
+from fastapi.testclient import TestClient
+
+from hypernet.serving.app import check_address, create_app
+from hypernet.serving.keys import ApiKeys
+from hypernet.serving.state import ServerSettings
+
+QUESTION = [{"role": "user", "content": "Who taught Fenda Elfax?"}]
+
+
+@pytest.fixture(scope="module")
+def users(random_model, tmp_path_factory):
+    """An application with keys, and a client for each of two users and for nobody."""
+    folder = tmp_path_factory.mktemp("serve")
+    keys = ApiKeys(folder / "keys.json", create=True)
+    headers = {user: {"Authorization": f"Bearer {keys.add(user)}"} for user in ("alice", "bob")}
+    settings = ServerSettings(
+        directory=str(folder / "data"), keys=str(folder / "keys.json"), max_body_bytes=50_000, max_new_tokens=16
+    )
+    with TestClient(create_app(random_model, settings), raise_server_exceptions=False) as client:
+        app = client.app
+        found = {user: TestClient(app, headers=h, raise_server_exceptions=False) for user, h in headers.items()}
+        yield found | {"nobody": client}
+
+
+@pytest.fixture(scope="module")
+def alices(users):
+    """Ids of what alice has: a memory with a derived one, an adapter."""
+    alice = users["alice"]
+    memory = alice.post("/v1/memories", json={"content": "Alice keeps her spare key under the blue pot."}).json()
+    adapter = alice.post("/v1/adapters", json={"document": "Alice's door code is 4417.", "name": "door.txt"}).json()
+    return {"memory": memory["id"], "adapter": adapter["id"], "batch": memory["batch"]}
+
+
+def error_of(response) -> dict:
+    """The error, once it is seen to be in OpenAI's shape, in one line, without a place in the code."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"] and "Traceback" not in response.text
+    assert "/data/users" not in response.text
+    return error
+
+
+# --- Keys -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", [None, "Bearer hn-guessed", "Basic YWxpY2U6", "Bearer", "Bearer \u00e9"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/adapters", "/v1/memories", "/metrics", "/v1/memories/status"])
+def test_without_a_key_nothing_is_told(users, path, header):
+    headers = {} if header is None else {"Authorization": header.encode("utf-8")}
+    response = users["nobody"].get(path, headers=headers)
+    assert response.status_code == 401 and response.headers["WWW-Authenticate"] == "Bearer"
+    assert error_of(response)["code"] == "invalid_api_key"
+
+
+def test_health_needs_no_key_and_names_no_user(users, alices):
+    response = users["nobody"].get("/healthz")
+    assert response.status_code == 200 and response.json()["status"] == "ok"
+
+
+@pytest.mark.parametrize("where", ["header", "body"])
+def test_key_of_one_user_does_not_name_another(users, where):
+    if where == "header":
+        response = users["bob"].get("/v1/memories", headers={"X-User": "alice"})
+    else:
+        body = {"model": "tiny:memory", "messages": QUESTION, "user": "alice"}
+        response = users["bob"].post("/v1/chat/completions", json=body)
+    assert response.status_code == 403 and error_of(response)["code"] == "other_user"
+
+
+def test_keys_file_has_no_key(tmp_path):
+    path = tmp_path / "keys.json"
+    first, second = ApiKeys(path, create=True).add("alice"), ApiKeys(path, create=True).add("bob")
+    keys = ApiKeys(path)
+    assert (keys.user_of(first), keys.user_of(second), keys.user_of(first[:-1])) == ("alice", "bob", None)
+    assert first not in path.read_text() and first[3:] not in path.read_text()
+
+
+def test_keys_file_of_another_kind_is_one_line(tmp_path):
+    path = tmp_path / "keys.json"
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="is no file of API keys. Make one: hypernet api-key USER."):
+        ApiKeys(path)
+
+
+@pytest.mark.parametrize(("host", "refused"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("::1", False)])
+def test_without_keys_only_this_machine_is_served(host, refused):
+    if refused:
+        with pytest.raises(ValueError, match="can be reached by others"):
+            check_address(host, ServerSettings())
+    else:
+        check_address(host, ServerSettings())
+
+
+def test_without_keys_another_sites_name_is_refused(random_model, tmp_path):
+    with TestClient(
+        create_app(random_model, ServerSettings(directory=str(tmp_path))), base_url="http://evil.example"
+    ) as c:
+        assert c.get("/v1/models").status_code == 400
+        assert c.get("/v1/models", headers={"Host": "127.0.0.1:8000"}).status_code == 200
+
+
+# --- What is another's ----------------------------------------------------------------------------------------------
+
+
+CALLS = [
+    ("GET", "", None),
+    ("GET", "/history", None),
+    ("PATCH", "", {"content": "It is under the mat."}),
+    ("DELETE", "", None),
+    ("POST", "/invalidate", {}),
+    ("POST", "/restore", None),
+    ("POST", "/forget", {"verify": False}),
+]
+
+
+@pytest.mark.parametrize(("method", "verb", "body"), CALLS)
+def test_memory_of_another_is_as_unknown_as_none(users, alices, method, verb, body):
+    answers = []
+    for key in (alices["memory"], f"{alices['memory']}@1", "0123456789abcdef"):
+        response = users["bob"].request(method, f"/v1/memories/{key}{verb}", json=body)
+        assert response.status_code == 404
+        answers.append(error_of(response)["message"].replace(key, "KEY"))
+    assert len(set(answers)) == 1
+    assert users["alice"].get(f"/v1/memories/{alices['memory']}").json()["text"].endswith("blue pot.")
+
+
+def test_no_filter_finds_anothers_memory(users, alices):
+    bob = users["bob"]
+    bob.post("/v1/memories", json={"content": "Bob keeps a cat."})
+    for filters in ({}, {"user_id": "alice"}, {"agent_id": "%"}, {"run_id": "' OR 1=1 --"}):
+        assert "blue pot" not in bob.get("/v1/memories", params=filters).text
+    for question in ("spare key blue pot", 'alice" OR user_id:alice', "* OR 'a'='a", "NEAR(key pot)"):
+        found = bob.post("/v1/memories/search", json={"question": question, "limit": 1000})
+        assert found.status_code == 200 and "blue pot" not in found.text
+    assert users["alice"].post("/v1/memories/search", json={"question": "spare key"}).json()["data"]
+    assert bob.post("/v1/memories/search", json={"question": "key", "user_id": "alice"}).status_code == 400
+    assert "blue pot" not in bob.get("/v1/memories/export").text
+    assert bob.get("/v1/memories/status").json()["memories"] == 1
+
+
+def test_deleting_without_a_filter_is_refused_and_reaches_own(users, alices):
+    bob = users["bob"]
+    assert bob.delete("/v1/memories").status_code == 400
+    assert bob.delete("/v1/memories", params={"user_id": "alice", "everything": "true"}).status_code == 200
+    assert bob.get("/v1/memories").json()["data"] == []
+    assert users["alice"].get(f"/v1/memories/{alices['memory']}").status_code == 200
+
+
+def test_batch_of_another_is_not_rolled_back(users, alices):
+    for version in (alices["batch"], "v1", "v999"):
+        users["bob"].post("/v1/memories/rollback", json={"version": version})
+    users["bob"].post("/v1/memories/purge", json={"key": alices["memory"]})
+    assert users["alice"].get(f"/v1/memories/{alices['memory']}").status_code == 200
+
+
+def test_derived_from_anothers_memory_is_refused(users, alices):
+    body = {"content": "A guess.", "derived_from": [f"{alices['memory']}@1"]}
+    response = users["bob"].post("/v1/memories", json=body)
+    assert response.status_code in (400, 404) and "blue" not in error_of(response)["message"]
+
+
+def test_imported_rows_become_the_importers(users, alices):
+    rows = [json.loads(line) for line in users["alice"].get("/v1/memories/export").text.splitlines()]
+    assert users["bob"].post("/v1/memories/import", json={"rows": rows}).status_code == 201
+    found = users["bob"].get("/v1/memories").json()["data"]
+    assert {row["user_id"] for row in found} == {"bob"}
+    assert users["bob"].delete(f"/v1/memories/{alices['memory']}").status_code == 200  # its own copy
+    assert users["alice"].get(f"/v1/memories/{alices['memory']}").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["ID", "PREFIX", "door.txt", "../../x", "..%2f..%2fusers", "/etc/passwd", "\x00"])
+def test_adapter_of_another_is_as_unknown_as_none(users, alices, name):
+    name = {"ID": alices["adapter"], "PREFIX": alices["adapter"][:6]}.get(name, name)
+    bob = users["bob"]
+    response = bob.post("/v1/chat/completions", json={"model": f"tiny:{name}", "messages": QUESTION})
+    assert response.status_code == 404 and "4417" not in response.text
+    assert error_of(response)["message"].startswith("You have no adapter")
+    if name.isalnum():
+        assert bob.get(f"/v1/adapters/{name}").status_code == bob.delete(f"/v1/adapters/{name}").status_code == 404
+    assert alices["adapter"] not in bob.get("/v1/adapters").text + bob.get("/v1/models").text
+
+
+def test_adapter_is_listed_used_and_deleted(users):
+    alice = users["alice"]
+    made = alice.post("/v1/adapters", json={"document": "Norbach was founded by Ilda Renwick.", "name": "norbach.txt"})
+    assert made.status_code == 201
+    key = made.json()["id"]
+    assert made.json()["model"] in [row["id"] for row in alice.get("/v1/models").json()["data"]]
+    again = alice.post("/v1/adapters", json={"document": "Norbach was founded by Ilda Renwick.", "name": "norbach.txt"})
+    assert again.json()["id"] == key
+    for name in (key, key[:8], "norbach.txt"):
+        body = {"model": f"tiny:{name}", "messages": QUESTION, "max_tokens": 3}
+        assert alice.post("/v1/chat/completions", json=body).status_code == 200
+    assert alice.delete(f"/v1/adapters/{key}").json()["deleted"]
+    assert alice.get(f"/v1/adapters/{key}").status_code == 404
+    assert alice.post("/v1/chat/completions", json=body).status_code == 404
+
+
+def test_unknown_id_takes_as_long_as_anothers(users, alices):
+    """Medians of 40 calls in turns: what is another's lies in another file, which the call does not open."""
+    seconds = {alices["memory"]: [], "0123456789abcdef": []}
+    for _ in range(40):
+        for key, found in seconds.items():
+            started = time.perf_counter()
+            users["bob"].get(f"/v1/memories/{key}")
+            found.append(time.perf_counter() - started)
+    one, other = map(statistics.median, seconds.values())
+    assert 0.5 < one / other < 2
+
+
+def test_metrics_name_routes_and_no_user(users, alices):
+    users["alice"].get(f"/v1/memories/{alices['memory']}")
+    text = users["alice"].get("/metrics").text
+    assert 'hypernet_requests_total{route="/v1/memories/{key}",status="200"}' in text
+    assert alices["memory"] not in text and "alice" not in text
+
+
+# --- Verbs ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_verb_of_a_memory_over_http(random_model, tmp_path):
+    with TestClient(
+        create_app(random_model, ServerSettings(directory=str(tmp_path))), base_url="http://127.0.0.1"
+    ) as client:
+
+        def ok(method: str, path: str = "", body=None, **params):
+            response = client.request(method, f"/v1/memories{path}", json=body, params=params)
+            assert response.status_code in (200, 201), response.text
+            return response.json()
+
+        key = {"subject": "Alice", "relation": "home"}
+        ref = ok("POST", body={"content": "Alice lives in Rome.", **key, "valid_at": "2026-01-01"})
+        ok("PATCH", f"/{ref['id']}", {"content": "Alice lives in Oslo.", "valid_at": "2026-06-01"})
+        assert ok("GET", f"/{ref['id']}", as_of="2026-02-01")["text"].endswith("Rome.")
+        assert [row["text"] for row in ok("GET", as_of="2026-07-01")["data"]] == ["Alice lives in Oslo."]
+        assert len(ok("GET", f"/{ref['id']}/history")["data"]) == 2
+        chat = ok("POST", body={"content": [{"role": "user", "content": "I play chess."}], "run_id": "r1"})
+        assert "Oslo" in ok("GET", "/profile")["text"]
+        assert ok("POST", "/write_adapters")["written"] == 3
+        answer = ok("POST", "/ask", {"question": "Where does Alice live?", "tier": "adapter", "max_tokens": 4})
+        assert answer["tier"] == "adapter" and answer["prompt_tokens"] == 0
+        assert len(ok("POST", "/explain", answer)["data"]) == len(answer["memories"])
+        assert ok("POST", "/ask", {"question": "Where does Alice live?", "tier": "token"})["prompt_tokens"] > 0
+        assert {row["tier"] for row in ok("POST", "/measure")["data"]} == {"none", "token", "adapter"}
+        assert ok("DELETE", run_id="r1")["memories"] == [chat[0]["ref"]]
+        ok("POST", f"/{chat[0]['id']}/restore")
+        ended = ok("POST", f"/{chat[0]['id']}/invalidate", {})
+        assert ok("POST", "/rollback", {"version": ended["batch"]})["memories"]
+        assert ok("POST", f"/{ref['id']}/forget", {"verify": False})
+        ok("POST", "/purge", {})
+        assert len(ok("GET", "/versions")["data"]) > 5
+        assert ok("GET", "/status")["tiers"]["token"] and ok("POST", "/verify")["damage"] == []
+
+
+# --- The page -------------------------------------------------------------------------------------------------------
+
+
+class Seen(HTMLParser):
+    """Tags with their attributes, ids that labels name, and text of table cells."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.cells: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.cells and self.tags[-1][0] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def test_page_shows_four_answers_with_their_cost(random_model, tmp_path):
+    document, question = (
+        "Fenda Elfax was taught by Orla Wint. <b>She</b> was born in Gronmaburg.",
+        "Who taught <i>her</i>?",
+    )
+    with TestClient(
+        create_app(random_model, ServerSettings(directory=str(tmp_path))), base_url="http://127.0.0.1"
+    ) as client:
+        response = client.post("/", data={"document": document, "question": question})
+        memories = client.get("/v1/memories").json()["data"]
+        (adapter,) = client.get("/v1/adapters").json()["data"]
+        body = {"model": adapter["model"], "messages": [{"role": "user", "content": question}], "max_tokens": 64}
+        answered = client.post("/v1/chat/completions", json=body).json()
+    assert response.status_code == 200 and len(memories) == 2
+    seen = Seen(response.text)
+    rows = [seen.cells[i : i + 5] for i in range(5, len(seen.cells), 5)]
+    names = ["No context", "Adapter", "Memory text in the prompt", "Whole document in the prompt"]
+    assert [row[0] for row in rows] == names
+    tokens = [int(row[2]) for row in rows]
+    assert tokens[0] == tokens[1] == answered["usage"]["prompt_tokens"] < tokens[2] <= tokens[3]
+    assert rows[1][1] == answered["choices"][0]["message"]["content"]
+    assert rows[1][4] == f"{adapter['bytes']:,}" and rows[0][4] == "0"
+    assert "<b>She" not in response.text and "<i>her" not in response.text
+
+
+def test_page_needs_no_other_host_and_names_every_field(users):
+    response = users["nobody"].get("/")
+    seen = Seen(response.text)
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert not [tag for tag, _ in seen.tags if tag in ("script", "link", "img", "iframe")]
+    assert "http" not in response.text.replace("http-equiv", "")
+    fields = {found["id"] for tag, found in seen.tags if tag in ("input", "textarea")}
+    assert fields == {found["for"] for tag, found in seen.tags if tag == "label"} == {"document", "question", "key"}
+    assert ("html", {"lang": "en"}) in seen.tags
+
+
+def test_page_refuses_a_wrong_key_and_another_sites_form(users):
+    form = {"document": "Alice's door code is 4417.", "question": "What is it?", "key": "hn-guessed"}
+    refused = users["nobody"].post("/", data=form)
+    assert refused.status_code == 401 and 'role="alert"' in refused.text
+    foreign = users["nobody"].post("/", data=form, headers={"Origin": "https://evil.example"})
+    assert foreign.status_code == 403 and "not this server" in foreign.text
+    assert users["nobody"].post("/", content=b"\xff=&" * 9).status_code == 400
+
+
+# --- Limits and malformed requests ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_oversize_body_is_refused(users, chunked):
+    body = json.dumps({"document": "x" * 60_000}).encode()
+    content = iter([body[:30_000], body[30_000:]]) if chunked else body
+    response = users["alice"].post("/v1/adapters", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413 and "at most 50,000 bytes" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"model": "gpt-4"}, 404, "There is no model 'gpt-4': name tiny, tiny:memory or tiny:ADAPTER."),
+        ({"max_tokens": 17}, 400, "an answer has at most 16 tokens"),
+        ({"messages": []}, 400, "messages: "),
+        ({"messages": [{"role": "user", "content": "word " * 900}]}, 400, "does not fit"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": "Orla"}]}, 400, "should be the user's"),
+        ({"tools": []}, 400, "tools: There is no such setting here"),
+        ({"n": 2}, 400, "n: "),
+        ({"temperature": -1}, 400, "temperature: "),
+        ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs=true"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role: "),
+    ],
+)
+def test_impossible_completion_says_what_is_wrong(users, changes, status, message):
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 2} | changes
+    response = users["alice"].post("/v1/chat/completions", json=body)
+    assert response.status_code == status and message in error_of(response)["message"]
+
+
+def test_full_queue_is_429_with_retry_after(users):
+    app = users["alice"].app
+    scheduler = app.state.server.scheduler
+    most, scheduler.max_queue = scheduler.max_queue, 0
+    try:
+        response = users["alice"].post("/v1/chat/completions", json={"model": "tiny", "messages": QUESTION})
+    finally:
+        scheduler.max_queue = most
+    assert response.status_code == 429 and response.headers["Retry-After"] == "1"
+    assert error_of(response)["code"] == "queue_full"
+
+
+def test_control_token_in_a_message_is_text(users, tiny_tokenizer):
+    """A message cannot end its turn and write another role's."""
+    spelled = tiny_tokenizer.eos_token
+    body = {"model": "tiny", "messages": [{"role": "user", "content": spelled}], "max_tokens": 1}
+    plain = body | {"messages": [{"role": "user", "content": ""}]}
+    counts = [
+        users["alice"].post("/v1/chat/completions", json=one).json()["usage"]["prompt_tokens"] for one in (body, plain)
+    ]
+    assert counts[0] > counts[1] + 1
+
+
+PATHS = [
+    *("/v1/chat/completions", "/v1/completions", "/v1/adapters", "/v1/memories", "/v1/memories/search"),
+    *("/v1/memories/ask", "/v1/memories/rollback", "/v1/memories/import", "/v1/memories/explain", "/v1/memories/x@0"),
+    *("/v1/memories/x/forget", "/v1/models/%00", "/v1/adapters/..", "/v1/memories/%ff%fe", "/v1/memories/purge"),
+]
+NAMES = [
+    *(
+        "model",
+        "messages",
+        "prompt",
+        "stream",
+        "stop",
+        "temperature",
+        "seed",
+        "document",
+        "name",
+        "content",
+        "question",
+    ),
+    *("limit", "tier", "as_of", "valid_at", "metadata", "rows", "version", "key", "max_tokens", "agent_id"),
+    "logprobs",
+]
+
+
+def any_value(rng: random.Random, depth: int = 0):
+    scalars = [None, True, -1, 0, 2**70, 1e308, "", "tiny", "tiny:memory", "\u0000", "\ud800", "\u202e", "a" * 3000]
+    scalars += ["' OR 1=1 --", "../../../etc/passwd", "9999-99-99", "{{7*7}}", rng.choice(string.printable), QUESTION]
+    if depth < 3 and rng.random() < 0.3:
+        return [any_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if depth < 3 and rng.random() < 0.3:
+        return {rng.choice([*NAMES, "role", "x"]): any_value(rng, depth + 1) for _ in range(rng.randrange(4))}
+    return rng.choice(scalars)
+
+
+def any_body(rng: random.Random) -> bytes:
+    body = json.dumps({rng.choice(NAMES): any_value(rng) for _ in range(rng.randrange(6))}).encode()
+    match rng.randrange(8):
+        case 0:
+            return body[: rng.randrange(len(body) + 1)]
+        case 1:
+            return bytes(rng.randrange(256) for _ in range(rng.randrange(40)))
+        case 2:
+            return b"[" * rng.choice([10, 20_000])
+        case 3:
+            return b'{"limit": NaN, "temperature": -Infinity}'
+    return body
+
+
+def test_malformed_requests_are_never_a_500(users):
+    rng, statuses = random.Random(5), set()
+    for _ in range(600):
+        path, method = rng.choice(PATHS), rng.choice(["POST", "POST", "POST", "GET", "PATCH", "DELETE", "PUT"])
+        headers = {"Content-Type": rng.choice(["application/json"] * 4 + ["text/plain", "multipart/form-data", "\x7f"])}
+        params = {rng.choice(NAMES): rng.choice(["", "-1", "x" * 200, "\x00", "2026"])} if rng.random() < 0.3 else None
+        content = any_body(rng)
+        response = users["bob"].request(method, path, content=content, headers=headers, params=params)
+        assert response.status_code < 500, (method, path, content, response.text)
+        statuses.add(response.status_code)
+        if response.status_code >= 400:
+            error_of(response)
+    assert {200, 400, 404, 405} <= statuses
+    assert users["bob"].get("/healthz").json()["status"] == "ok"

@@ -1,6 +1,6 @@
 """Versions: consolidated weights of one user as folders named by their content, one of which is live.
 
-versions = Versions(store.folder / "weights", Filters(user_id="alice"))
+versions = Versions.of(store.folder, Filters(user_id="alice"))
 with versions.written(manifest) as folder: ...      # all of it or nothing
 versions.judge(version, report); versions.promote(version); versions.rollback("base")
 versions.live(holds)                                # the live one, as long as everything in it holds
@@ -12,6 +12,7 @@ weights/<whose>/promotions.jsonl  append-only: what was made live, when, and whe
 A promotion is logged before it is done. Killed in between, CURRENT has not changed and counts.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,12 +21,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hypernet.io.files import replaced, sync_folder
 from hypernet.memory.store.records import Filters
 from hypernet.memory.store.times import now, to_text
 
+WEIGHTS_FOLDER = "weights"
 BASE = "base"  # the name of the base model without any version
 _MANIFEST, _FILES, _GATE, _CURRENT, _LOG = "manifest.json", "files.json", "gate.json", "CURRENT", "promotions.jsonl"
 
@@ -73,16 +75,31 @@ class Version:
 
 
 class Versions:
-    """The versions within one set of filters.
+    """The versions in one folder."""
 
-    Args:
-        folder: of all users' versions.
-        filters: whose; each set of filters has a folder of its own, so that nobody is answered from another's weights.
-    """
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def __init__(self, folder: Path, filters: Filters) -> None:
-        self.filters = filters.checked()
-        self.folder = folder / _sha256(json.dumps(self.filters._asdict(), sort_keys=True).encode())[:16]
+    @classmethod
+    def of(cls, memory: Path, filters: Filters) -> Self:
+        """Those of a memory's folder within these filters: each has its own, so that nobody is answered from another's
+        weights."""
+        whose = json.dumps(filters.checked()._asdict(), sort_keys=True)
+        return cls(memory / WEIGHTS_FOLDER / _sha256(whose.encode())[:16])
+
+    @classmethod
+    def of_all(cls, memory: Path) -> list[Self]:
+        """Those of everybody."""
+        root = memory / WEIGHTS_FOLDER
+        return [cls(path) for path in sorted(root.iterdir()) if path.is_dir()] if root.is_dir() else []
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process consolidates for these filters inside the `with` block; a killed one does not hold it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     # --- Writing ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +156,7 @@ class Versions:
         self._make_live(name, forced=False, operation="rollback")
 
     def remove(self, refs: Sequence[str]) -> list[str]:
-        """Erases every version that contains one of these memories, and what was left half done; returns their names."""
+        """Erases every version that contains one of these memories, and returns their names."""
         gone = [version.name for version in self.all() if set(refs) & set(version.manifest.contains)]
         if self.current in gone:
             self._make_live(BASE, forced=False, operation="erased")

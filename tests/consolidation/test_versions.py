@@ -32,7 +32,7 @@ def make(versions, *contains, content=b"weights", **changes):
 
 @pytest.fixture
 def versions(tmp_path):
-    return Versions(tmp_path / "weights", Filters(user_id="alice"))
+    return Versions.of(tmp_path, Filters(user_id="alice"))
 
 
 def bytes_of(folder):
@@ -101,7 +101,7 @@ def test_version_of_a_deleted_memory_answers_nothing(versions):
 
 def test_users_have_versions_of_their_own(versions, tmp_path):
     versions.promote(versions.judge(make(versions, "a@1"), PASSED))
-    bob = Versions(tmp_path / "weights", Filters(user_id="bob"))
+    bob = Versions.of(tmp_path, Filters(user_id="bob"))
     assert bob.all() == [] and bob.current == BASE
 
 
@@ -112,7 +112,7 @@ from pathlib import Path
 from tests.consolidation.test_versions import PASSED, make
 from hypernet.consolidation.versions import Versions
 from hypernet.memory.store.records import Filters
-versions = Versions(Path({folder!r}), Filters(user_id="alice"))
+versions = Versions.of(Path({folder!r}), Filters(user_id="alice"))
 print("begun", flush=True)
 for number in range(10_000):
     versions.promote(versions.judge(make(versions, f"m{{number}}@1", content=b"%d" % number * 100_000), PASSED))
@@ -121,7 +121,7 @@ for number in range(10_000):
 
 def test_killed_at_any_point_leaves_whole_versions(versions, tmp_path):
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    script = KILLED.format(root=root, folder=str(tmp_path / "weights"))
+    script = KILLED.format(root=root, folder=str(tmp_path))
     for trial in range(6):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root)
         assert process.stdout.readline() == b"begun\n"

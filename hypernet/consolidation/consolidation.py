@@ -20,7 +20,7 @@ from sqlalchemy import select
 from hypernet.consolidation.consolidator import Consolidator
 from hypernet.consolidation.gate import Asked, Exam, PromotionGate
 from hypernet.consolidation.rehearsal import SelfSynthesised
-from hypernet.consolidation.versions import Manifest, Version, Versions
+from hypernet.consolidation.versions import Manifest, Version, Versions, erase_purged
 from hypernet.consolidation.weights import Weights, installed
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.files import replaced
@@ -311,11 +311,6 @@ class Consolidation:
         return Rebuilt(live.name if live else "base", lost, time.perf_counter() - started)
 
     def purge(self) -> list[str]:
-        """`Memory.purge`, and erases every version with a memory that is deleted; returns their names."""
+        """`Memory.purge`, and erases every version with a purged memory; returns their names."""
         self.memory.purge()
-        kept = {memory.ref for memory in self.memory.store.statements(Filters())}
-        erased = []
-        for versions in Versions.of_all(self.memory.store.folder):
-            gone = {ref for version in versions.all() for ref in version.manifest.contains} - kept
-            erased += versions.remove(sorted(gone))
-        return erased
+        return erase_purged(self.memory.store)

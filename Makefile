@@ -17,7 +17,7 @@ VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo memory test check train figures needles bench clean
+.PHONY: help demo memory sleep test check train figures needles bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ demo: $(STAMP) ## turn an example document into an adapter and answer questions 
 
 memory: $(STAMP) ## one user's memory: told, asked, corrected, forgotten, and proof that it is
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) examples/memory_story.py
+
+sleep: $(STAMP) ## one night: what was told by day is in the weights in the morning, behind a gate
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) examples/sleep_story.py
 
 test: $(STAMP) ## run the tests
 	$(VENV_PYTHON) -m pytest $(TEST_ARGS)

@@ -176,10 +176,16 @@ class Consolidation:
     ) -> Version:
         live = self.live(filters)
         candidate = Weights.load(version.folder, self.model)
-        training = json.loads((version.folder / _TRAINING).read_bytes())
+        training = self.training(version)
         exam = self.exam(version.manifest, memories, filters, seconds=training["seconds"])
         report = self.gate.judge(self.model, candidate, Weights.load(live.folder, self.model) if live else None, exam)
         return versions.judge(version, {**report.as_dict(), "at": to_text(now()), "gate": type(self.gate).__name__})
+
+    @staticmethod
+    def training(version: Version) -> dict[str, Any]:
+        """seconds, flops and losses of the process that finished a version."""
+        found: dict[str, Any] = json.loads((version.folder / _TRAINING).read_bytes())
+        return found
 
     def exam(self, manifest: Manifest, memories: Sequence[MemoryVersion], filters: Filters, *, seconds: float) -> Exam:
         """What the gate asks: held-out wordings alone."""

@@ -42,7 +42,7 @@ shutil.rmtree(FOLDER, ignore_errors=True)
 memory = Memory.open(FOLDER, model="assets/tiny")
 consolidation = Consolidation(
     memory,
-    consolidator=Consolidator(rehearsal=SelfSynthesised(number=48), steps=25, batch_size=16, rehearsal_size=12),
+    consolidator=Consolidator(rehearsal=SelfSynthesised(number=64), steps=25),
 )
 sleep = Sleep(consolidation)
 

@@ -6,9 +6,10 @@ objectives  one night by each objective, from nothing and from the generated ada
 rehearsal   one night without rehearsal, with what the model writes itself, and with given questions
 tiers       the same facts from the prompt, from adapters, from weights, the others switched off
 
-A fact is a sentence of the encyclopedia's test split that the base model cannot know; it is asked about in the
-encyclopedia's own wordings, the training in `hypernet.consolidation.questions`' templates. Controls: the base model
-before, and the weights of a user who was told another's facts.
+A fact is a sentence of the encyclopedia's test split that the base model cannot know. Of the four wordings in which the
+encyclopedia asks for it the first two and the templates of `hypernet.consolidation.questions` are trained on, the third
+is the gate's, and by the fourth the figures are measured, against the truth. Controls: the base model before, and the
+weights of a user who was told another's facts.
 """
 
 import random
@@ -23,6 +24,8 @@ from hydra.utils import instantiate
 from benchmarks.measuring.rows import Row, show_and_write
 from hypernet.cli.scripts import Script, plain
 from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
+from hypernet.consolidation.questions import Templates
+from hypernet.memory.store.records import MemoryVersion
 
 PARTS = ("nights", "poison", "objectives", "rehearsal", "tiers")
 
@@ -35,6 +38,23 @@ class Told(NamedTuple):
     relation: str
     question: str
     answer: str
+
+
+class Wordings(Templates):
+    """The encyclopedia's own questions on a relation: two are trained on with the templates, the third is held out."""
+
+    def training(self, memory: MemoryVersion) -> list[str]:
+        return [*super().training(memory), *_forms(memory)[:2]]
+
+    def held_out(self, memory: MemoryVersion) -> list[str]:
+        return _forms(memory)[2:3]
+
+
+def _forms(memory: MemoryVersion) -> list[str]:
+    from hypernet.data.encyclopedia import relations
+
+    found = [relation.questions for relation in relations() if relation.name == memory.relation]
+    return [form.format(n=memory.subject) for forms in found for form in forms]
 
 
 class NightsSettings(Settings):
@@ -73,11 +93,10 @@ def facts(seed: int, number: int) -> list[Told]:
                 if question.text.startswith(before) and question.text.endswith(after)
             ]
             holding = [text for text in record.sentences if question.answer in text and names[0] in text]
-            # The gate's wording is held out from training; asking it here again would be the same question.
-            held = question.text.startswith(f"What is the {question.group.replace('_', ' ')} of ")
-            if len(holding) == 1 and (names[0], question.group) not in keys and not held and len(found) < number:
+            if len(holding) == 1 and (names[0], question.group) not in keys and len(found) < number:
                 keys.add((names[0], question.group))
-                found.append(Told(holding[0], names[0], question.group, question.text, question.answer))
+                asked = forms[question.group][3].format(n=names[0])
+                found.append(Told(holding[0], names[0], question.group, asked, question.answer))
     return found
 
 
@@ -106,7 +125,7 @@ class House:
         texts = [Encyclopedia("validation", seed=seed).record(f"local/{place}").document for place in range(4)]
         self.own = Consolidation(
             self.memory,
-            consolidator=Consolidator(**given, **numbers, seed=seed),
+            consolidator=Consolidator(**given, **numbers, questions=Wordings(), seed=seed),
             gate=gate or instantiate(cfg.gate),
             start=start,
             background=[question.text for question in self.background],

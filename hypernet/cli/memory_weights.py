@@ -28,7 +28,7 @@ Rank = Annotated[int, typer.Option(help="Of the LoRA.", min=1)]
 ObjectiveOption = Annotated[str, typer.Option("--objective", help="kl, sft, on-policy or deep.")]
 RehearsalOption = Annotated[str, typer.Option("--rehearsal", help="self (written by the model) or none.")]
 Steps = Annotated[int, typer.Option(help="Of training.", min=1)]
-Lr = Annotated[float, typer.Option(help="Peak learning rate; default 0.005 for lora, else 0.0007.", show_default=False)]
+Lr = Annotated[float, typer.Option(help="Peak learning rate; default 0.003 for lora, else 0.0007.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
 Start = Annotated[str, typer.Option(help="The first version starts from nothing or from adapters.")]
 Gate = Annotated[
@@ -55,7 +55,7 @@ def consolidate(
     rank: Rank = 16,
     objective: ObjectiveOption = "kl",
     rehearsal: RehearsalOption = "self",
-    steps: Steps = 40,
+    steps: Steps = 30,
     lr: Lr = 0.0,
     seed: Seed = 0,
     start: Start = "nothing",
@@ -127,7 +127,7 @@ def sleep(
     rank: Rank = 16,
     objective: ObjectiveOption = "kl",
     rehearsal: RehearsalOption = "self",
-    steps: Steps = 40,
+    steps: Steps = 30,
     lr: Lr = 0.0,
     seed: Seed = 0,
     start: Start = "nothing",
@@ -215,7 +215,7 @@ def _consolidation(
     rank: int = 16,
     objective: str = "kl",
     rehearsal: str = "self",
-    steps: int = 40,
+    steps: int = 30,
     lr: float = 0.0,
     seed: int = 0,
     start: str = "nothing",
@@ -248,7 +248,7 @@ def _consolidation(
         objective=learned[objective],
         rehearsal=rehearsing.SelfSynthesised() if rehearsal == "self" else rehearsing.NoRehearsal(),
         steps=steps,
-        lr=lr or (5e-3 if moves == "lora" else 7e-4),
+        lr=lr or (3e-3 if moves == "lora" else 7e-4),
         seed=seed,
     )
     judge = PromotionGate(**thresholds)

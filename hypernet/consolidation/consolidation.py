@@ -21,7 +21,7 @@ from hypernet.consolidation.consolidator import Consolidator
 from hypernet.consolidation.gate import Asked, Exam, PromotionGate
 from hypernet.consolidation.rehearsal import SelfSynthesised
 from hypernet.consolidation.versions import Manifest, Version, Versions, erase_purged
-from hypernet.consolidation.weights import Weights, installed
+from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.files import replaced
 from hypernet.memory.ask import Answer, MemoryQuestion
@@ -33,7 +33,7 @@ from hypernet.memory.store.times import now, to_text
 from hypernet.text.matching import exact_match
 
 STARTS = ("adapters", "nothing")
-TIERS = ("weights", "weights+adapter")
+WEIGHT_TIERS = ("weights", "weights+adapter")
 _TRAINING, _HANDED_OVER = "training.json", "handed_over.json"
 _MOST_OTHERS = 64  # of other users' memories and of deleted ones in an exam
 
@@ -76,7 +76,7 @@ class Consolidation:
         self.memory, self.start = memory, start
         self.consolidator, self.gate = consolidator or Consolidator(), gate or PromotionGate()
         self.background, self.texts = background, tuple(texts)
-        self._loaded: tuple[str, Weights] | None = None
+        self._loaded: tuple[str, MovedWeights] | None = None
 
     @property
     def model(self) -> DocToLoRA:
@@ -158,9 +158,9 @@ class Consolidation:
         )
         return manifest, memories
 
-    def _start(self, filters: Filters, manifest: Manifest) -> Weights | None:
+    def _start(self, filters: Filters, manifest: Manifest) -> MovedWeights | None:
         if manifest.parent is not None:
-            return Weights.load(self.versions(filters).get(manifest.parent).folder, self.model)
+            return MovedWeights.load(self.versions(filters).get(manifest.parent).folder, self.model)
         if manifest.generator is None:
             return None
         self.memory.bank.write(filters)
@@ -169,16 +169,18 @@ class Consolidation:
         if held.adapter is None or not wanted:
             return None
         chunks = np.flatnonzero(np.isin(held.owner, sorted(wanted))).tolist()
-        return Weights.of_adapter(self.model.base_model, held.adapter.of_chunks(chunks).fused())
+        return MovedWeights.of_adapter(self.model.base_model, held.adapter.of_chunks(chunks).fused())
 
     def _judged(
         self, versions: Versions, version: Version, memories: Sequence[MemoryVersion], filters: Filters
     ) -> Version:
         live = self.live(filters)
-        candidate = Weights.load(version.folder, self.model)
+        candidate = MovedWeights.load(version.folder, self.model)
         training = self.training(version)
         exam = self.exam(version.manifest, memories, filters, seconds=training["seconds"])
-        report = self.gate.judge(self.model, candidate, Weights.load(live.folder, self.model) if live else None, exam)
+        report = self.gate.judge(
+            self.model, candidate, MovedWeights.load(live.folder, self.model) if live else None, exam
+        )
         return versions.judge(version, {**report.as_dict(), "at": to_text(now()), "gate": type(self.gate).__name__})
 
     @staticmethod
@@ -282,8 +284,8 @@ class Consolidation:
         Raises:
             ValueError: an unknown tier; or as `Memory.ask`.
         """
-        if tier not in TIERS:
-            raise ValueError(f"Unknown tier {tier!r}: choose {' or '.join(TIERS)}.")
+        if tier not in WEIGHT_TIERS:
+            raise ValueError(f"Unknown tier {tier!r}: choose {' or '.join(WEIGHT_TIERS)}.")
         live = self.live(filters)
         hidden = frozenset(self.handed_over(filters))
         asked = [MemoryQuestion(text, filters, hidden=hidden) for text in questions]
@@ -292,9 +294,9 @@ class Consolidation:
             answers = self.memory.asker.ask(asked, tier="adapter" if tier != "weights" and waiting else "none")
         return [replace(answer, tier=tier, reason=live.name if live else "base") for answer in answers]
 
-    def _weights(self, version: Version) -> Weights:
+    def _weights(self, version: Version) -> MovedWeights:
         if self._loaded is None or self._loaded[0] != version.name:
-            self._loaded = version.name, Weights.load(version.folder, self.model)
+            self._loaded = version.name, MovedWeights.load(version.folder, self.model)
         return self._loaded[1]
 
     # --- Forgetting -------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from hypernet.base.generation import decode_answer, end_ids, generate_ids
 from hypernet.base.packed_rows import PackedRows, Segment, pack_row, pad_rows
 from hypernet.base.targets import find_blocks
 from hypernet.consolidation.moves import LowRank, Moves, settings_of
-from hypernet.consolidation.objectives import AnswerTokens, Objective, TeacherKL, kl
+from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
 from hypernet.consolidation.questions import QuestionWriter, Templates
 from hypernet.consolidation.rehearsal import Rehearsal, SelfSynthesised
-from hypernet.consolidation.weights import Weights, installed
+from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.files import replaced, save_tensors
 from hypernet.memory.store.records import MemoryVersion
@@ -51,7 +51,7 @@ class Trained:
     """losses: of each step that this process made. flops: counted as 2 forward and 6 for training, a parameter and
     token. lessons: on the memories, with those rehearsed behind them."""
 
-    weights: Weights
+    weights: MovedWeights
     losses: list[float]
     seconds: float
     flops: float
@@ -80,10 +80,10 @@ class Consolidator:
         objective: Objective | None = None,
         rehearsal: Rehearsal | None = None,
         questions: QuestionWriter | None = None,
-        steps: int = 40,
-        batch_size: int = 32,
-        rehearsal_size: int = 16,
-        lr: float = 5e-3,
+        steps: int = 30,
+        batch_size: int = 16,
+        rehearsal_size: int = 24,
+        lr: float = 3e-3,
         seed: int = 0,
         checkpoint_steps: int = 10,
     ) -> None:
@@ -113,7 +113,7 @@ class Consolidator:
         model: DocToLoRA,
         memories: Sequence[MemoryVersion],
         *,
-        start: Weights | None = None,
+        start: MovedWeights | None = None,
         checkpoint: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Trained:
@@ -179,7 +179,7 @@ class Consolidator:
         student_rows = _rows(model, lessons, with_documents=False)
         student = _forward(model, moved, student_rows, self.objective.needs_hidden)
         targets = student_rows.targets()[student_rows.target_kind >= 0]
-        loss = self.objective(AnswerTokens(student.logits, teacher.logits, targets, student.hidden, teacher.hidden))
+        loss = self.objective(DistilledTokens(student.logits, teacher.logits, targets, student.hidden, teacher.hidden))
         tokens[0] += teacher.num_tokens
         tokens[1] += student.num_tokens
         if again:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hypernet.consolidation.objectives import kl
-from hypernet.consolidation.weights import Weights, installed
+from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.text.matching import exact_match
 
@@ -118,7 +118,7 @@ class PromotionGate:
             **{"in_context": min_in_context, "locality": max_kl, "absent": max_leak, "cost": max_seconds},
         }
 
-    def judge(self, model: DocToLoRA, candidate: Weights, live: Weights | None, exam: Exam) -> GateReport:
+    def judge(self, model: DocToLoRA, candidate: MovedWeights, live: MovedWeights | None, exam: Exam) -> GateReport:
         """Asks both and compares.
 
         Args:
@@ -183,7 +183,7 @@ def _right(model: DocToLoRA, asked: Sequence[Asked], *, with_documents: bool) ->
 
 
 @torch.no_grad()
-def _distance(model: DocToLoRA, candidate: Weights, texts: Sequence[str]) -> float:
+def _distance(model: DocToLoRA, candidate: MovedWeights, texts: Sequence[str]) -> float:
     """KL(base ‖ candidate), the mean over the tokens of all texts."""
     total = tokens = 0.0
     model.injector.clear()
@@ -197,7 +197,7 @@ def _distance(model: DocToLoRA, candidate: Weights, texts: Sequence[str]) -> flo
     return total / tokens
 
 
-def _leak(model: DocToLoRA, candidate: Weights, deleted: Sequence[Asked]) -> float:
+def _leak(model: DocToLoRA, candidate: MovedWeights, deleted: Sequence[Asked]) -> float:
     """How much likelier the candidate finds deleted answers than the base model does, the worst, in nats."""
     asked = _with_answers(model, deleted)
     questions, answers = [one.question for one in asked], [str(one.answer) for one in asked]

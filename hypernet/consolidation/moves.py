@@ -3,7 +3,7 @@
 moves = LowRank(rank=16)
 parameters = moves.start(base_model, None, seed=0)        # named leaves to be trained
 moves.tensors(base_model, parameters)                      # the weights they make, differentiable
-moves.result(model, parameters).save(folder, model)        # `Weights`
+moves.result(model, parameters).save(folder, model)        # `MovedWeights`
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from hypernet.adapters.adapter import LoRAAdapter, new_provenance
 from hypernet.adapters.composition import compress
 from hypernet.base.targets import find_blocks, find_targets
-from hypernet.consolidation.weights import Weights
+from hypernet.consolidation.weights import MovedWeights
 from hypernet.doc_to_lora import DocToLoRA
 
 ATTENTION_AND_MLP = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -26,7 +26,7 @@ class Moves(Protocol):
 
     takes_adapters: bool
 
-    def start(self, model: DocToLoRA, weights: Weights | None, *, seed: int) -> dict[str, Tensor]:
+    def start(self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int) -> dict[str, Tensor]:
         """The leaves to be trained, at what `weights` holds; None: the base model's own."""
         ...
 
@@ -34,7 +34,7 @@ class Moves(Protocol):
         """Parameter name of the base model → its value."""
         ...
 
-    def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> Weights: ...
+    def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> MovedWeights: ...
 
 
 class LowRank:
@@ -55,7 +55,7 @@ class LowRank:
             raise ValueError(f"rank is {rank}. Give at least 1.")
         self.rank, self.target_modules = rank, tuple(target_modules)
 
-    def start(self, model: DocToLoRA, weights: Weights | None, *, seed: int) -> dict[str, Tensor]:
+    def start(self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int) -> dict[str, Tensor]:
         given = {} if weights is None or weights.adapter is None else self._by_path(weights.adapter)
         generator = torch.Generator().manual_seed(seed)
         parameters = {}
@@ -90,7 +90,7 @@ class LowRank:
             for path in (name.removesuffix(".A") for name in parameters if name.endswith(".A"))
         }
 
-    def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> Weights:
+    def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> MovedWeights:
         targets = find_targets(model.base_model, self.target_modules)
         blocks: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "bias_A": {}, "bias_B": {}}
         for target in targets:
@@ -110,7 +110,7 @@ class LowRank:
         provenance["operations"] = [{"operation": "fused"}]
         # The date would make the same weights another version.
         adapter = LoRAAdapter(targets=tuple(targets), scaling=1.0, provenance={**provenance, "created": ""}, **blocks)
-        return Weights.of_adapter(model.base_model, adapter.to(model.device))
+        return MovedWeights.of_adapter(model.base_model, adapter.to(model.device))
 
 
 class _Whole:
@@ -121,7 +121,7 @@ class _Whole:
     def names(self, model: DocToLoRA) -> list[str]:
         raise NotImplementedError
 
-    def start(self, model: DocToLoRA, weights: Weights | None, *, seed: int) -> dict[str, Tensor]:
+    def start(self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int) -> dict[str, Tensor]:
         given: Mapping[str, Tensor] = {} if weights is None else weights.tensors
         names = self.names(model)
         return {name: _value(model, name, given).clone().requires_grad_() for name in names}
@@ -129,8 +129,8 @@ class _Whole:
     def tensors(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(parameters)
 
-    def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> Weights:
-        return Weights({name: tensor.detach().clone() for name, tensor in parameters.items()})
+    def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> MovedWeights:
+        return MovedWeights({name: tensor.detach().clone() for name, tensor in parameters.items()})
 
 
 class Everything(_Whole):
@@ -181,7 +181,7 @@ class ChosenRows:
             raise ValueError(f"Rows are chosen by random or norm, not {by!r}.")
         self.num_rows, self.by, self.module = num_rows, by, module
 
-    def start(self, model: DocToLoRA, weights: Weights | None, *, seed: int) -> dict[str, Tensor]:
+    def start(self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int) -> dict[str, Tensor]:
         given: Mapping[str, Tensor] = {} if weights is None else weights.tensors
         parameters: dict[str, Tensor] = {}
         self._seed = seed
@@ -209,8 +209,8 @@ class ChosenRows:
             for name, columns in parameters.items()
         }
 
-    def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> Weights:
-        return Weights({name: tensor.detach() for name, tensor in self.tensors(model, parameters).items()})
+    def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> MovedWeights:
+        return MovedWeights({name: tensor.detach() for name, tensor in self.tensors(model, parameters).items()})
 
 
 def _value(model: DocToLoRA, name: str, given: Mapping[str, Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """What the student, which sees no memory, learns from the teacher, the frozen base model with the memory in its prompt.
 
-loss = TeacherKL()(AnswerTokens(student=..., teacher=..., targets=...))       # a mean over answer tokens, in nats
+loss = TeacherKL()(DistilledTokens(student=..., teacher=..., targets=...))       # a mean over answer tokens, in nats
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AnswerTokens:
+class DistilledTokens:
     """The answer tokens of a batch, [N] of them.
 
     Attributes:
@@ -32,7 +32,7 @@ class Objective(Protocol):
     on_policy: bool
     needs_hidden: bool
 
-    def __call__(self, tokens: AnswerTokens) -> Tensor: ...
+    def __call__(self, tokens: DistilledTokens) -> Tensor: ...
 
 
 class Supervised:
@@ -40,7 +40,7 @@ class Supervised:
 
     on_policy = needs_hidden = False
 
-    def __call__(self, tokens: AnswerTokens) -> Tensor:
+    def __call__(self, tokens: DistilledTokens) -> Tensor:
         return torch.nn.functional.cross_entropy(tokens.student, tokens.targets)
 
 
@@ -52,7 +52,7 @@ class TeacherKL:
 
     on_policy = needs_hidden = False
 
-    def __call__(self, tokens: AnswerTokens) -> Tensor:
+    def __call__(self, tokens: DistilledTokens) -> Tensor:
         return kl(tokens.teacher, tokens.student)
 
 
@@ -64,7 +64,7 @@ class OnPolicy:
 
     on_policy, needs_hidden = True, False
 
-    def __call__(self, tokens: AnswerTokens) -> Tensor:
+    def __call__(self, tokens: DistilledTokens) -> Tensor:
         return kl(tokens.student, tokens.teacher)
 
 
@@ -88,7 +88,7 @@ class Deep:
             raise ValueError(f"weight is {weight}. Give a number from 0 on.")
         self.weight = weight
 
-    def __call__(self, tokens: AnswerTokens) -> Tensor:
+    def __call__(self, tokens: DistilledTokens) -> Tensor:
         assert tokens.student_hidden is not None and tokens.teacher_hidden is not None
         difference = (tokens.student_hidden - tokens.teacher_hidden).square().sum((1, 2))
         relative = difference / tokens.teacher_hidden.square().sum((1, 2))

@@ -1,4 +1,4 @@
-"""Weights: what a version changes in the base model, as an adapter or as whole tensors; put in and taken out again.
+"""MovedWeights: what a version changes in the base model, as an adapter or as whole tensors; put in and taken out again.
 
 with installed(base_model, weights.tensors):      # afterwards the base model's own tensors, the same bytes
     model.generate(["Who taught Fenda Elfax?"])
@@ -22,7 +22,7 @@ _ADAPTER, _MERGED = "adapter", "base_model"
 
 
 @dataclass(frozen=True)
-class Weights:
+class MovedWeights:
     """tensors: parameter name → its value, of those that change alone. adapter: that they come from, if they do."""
 
     tensors: Mapping[str, Tensor]

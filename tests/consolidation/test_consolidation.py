@@ -117,7 +117,7 @@ def test_forgotten_memory_is_rebuilt_without(memory):
     assert own.purge() == [with_both.name] and not with_both.folder.exists() and own.live(ALICE).name == live.name
 
 
-def test_corrected_memory_is_answered_by_no_version_with_the_old_one(memory):
+def test_version_with_a_corrected_memory_answers_nothing(memory):
     own = consolidation_of(memory)
     own.promote(own.consolidate(ALICE).name, ALICE)
     memory.update(memory.refs[0].split("@")[0], "Jorun Pell taught Fenda.")

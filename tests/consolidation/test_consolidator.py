@@ -8,7 +8,7 @@ from hypernet.consolidation.moves import ChosenRows, Everything, LowRank, UpperB
 from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL
 from hypernet.consolidation.questions import Templates
 from hypernet.consolidation.rehearsal import NoRehearsal, Replay, SelfSynthesised
-from hypernet.consolidation.weights import Weights, installed
+from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.memory.memory import Memory
 
 FACTS = (("Fenda", "teacher", "Orla Wint taught Fenda."), ("Norbach", "river", "Norbach lies on the Palno."))
@@ -53,7 +53,7 @@ def test_result_comes_back_from_disk_to_the_bit(model, memories, tmp_path, moves
     folder = tmp_path / "version"
     folder.mkdir()
     trained.weights.save(folder, model)
-    again = Weights.load(folder, model)
+    again = MovedWeights.load(folder, model)
     own = dict(model.base_model.named_parameters())
     changed = {name: t for name, t in trained.weights.tensors.items() if not torch.equal(t, own[name])}
     assert set(again.tensors) >= set(changed) and changed
@@ -113,9 +113,9 @@ def test_teacher_has_the_memory_and_the_student_has_not(model):
 def test_low_rank_starts_from_generated_adapters(model):
     adapter = model.internalize(["Orla Wint taught Fenda."]).fused()
     moves = LowRank(rank=adapter.rank, target_modules=["down_proj"])
-    parameters = moves.start(model, Weights.of_adapter(model.base_model, adapter), seed=0)
+    parameters = moves.start(model, MovedWeights.of_adapter(model.base_model, adapter), seed=0)
     tensors = moves.tensors(model, parameters)
-    for name, tensor in Weights.of_adapter(model.base_model, adapter).tensors.items():
+    for name, tensor in MovedWeights.of_adapter(model.base_model, adapter).tensors.items():
         assert torch.allclose(tensors[name], tensor, atol=1e-5)
 
 

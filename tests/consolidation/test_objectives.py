@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hypernet.consolidation.objectives import AnswerTokens, Deep, OnPolicy, Supervised, TeacherKL
+from hypernet.consolidation.objectives import DistilledTokens, Deep, OnPolicy, Supervised, TeacherKL
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def tokens():
     torch.manual_seed(3)
     student = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     hidden = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    return AnswerTokens(
+    return DistilledTokens(
         student=student,
         teacher=torch.randn(3, 7, dtype=torch.float64),
         targets=torch.tensor([6, 0, 2]),
@@ -72,7 +72,7 @@ def test_objective_is_its_formula_and_gradient(tokens, objective):
 
 
 def test_objective_without_a_difference_is_zero(tokens):
-    same = AnswerTokens(tokens.student, tokens.student, tokens.targets, tokens.student_hidden, tokens.student_hidden)
+    same = DistilledTokens(tokens.student, tokens.student, tokens.targets, tokens.student_hidden, tokens.student_hidden)
     assert [objective(same).item() for objective in (TeacherKL(), OnPolicy(), Deep())] == [0, 0, 0]
 
 

@@ -30,7 +30,11 @@ LAYERS = (
     "cli",
 )
 # Further back than their place in the order says.
-NEVER = {"model": {"data"}, "adapters": {"data"}, "data": {"model", "adapters", "interop", "doc_to_lora", "memory", "consolidation"}}
+NEVER = {
+    "model": {"data"},
+    "adapters": {"data"},
+    "data": {"model", "adapters", "interop", "doc_to_lora", "memory", "consolidation"},
+}
 MOST_MODULES = 11  # in one folder; more, and a stranger reads a list instead of names
 LIGHTNING = {
     "hypernet.data.datamodule",

@@ -203,7 +203,7 @@ def _cadence(name: str) -> "Cadence":
     from hypernet.consolidation import cadence
 
     _chosen("--cadence", name, _CADENCES)
-    made = (cadence.EveryN(), cadence.Calendar(), cadence.Pressure(), cadence.Economic())
+    made: tuple[Cadence, ...] = (cadence.EveryN(), cadence.Calendar(), cadence.Pressure(), cadence.Economic())
     return dict(zip(_CADENCES, made, strict=True))[name]
 
 

@@ -125,7 +125,12 @@ class Consolidation:
             if version is None:
                 weights = self._start(filters, manifest)
                 trained = self.consolidator.train(
-                    self.model, memories, start=weights, checkpoint=checkpoint, progress=progress
+                    self.model,
+                    memories,
+                    num_new=len(manifest.new),
+                    start=weights,
+                    checkpoint=checkpoint,
+                    progress=progress,
                 )
                 with versions.written(manifest) as folder:
                     trained.weights.save(folder, self.model)

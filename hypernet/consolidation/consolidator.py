@@ -113,6 +113,7 @@ class Consolidator:
         model: DocToLoRA,
         memories: Sequence[MemoryVersion],
         *,
+        num_new: int | None = None,
         start: MovedWeights | None = None,
         checkpoint: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -120,6 +121,7 @@ class Consolidator:
         """The base model's weights with the memories in them.
 
         Args:
+            num_new: the last ones, which `start` lacks: two thirds of each step's questions are on them; None: all.
             start: weights to start from; None: the base model's.
             checkpoint: a file to go on from; it is left for the caller to remove.
             progress: called with (steps done, steps altogether).
@@ -128,7 +130,8 @@ class Consolidator:
             ValueError: there is nothing to ask about the memories.
         """
         started = time.perf_counter()
-        own = self.lessons(model, memories)
+        num_old = 0 if num_new is None else len(memories) - num_new
+        old, own = self.lessons(model, memories[:num_old]), self.lessons(model, memories[num_old:])
         if not own:
             raise ValueError(
                 "None of these memories can be asked about: they have no subject and relation. Add them with both, or "
@@ -141,7 +144,8 @@ class Consolidator:
         losses, tokens = [], [0, 0]
         for step in range(first, self.steps):
             rng = random.Random(f"{self.seed}/{step}")
-            lessons = rng.sample(own, min(self.batch_size, len(own)))
+            size_old = min(self.batch_size // 3, len(old))
+            lessons = rng.sample(old, size_old) + rng.sample(own, min(self.batch_size - size_old, len(own)))
             again = rng.sample(rehearsed, min(self.rehearsal_size, len(rehearsed)))
             warm = min(1.0, (step + 1) / max(1, self.steps // 10))
             for group in optimizer.param_groups:
@@ -159,7 +163,7 @@ class Consolidator:
         with torch.no_grad():
             weights = self.moves.result(model, parameters)
         flops = float(size * (2 * tokens[0] + 6 * tokens[1]))
-        return Trained(weights, losses, time.perf_counter() - started, flops, own + rehearsed)
+        return Trained(weights, losses, time.perf_counter() - started, flops, old + own + rehearsed)
 
     def _loss(
         self,

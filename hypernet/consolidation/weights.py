@@ -1,4 +1,4 @@
-"""MovedWeights: what a version changes in the base model, as an adapter or as whole tensors; put in and taken out again.
+"""MovedWeights: what a version changes in the base model, as an adapter or as whole tensors; put in and taken out.
 
 with installed(base_model, weights.tensors):      # afterwards the base model's own tensors, the same bytes
     model.generate(["Who taught Fenda Elfax?"])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hypernet.consolidation.objectives import DistilledTokens, Deep, OnPolicy, Supervised, TeacherKL
+from hypernet.consolidation.objectives import Deep, DistilledTokens, OnPolicy, Supervised, TeacherKL
 
 
 @pytest.fixture

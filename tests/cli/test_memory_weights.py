@@ -15,7 +15,8 @@ def run(tmp_path, capsys, make_doc_to_lora):
     """run("sleep", ...) is exit status and what was printed, as JSON where --json is given; then errors."""
     make_doc_to_lora(bias_block=False).save_pretrained(tmp_path / "model")
     (tmp_path / "yes.yaml").write_text(
-        "min_recall: 0\nmin_gain: -1\nmin_kept: 0\nmin_background: 0\nmin_in_context: 0\nmax_kl: 1000000\nmax_leak: 1000000\n"
+        "min_recall: 0\nmin_gain: -1\nmin_kept: 0\nmin_background: 0\nmin_in_context: 0\n"
+        "max_kl: 1000000\nmax_leak: 1000000\n"
     )
     (tmp_path / "no.yaml").write_text("min_recall: 2\n")
 

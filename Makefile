@@ -18,7 +18,7 @@ VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo memory serve test check train figures needles bench clean
+.PHONY: help demo memory sleep serve test check train figures needles bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,9 @@ demo: $(STAMP) ## turn an example document into an adapter and answer questions 
 
 memory: $(STAMP) ## one user's memory: told, asked, corrected, forgotten, and proof that it is
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) examples/memory_story.py
+
+sleep: $(STAMP) ## one night: what was told by day is in the weights in the morning, behind a gate
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) examples/sleep_story.py
 
 serve: $(STAMP) ## serve the shipped model at http://127.0.0.1:8000; settings: SERVE_ARGS="--port 8001 ..."
 	$(VENV_PYTHON) -m hypernet serve $(SERVE_ARGS)

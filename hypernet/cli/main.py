@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from hypernet import __version__
-from hypernet.cli import base_model, checkpoint, library, memory, self_study, serve
+from hypernet.cli import base_model, checkpoint, library, self_study, serve
 from hypernet.cli.errors import INTERRUPTED, one_line, one_line_warnings
+from hypernet.cli.memory import texts as memory
 from hypernet.text.cleaning import escaped
 
 app = typer.Typer(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hypernet.cli import memory_tiers
-from hypernet.cli.memory_tiers import UNFINISHED, Agent, AsOf, KnownAt, Reason, Run, User, instant, text_or_nothing
+from hypernet.cli.memory import tiers as of_tiers
+from hypernet.cli.memory import weights as of_weights
+from hypernet.cli.memory.tiers import UNFINISHED, Agent, AsOf, KnownAt, Reason, Run, User, instant, text_or_nothing
 from hypernet.text.cleaning import escaped
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ app = typer.Typer(
     hypernet.Memory.
 
     Exit status: 0 done, 1 an error, no hit of search or damage that verify
-    found, 2 a wrong option, 3 work is stale or unfinished, such as adapters to
-    be written.
+    found, 2 a wrong option or weights that the gate refused, 3 work is stale or
+    unfinished, such as adapters to be written.
 
     \b
     hypernet memory add "Orla Wint taught Fenda Elfax." --user alice
@@ -40,7 +41,8 @@ app = typer.Typer(
     """,
 )
 
-memory_tiers.add_to(app)
+of_tiers.add_to(app)
+of_weights.add_to(app)
 
 
 def _days(option: typer.CallbackParam, value: float) -> float:
@@ -317,8 +319,11 @@ def purge(
     hypernet memory purge
     hypernet memory purge --user alice
     """
+    from hypernet.consolidation.versions import erase_purged
+
     with _memory(directory) as memory:
         batch = memory.purge(key, user_id=user, agent_id=agent, run_id=run)
+        erase_purged(memory.store)
     _print_batch(batch, as_json)
     if not batch.finished:
         typer.echo("Another process is reading: run hypernet memory verify when it is done.", err=True)
@@ -326,29 +331,44 @@ def purge(
 
 
 @app.command()
-def versions(directory: _Directory = _DIRECTORY, as_json: _Json = False) -> None:
-    """List the batches, the oldest first.
+def versions(
+    weights: Annotated[bool, typer.Option("--weights", help="The versions of consolidated weights instead.")] = False,
+    user: User = None,
+    agent: Agent = None,
+    run: Run = None,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
+) -> None:
+    """List the batches, the oldest first; or the versions of somebody's weights.
 
     \b
     hypernet memory versions
+    hypernet memory versions --weights --user alice
     """
     with _memory(directory) as memory:
-        found = memory.versions()
+        found = of_weights.listed(memory, user, agent, run) if weights else memory.versions()
     _print_rows(found, as_json)
 
 
 @app.command()
 def rollback(
-    version: Annotated[str, typer.Argument(help="A batch such as v3.", show_default=False)],
+    version: Annotated[str, typer.Argument(help="A batch such as v3, or weights: w-..., base.", show_default=False)],
+    user: User = None,
+    agent: Agent = None,
+    run: Run = None,
     directory: _Directory = _DIRECTORY,
     as_json: _Json = False,
 ) -> None:
-    """Take a batch back, as if it had never been.
+    """Take a batch back, as if it had never been; or let weights that were live before answer again.
 
     \b
     hypernet memory rollback v3
+    hypernet memory rollback base --user alice
     """
     with _memory(directory) as memory:
+        if version.startswith("w-") or version == "base":
+            typer.echo(of_weights.rolled_back(memory, version, user, agent, run))
+            return
         batch = memory.rollback(version)
     _print_batch(batch, as_json)
 
@@ -373,7 +393,7 @@ def status(
     else:
         lines = [f"{name:14}{value}" for name, value in found.items() if name not in ("is_unfinished", "tiers")]
         lines.append(f"{'unfinished':14}{'yes, run verify' if found['is_unfinished'] else 'no'}")
-        typer.echo("\n".join([*lines, *memory_tiers.tiers_table(found["tiers"])]))
+        typer.echo("\n".join([*lines, *of_tiers.tiers_table(found["tiers"])]))
     has_adapters = adapter["memories"] or adapter["stale"]
     if found["is_unfinished"] or (has_adapters and (adapter["missing"] or adapter["stale"])):
         raise typer.Exit(UNFINISHED)

@@ -45,7 +45,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for pro
 AsOf = Annotated[str | None, typer.Option(help="What held then; ISO 8601, default now.", **_Instant)]
 KnownAt = Annotated[str | None, typer.Option(help="As it was known then; default now.", **_Instant)]
 Checkpoint = Annotated[str, typer.Option("--model", help="Checkpoint: a folder, or hub:owner/repository/name.")]
-Tier = Annotated[str, typer.Option(help="auto, token (in the prompt), adapter or none.")]
+Tier = Annotated[str, typer.Option(help="auto, token (in the prompt), adapter, weights, weights+adapter or none.")]
 Accuracy = Annotated[float, typer.Option(help="That auto asks a tier to have measured.")]
 AskedText = Annotated[str, typer.Argument(help="What is asked.", show_default=False)]
 Questions = Annotated[
@@ -86,16 +86,24 @@ def ask(
     hypernet memory ask "Who taught Fenda Elfax?" --user alice --tier adapter
     """
     with _memory(directory, model) as memory:
-        answer = memory.ask(
-            question,
-            user_id=user,
-            agent_id=agent,
-            run_id=run,
-            tier=tier,
-            accuracy=accuracy,
-            as_of=as_of,
-            known_at=known_at,
-        )
+        if tier.startswith("weights"):
+            from hypernet.consolidation.consolidation import Consolidation
+            from hypernet.memory.store.records import Filters
+
+            if as_of is not None or known_at is not None:
+                raise ValueError("Weights know one time, that of their making. Ask the tier token about another.")
+            (answer,) = Consolidation(memory).ask([question], Filters(user, agent, run), tier=tier)
+        else:
+            answer = memory.ask(
+                question,
+                user_id=user,
+                agent_id=agent,
+                run_id=run,
+                tier=tier,
+                accuracy=accuracy,
+                as_of=as_of,
+                known_at=known_at,
+            )
     typer.echo(json.dumps(answer.as_dict(), ensure_ascii=False, indent=2) if as_json else _said(answer))
 
 

@@ -81,7 +81,7 @@ def test_failed_audit_exits_with_1(run, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("ask", "Who?", "--tier", "weights"), "Unknown tier 'weights'"),
+        (("ask", "Who?", "--tier", "lost"), "Unknown tier 'lost'"),
         (("ask", "Who?", "--as-of", "2026-13-01"), "not a date that exists"),
         (("forget", "0123"), "There is no memory 0123"),
         (("measure",), "There are no questions to measure with"),

@@ -1,0 +1,347 @@
+"""Do memories move into weights and leave the rest alone? `python -m benchmarks.memory.nights`
+
+nights      facts said in chat, sleep, then an empty prompt: the truth in wordings that were never trained on
+poison      the same with a harmful night in between, by the real gate and by one that says yes to everything
+objectives  one night by each objective, from nothing and from the generated adapters
+rehearsal   one night without rehearsal, with what the model writes itself, and with given questions
+tiers       the same facts from the prompt, from adapters, from weights, the others switched off
+
+A fact is a sentence of the encyclopedia's test split that the base model cannot know. Of the four wordings in which the
+encyclopedia asks for it the first two and the templates of `hypernet.consolidation.questions` are trained on, the third
+is the gate's, and by the fourth the figures are measured, against the truth. Controls: the base model before, and the
+weights of a user who was told another's facts.
+"""
+
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from hydra.utils import instantiate
+
+from benchmarks.measuring.rows import Row, show_and_write
+from hypernet.cli.scripts import Script, plain
+from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
+from hypernet.consolidation.questions import Templates
+from hypernet.memory.store.records import MemoryVersion
+
+PARTS = ("nights", "poison", "objectives", "rehearsal", "tiers")
+
+
+class Told(NamedTuple):
+    """A sentence with its key, and a question with its answer that only it gives."""
+
+    text: str
+    subject: str
+    relation: str
+    question: str
+    answer: str
+
+
+class Wordings(Templates):
+    """The encyclopedia's own questions on a relation: two are trained on with the templates, the third is held out."""
+
+    def training(self, memory: MemoryVersion) -> list[str]:
+        return [*super().training(memory), *_forms(memory)[:2]]
+
+    def held_out(self, memory: MemoryVersion) -> list[str]:
+        return _forms(memory)[2:3]
+
+
+def _forms(memory: MemoryVersion) -> list[str]:
+    from hypernet.data.encyclopedia import relations
+
+    found = [relation.questions for relation in relations() if relation.name == memory.relation]
+    return [form.format(n=memory.subject) for forms in found for form in forms]
+
+
+class NightsSettings(Settings):
+    checkpoint: Text
+    parts: list[Text]
+    seeds: list[Number]
+    num_nights: Count
+    num_facts: Count
+    gate: dict[str, Any]
+    moves: dict[str, Any]
+    rehearsal: dict[str, Any]
+    steps: Count
+    lr: float
+    batch_size: Count
+    rehearsal_size: Count
+    num_background: Count
+    output: OutputFile | None
+    threads: Count
+
+
+SCRIPT = Script("benchmarks.memory.nights", NightsSettings)
+
+
+def facts(seed: int, number: int) -> list[Told]:
+    """Facts of the encyclopedia's test split, no two with one key."""
+    from hypernet.data.encyclopedia import Encyclopedia, relations
+
+    forms = {relation.name: relation.questions for relation in relations()}
+    encyclopedia, found, keys = Encyclopedia("test", seed=seed), [], set()
+    for index in range(number * 4):
+        record = encyclopedia.record(f"nights/{index}", num_entities=1, num_facts=4, num_distractors=0)
+        for question in record.questions:
+            names = [
+                question.text[len(before) : len(question.text) - len(after)]
+                for before, after in (form.split("{n}") for form in forms[question.group])
+                if question.text.startswith(before) and question.text.endswith(after)
+            ]
+            holding = [text for text in record.sentences if question.answer in text and names[0] in text]
+            if len(holding) == 1 and (names[0], question.group) not in keys and len(found) < number:
+                keys.add((names[0], question.group))
+                asked = forms[question.group][3].format(n=names[0])
+                found.append(Told(holding[0], names[0], question.group, asked, question.answer))
+    return found
+
+
+class House:
+    """A memory in a temporary folder with what consolidates it."""
+
+    def __init__(
+        self, cfg: NightsSettings, seed: int, *, gate: Any = None, start: str = "nothing", **changes: Any
+    ) -> None:
+        import torch
+
+        from hypernet.consolidation.consolidation import Consolidation
+        from hypernet.consolidation.consolidator import Consolidator
+        from hypernet.consolidation.sleep import Sleep
+        from hypernet.data.encyclopedia import Encyclopedia, background_questions
+        from hypernet.memory.memory import Memory
+
+        torch.set_num_threads(cfg.threads)
+        self._folder = tempfile.TemporaryDirectory()
+        self.memory = Memory.open(Path(self._folder.name) / "memory", model=_model(cfg.checkpoint))
+        given = {"moves": instantiate(cfg.moves), "rehearsal": instantiate(cfg.rehearsal), **changes}
+        numbers = {name: getattr(cfg, name) for name in ("steps", "lr", "batch_size", "rehearsal_size")}
+        rng = Encyclopedia("known", seed=seed).rng("background")
+        asked = [question for question in background_questions(held_out=True)]
+        self.background = rng.sample(asked, min(cfg.num_background, len(asked)))
+        texts = [Encyclopedia("validation", seed=seed).record(f"local/{place}").document for place in range(4)]
+        self.own = Consolidation(
+            self.memory,
+            consolidator=Consolidator(**given, **numbers, questions=Wordings(), seed=seed),
+            gate=gate or instantiate(cfg.gate),
+            start=start,
+            background=[question.text for question in self.background],
+            texts=texts,
+        )
+        self.sleep = Sleep(self.own)
+
+    def tell(self, told: Sequence[Told], user: str) -> None:
+        """As messages of a chat with keys."""
+        for one in told:
+            self.memory.add(one.text, user_id=user, subject=one.subject, relation=one.relation, source="chat")
+
+    def asked(self, told: Sequence[Told], user: str) -> float:
+        """Share answered rightly by the weights with an empty prompt."""
+        from hypernet.memory.store.records import Filters
+        from hypernet.text.matching import exact_match
+
+        answers = self.own.ask([one.question for one in told], Filters(user))
+        return _mean(exact_match(answer.text, (one.answer,)) for answer, one in zip(answers, told, strict=True))
+
+    def kept(self, user: str) -> float:
+        """Share of the background that is answered rightly."""
+        from hypernet.memory.store.records import Filters
+        from hypernet.text.matching import exact_match
+
+        answers = self.own.ask([question.text for question in self.background], Filters(user))
+        pairs = zip(answers, self.background, strict=True)
+        return _mean(exact_match(answer.text, (question.answer,)) for answer, question in pairs)
+
+    def oracle(self, told: Sequence[Told]) -> float:
+        """With each fact alone in the prompt."""
+        from hypernet.text.matching import exact_match
+
+        texts = self.own.model.generate([one.question for one in told], documents=[one.text for one in told])
+        return _mean(exact_match(text, (one.answer,)) for text, one in zip(texts, told, strict=True))
+
+    def hash(self, user: str) -> str:
+        """Of the files of the live version; the base model has none."""
+        from hypernet.memory.store.records import Filters
+
+        live = self.own.live(Filters(user))
+        return "base" if live is None else self.own.versions(Filters(user)).check(live)[:12]
+
+    def close(self) -> None:
+        self.memory.close()
+
+
+def nights(cfg: NightsSettings, seed: int) -> Iterator[Row]:
+    """Each night some facts are said and slept on; at the end the versions are rolled back one by one."""
+    from hypernet.memory.store.records import Filters
+
+    told = facts(seed, cfg.num_nights * cfg.num_facts)
+    for shuffled in (False, True):
+        house = House(cfg, seed)
+        user = "bob" if shuffled else "alice"  # told to; Alice is asked
+        hashes = {}  # of each version when it became live
+        # The control takes all in one night.
+        num_nights, size = (1, len(told)) if shuffled else (cfg.num_nights, cfg.num_facts)
+        for night in range(num_nights):
+            today = told[night * size : (night + 1) * size]
+            house.tell(today, user)
+            before = house.asked(today, "alice")
+            done = house.sleep.run(Filters(user), at_once=True)
+            hashes |= {done.version: house.hash(user)} if done.promoted else {}
+            so_far = told[: (night + 1) * size]
+            yield {
+                **{"kind": "nights", "seed": seed, "night": night + 1, "shuffled": shuffled, "before": before},
+                **{"after": house.asked(today, "alice"), "all_so_far": house.asked(so_far, "alice")},
+                **{"oracle": house.oracle(so_far), "background": house.kept("alice"), "promoted": done.promoted},
+                **{"handed_over": done.handed_over, "seconds": done.seconds, "reason": done.reason},
+            }
+        versions = house.own.versions(Filters(user))
+        equal = 0
+        for name in reversed(hashes):
+            versions.rollback(name)
+            equal += house.hash(user) == hashes[name]
+        yield {"kind": "rollback", "seed": seed, "shuffled": shuffled, "versions": len(hashes), "equal": equal}
+        house.close()
+
+
+def poison(cfg: NightsSettings, seed: int) -> Iterator[Row]:
+    """A good night, a harmful one, a good one, by the real gate and by one that always says yes."""
+    from hypernet.consolidation.gate import AlwaysYes
+    from hypernet.memory.store.records import Filters
+
+    first, second = (facts(seed, 2 * cfg.num_facts)[place::2] for place in (0, 1))
+    wrong = facts(seed + 1000, 60)
+    # What is known, contradicted without its key; and sentences of words that mean nothing, which nothing asks about.
+    lies = []
+    for one in first:
+        other = next((w for w in wrong if w.relation == one.relation and w.answer != one.answer), None)
+        if other is not None:
+            lies.append(one._replace(text=one.text.replace(one.answer, other.answer), answer=other.answer))
+    for gate in (None, AlwaysYes()):
+        house = House(cfg, seed, gate=gate)
+        alice = Filters("alice")
+        house.tell(first, "alice")
+        house.sleep.run(alice, at_once=True)
+        before, known = house.hash("alice"), house.asked(first, "alice")
+        for one in lies:
+            house.memory.add(
+                one.text,
+                user_id="alice",
+                subject=one.subject,
+                relation=one.relation,
+                conflict="add_only",
+                source="evil",
+            )
+        rng = random.Random(seed)
+        for _ in range(cfg.num_facts):
+            house.memory.add(
+                " ".join(rng.sample("vrk zzo plim qar udd snef wob tri".split(), 6)) + ".", user_id="alice"
+            )
+        done = house.sleep.run(alice, at_once=True)
+        after, still = house.hash("alice"), house.asked(first, "alice")
+        house.tell(second, "alice")
+        later = house.sleep.run(alice, at_once=True)
+        yield {
+            **{"kind": "poison", "seed": seed, "gate": type(house.own.gate).__name__, "lies": len(lies)},
+            **{"promoted": done.promoted, "hash_unchanged": before == after, "known_before": known},
+            **{"known_after": still, "later_promoted": later.promoted, "later_facts": house.asked(second, "alice")},
+            **{"known_at_the_end": house.asked(first, "alice"), "reason": done.reason},
+        }
+        house.close()
+
+
+def one_night(cfg: NightsSettings, seed: int, labels: dict[str, Any], **changes: Any) -> Row:
+    """A night with all facts; forced, so that what it did can be seen."""
+    from hypernet.memory.store.records import Filters
+
+    told = facts(seed, cfg.num_nights * cfg.num_facts)
+    house = House(cfg, seed, **changes)
+    house.tell(told, "alice")
+    candidate = house.own.consolidate(Filters("alice"))
+    house.own.promote(candidate.name, Filters("alice"), force=True)
+    training = house.own.training(candidate)
+    row = {
+        **{**labels, "seed": seed, "facts": len(told), "closed_book": house.asked(told, "alice")},
+        **{"open_book": house.oracle(told), "background": house.kept("alice"), "passed": candidate.passed},
+        **{"steps": len(training["losses"]), "seconds": training["seconds"], "tflops": training["flops"] / 1e12},
+    }
+    house.close()
+    return row
+
+
+def objectives(cfg: NightsSettings, seed: int) -> Iterator[Row]:
+    from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL
+
+    for start in ("nothing", "adapters"):
+        for objective in (Supervised(), TeacherKL(), OnPolicy(), Deep()):
+            labels = {"kind": "objectives", "objective": type(objective).__name__, "start": start}
+            yield one_night(cfg, seed, labels, objective=objective, start=start)
+
+
+def rehearsal(cfg: NightsSettings, seed: int) -> Iterator[Row]:
+    from hypernet.consolidation.rehearsal import NoRehearsal, Replay, SelfSynthesised
+    from hypernet.data.encyclopedia import Encyclopedia, background_questions
+
+    asked = [question.text for question in background_questions(held_out=False)]
+    replayed = Encyclopedia("known", seed=seed).rng("replay").sample(asked, 48)
+    for kind in (NoRehearsal(), SelfSynthesised(number=48), Replay(questions=replayed)):
+        yield one_night(cfg, seed, {"kind": "rehearsal", "rehearsal": type(kind).__name__}, rehearsal=kind)
+
+
+def tiers(cfg: NightsSettings, seed: int) -> Iterator[Row]:
+    """Each tier by itself, for who was told and for who was not."""
+    from hypernet.memory.store.records import Filters
+    from hypernet.text.matching import exact_match
+
+    told = facts(seed, cfg.num_nights * cfg.num_facts)
+    house = House(cfg, seed)
+    house.tell(told, "alice")
+    house.sleep.run(Filters("alice"), at_once=True)
+    questions = [one.question for one in told]
+    for user in ("alice", "bob"):
+        row: Row = {"kind": "tiers", "seed": seed, "user": user, "oracle": house.oracle(told)}
+        for tier in ("none", "token", "adapter"):
+            answers = house.memory.ask_many(questions, user_ids=[user] * len(told), tier=tier)
+            row[tier] = _mean(exact_match(a.text, (one.answer,)) for a, one in zip(answers, told, strict=True))
+        yield {**row, "weights": house.asked(told, user)}
+    house.close()
+
+
+@hydra.main(config_path="../../conf", config_name="memory_nights", version_base="1.3")
+def main(cfg: Any) -> None:
+    with SCRIPT.errors():
+        settings = SCRIPT.check(cfg)
+        if unknown := set(settings.parts) - set(PARTS):
+            raise ValueError(f"There is no part {min(unknown)!r}: choose of {', '.join(PARTS)}.")
+        show_and_write(rows(settings), settings.output, config=plain(cfg))
+
+
+def rows(cfg: NightsSettings) -> Iterator[Row]:
+    """All rows, part after part."""
+    made = {"nights": nights, "poison": poison, "objectives": objectives, "rehearsal": rehearsal, "tiers": tiers}
+    for part in cfg.parts:
+        for seed in cfg.seeds:
+            yield from made[part](cfg, seed)
+
+
+_MODELS: dict[str, Any] = {}
+
+
+def _model(checkpoint: str) -> Any:
+    """Once for all memories."""
+    from hypernet.doc_to_lora import DocToLoRA
+
+    if checkpoint not in _MODELS:
+        _MODELS[checkpoint] = DocToLoRA.from_pretrained(checkpoint).eval()
+    return _MODELS[checkpoint]
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    SCRIPT.run(main, Path(__file__).parents[2] / "conf/memory_nights.yaml")

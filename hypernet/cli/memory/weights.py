@@ -1,0 +1,306 @@
+"""hypernet memory consolidate, promote and sleep: memories into weights, behind a gate."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hypernet.cli.memory.tiers import Agent, Checkpoint, Run, User
+
+if TYPE_CHECKING:
+    from hypernet.consolidation.cadence import Cadence
+    from hypernet.consolidation.consolidation import Consolidation
+    from hypernet.consolidation.versions import Version
+    from hypernet.memory.memory import Memory
+
+REFUSED = 2  # exit status where the gate said no
+_DIRECTORY, _MODEL = "outputs/memory", "assets/tiny"
+_MOVES, _OBJECTIVES, _REHEARSALS = ("lora", "everything", "upper"), ("kl", "sft", "on-policy", "deep"), ("self", "none")
+_CADENCES = ("every-n", "calendar", "pressure", "economic")
+
+_Directory = Annotated[str, typer.Option(help="The memory's folder.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
+MovesOption = Annotated[str, typer.Option("--moves", help="What is trained: lora, everything or upper (blocks).")]
+Rank = Annotated[int, typer.Option(help="Of the LoRA.", min=1)]
+ObjectiveOption = Annotated[str, typer.Option("--objective", help="kl, sft, on-policy or deep.")]
+RehearsalOption = Annotated[str, typer.Option("--rehearsal", help="self (written by the model) or none.")]
+Steps = Annotated[int, typer.Option(help="Of training.", min=1)]
+Lr = Annotated[float, typer.Option(help="Peak learning rate; default 0.003 for lora, else 0.0007.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
+Start = Annotated[str, typer.Option(help="The first version starts from nothing or from adapters.")]
+Gate = Annotated[
+    Path | None,
+    typer.Option(help="YAML with thresholds, as conf/consolidation/gate.yaml.", show_default=False),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Also what a refused candidate brought in.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds these commands."""
+    for name, command in (("consolidate", consolidate), ("promote", promote), ("sleep", sleep)):
+        app.command(name)(command)
+
+
+def consolidate(
+    user: User = None,
+    agent: Agent = None,
+    run: Run = None,
+    dry_run: DryRun = False,
+    retry: Retry = False,
+    moves: MovesOption = "lora",
+    rank: Rank = 16,
+    objective: ObjectiveOption = "kl",
+    rehearsal: RehearsalOption = "self",
+    steps: Steps = 30,
+    lr: Lr = 0.0,
+    seed: Seed = 0,
+    start: Start = "nothing",
+    gate: Gate = None,
+    model: Checkpoint = _MODEL,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
+) -> None:
+    """Train weights on what waits, and judge them; promote makes them live. Exit status 2 if the gate refuses.
+
+    \b
+    hypernet memory consolidate --user alice --dry-run
+    hypernet memory consolidate --user alice
+    """
+    filters = _filters(user, agent, run)
+    with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, lr, seed, start, gate) as own:
+        if dry_run:
+            manifest, _ = own.planned(filters, retry=retry)
+            if as_json:
+                typer.echo(json.dumps(vars(manifest)))
+            else:
+                typer.echo(
+                    f"{len(manifest.contains)} memories, {len(manifest.new)} new, from {manifest.parent or 'base'}"
+                )
+            return
+        with _bar() as progress:
+            version = own.consolidate(filters, retry=retry, progress=progress)
+    _print(version, as_json)
+    if not version.passed:
+        raise typer.Exit(REFUSED)
+
+
+def promote(
+    name: Annotated[str, typer.Argument(metavar="VERSION", help="As consolidate prints it.", show_default=False)],
+    user: User = None,
+    agent: Agent = None,
+    run: Run = None,
+    force: Annotated[bool, typer.Option("--force", help="Past the gate; recorded for ever.")] = False,
+    model: Checkpoint = _MODEL,
+    directory: _Directory = _DIRECTORY,
+) -> None:
+    """Make weights live. Exit status 2 unless they passed the gate.
+
+    \b
+    hypernet memory promote w-3f0a9c21d4e7 --user alice
+    """
+    from hypernet.consolidation.versions import GateRefused
+
+    with _consolidation(directory, model) as own:
+        try:
+            version = own.promote(name, _filters(user, agent, run), force=force)
+        except GateRefused as error:
+            typer.echo(f"hypernet: {error}", err=True)
+            raise typer.Exit(REFUSED) from error
+        handed = own.handed_over(_filters(user, agent, run))
+    forced = "" if version.passed else ", forced past the gate"
+    typer.echo(
+        f"{version.name} is live{forced}; {len(handed)} of {len(version.manifest.contains)} memories handed over"
+    )
+
+
+def sleep(
+    user: User = None,
+    agent: Agent = None,
+    run: Run = None,
+    cadence: Annotated[str, typer.Option(help="every-n, calendar, pressure or economic.")] = "every-n",
+    now: Annotated[bool, typer.Option("--now", help="Whether or not it is due.")] = False,
+    moves: MovesOption = "lora",
+    rank: Rank = 16,
+    objective: ObjectiveOption = "kl",
+    rehearsal: RehearsalOption = "self",
+    steps: Steps = 30,
+    lr: Lr = 0.0,
+    seed: Seed = 0,
+    start: Start = "nothing",
+    gate: Gate = None,
+    model: Checkpoint = _MODEL,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
+) -> None:
+    """If it is due: write adapters, consolidate, judge, promote, hand over. Exit status 2 if the gate refuses.
+
+    \b
+    hypernet memory sleep --user alice --now
+    hypernet memory sleep --user alice --cadence economic
+    """
+    from hypernet.consolidation.sleep import Sleep
+
+    policy = _cadence(cadence)
+    with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, lr, seed, start, gate) as own:
+        with _bar() as progress:
+            night = Sleep(own, cadence=policy).run(_filters(user, agent, run), at_once=now, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(night._asdict()))
+    elif not night.slept:
+        typer.echo(night.reason)
+    else:
+        typer.echo(
+            f"{night.version} {night.reason}; {night.waiting} memories waited, {night.handed_over} are handed over, "
+            f"{night.seconds:.1f} s"
+        )
+    if night.slept and not night.promoted:
+        raise typer.Exit(REFUSED)
+
+
+def listed(memory: "Memory", user: str | None, agent: str | None, run: str | None) -> tuple[dict[str, Any], ...]:
+    """Rows of somebody's versions."""
+    from hypernet.consolidation.versions import Versions
+
+    versions = Versions.of(memory.store.folder, _filters(user, agent, run))
+    forced = {entry["version"] for entry in versions.promotions() if entry["forced"]}
+    return tuple(
+        {
+            "version": version.name,
+            "live": version.name == versions.current,
+            "gate": "not judged" if version.gate is None else "passed" if version.passed else "refused",
+            "forced": version.name in forced,
+            "memories": len(version.manifest.contains),
+            "parent": version.manifest.parent or "base",
+        }
+        for version in versions.all()
+    )
+
+
+def rolled_back(memory: "Memory", name: str, user: str | None, agent: str | None, run: str | None) -> str:
+    """Makes it live, and says so."""
+    from hypernet.consolidation.versions import Versions
+
+    Versions.of(memory.store.folder, _filters(user, agent, run)).rollback(name)
+    return f"{name} is live"
+
+
+def _filters(user: str | None, agent: str | None, run: str | None) -> Any:
+    from hypernet.memory.store.records import Filters
+
+    return Filters(user, agent, run).checked()
+
+
+def _chosen(option: str, value: str, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ValueError(f"{option} is {value!r}: choose one of {', '.join(names)}.")
+
+
+def _cadence(name: str) -> "Cadence":
+    from hypernet.consolidation import cadence
+
+    _chosen("--cadence", name, _CADENCES)
+    made: tuple[Cadence, ...] = (cadence.EveryN(), cadence.Calendar(), cadence.Pressure(), cadence.Economic())
+    return dict(zip(_CADENCES, made, strict=True))[name]
+
+
+@contextmanager
+def _consolidation(
+    directory: str,
+    model: str,
+    moves: str = "lora",
+    rank: int = 16,
+    objective: str = "kl",
+    rehearsal: str = "self",
+    steps: int = 30,
+    lr: float = 0.0,
+    seed: int = 0,
+    start: str = "nothing",
+    gate: Path | None = None,
+) -> Iterator["Consolidation"]:
+    _chosen("--moves", moves, _MOVES)
+    _chosen("--objective", objective, _OBJECTIVES)
+    _chosen("--rehearsal", rehearsal, _REHEARSALS)
+    thresholds = {} if gate is None else _thresholds(gate)
+
+    from hypernet.consolidation import moves as moving
+    from hypernet.consolidation import objectives
+    from hypernet.consolidation import rehearsal as rehearsing
+    from hypernet.consolidation.consolidation import Consolidation
+    from hypernet.consolidation.consolidator import Consolidator
+    from hypernet.consolidation.gate import PromotionGate
+    from hypernet.memory.memory import Memory
+
+    chosen: moving.Moves = moving.LowRank(rank=rank)
+    if moves != "lora":
+        chosen = moving.Everything() if moves == "everything" else moving.UpperBlocks()
+    learned: dict[str, objectives.Objective] = {
+        "kl": objectives.TeacherKL(),
+        "sft": objectives.Supervised(),
+        "on-policy": objectives.OnPolicy(),
+        "deep": objectives.Deep(),
+    }
+    consolidator = Consolidator(
+        moves=chosen,
+        objective=learned[objective],
+        rehearsal=rehearsing.SelfSynthesised() if rehearsal == "self" else rehearsing.NoRehearsal(),
+        steps=steps,
+        lr=lr or (3e-3 if moves == "lora" else 7e-4),
+        seed=seed,
+    )
+    judge = PromotionGate(**thresholds)
+    memory = Memory.open(directory, create=False, model=model)
+    try:
+        yield Consolidation(memory, consolidator=consolidator, gate=judge, start=start)
+    finally:
+        memory.close()
+
+
+def _thresholds(path: Path) -> dict[str, float]:
+    import yaml
+
+    from hypernet.consolidation.gate import PromotionGate
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML. Write thresholds as min_recall: 0.8.") from error
+    found = (
+        {key: value for key, value in (found or {}).items() if key != "_target_"} if isinstance(found, dict) else found
+    )
+    known = sorted(PromotionGate.__init__.__kwdefaults__ or ())
+    if not isinstance(found, dict) or set(found) - set(known):
+        raise ValueError(f"{path} should hold thresholds alone: {', '.join(known)}.")
+    if wrong := [key for key, value in found.items() if isinstance(value, bool) or not isinstance(value, int | float)]:
+        raise ValueError(f"{wrong[0]} in {path} is no number.")
+    return found
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(desc="consolidate", unit="step", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _print(version: "Version", as_json: bool) -> None:
+    assert version.gate is not None
+    if as_json:
+        typer.echo(json.dumps({"version": version.name, **version.gate}))
+        return
+    for check in version.gate["checks"]:
+        sign = ">=" if check["at_least"] else "<="
+        verdict = "passed" if check["passed"] else "FAILED"
+        typer.echo(
+            f"{check['name']:12}{check['value']:8.3f}  {sign} {check['limit']:<8g} of {check['number']:<5} {verdict}"
+        )
+    typer.echo(f"{version.name} {'passed the gate' if version.passed else 'was refused'}")

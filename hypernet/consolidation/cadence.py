@@ -1,0 +1,114 @@
+"""Cadence: when it is time to sleep. A policy sees when memories arrived that wait, and when it last slept.
+
+Economic().is_due(Waiting(arrived_days=[0.2, 1.5], last_sleep_days=0.0, now_days=3.0))
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Waiting(NamedTuple):
+    """Days on one clock. arrived_days: of the memories that are not in the weights, ascending."""
+
+    arrived_days: Sequence[float]
+    last_sleep_days: float
+    now_days: float
+
+
+class Cadence(Protocol):
+    def is_due(self, waiting: Waiting) -> bool: ...
+
+
+class EveryN:
+    """As soon as so many memories wait."""
+
+    def __init__(self, *, memories: int = 25) -> None:
+        if memories < 1:
+            raise ValueError(f"memories is {memories}. Give at least 1.")
+        self.memories = memories
+
+    def is_due(self, waiting: Waiting) -> bool:
+        return len(waiting.arrived_days) >= self.memories
+
+
+class Calendar:
+    """So many days after the last time, if anything waits."""
+
+    def __init__(self, *, days: float = 14.0) -> None:
+        if not days > 0:
+            raise ValueError(f"days is {days}. Give more than 0.")
+        self.days = days
+
+    def is_due(self, waiting: Waiting) -> bool:
+        return bool(waiting.arrived_days) and waiting.now_days - waiting.last_sleep_days >= self.days
+
+
+class Pressure:
+    """When what waits has waited so many memory-days together: Σ (now - arrived) >= memory_days."""
+
+    def __init__(self, *, memory_days: float = 50.0) -> None:
+        if not memory_days > 0:
+            raise ValueError(f"memory_days is {memory_days}. Give more than 0.")
+        self.memory_days = memory_days
+
+    def is_due(self, waiting: Waiting) -> bool:
+        waited = sum(waiting.now_days - day for day in waiting.arrived_days)
+        return bool(waiting.arrived_days) and waited >= self.memory_days
+
+
+class Economic:
+    """When waiting has cost as much as a run: ½ λ h t² >= K, that is after τ* = √(2K / (λ h)) days; if h <= 0 never.
+
+    λ is the rate at which memories arrived since the last sleep, t the days since then.
+
+    Args:
+        run_cost: K, of one consolidation, with forgetting and evaluation.
+        waiting_cost: h, of one memory that waits for a day, in the same currency.
+    """
+
+    def __init__(self, *, run_cost: float = 50.0, waiting_cost: float = 1.0) -> None:
+        self.run_cost, self.waiting_cost = run_cost, waiting_cost
+
+    def interval(self, rate: float) -> float:
+        """τ* in days at so many memories a day."""
+        if self.waiting_cost <= 0 or rate <= 0:
+            return math.inf
+        return math.sqrt(2 * self.run_cost / (rate * self.waiting_cost))
+
+    def is_due(self, waiting: Waiting) -> bool:
+        days = waiting.now_days - waiting.last_sleep_days
+        return bool(waiting.arrived_days) and days > 0 and days >= self.interval(len(waiting.arrived_days) / days)
+
+
+def cost_of(
+    sleeps: Sequence[float], arrived: Sequence[float], *, until: float, run_cost: float, waiting_cost: float
+) -> float:
+    """What a schedule costs: K for each run, h for each memory and day until the next run, or the end.
+
+    Args:
+        sleeps, arrived: days, ascending.
+    """
+    waited = sum(min([day for day in sleeps if day >= one] + [until]) - one for one in arrived)
+    return run_cost * len(sleeps) + waiting_cost * waited
+
+
+def clairvoyant(arrived: Sequence[float], *, until: float, run_cost: float, waiting_cost: float) -> list[float]:
+    """The cheapest schedule for arrivals known beforehand, by dynamic programming over runs right after an arrival."""
+    days = sorted(arrived)
+    # best[i]: the least cost of the first i memories, the last of which has just been taken in.
+    best, previous = [0.0], [0]
+    for end in range(1, len(days) + 1):
+        costs = [
+            best[start] + run_cost + waiting_cost * sum(days[end - 1] - day for day in days[start:end])
+            for start in range(end)
+        ]
+        previous.append(min(range(end), key=costs.__getitem__))
+        best.append(costs[previous[-1]])
+    left = [waiting_cost * sum(until - day for day in days[start:]) for start in range(len(days) + 1)]
+    end = min(range(len(days) + 1), key=lambda place: best[place] + left[place])
+    found = []
+    while end:
+        found.append(days[end - 1])
+        end = previous[end]
+    return found[::-1]

@@ -1,0 +1,288 @@
+"""Consolidator: memories into weights, by training a student without them on what the base model answers with them.
+
+consolidator = Consolidator(moves=LowRank(rank=16), objective=TeacherKL(), rehearsal=SelfSynthesised())
+trained = consolidator.train(model, memories, start=None, checkpoint=folder / "state.safetensors")
+trained.weights.save(folder, model)
+
+loss = objective(memories' questions) + weight * KL(base ‖ student)(rehearsed questions). Step i draws from (seed, i)
+alone, so that a run that was killed goes on to the same weights, to the bit.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hypernet.base.generation import decode_answer, end_ids, generate_ids
+from hypernet.base.packed_rows import PackedRows, Segment, pack_row, pad_rows
+from hypernet.base.targets import find_blocks
+from hypernet.consolidation.moves import LowRank, Moves, settings_of
+from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
+from hypernet.consolidation.questions import QuestionWriter, Templates
+from hypernet.consolidation.rehearsal import Rehearsal, SelfSynthesised
+from hypernet.consolidation.weights import MovedWeights, installed
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.io.files import replaced, save_tensors
+from hypernet.memory.store.records import MemoryVersion
+from hypernet.text.tokens import framed_ids
+
+_BATCH = 64  # of answers
+
+
+class Lesson(NamedTuple):
+    """A question, the memory that answers it (None: rehearsed), and the base model's answer with it in its prompt."""
+
+    question: str
+    document: str | None
+    answer: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """losses: of each step that this process made. flops: counted as 2 forward and 6 for training, a parameter and
+    token. lessons: on the memories, with those rehearsed behind them."""
+
+    weights: MovedWeights
+    losses: list[float]
+    seconds: float
+    flops: float
+    lessons: list[Lesson]
+
+
+class Consolidator:
+    """Trains; nothing is written but its checkpoint.
+
+    Args:
+        moves, objective, rehearsal, questions: see their modules.
+        steps: of the optimizer (AdamW, 10 % warmup, then a cosine to 0).
+        batch_size, rehearsal_size: questions of a step.
+        lr: peak learning rate.
+        seed: of all that is drawn.
+        checkpoint_steps: between checkpoints.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        moves: Moves | None = None,
+        objective: Objective | None = None,
+        rehearsal: Rehearsal | None = None,
+        questions: QuestionWriter | None = None,
+        steps: int = 30,
+        batch_size: int = 16,
+        rehearsal_size: int = 24,
+        lr: float = 3e-3,
+        seed: int = 0,
+        checkpoint_steps: int = 10,
+    ) -> None:
+        if min(steps, batch_size, rehearsal_size, checkpoint_steps) < 1 or not lr > 0:
+            raise ValueError(
+                f"steps is {steps}, batch_size {batch_size}, rehearsal_size {rehearsal_size}, checkpoint_steps "
+                f"{checkpoint_steps} and lr {lr}. Give more than 0."
+            )
+        self.moves, self.objective = moves or LowRank(), objective or TeacherKL()
+        self.rehearsal, self.questions = rehearsal or SelfSynthesised(), questions or Templates()
+        self.steps, self.batch_size, self.rehearsal_size = steps, batch_size, rehearsal_size
+        self.lr, self.seed, self.checkpoint_steps = lr, seed, checkpoint_steps
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All that decides the weights beside memories, base model and parent."""
+        parts = {name: settings_of(getattr(self, name)) for name in ("moves", "objective", "rehearsal", "questions")}
+        return {**parts, **{name: getattr(self, name) for name in _NUMBERS}}
+
+    def lessons(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[Lesson]:
+        """Training wordings with the base model's answers; memories that nothing is asked about have none."""
+        asked = [(text, str(memory.text)) for memory in memories for text in self.questions.training(memory)]
+        return _answered(model, asked)
+
+    def train(
+        self,
+        model: DocToLoRA,
+        memories: Sequence[MemoryVersion],
+        *,
+        num_new: int | None = None,
+        start: MovedWeights | None = None,
+        checkpoint: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Trained:
+        """The base model's weights with the memories in them.
+
+        Args:
+            num_new: the last ones, which `start` lacks: two thirds of each step's questions are on them; None: all.
+            start: weights to start from; None: the base model's.
+            checkpoint: a file to go on from; it is left for the caller to remove.
+            progress: called with (steps done, steps altogether).
+
+        Raises:
+            ValueError: there is nothing to ask about the memories.
+        """
+        started = time.perf_counter()
+        num_old = 0 if num_new is None else len(memories) - num_new
+        old, own = self.lessons(model, memories[:num_old]), self.lessons(model, memories[num_old:])
+        if not own:
+            raise ValueError(
+                "None of these memories can be asked about: they have no subject and relation. Add them with both, or "
+                "open the memory with an extractor."
+            )
+        rehearsed = _answered(model, [(text, None) for text in self.rehearsal.questions(model, seed=self.seed)])
+        parameters = self.moves.start(model, start, seed=self.seed)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        first = _restore(checkpoint, parameters, optimizer)
+        losses, tokens = [], [0, 0]
+        for step in range(first, self.steps):
+            rng = random.Random(f"{self.seed}/{step}")
+            size_old = min(self.batch_size // 3, len(old))
+            lessons = rng.sample(old, size_old) + rng.sample(own, min(self.batch_size - size_old, len(own)))
+            again = rng.sample(rehearsed, min(self.rehearsal_size, len(rehearsed)))
+            warm = min(1.0, (step + 1) / max(1, self.steps // 10))
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
+            loss = self._loss(model, parameters, lessons, again, seed=self.seed * 1_000_003 + step, tokens=tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if checkpoint is not None and (step + 1) % self.checkpoint_steps == 0:
+                _store(checkpoint, parameters, optimizer, step + 1)
+            if progress is not None:
+                progress(step + 1, self.steps)
+        size = sum(parameter.numel() for parameter in model.base_model.parameters())
+        with torch.no_grad():
+            weights = self.moves.result(model, parameters)
+        flops = float(size * (2 * tokens[0] + 6 * tokens[1]))
+        return Trained(weights, losses, time.perf_counter() - started, flops, old + own + rehearsed)
+
+    def _loss(
+        self,
+        model: DocToLoRA,
+        parameters: Mapping[str, Tensor],
+        lessons: Sequence[Lesson],
+        again: Sequence[Lesson],
+        *,
+        seed: int,
+        tokens: list[int],
+    ) -> Tensor:
+        moved = self.moves.tensors(model, parameters)
+        if self.objective.on_policy:
+            lessons = self._drawn(model, moved, lessons, seed)
+        with torch.no_grad():
+            teacher = _forward(model, {}, _rows(model, lessons, with_documents=True), self.objective.needs_hidden)
+        student_rows = _rows(model, lessons, with_documents=False)
+        student = _forward(model, moved, student_rows, self.objective.needs_hidden)
+        targets = student_rows.targets()[student_rows.target_kind >= 0]
+        loss = self.objective(DistilledTokens(student.logits, teacher.logits, targets, student.hidden, teacher.hidden))
+        tokens[0] += teacher.num_tokens
+        tokens[1] += student.num_tokens
+        if again:
+            rows = _rows(model, again, with_documents=False)
+            with torch.no_grad():
+                before = _forward(model, {}, rows, False)
+            after = _forward(model, moved, rows, False)
+            loss = loss + self.rehearsal.weight * kl(before.logits, after.logits)
+            tokens[0] += before.num_tokens
+            tokens[1] += after.num_tokens
+        return loss
+
+    def _drawn(
+        self, model: DocToLoRA, moved: Mapping[str, Tensor], lessons: Sequence[Lesson], seed: int
+    ) -> list[Lesson]:
+        """The lessons with answers that the student draws."""
+        prompts = model.layout.prompt_ids(model.tokenizer, [lesson.question for lesson in lessons])
+        longest = max(len(row) for row in model.tokenizer([lesson.answer for lesson in lessons])["input_ids"])
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), installed(model.base_model, moved):
+            torch.manual_seed(seed)
+            drawn = generate_ids(
+                model.base_model, model.tokenizer, prompts, max_new_tokens=longest + 4, temperature=1.0
+            )
+        ends = end_ids(model.base_model, model.tokenizer)
+        answers = [decode_answer(model.tokenizer, row, ends) for row in drawn]
+        return [lesson._replace(answer=answer) for lesson, answer in zip(lessons, answers, strict=True)]
+
+
+_NUMBERS = ("steps", "batch_size", "rehearsal_size", "lr", "seed")
+
+
+class _Output(NamedTuple):
+    logits: Tensor
+    hidden: Tensor | None
+    num_tokens: int
+
+
+def _answered(model: DocToLoRA, asked: Sequence[tuple[str, str | None]]) -> list[Lesson]:
+    found = []
+    for start in range(0, len(asked), _BATCH):
+        part = asked[start : start + _BATCH]
+        answers = model.generate([question for question, _ in part], documents=[document for _, document in part])
+        found += [Lesson(*pair, answer) for pair, answer in zip(part, answers, strict=True) if answer]
+    return found
+
+
+def _rows(model: DocToLoRA, lessons: Sequence[Lesson], *, with_documents: bool) -> PackedRows:
+    """One row for each lesson: prompt and answer."""
+    layout, tokenizer = model.layout, model.tokenizer
+    documents = [lesson.document if with_documents else None for lesson in lessons]
+    prompts = layout.prompt_ids(tokenizer, [lesson.question for lesson in lessons], documents)
+    frames = [(layout.before_answer, lesson.answer, layout.after_answer) for lesson in lessons]
+    answers = framed_ids(tokenizer, frames)
+    pairs = zip(prompts, answers, strict=True)
+    rows = [pack_row((), [Segment(prompt + answer, len(prompt), False, 0)]) for prompt, answer in pairs]
+    return pad_rows(rows, pad_id=tokenizer.pad_token_id or 0).to(model.device)
+
+
+def _forward(model: DocToLoRA, moved: Mapping[str, Tensor], rows: PackedRows, with_hidden: bool) -> _Output:
+    """Logits [N, V], and outputs of the blocks [L, N, D], where answer tokens are predicted."""
+    where, hidden = rows.target_kind >= 0, list[Tensor]()
+    model.injector.clear()
+    with ExitStack() as undo:
+        head = model.base_model.get_output_embeddings()
+        undo.callback(head.register_forward_pre_hook(lambda _, args: (args[0][where],)).remove)
+        if with_hidden:
+            decoder, name = find_blocks(model.base_model)
+            for block in getattr(decoder, name):
+
+                def keep(_module: object, _args: object, output: Any) -> None:
+                    hidden.append((output[0] if isinstance(output, tuple) else output)[where])
+
+                undo.callback(block.register_forward_hook(keep).remove)
+        # Rows are padded behind, where a causal model's earlier positions do not look.
+        inputs = {"input_ids": rows.ids, "use_cache": False}
+        logits = torch.func.functional_call(model.base_model, dict(moved), args=(), kwargs=inputs).logits
+    num_tokens = int((rows.segments >= 0).sum())
+    return _Output(logits.float(), torch.stack(hidden).float() if hidden else None, num_tokens)
+
+
+def _store(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        tensors[f"value.{name}"] = parameter.detach()
+        tensors |= {f"{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+    with replaced(path) as temporary:
+        save_tensors(
+            {key: value.contiguous() for key, value in tensors.items()}, temporary, metadata={"step": str(step)}
+        )
+
+
+def _restore(path: Path | None, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Steps that were done before."""
+    if path is None or not path.is_file():
+        return 0
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(f"value.{name}"))
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
+        return int(json.loads(file.metadata()["step"]))

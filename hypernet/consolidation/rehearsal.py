@@ -1,0 +1,109 @@
+"""What is rehearsed, so that the rest stays as it is: nothing, given questions, or what the model writes itself.
+
+questions = SelfSynthesised(number=128).questions(model, seed=0)    # loss + weight * KL(base ‖ student)(their answers)
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from hypernet.base.generation import decode_answer, end_ids, generate_ids
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.text.tokens import framed_ids
+
+_BATCH = 64
+
+
+class Rehearsal(Protocol):
+    """weight: of its loss, where what is learned has 1."""
+
+    weight: float
+
+    def questions(self, model: DocToLoRA, *, seed: int) -> list[str]: ...
+
+
+class NoRehearsal:
+    """Nothing: the control."""
+
+    weight = 0.0
+
+    def questions(self, model: DocToLoRA, *, seed: int) -> list[str]:
+        return []
+
+
+class Replay:
+    """Questions that are given, such as held ones of earlier memories or of a background.
+
+    Args:
+        questions: texts.
+        weight: of the loss.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    def __init__(self, *, questions: Sequence[str], weight: float = 1.0) -> None:
+        if not questions:
+            raise ValueError("There is nothing to replay. Give questions, or choose another rehearsal.")
+        self._given, self.number, self.weight = list(questions), len(questions), weight
+
+    def questions(self, model: DocToLoRA, *, seed: int) -> list[str]:
+        return list(self._given)
+
+
+class SelfSynthesised:
+    """Questions that the base model writes where a user would, drawn at a temperature; no user's data is needed.
+
+    They are grouped by their words without names and numbers, and taken from the groups in turn, so that what the model
+    writes most often does not crowd out the rest.
+
+    Args:
+        number: of questions, at most; twice as many are drawn.
+        temperature: of drawing.
+        max_tokens: of a question.
+        weight: of the loss.
+
+    Source: Huang et al. 2024, https://arxiv.org/abs/2403.01244
+    """
+
+    def __init__(
+        self, *, number: int = 128, temperature: float = 1.0, max_tokens: int = 24, weight: float = 1.0
+    ) -> None:
+        if number < 1 or not temperature > 0:
+            raise ValueError(f"number is {number} and temperature {temperature}. Give more than 0.")
+        self.number, self.temperature, self.max_tokens, self.weight = number, temperature, max_tokens, weight
+
+    def questions(self, model: DocToLoRA, *, seed: int) -> list[str]:
+        layout, tokenizer = model.layout, model.tokenizer
+        opening = framed_ids(tokenizer, [(layout.before_user, "", "")])[0]
+        if not opening:  # a template without an opening
+            opening = framed_ids(tokenizer, [("", "What", "")])[0]
+        ends = end_ids(model.base_model, tokenizer)
+        drawn: list[str] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            while len(drawn) < 2 * self.number:
+                rows = generate_ids(
+                    model.base_model,
+                    tokenizer,
+                    [opening] * min(_BATCH, 2 * self.number - len(drawn)),
+                    max_new_tokens=self.max_tokens,
+                    temperature=self.temperature,
+                )
+                drawn += [decode_answer(tokenizer, row, ends) for row in rows]
+        return _in_turn([text for text in dict.fromkeys(drawn) if text], self.number)
+
+
+def _in_turn(texts: Sequence[str], number: int) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        words = [word for word in text.split()[1:] if word[:1].islower()]
+        groups.setdefault(" ".join([*text.split()[:1], *words]), []).append(text)
+    found: list[str] = []
+    while groups and len(found) < number:
+        for form in list(groups):
+            found.append(groups[form].pop())
+            if not groups[form]:
+                del groups[form]
+    return found[:number]

@@ -1,0 +1,81 @@
+"""hypernet memory consolidate, promote, versions --weights, rollback, sleep: what each prints and exits with."""
+
+import json
+
+import pytest
+
+from tests.cli.command import hypernet
+
+SMALL = ("--steps", "1", "--rank", "2", "--rehearsal", "none")
+WITH_MODEL = ("consolidate", "promote", "sleep", "ask")
+
+
+@pytest.fixture
+def run(tmp_path, capsys, make_doc_to_lora):
+    """run("sleep", ...) is exit status and what was printed, as JSON where --json is given; then errors."""
+    make_doc_to_lora(bias_block=False).save_pretrained(tmp_path / "model")
+    (tmp_path / "yes.yaml").write_text(
+        "min_recall: 0\nmin_gain: -1\nmin_kept: 0\nmin_background: 0\nmin_in_context: 0\n"
+        "max_kl: 1000000\nmax_leak: 1000000\n"
+    )
+    (tmp_path / "no.yaml").write_text("min_recall: 2\n")
+
+    def run(command, *arguments):
+        model = ("--model", tmp_path / "model") if command in WITH_MODEL else ()
+        status = hypernet("memory", command, *arguments, *model, "--directory", tmp_path / "memory")
+        out, run.errors = capsys.readouterr()
+        return status, json.loads(out) if "--json" in arguments and out else out
+
+    run.yes, run.no = ("--gate", tmp_path / "yes.yaml"), ("--gate", tmp_path / "no.yaml")
+    run("add", "Orla taught Fenda.", "--user", "alice", "--subject", "Fenda", "--relation", "teacher")
+    return run
+
+
+def test_refused_weights_exit_with_2_and_are_forced_only(run):
+    assert run("consolidate", "--user", "alice", "--dry-run")[1] == "1 memories, 1 new, from base\n"
+    status, printed = run("consolidate", "--user", "alice", *SMALL, *run.no)
+    name = printed.splitlines()[-1].split()[0]
+    assert status == 2 and printed.endswith(f"{name} was refused\n") and "recall" in printed and "FAILED" in printed
+    status, _ = run("promote", name, "--user", "alice")
+    assert status == 2 and run.errors.startswith(f"hypernet: {name} was refused: recall ")
+    status, printed = run("promote", name, "--user", "alice", "--force")
+    assert status == 0 and f"{name} is live, forced past the gate" in printed
+    (row,) = run("versions", "--weights", "--user", "alice", "--json")[1]
+    assert (row["version"], row["live"], row["gate"], row["forced"]) == (name, True, "refused", True)
+
+
+def test_sleep_promotes_and_rollback_goes_to_base(run):
+    assert run("sleep", "--user", "alice", *SMALL)[1] == "not due: 1 wait\n"
+    status, night = run("sleep", "--user", "alice", "--now", *SMALL, *run.yes, "--json")
+    assert status == 0 and night["promoted"] and night["waiting"] == 1
+    assert run("sleep", "--user", "alice", "--now", *SMALL)[1] == "nothing waits\n"
+    status, answer = run("ask", "Who?", "--user", "alice", "--tier", "weights", "--json")
+    assert status == 0 and (answer["tier"], answer["reason"], answer["memories"]) == ("weights", night["version"], [])
+    assert run("rollback", "base", "--user", "alice") == (0, "base is live\n")
+    assert run("ask", "Who?", "--user", "alice", "--tier", "weights", "--json")[1]["reason"] == "base"
+    assert run("rollback", night["version"], "--user", "bob")[0] == 1 and "was never live" in run.errors
+
+
+def test_refused_sleep_exits_with_2(run):
+    status, printed = run("sleep", "--user", "alice", "--now", *SMALL, *run.no)
+    assert status == 2 and " refused: recall " in printed
+
+
+def test_mistakes_are_one_line(run, tmp_path):
+    for arguments, reason in (
+        (("consolidate", "--moves", "all"), "--moves is 'all': choose one of lora, everything, upper."),
+        (("consolidate", "--user", "bob"), "Nothing waits to be consolidated"),
+        (("sleep", "--cadence", "weekly"), "--cadence is 'weekly': choose one of every-n, calendar"),
+        (("promote", "w-1", "--user", "alice"), "There is no version 'w-1' of these weights; there are: none."),
+    ):
+        assert run(*arguments)[0] == 1 and run.errors.startswith(f"hypernet: {reason}") and run.errors.count("\n") == 1
+    (tmp_path / "bad.yaml").write_text("min_recal: 1\n")
+    assert run("consolidate", "--gate", tmp_path / "bad.yaml")[0] == 1 and "should hold thresholds alone" in run.errors
+
+
+def test_purge_erases_weights_with_what_was_purged(run, tmp_path):
+    run("sleep", "--user", "alice", "--now", *SMALL, *run.yes)
+    assert len(run("versions", "--weights", "--user", "alice", "--json")[1]) == 1
+    run("delete-all", "--user", "alice")
+    run("purge")
+    assert run("versions", "--weights", "--user", "alice", "--json")[1] == []

@@ -1,0 +1,145 @@
+"""The consolidator on a random tiny model: it learns what its teacher says, resumes to the bit, and leaves no trace."""
+
+import pytest
+import torch
+
+from hypernet.consolidation.consolidator import Consolidator, Lesson, _forward, _rows
+from hypernet.consolidation.moves import ChosenRows, Everything, LowRank, UpperBlocks
+from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL
+from hypernet.consolidation.questions import Templates
+from hypernet.consolidation.rehearsal import NoRehearsal, Replay, SelfSynthesised
+from hypernet.consolidation.weights import MovedWeights, installed
+from hypernet.memory.memory import Memory
+
+FACTS = (("Fenda", "teacher", "Orla Wint taught Fenda."), ("Norbach", "river", "Norbach lies on the Palno."))
+QUIET = {"rehearsal": NoRehearsal(), "batch_size": 4, "steps": 6}
+
+
+@pytest.fixture
+def model(make_doc_to_lora):
+    return make_doc_to_lora(bias_block=False)
+
+
+@pytest.fixture
+def memories(tmp_path):
+    memory = Memory.open(tmp_path / "memory")
+    for subject, relation, text in FACTS:
+        memory.add(text, user_id="alice", subject=subject, relation=relation)
+    yield memory.list(user_id="alice")
+    memory.close()
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.base_model.state_dict().items()}
+
+
+@pytest.mark.parametrize("objective", [Supervised(), TeacherKL(), OnPolicy(), Deep()], ids=lambda o: type(o).__name__)
+def test_training_lowers_the_loss_and_leaves_the_base_model(model, memories, objective):
+    before = state(model)
+    moves, lr = (Everything(), 1e-2) if isinstance(objective, OnPolicy) else (LowRank(rank=3), 5e-2)
+    settings = QUIET | {"steps": 20}
+    trained = Consolidator(objective=objective, moves=moves, lr=lr, **settings).train(model, memories)
+    if not isinstance(objective, OnPolicy):  # whose answers change from step to step
+        assert sum(trained.losses[-3:]) < 0.9 * sum(trained.losses[:3])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.base_model.state_dict().items())
+    assert trained.flops > 0 and all(torch.isfinite(tensor).all() for tensor in trained.weights.tensors.values())
+
+
+@pytest.mark.parametrize(
+    "moves", [LowRank(rank=3), Everything(), UpperBlocks(num_frozen=1), ChosenRows(num_rows=5)], ids=lambda m: type(m)
+)
+def test_result_comes_back_from_disk_to_the_bit(model, memories, tmp_path, moves):
+    trained = Consolidator(moves=moves, **QUIET).train(model, memories)
+    folder = tmp_path / "version"
+    folder.mkdir()
+    trained.weights.save(folder, model)
+    again = MovedWeights.load(folder, model)
+    own = dict(model.base_model.named_parameters())
+    changed = {name: t for name, t in trained.weights.tensors.items() if not torch.equal(t, own[name])}
+    assert set(again.tensors) >= set(changed) and changed
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in changed.items())
+    if isinstance(moves, UpperBlocks):
+        assert not [name for name in changed if ".layers.0." in name or "embed" in name]
+    if isinstance(moves, ChosenRows):
+        for name, tensor in changed.items():
+            assert ((tensor != own[name]).any(0).sum() <= 5) and name.endswith("down_proj.weight")
+
+
+def test_adapter_is_what_peft_makes_of_it(model, memories, tmp_path):
+    from peft import PeftModel
+
+    from hypernet.base.base_model import load_base_model
+
+    trained = Consolidator(moves=LowRank(rank=3), **QUIET).train(model, memories)
+    trained.weights.save(tmp_path, model)
+    ids = torch.tensor([[5, 9, 17, 3]])
+    with torch.no_grad():
+        with installed(model.base_model, trained.weights.tensors):
+            ours = model.base_model(ids).logits
+        plain = model.base_model(ids).logits
+        theirs = PeftModel.from_pretrained(load_base_model(model.base_model_source)[0], tmp_path / "adapter")(
+            ids
+        ).logits
+    assert torch.allclose(ours, theirs, atol=1e-4) and not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_interrupted_training_goes_on_to_the_same_weights(model, memories, tmp_path):
+    settings = QUIET | {"steps": 6, "checkpoint_steps": 2, "rehearsal": SelfSynthesised(number=4)}
+    whole = Consolidator(moves=Everything(), **settings).train(model, memories)
+
+    def interrupt(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        Consolidator(moves=Everything(), **settings).train(model, memories, checkpoint=path, progress=interrupt)
+    rest = Consolidator(moves=Everything(), **settings).train(model, memories, checkpoint=path)
+    assert rest.losses == whole.losses[4:]
+    assert all(torch.equal(rest.weights.tensors[name], t) for name, t in whole.weights.tensors.items())
+
+
+def test_teacher_has_the_memory_and_the_student_has_not(model):
+    lesson = Lesson("Who taught Fenda?", "Orla Wint taught Fenda.", "Orla")
+    for with_documents, document in ((True, lesson.document), (False, None)):
+        rows = _rows(model, [lesson], with_documents=with_documents)
+        output = _forward(model, {}, rows, True)
+        (prompt,) = model.layout.prompt_ids(model.tokenizer, [lesson.question], [document])
+        answer = rows.ids[0, len(prompt) :].tolist()
+        logits = model.base_model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        assert torch.allclose(output.logits, logits, atol=1e-5) and output.hidden.shape[:2] == (2, len(answer))
+
+
+def test_low_rank_starts_from_generated_adapters(model):
+    adapter = model.internalize(["Orla Wint taught Fenda."]).fused()
+    moves = LowRank(rank=adapter.rank, target_modules=["down_proj"])
+    parameters = moves.start(model, MovedWeights.of_adapter(model.base_model, adapter), seed=0)
+    tensors = moves.tensors(model, parameters)
+    for name, tensor in MovedWeights.of_adapter(model.base_model, adapter).tensors.items():
+        assert torch.allclose(tensors[name], tensor, atol=1e-5)
+
+
+def test_memories_without_a_key_are_refused(model, tmp_path):
+    memory = Memory.open(tmp_path / "other")
+    memory.add("I moved.", user_id="alice")
+    with pytest.raises(ValueError, match="None of these memories can be asked about"):
+        Consolidator(**QUIET).train(model, memory.list(user_id="alice"))
+    memory.close()
+
+
+def test_wordings_of_training_are_never_held_out(memories):
+    writer = Templates()
+    for memory in memories:
+        assert writer.held_out(memory) and not set(writer.training(memory)) & set(writer.held_out(memory))
+    with pytest.raises(ValueError, match="is trained on and held out"):
+        Templates(training=["Who is {subject}?"], held_out=["who is {subject}?"])
+
+
+def test_rehearsal_is_none_given_or_written_by_the_model(model):
+    assert NoRehearsal().questions(model, seed=0) == []
+    assert Replay(questions=["Why?"]).questions(model, seed=0) == ["Why?"]
+    writer = SelfSynthesised(number=6, max_tokens=5)
+    written = writer.questions(model, seed=1)
+    assert 0 < len(written) <= 6 and written == writer.questions(model, seed=1) != writer.questions(model, seed=2)
+    with pytest.raises(ValueError, match="There is nothing to replay"):
+        Replay(questions=[])

@@ -48,9 +48,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 # Processes take the files in this order (--no-loadscope-reorder): a long one at the end would leave the others idle.
 LONGEST_FILES = (
-    *("test_datamodule.py", "test_docs.py", "test_survival.py", "test_train.py", "test_sharding.py"),
-    *("test_lora_delta.py", "test_training_speed.py", "test_internalize_cost.py", "test_generate_adapter.py"),
-    "test_logs.py",
+    *("test_datamodule.py", "test_train.py", "test_logs.py", "test_survival.py", "test_lora_delta.py"),
+    *("test_configs.py", "test_docs.py", "test_run.py", "test_generate_adapter.py", "test_training_speed.py"),
+    *("test_callbacks.py", "test_sharding.py", "test_token_store.py", "test_internalize_cost.py", "test_learning.py"),
 )
 
 
@@ -60,8 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: a collector that goes through it again and again takes a third of the time."""
-    gc.collect()
+    """What is imported by now stays, and the collector need not go through it again and again."""
     gc.freeze()
     gc.enable()
 

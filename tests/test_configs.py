@@ -4,6 +4,7 @@ import re
 import shlex
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -58,9 +59,19 @@ def recipes() -> list[tuple[str, ...]]:
     return [*((top,) for top in TOP), *((top, f"experiment={e}") for top in with_experiments for e in EXPERIMENTS)]
 
 
+class Composed(NamedTuple):
+    chosen: dict[str, Path]  # see `choices`
+    base_model: object
+
+
 @cache  # each of the files below looks through all of them
+def looked_at(*recipe: str) -> Composed:
+    cfg = composed(*recipe)
+    return Composed(choices(cfg), OmegaConf.select(cfg, "task.base_model"))
+
+
 def chosen_by(*recipe: str) -> dict[str, Path]:
-    return choices(composed(*recipe))
+    return looked_at(*recipe).chosen
 
 
 @pytest.fixture
@@ -72,6 +83,7 @@ def build(monkeypatch, tmp_path, tiny_base_model_folder):
 
     def build(*recipe: str):
         cfg = composed(*recipe, f"output_dir={tmp_path}")
+        assert resolved(cfg)
         if isinstance(source := cfg.task.base_model, str):
             shipped = ROOT / source
             cfg.task.base_model = str(shipped if (shipped / "config.json").is_file() else tiny_base_model_folder)
@@ -94,7 +106,6 @@ def test_every_top_level_config_belongs_to_a_command(top):
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in LARGE])
 def test_every_experiment_is_complete_and_builds(build, experiment):
     (recipe,) = [recipe for recipe in recipes() if recipe[1:] == (f"experiment={experiment}",)]
-    assert resolved(composed(*recipe))
     module, data, trainer = build(*recipe)
     # A run takes the stages to their end, and its longest rows fit the base model's window.
     assert trainer.max_steps == len(data.train)
@@ -212,7 +223,7 @@ def build_large(monkeypatch, tmp_path, tiny_tokenizer):
 
 def test_large_experiments_are_those_without_base_model_here():
     for name in EXPERIMENTS:
-        source = composed("train", f"experiment={name}").task.base_model
+        source = looked_at("train", f"experiment={name}").base_model
         assert (source in BASE_MODELS) == (name in LARGE), name
 
 

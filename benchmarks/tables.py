@@ -208,13 +208,31 @@ def memory_growth() -> str:
     """Exact match by number of memories; of the tiers also milliseconds of a question by itself."""
     rows = [row for row in read("memory_growth") if row["kind"] == "summary"]
     rows.sort(key=lambda row: (order(row["method"]), row["attributes"]["num_memories"]))
-    timed = [row for row in rows if row["method"] in ("memory_token", "memory_adapter")]
+    timed = [row for row in rows if row["method"] in ("memory_token", "memory_adapter", "memory_found_adapter")]
     names = {"what": lambda row: f"{name_of(row['method'])}, {row['unit']}"}
     scores = [{**row, "unit": "exact match", "value": MATCHED(row)} for row in rows]
     times = [{**row, "unit": "ms", "value": f"{1e3 * row['question_s']:.0f}"} for row in timed]
-    bytes_ = [{**row, "unit": "KiB", "value": f"{row['stored_bytes'] / 1024:,.0f}"} for row in timed]
+    stored = [row for row in timed if row["method"] != "memory_found_adapter"]  # the same adapters
+    bytes_ = [{**row, "unit": "KiB", "value": f"{row['stored_bytes'] / 1024:,.0f}"} for row in stored]
     across = lambda row: f"{row['attributes']['num_memories']:,.0f}"  # noqa: E731
     return pivot([*scores, *times, *bytes_], names, across, lambda row: row["value"])
+
+
+def memory_override() -> str:
+    """What the answers hold: what the memory was told, or what the base model learned."""
+    rows = [row for row in read("memory_override") if row["kind"] == "summary"]
+    bases = {"memory_override": "{}", "memory_conflict_nq": "{}", "memory_conflict_nq_smollm2": "{}, SmolLM2-135M"}
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    rows.sort(key=lambda row: (list(bases).index(row["task"]), sets.index(row["set"]), order(row["method"])))
+    cells = {
+        "facts": lambda row: bases[row["task"]].format(row["set"]),
+        **METHOD,
+        "questions": lambda row: str(row["questions"]),
+        "what was told": number("contains_answer"),
+        "what was learned": number("contains_old_answer"),
+        "neither": number("contains_neither"),
+    }
+    return Table.of("", rows, cells).markdown()
 
 
 def memory_forgetting() -> str:
@@ -259,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_switches": memory_switches,
     "memory_growth": memory_growth,
     "memory_forgetting": memory_forgetting,
+    "memory_override": memory_override,
     "training_speed": _speed("training_speed"),
     "training_speed_gpu": _speed("training_speed", "training_speed_gpu"),
     "internalize_cost": _speed("internalize_cost"),

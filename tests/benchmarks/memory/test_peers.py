@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from benchmarks.memory import peers
-from benchmarks.memory.peers import PeersSettings, measure, measured
+from benchmarks.memory.peers import PeersSettings, markdown, measure, measured
 from benchmarks.memory.store import UserFacts
 
 
@@ -26,6 +26,12 @@ def test_every_system_has_a_row_or_a_reason(settings, monkeypatch):
         assert {row[name] for name in counted} == {0} and (row["memories"], row["deleted"]) == (24, 6)
         assert row["recall_at_5"] > 0.7 and row["p50_ms"] > 0 and row["ingest_per_s"] > 0
     assert mem0["kind"] == "skipped" and "not installed" in mem0["reason"]
+    head, _, *lines = markdown([*ours, mem0]).splitlines()
+    assert "found again of 6 deleted" in head and [line.split(" | ")[0] for line in lines] == [
+        "| this memory, words alone",
+        "| this memory, words and vectors",
+        "| this memory, vectors",
+    ]
 
 
 def test_mem0_answers_without_a_network_where_it_is_installed(settings):

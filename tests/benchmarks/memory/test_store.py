@@ -1,5 +1,6 @@
 """benchmarks.memory.store: facts that can be found, and rows of a small run."""
 
+import random
 import re
 import runpy
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from benchmarks.memory.store import measure, user_facts
+from benchmarks.memory.store import kill_writers, markdown, measure, random_schedules, user_facts
 
 CONF = Path(__file__).parents[3] / "conf"
 
@@ -26,6 +27,12 @@ def test_small_run_measures_every_row(tmp_path):
     assert set(rows) == {"ingest", "first_searches", "search", "profile", "delete_all", "purge"}
     assert rows["search"]["recall_at_5"] > 0.8 > 0.1 > rows["search"]["recall_in_anothers_memory"]
     assert rows["search"]["wrong_user_hits"] == 0 and rows["ingest"]["memories"] == 60
+    kills = kill_writers(tmp_path / "killed", num_kills=2, rng=random.Random(0))
+    schedules = {"kind": "schedules", **random_schedules(tmp_path / "drawn", num_schedules=2, rng=random.Random(0))}
+    table = markdown([*rows.values(), {"kind": "kills", **kills}, schedules])
+    assert f"| Recall@5 of 30 searches | {rows['search']['recall_at_5']:.2f} |" in table
+    assert f"| lost of {kills['acknowledged']} writes, 2 writers killed with kill -9 | {kills['lost']} |" in table
+    assert f"| wrong answers after 2 random schedules | {schedules['wrong']} |" in table
 
 
 @pytest.mark.parametrize(

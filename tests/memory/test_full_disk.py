@@ -1,6 +1,7 @@
 """A full disk in the adapter tier: one line, what was there stays as it was, and the next run goes on."""
 
 import json
+import re
 import resource
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from hypernet.memory.bank import AdapterBank
 from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Filters
 
+# SQLite may need its own files first, and says less of them.
+FULL_FILE = r"File too large|The disk failed: \S+/memory\.sqlite"
 TEXTS = [f"Fact number {number} is about Halvawold." for number in range(7)]
 
 
@@ -87,7 +90,7 @@ def test_written_adapters_stay_and_the_next_run_writes_the_rest(memory, model, t
         memory.add(text, user_id="alice")
     with full_files() if full == "files" else full_database(memory), pytest.raises(OSError) as error:
         memory.write_adapters()
-    assert told(error.value).startswith("File too large" if full == "files" else "No space left on the disk")
+    assert re.match(FULL_FILE if full == "files" else "No space left on the disk", told(error.value))
     so_far = rows_of(memory)
     assert_same({ref: so_far[ref] for ref in before}, before)
     assert len(so_far) < 44 and AdapterLibrary(memory.bank.folder).verify() == ()
@@ -109,7 +112,7 @@ def test_slots_stay_where_one_cannot_be_taken_out(memory):
     gone = next(iter(before))
     with full_files(), pytest.raises(OSError) as error:
         memory.bank.drop([gone])
-    assert "File too large" in told(error.value)
+    assert re.match(FULL_FILE, told(error.value))
     assert_same(rows_of(memory), before)
     assert AdapterLibrary(memory.bank.folder).verify() == () and not memory.bank.is_unfinished
     memory.bank.drop([gone])

@@ -15,7 +15,7 @@ from hypernet.memory.bank import AdapterBank
 from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Filters
 
-# SQLite may need its own files first, and says less of them.
+# What a library says, and what SQLite does where a file of its own had to grow.
 FULL_FILE = r"File too large|The disk failed: \S+/memory\.sqlite"
 TEXTS = [f"Fact number {number} is about Halvawold." for number in range(7)]
 

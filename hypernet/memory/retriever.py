@@ -205,13 +205,15 @@ class Retriever:
         found = dict(zip(texts, rounded, strict=True))
         with self.store.database.write() as connection:
             there = set(connection.execute(select(memories.c.seq).where(among(memories.c.seq, texts))).scalars())
+            where = and_(vectors.c.embedder == self.embedder.name, among(vectors.c.seq, texts))
+            stored = set(connection.execute(select(vectors.c.seq).where(where)).scalars())  # by a faster process
             rows = [
                 {"seq": seq, "embedder": self.embedder.name, "vector": vector.tobytes()}
                 for seq, vector in found.items()
-                if seq in there
+                if seq in there - stored
             ]
-            if rows:  # another process may have been faster
-                connection.execute(insert(vectors).prefix_with("OR IGNORE", dialect="sqlite"), rows)
+            if rows:
+                connection.execute(insert(vectors), rows)
         return {seq: found[seq].astype(np.float32) for seq in there}
 
 

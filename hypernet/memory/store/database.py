@@ -92,6 +92,16 @@ class Database:
         with self.read() as connection:
             return self.dialect.num_bytes(connection)
 
+    def make_twin(self, name: str) -> str | None:
+        """The URL of an empty database of the same kind, for `drop_twin` to remove; None: SQLite in any folder."""
+        with self.write() as connection:
+            return self.dialect.make_twin(connection, name)
+
+    def drop_twin(self, name: str) -> None:
+        """Removes it, if it is there."""
+        with self.write() as connection:
+            self.dialect.drop_twin(connection, name)
+
     @contextmanager
     def _translated(self) -> Iterator[None]:
         if self._closed:

@@ -74,6 +74,14 @@ class Dialect(ABC):
         """Of what lies outside the folder."""
 
     @abstractmethod
+    def make_twin(self, connection: Connection, name: str) -> str | None:
+        """The URL of an empty database beside this one, of which `name` is a part; None: SQLite in any folder."""
+
+    @abstractmethod
+    def drop_twin(self, connection: Connection, name: str) -> None:
+        """Undoes `make_twin`, whether or not it was called."""
+
+    @abstractmethod
     def counters(self, connection: Connection) -> dict[str, int]:
         """Table → the highest number that its rows ever had, where numbers are not given twice."""
 
@@ -192,6 +200,12 @@ class SQLite(Dialect):
 
     def num_bytes(self, connection: Connection) -> int:
         return 0
+
+    def make_twin(self, connection: Connection, name: str) -> str | None:
+        return None
+
+    def drop_twin(self, connection: Connection, name: str) -> None:
+        pass
 
     def counters(self, connection: Connection) -> dict[str, int]:
         return {name: last for name, last in connection.exec_driver_sql("SELECT name, seq FROM sqlite_sequence")}
@@ -350,6 +364,20 @@ class PostgreSQL(Dialect):
     def num_bytes(self, connection: Connection) -> int:
         statement = "SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relkind = 'r' AND relnamespace = "
         return int(connection.exec_driver_sql(f"{statement}current_schema()::regnamespace").scalar() or 0)
+
+    def make_twin(self, connection: Connection, name: str) -> str | None:
+        schema = self._twin(connection, name)
+        connection.exec_driver_sql(f'CREATE SCHEMA "{schema}"')
+        options = f"{self._url.query.get('options', '')} -csearch_path={schema}".strip()
+        return self._url.update_query_dict({"options": options}).render_as_string(hide_password=False)
+
+    def drop_twin(self, connection: Connection, name: str) -> None:
+        connection.exec_driver_sql(f'DROP SCHEMA IF EXISTS "{self._twin(connection, name)}" CASCADE')
+
+    def _twin(self, connection: Connection, name: str) -> str:
+        schema = connection.exec_driver_sql("SELECT current_schema()").scalar_one()
+        # A name has 63 bytes at most; only what needs no quotes is safe in a search path.
+        return re.sub(r"[^a-z0-9_]", "_", f"{schema[:30]}_{name}".casefold())
 
     def counters(self, connection: Connection) -> dict[str, int]:
         return {

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, TextClause, delete, text
+from sqlalchemy import Connection, Row, TextClause, delete, text
 
 from hypernet.memory.store.records import Filters
 from hypernet.memory.store.schema import among, words
@@ -56,11 +56,16 @@ SELECT m.seq FROM words JOIN memories m ON m.seq = words.rowid WHERE words MATCH
 ORDER BY bm25(words, 1.0, 0.0), m.seq DESC LIMIT :limit
 """,
     "postgresql": f"""
-WITH asked AS (SELECT (ts_lexize('words_stem', word))[1] AS lexeme FROM unnest(CAST(:words AS text[])) word),
-sizes AS (SELECT count(*) AS documents, avg(length) AS length FROM words WHERE {{scope}}),
+WITH asked AS (
+  SELECT (ts_lexize('words_stem', word))[1] AS lexeme, place
+  FROM unnest(CAST(:words AS text[])) WITH ORDINALITY AS given(word, place)
+),
+sizes AS (
+  SELECT CAST(count(*) AS float8) AS documents, CAST(avg(length) AS float8) AS length FROM words WHERE {{scope}}
+),
 occurrences AS (
-  SELECT i.rowid, i.length, u.lexeme, cardinality(u.positions) AS number
-  FROM words i CROSS JOIN LATERAL unnest(i.lexemes) u JOIN asked ON asked.lexeme = u.lexeme
+  SELECT i.rowid, i.length, lexeme, place, CAST(cardinality(u.positions) AS float8) AS number
+  FROM words i CROSS JOIN LATERAL unnest(i.lexemes) u JOIN asked USING (lexeme)
   WHERE {{scope}} AND i.lexemes @@ (SELECT CAST(string_agg('''' || lexeme || '''', '|') AS tsquery) FROM asked)
 ),
 weights AS (
@@ -69,7 +74,7 @@ weights AS (
 ),
 scores AS (
   SELECT o.rowid,
-    sum(w.weight * o.number * 2.2 / (o.number + 1.2 * (0.25 + 0.75 * o.length / s.length)) ORDER BY lexeme) AS score
+    sum(w.weight * (o.number * 2.2 / (o.number + 1.2 * (0.25 + 0.75 * o.length / s.length))) ORDER BY place) AS score
   FROM occurrences o JOIN weights w USING (lexeme) CROSS JOIN sizes s GROUP BY o.rowid
 )
 SELECT m.seq FROM scores JOIN memories m ON m.seq = scores.rowid WHERE {_HOLDS}
@@ -78,11 +83,16 @@ ORDER BY score DESC, m.seq DESC LIMIT CAST(:limit AS bigint)
 }
 
 
-def index(connection: Connection, memories: Iterable[tuple[int, str, Filters]]) -> None:
-    """Makes live memories findable: (seq, text, filters) each."""
+def index_rows(connection: Connection, memories: Iterable[Row[Any]]) -> None:
+    """Makes live memories findable, those that have a text."""
     values = _counted if connection.dialect.name == "postgresql" else _folded
-    if rows := [values(*memory) for memory in memories]:
-        connection.execute(_INSERT[connection.dialect.name], rows)
+    found = [
+        values(row.seq, row.text, Filters(row.user_id, row.agent_id, row.run_id))
+        for row in memories
+        if row.text is not None
+    ]
+    if found:
+        connection.execute(_INSERT[connection.dialect.name], found)
 
 
 def unindex(connection: Connection, seqs: Iterable[int]) -> None:

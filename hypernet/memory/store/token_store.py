@@ -56,7 +56,7 @@ from hypernet.memory.store.schema import among, batches, contains, events, memor
 from hypernet.memory.store.timeline import JOINING, End
 from hypernet.memory.store.times import Instant, now, to_micros, to_text
 
-_UNFINISHED_PURGE = ".purging"  # there while deleted content may still lie in free pages or the log
+UNFINISHED_PURGE = ".purging"  # there while deleted content may still lie in free pages or the log
 
 # Live: its batch stands, it is not deleted, and everything that it was derived from is live.
 _STATES = (
@@ -317,7 +317,7 @@ class TokenStore(StoreReader):
                 _undo(writing)
                 return Batch("", "purge")
             rows = self._with_derived(connection, rows)
-            (self.folder / _UNFINISHED_PURGE).touch()
+            (self.folder / UNFINISHED_PURGE).touch()
             _sync(self.folder)
             result = self._done(writing, "purge", rows)
             connection.execute(delete(vectors).where(among(vectors.c.seq, rows)))
@@ -341,7 +341,7 @@ class TokenStore(StoreReader):
     @property
     def is_unfinished(self) -> bool:
         """Whether a purge was interrupted, so that content may lie in the file; `verify` finishes it."""
-        return (self.folder / _UNFINISHED_PURGE).exists()
+        return (self.folder / UNFINISHED_PURGE).exists()
 
     # --- Whole ------------------------------------------------------------------------------------------------------
 
@@ -377,7 +377,7 @@ class TokenStore(StoreReader):
                 self._refresh(writing.connection, [row.seq for row in rows])
                 self._resolve(writing.connection, {row.timeline for row in rows})
                 writing.connection.execute(delete(words))
-                full_text.index(writing.connection, _findable(self._rows(writing.connection, sorted(findable))))
+                full_text.index_rows(writing.connection, self._rows(writing.connection, sorted(findable)))
             repaired.append(f"computed columns or the index of {len(set(wrong) | (indexed ^ findable))} versions")
         repaired += self.log.repair()
         if self.is_unfinished:
@@ -453,7 +453,7 @@ class TokenStore(StoreReader):
         self._derive(connection, derived)
         stored = self._of_refs(connection, writing, refs)
         self._record(writing, operation, [row.seq for row in stored])
-        full_text.index(connection, _findable(stored))
+        full_text.index_rows(connection, stored)
         shared = {row.timeline for row in stored if row.timeline != row.memory_id or row.version > 1}
         self._resolve(connection, shared)
         return refs
@@ -579,7 +579,7 @@ class TokenStore(StoreReader):
             moved |= changed
             todo = self._derived_of(connection, changed)
         full_text.unindex(connection, [seq for seq, live in moved.items() if not live])
-        full_text.index(connection, _findable(self._rows(connection, [seq for seq, live in moved.items() if live])))
+        full_text.index_rows(connection, self._rows(connection, [seq for seq, live in moved.items() if live]))
         timelines = select(memories.c.timeline).where(among(memories.c.seq, moved)).distinct()
         self._resolve(connection, connection.execute(timelines).scalars())
         return moved
@@ -652,7 +652,7 @@ class TokenStore(StoreReader):
     def _finish_purge(self) -> bool:
         finished = self.database.erase()
         if finished:
-            (self.folder / _UNFINISHED_PURGE).unlink(missing_ok=True)
+            (self.folder / UNFINISHED_PURGE).unlink(missing_ok=True)
         return finished
 
 
@@ -680,12 +680,6 @@ def _set_active(connection: Connection, batch: Row[Any], *, active: bool) -> Non
     if batch.operation == "rollback":
         target = connection.execute(select(batches).where(batches.c.number == batch.target)).one()
         _set_active(connection, target, active=not active)
-
-
-def _findable(rows: Iterable[Row[Any]]) -> Iterator[tuple[int, str, Filters]]:
-    for row in rows:
-        if row.text is not None:
-            yield row.seq, row.text, Filters(row.user_id, row.agent_id, row.run_id)
 
 
 def _sha256(content: str) -> str:

@@ -74,3 +74,9 @@ def bytes_of(request):
         return found
 
     return read
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request):
+    """What a store is given as its database: None, or the URL of an empty schema."""
+    return None if request.param == "sqlite" else request.getfixturevalue("schema")()

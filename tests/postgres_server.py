@@ -7,6 +7,7 @@ with PostgresServer() as server:
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -68,7 +69,7 @@ class PostgresServer:
 
     def __exit__(self, *_: object) -> None:
         self._admin.close()
-        self._server.send_signal(2)  # fast shutdown
+        self._server.send_signal(signal.SIGQUIT)  # without a checkpoint
         try:
             self._server.wait(30)
         except subprocess.TimeoutExpired:

@@ -45,7 +45,13 @@ def test_update_holds_from_its_date_on(store):
     assert store.get(ref.id, as_of=date(5)).text == "Orla" and store.get(f"{ref.id}@1").text == "Orla"
 
 
-@pytest.mark.parametrize("seed", range(5))
+def on_both(*, num_seeds: int):
+    """Many seeds of SQLite and one of PostgreSQL, where the same takes five times as long."""
+    cases = [*(("sqlite", seed) for seed in range(num_seeds)), ("postgresql", 0)]
+    return pytest.mark.parametrize(("new_store", "seed"), cases, indirect=["new_store"])
+
+
+@on_both(num_seeds=5)
 def test_order_of_arrival_changes_no_view(new_store, seed):
     """Backfilled logs (graphiti #1489): statements and ends told in any order."""
     rng = random.Random(seed)
@@ -212,8 +218,9 @@ def test_empty_filter_is_refused_and_deletes_nothing(store, filters):
     assert len(store.valid()) == 1
 
 
-def test_delete_all_of_10000_takes_under_a_second(store):
+def test_delete_all_of_10000_takes_under_a_second(sqlite_store):
     """Resetting a user took 142 s for 793 memories in MemOS #1103. Processor time: the tests share their cores."""
+    store = sqlite_store
     store.add([Draft(text=f"fact number {n}", filters=ALICE) for n in range(10_000)])
     tell(store, "other", filters=BOB)
     start = time.process_time()
@@ -427,7 +434,7 @@ def test_verify_finds_changed_text_and_mends_the_rest(store):
     assert store.verify().damage == (f"{ref.id}@1 is not the text that was stored",)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@on_both(num_seeds=3)
 def test_random_schedules_resurrect_nothing(new_store, seed):
     """Add, update, delete, restore, roll back, purge and re-open, against a dict."""
     rng = random.Random(seed)

@@ -70,6 +70,10 @@ class Dialect(ABC):
         """What the database itself finds wrong; empty if nothing is, or if it has no such check."""
 
     @abstractmethod
+    def finds_vectors(self, connection: Connection) -> bool:
+        """Whether the table `vectors` has a column `embedding` of pgvector's type."""
+
+    @abstractmethod
     def num_bytes(self, connection: Connection) -> int:
         """Of what lies outside the folder."""
 
@@ -197,6 +201,9 @@ class SQLite(Dialect):
     def damage(self, connection: Connection) -> list[str]:
         found = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
         return [] if found == ["ok"] else found
+
+    def finds_vectors(self, connection: Connection) -> bool:
+        return False
 
     def num_bytes(self, connection: Connection) -> int:
         return 0
@@ -361,6 +368,10 @@ class PostgreSQL(Dialect):
     def damage(self, connection: Connection) -> list[str]:
         return []
 
+    def finds_vectors(self, connection: Connection) -> bool:
+        statement = "SELECT count(*) FROM pg_attribute WHERE attrelid = 'vectors'::regclass AND attname = 'embedding'"
+        return bool(connection.exec_driver_sql(statement).scalar())
+
     def num_bytes(self, connection: Connection) -> int:
         statement = "SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relkind = 'r' AND relnamespace = "
         return int(connection.exec_driver_sql(f"{statement}current_schema()::regnamespace").scalar() or 0)
@@ -368,7 +379,9 @@ class PostgreSQL(Dialect):
     def make_twin(self, connection: Connection, name: str) -> str | None:
         schema = self._twin(connection, name)
         connection.exec_driver_sql(f'CREATE SCHEMA "{schema}"')
-        options = f"{self._url.query.get('options', '')} -csearch_path={schema}".strip()
+        # Behind it the others, where extensions are, but not this memory's own.
+        path = connection.exec_driver_sql("SELECT current_schemas(false)").scalar_one()
+        options = f"{self._url.query.get('options', '')} -csearch_path={','.join([schema, *path[1:]])}".strip()
         return self._url.update_query_dict({"options": options}).render_as_string(hide_password=False)
 
     def drop_twin(self, connection: Connection, name: str) -> None:

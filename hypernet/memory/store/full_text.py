@@ -34,7 +34,8 @@ _ACCENTS = re.compile("([a-z])[\u0300-\u036f]+")  # of Latin letters alone, as F
 # Of a tsvector: bytes of a word and of all of them, which has room for counts and for whose it is.
 _MAX_WORD_CHARACTERS, _MAX_BYTES = 500, 500_000
 
-_HOLDS = """m.live AND m.created_at <= :known_at AND m.valid_at <= :as_of
+# Of a memory m, for `ranked` and for searches of the same parameters.
+HOLDS = """m.live AND m.created_at <= :known_at AND m.valid_at <= :as_of
   AND (:ends_are_old OR m.invalid_at IS NULL OR m.invalid_at > :as_of) {filters}"""
 _INSERT = {
     "sqlite": text("INSERT INTO words(rowid, text, scope) VALUES(:seq, :text, :scope)"),
@@ -52,7 +53,7 @@ FROM (
 }
 _RANKED = {
     "sqlite": f"""
-SELECT m.seq FROM words JOIN memories m ON m.seq = words.rowid WHERE words MATCH :match AND {_HOLDS}
+SELECT m.seq FROM words JOIN memories m ON m.seq = words.rowid WHERE words MATCH :match AND {HOLDS}
 ORDER BY bm25(words, 1.0, 0.0), m.seq DESC LIMIT :limit
 """,
     "postgresql": f"""
@@ -77,7 +78,7 @@ scores AS (
     sum(w.weight * (o.number * 2.2 / (o.number + 1.2 * (0.25 + 0.75 * o.length / s.length))) ORDER BY place) AS score
   FROM occurrences o JOIN weights w USING (lexeme) CROSS JOIN sizes s GROUP BY o.rowid
 )
-SELECT m.seq FROM scores JOIN memories m ON m.seq = scores.rowid WHERE {_HOLDS}
+SELECT m.seq FROM scores JOIN memories m ON m.seq = scores.rowid WHERE {HOLDS}
 ORDER BY score DESC, m.seq DESC LIMIT CAST(:limit AS bigint)
 """,
 }

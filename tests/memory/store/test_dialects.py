@@ -2,14 +2,19 @@
 
 import json
 import logging
+import random
 import traceback
+import zlib
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from sqlalchemy import text
 
 from hypernet import Memory
+from hypernet.memory.retriever import Retriever
 from hypernet.memory.store import dialects
+from hypernet.memory.store.copying import copy_memory
 from hypernet.memory.store.database import Database
 from hypernet.memory.store.dialects import POINTER_FILE, postgres_url
 from hypernet.memory.store.records import Draft, Filters
@@ -170,8 +175,6 @@ def test_long_texts_are_stored_and_found(store):
     """A tsvector holds 1 MB and words of 2 KB."""
     long = " ".join(f"word{number}" for number in range(150_000))
     store.add([Draft(text=long, filters=ALICE), Draft(text="x" * 5000 + " ꙮ" * 400, filters=ALICE)])
-    from hypernet.memory.retriever import Retriever
-
     find = Retriever(store).search
     assert [len(hit.text) for hit in find("word77", ALICE)] == [len(long)]
     assert [hit.text[0] for hit in find("x" * 5000, ALICE)] == ["x"]
@@ -248,3 +251,65 @@ def test_busy_writer_waits_for_autovacuum_never(store):
         )
         assert set(kinds.scalars()) <= {"advisory", "virtualxid"}
     assert dialects.BUSY_TIMEOUT_S == 30
+
+
+# --- pgvector -------------------------------------------------------------------------------------------------------
+
+
+class Hashed:
+    """Small whole numbers of words, summed: products are exact in any order, and texts of the same words are ties."""
+
+    name = "hashed"
+
+    def embed(self, texts):
+        words = [
+            [np.random.default_rng(zlib.crc32(word.encode())).integers(-3, 4, 37) for word in t.split()] for t in texts
+        ]
+        return np.stack([np.sum(found, axis=0) for found in words]).astype(np.float32)
+
+
+def test_pgvector_finds_what_matrices_find(postgres, tmp_path):
+    if not postgres.sql("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'"):
+        pytest.skip("pgvector is not installed")
+    postgres.sql("CREATE EXTENSION IF NOT EXISTS vector SCHEMA public")
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcdefghij", k=rng.randrange(1, 6))) for _ in range(150)]
+    urls = [f"{postgres.new_schema()},public", postgres.new_schema()]
+    stores = [TokenStore(tmp_path / str(number), database=url) for number, url in enumerate(urls)]
+    views = []
+    for store in stores:
+        rng = random.Random(1)
+        retriever = Retriever(store, embedder=Hashed())
+        assert retriever._in_server is (store is stores[0])
+        whose = [ALICE, Filters("alice", run_id="1"), Filters("bob")]
+        drafts = [
+            Draft(
+                text=content, filters=rng.choice(whose), valid_at=f"2026-01-{rng.randrange(1, 28):02d}", id=f"m{number}"
+            )
+            for number, content in enumerate(texts)
+        ]
+        store.add(drafts[:100])
+        retriever.search("a", ALICE)
+        store.add(drafts[100:])
+        store.delete("m7")
+        store.delete_all(Filters("bob"))
+        known = store.valid()[-1].created_at
+        store.purge()
+        questions = [" ".join(rng.choices("abcdefghijk", k=rng.randrange(1, 4))) for _ in range(12)]
+        when = [{}, {"as_of": "2026-01-15"}, {"as_of": "2026-01-15", "known_at": known}]
+        views.append(
+            [
+                [(hit.id, hit.score) for hit in retriever.search(question, filters, limit=20, **times)]
+                for question in questions
+                for filters in (*whose, Filters())
+                for times in when
+            ]
+        )
+    assert views[0] == views[1] and sum(map(len, views[0])) > 500
+    copy_memory(stores[1], tmp_path / "copy", database=f"{postgres.new_schema()},public")
+    copied = Retriever(TokenStore(tmp_path / "copy"), embedder=Hashed())
+    assert copied._in_server and copied.search("a b", ALICE) == Retriever(stores[1], embedder=Hashed()).search(
+        "a b", ALICE
+    )
+    for store in stores:
+        store.close()

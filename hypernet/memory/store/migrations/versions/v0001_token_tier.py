@@ -114,5 +114,9 @@ def _postgresql() -> None:
     # ANALYZE copies frequent values into the catalog, where a purge does not reach them.
     content = ("text", "user_id", "agent_id", "run_id", "role", "subject", "relation", "source", "sha256", "metadata")
     columns = {"memories": (*content, "key", "timeline"), "vectors": ("vector",), "words": ("lexemes",)}
+    # pgvector's copy of `vector`, where the extension is there and in the search path.
+    if op.get_bind().exec_driver_sql("SELECT to_regtype('vector')").scalar() is not None:
+        op.execute("ALTER TABLE vectors ADD COLUMN embedding vector")
+        columns["vectors"] = ("vector", "embedding")
     for table, names in columns.items():
         op.execute(f"ALTER TABLE {table} " + ", ".join(f"ALTER COLUMN {name} SET STATISTICS 0" for name in names))

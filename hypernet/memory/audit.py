@@ -4,11 +4,11 @@ audit = DeletionAudit(asker)
 report = audit.forget("4f1c9a3be2d07788")
 report.passed, report.as_dict()
 
-The twin is a fresh memory in a folder inside this one, with everything that is left and nothing of what was deleted.
-Writing it takes as long as the user's adapters did; it is removed afterwards, or by `verify` where a process was
-killed. The deletion holds if the adapters left are the twin's to the bit, if searches and answers are the twin's, and
-if the deleted memory's answer is no more likely than to the twin (membership). Nothing of a content goes into the
-report.
+The twin is a fresh memory in a folder inside this one (with PostgreSQL in a schema beside this one's), with everything
+that is left and nothing of what was deleted. Writing it takes as long as the user's adapters did; it is removed
+afterwards, or by `verify` where a process was killed. The deletion holds if the adapters left are the twin's to the
+bit, if searches and answers are the twin's, and if the deleted memory's answer is no more likely than to the twin
+(membership). Nothing of a content goes into the report.
 """
 
 import fcntl
@@ -144,7 +144,7 @@ class DeletionAudit:
         asked = [
             MemoryQuestion(text, filters, as_of=to_text(now())) for text in [*about, *(p.question for p in probes)]
         ]
-        with _twin_folder(self.store.folder) as folder:
+        with _twin_folder(self.store) as folder:
             twin = self._twin(folder, filters, adapters="adapter" in tiers)
             try:
                 slots = self._slots_equal(twin.bank, filters) if "adapter" in tiers else (0, 0)
@@ -178,11 +178,16 @@ class DeletionAudit:
     def _twin(self, folder: Path, filters: Filters, *, adapters: bool) -> Asker:
         """A memory that was only ever told what is left."""
         write_memories(self.store.statements(), folder / "left.jsonl")
-        store = TokenStore(folder / "memory", conflict=self.store.conflict, source_priority=self.store.source_priority)
+        settings: dict[str, Any] = {
+            "conflict": self.store.conflict,
+            "source_priority": self.store.source_priority,
+            "database": self.store.database.make_twin(folder.name),
+        }
+        store = TokenStore(folder / "memory", **settings)
         store.add(read_drafts(folder / "left.jsonl"), operation="import")
         mine = self.asker.retriever
         settings = {"num_candidates": mine.num_candidates, "dense_weight": mine.dense_weight}
-        retriever = Retriever(store, embedder=mine.embedder, **settings)  # type: ignore[arg-type]
+        retriever = Retriever(store, embedder=mine.embedder, **settings)
         bank = self.bank.beside(store)
         if adapters:
             bank.write(filters)
@@ -241,22 +246,24 @@ def left_twins(folder: Path) -> list[Path]:
     return found
 
 
-def remove_twins(folder: Path) -> int:
+def remove_twins(store: TokenStore) -> int:
     """Removes what killed audits left; returns how many."""
-    left = left_twins(folder)
+    left = left_twins(store.folder)
     for path in left:
+        store.database.drop_twin(path.name)
         shutil.rmtree(path)
     return len(left)
 
 
 @contextmanager
-def _twin_folder(folder: Path) -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix=_TWIN_PREFIX, dir=folder))
+def _twin_folder(store: TokenStore) -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix=_TWIN_PREFIX, dir=store.folder))
     with (path / _LOCK_FILE).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield path
         finally:
+            store.database.drop_twin(path.name)
             shutil.rmtree(path)
 
 

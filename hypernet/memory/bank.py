@@ -319,7 +319,7 @@ class AdapterBank:
         has_slot = slots.c.seq.is_not(None)
 
         def number(*where: Any) -> Any:
-            return func.coalesce(func.sum(func.iif(and_(*where), 1, 0)), 0)
+            return func.count().filter(*where)
 
         statement = (
             select(

@@ -31,6 +31,7 @@ from hypernet.memory.extraction import Extractor
 from hypernet.memory.ledger import TIERS, CostLedger, Measured
 from hypernet.memory.profile import Profile, profile
 from hypernet.memory.retriever import Retriever, check_settings
+from hypernet.memory.store.copying import copy_memory
 from hypernet.memory.store.database import check_folder, check_outside
 from hypernet.memory.store.records import (
     Batch,
@@ -79,6 +80,7 @@ class Memory:
         cls,
         folder: str | Path,
         *,
+        database: str | None = None,
         model: "str | Path | DocToLoRA | None" = None,
         embedder: str | Path | Embedder | None = None,
         conflict: str = "latest",
@@ -101,6 +103,7 @@ class Memory:
         """A folder's memory, made where it is missing.
 
         Args:
+            database: URL of PostgreSQL, see `TokenStore`; None: what the folder has, or SQLite.
             model: checkpoint, hub name or folder: it answers, writes adapters, and its embeddings find by meaning. Of a
                 base model the latter alone. Loaded when it is first needed. None: words alone.
             embedder: instead of the model's: "sentence-transformers:<name>", or any `Embedder`.
@@ -116,12 +119,13 @@ class Memory:
             OSError: it cannot be read or written.
         """
         # Found before a folder is made: a folder of something else, settings, the model.
-        check_folder(Path(folder).expanduser(), create=create)
+        check_folder(Path(folder).expanduser(), create=create, url=database)
         check_settings(num_candidates, dense_weight)
         checked_conflict(conflict)
         lazy = None if model is None else LazyModel(model)
         chosen = open_embedder(embedder) if isinstance(embedder, (str, Path)) else embedder or lazy
-        store = TokenStore(folder, create=create, conflict=conflict, source_priority=source_priority)
+        shared: dict[str, Any] = {"conflict": conflict, "source_priority": source_priority}
+        store = TokenStore(folder, create=create, database=database, **shared)
         retriever = Retriever(store, embedder=chosen, num_candidates=num_candidates, dense_weight=dense_weight)
         joined = {"join": join, "top_k": top_k, "gate_power": gate_power}
         stored = {"shard_memories": shard_memories, "pass_chunks": pass_chunks, "dtype": dtype}
@@ -309,6 +313,16 @@ class Memory:
         found = self.store.statements(filters) if format == "plain" else self.store.valid(filters)
         return write_memories(found, path, format=format)
 
+    def copy(self, folder: str | Path, *, database: str | None = None) -> dict[str, int]:
+        """Copies the whole memory into a new folder, of `database` (None: SQLite): every version, deleted ones too,
+        events, batches, times, vectors, costs and adapters, under the same numbers. Returns table → rows.
+
+        Raises:
+            ValueError: the folder or the database holds something, or a text has U+0000 and it is PostgreSQL.
+            OSError: it cannot be written or reached.
+        """
+        return copy_memory(self.store, folder, database=database)
+
     # --- Asking -----------------------------------------------------------------------------------------------------
 
     def ask(
@@ -441,8 +455,8 @@ class Memory:
     def status(
         self, *, user_id: str | None = None, agent_id: str | None = None, run_id: str | None = None
     ) -> dict[str, Any]:
-        """memories, versions, valid_now, deleted (waiting for `purge`), bytes of the folder, is_unfinished (a purge or
-        a write was interrupted), and tiers: of "token" and "adapter" a dict each.
+        """memories, versions, valid_now, deleted (waiting for `purge`), bytes of the folder and of PostgreSQL's tables,
+        is_unfinished (a purge or a write was interrupted), and tiers: of "token" and "adapter" a dict each.
 
         memories, valid_now: versions in the tier. missing, stale: without an adapter, and adapters that answer nothing
         (deleted, or of another hypernetwork or base model; `counts` has each). accuracy, oracle, questions,
@@ -452,6 +466,7 @@ class Memory:
         filters = Filters(user_id, agent_id, run_id)
         counts = self.store.counts(filters)
         num_bytes = sum(path.stat().st_size for path in self.store.folder.rglob("*") if path.is_file())
+        num_bytes += self.store.database.num_bytes()
         is_unfinished = self.store.is_unfinished or self.bank.is_unfinished or bool(left_twins(self.store.folder))
         return {**counts, "bytes": num_bytes, "is_unfinished": is_unfinished, "tiers": self._tiers(filters, counts)}
 
@@ -481,7 +496,7 @@ class Memory:
         if found.damage:
             return found
         repaired = [*found.repaired, *self.bank.verify()]
-        if number := remove_twins(self.store.folder):
+        if number := remove_twins(self.store):
             repaired.append(f"{number} folders of interrupted audits")
         return found._replace(repaired=tuple(repaired))
 

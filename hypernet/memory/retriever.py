@@ -3,7 +3,8 @@
 retriever = Retriever(store, embedder=embedder)
 retriever.search("Who taught Fenda Elfax?", Filters(user_id="alice"), limit=5, as_of="2026-04-01")
 
-Vectors are computed by whoever searches first and stored; each user's are then held in memory as one matrix.
+Vectors are computed by whoever searches first and stored; each user's are then held in memory as one matrix, or where
+PostgreSQL has pgvector searched by the server.
 """
 
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, Row, and_, insert, select
+from sqlalchemy import Connection, Row, and_, column, insert, select, table, text
 
 from hypernet.memory.embedding import Embedder, Vectors
 from hypernet.memory.store import full_text
@@ -30,6 +31,14 @@ from hypernet.text.cleaning import whole
 RANK_OFFSET = 60
 _USERS_HELD = 256  # whose matrices stay in memory
 _STORED_AS = np.float16  # 2.4e-4 of a cosine, half the bytes
+# pgvector's column, which the tables of other databases do not have. <#> is minus the dot product.
+_EMBEDDINGS = table("vectors", column("seq"), column("embedder"), column("embedding"))
+_KEEP = text("UPDATE vectors SET embedding = CAST(:embedding AS vector) WHERE seq = :seq AND embedder = :embedder")
+_NEAREST = f"""
+SELECT m.seq FROM memories m JOIN vectors v ON v.seq = m.seq AND v.embedder = :embedder
+WHERE v.embedding IS NOT NULL AND {full_text.HOLDS}
+ORDER BY v.embedding <#> CAST(:question AS vector), m.seq DESC LIMIT CAST(:limit AS bigint)
+"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,9 @@ class Retriever:
         self.store, self.embedder = store, embedder
         self.num_candidates, self.dense_weight = num_candidates, dense_weight
         self._held: OrderedDict[str | None, _Matrix] = OrderedDict()
+        self._kept: dict[str | None, int] = {}  # user → the batch up to which pgvector has their vectors
+        with store.database.read() as connection:
+            self._in_server = embedder is not None and store.database.dialect.finds_vectors(connection)
         self._lock = Lock()  # of _held: a server searches from several threads
 
     def search(
@@ -101,16 +113,23 @@ class Retriever:
         limit, filters, question = whole_number(limit, "limit"), filters.checked(), whole(question, "question")
         when = now() if as_of is None else to_micros(as_of, "as_of")
         known = None if known_at is None else to_micros(known_at, "known_at")
-        matrix = None
-        if self.embedder is not None and question.strip():
+        matrix, dense = None, self.embedder is not None and bool(question.strip())
+        if dense:
             with self._lock:
-                matrix = self._matrix(filters.user_id)
+                if self._in_server:
+                    self._keep(filters.user_id)
+                else:
+                    matrix = self._matrix(filters.user_id)
         with self.store.database.read() as connection:
             held = None if known is None else self.store.holding(connection, filters, as_of=when, known_at=known)
             wanted = max(limit, self.num_candidates)
             words = full_text.ranked(connection, question, filters, as_of=when, known_at=known, limit=wanted)
             rankings = [([seq for seq in words if held is None or seq in held][:wanted], 1.0)]
-            if matrix is not None:
+            if dense and matrix is None:
+                near = self._nearest_in_server(connection, question, filters, when, known, wanted)
+                near = [seq for seq in near if held is None or seq in held][:wanted]
+                rankings.append((near, self.dense_weight))
+            elif matrix is not None:
                 rankings.append((self._nearest(question, matrix, filters, when, held, wanted), self.dense_weight))
             scores: dict[int, float] = {}
             for ranking, weight in rankings:
@@ -146,6 +165,40 @@ class Retriever:
         best = np.argpartition(-cosines, limit)[:limit] if limit < len(cosines) else np.arange(len(cosines))
         best = best[np.lexsort((-matrix.seqs[best], -cosines[best]))]
         return [int(seq) for seq in matrix.seqs[best[np.isfinite(cosines[best])]]]
+
+    def _nearest_in_server(
+        self, connection: Connection, question: str, filters: Filters, when: int, known: int | None, limit: int
+    ) -> list[int]:
+        """With `known`, ends that became known later count as well, as `full_text.ranked`."""
+        assert self.embedder is not None
+        values = {
+            **{"embedder": self.embedder.name, "question": _literal(self.embedder.embed([question])[0])},
+            **{"as_of": when, "known_at": FOREVER if known is None else known, "ends_are_old": known is not None},
+            **{"limit": limit if known is None else None, **filters.given},
+        }
+        own = "".join(f" AND m.{name} = :{name}" for name in filters.given)
+        return list(connection.execute(text(_NEAREST.format(filters=own)), values).scalars())
+
+    def _keep(self, user_id: str | None) -> None:
+        """Gives pgvector the vectors of one user (None: everybody) that it lacks."""
+        assert self.embedder is not None
+        with self.store.database.read() as connection:
+            batch = self.store.last_batch(connection)
+            if self._kept.get(user_id) == batch:
+                return
+            same = (_EMBEDDINGS.c.seq == memories.c.seq) & (_EMBEDDINGS.c.embedder == self.embedder.name)
+            where = [memories.c.live, memories.c.text.is_not(None), _EMBEDDINGS.c.embedding.is_(None)]
+            if user_id is not None:
+                where.append(memories.c.user_id == user_id)
+            rows = connection.execute(select(memories.c.seq).outerjoin(_EMBEDDINGS, same).where(*where)).all()
+            found = self._stored(connection, rows, None)
+        if missing := [row.seq for row in rows if row.seq not in found]:
+            found |= self._embed(missing)
+        if found:
+            with self.store.database.write() as connection:
+                values = [{"seq": seq, "embedding": _literal(vector)} for seq, vector in sorted(found.items())]
+                connection.execute(_KEEP, [{**value, "embedder": self.embedder.name} for value in values])
+        self._kept[user_id] = batch
 
     def _matrix(self, user_id: str | None) -> _Matrix:
         """One user's vectors (None: everybody's), read anew where something was written since."""
@@ -205,14 +258,21 @@ class Retriever:
         found = dict(zip(texts, rounded, strict=True))
         with self.store.database.write() as connection:
             there = set(connection.execute(select(memories.c.seq).where(among(memories.c.seq, texts))).scalars())
+            where = and_(vectors.c.embedder == self.embedder.name, among(vectors.c.seq, texts))
+            stored = set(connection.execute(select(vectors.c.seq).where(where)).scalars())  # by a faster process
             rows = [
                 {"seq": seq, "embedder": self.embedder.name, "vector": vector.tobytes()}
                 for seq, vector in found.items()
-                if seq in there
+                if seq in there - stored
             ]
-            if rows:  # another process may have been faster
-                connection.execute(insert(vectors).prefix_with("OR IGNORE", dialect="sqlite"), rows)
+            if rows:
+                connection.execute(insert(vectors), rows)
         return {seq: found[seq].astype(np.float32) for seq in there}
+
+
+def _literal(vector: npt.NDArray[np.float32]) -> str:
+    """As pgvector reads it."""
+    return f"[{','.join(map(str, vector.tolist()))}]"
 
 
 def check_settings(num_candidates: int, dense_weight: float) -> None:

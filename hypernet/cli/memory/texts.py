@@ -52,6 +52,13 @@ def _days(option: typer.CallbackParam, value: float) -> float:
 
 
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
+_Database = Annotated[
+    str | None,
+    typer.Option(
+        help="URL of PostgreSQL, for a new memory: postgresql+psycopg://user@host/name; default SQLite.",
+        show_default=False,
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
 ValidAt = Annotated[
     str | None, typer.Option(help="True from then on; default now.", callback=instant, show_default=False)
@@ -91,6 +98,7 @@ def add(
     invalid_at: InvalidAt = None,
     source: _Source = None,
     directory: _Directory = _DIRECTORY,
+    database: _Database = None,
     as_json: _Json = False,
 ) -> None:
     """Remember a text; print its id@version and the batch that rollback takes back.
@@ -100,7 +108,7 @@ def add(
     hypernet memory add "Alice lives in Rome." --user alice \\
       --subject Alice --relation "lives in"
     """
-    with _memory(directory, create=True) as memory:
+    with _memory(directory, create=True, database=database) as memory:
         ref = memory.add(
             _content(text),
             user_id=user,
@@ -406,6 +414,7 @@ def import_(
     user: User = None,
     agent: Agent = None,
     directory: _Directory = _DIRECTORY,
+    database: _Database = None,
     as_json: _Json = False,
 ) -> None:
     """Add a file's memories in one batch, all or none; what was ever here under its id is left out.
@@ -416,7 +425,7 @@ def import_(
     from hypernet.memory.exchange import read_drafts
 
     read_drafts(file, format=format)  # a mistake in it is told before a folder is made
-    with _memory(directory, create=True) as memory:
+    with _memory(directory, create=True, database=database) as memory:
         batch = memory.import_jsonl(file, format=format, user_id=user, agent_id=agent)
     _print_batch(batch, as_json)
 
@@ -441,6 +450,26 @@ def export(
 
 
 @app.command()
+def copy(
+    folder: Annotated[str, typer.Argument(help="New folder of the copy.", show_default=False)],
+    database: _Database = None,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
+) -> None:
+    """Copy a whole memory, deleted versions and adapters too, into SQLite or PostgreSQL.
+
+    \b
+    hypernet memory copy outputs/shared \\
+      --database postgresql+psycopg://alice@db.example/memory
+    hypernet memory copy outputs/back --directory outputs/shared
+    """
+    with _memory(directory) as memory:
+        found = memory.copy(folder, database=database)
+    rows = ", ".join(f"{number} {name}" for name, number in found.items())
+    typer.echo(json.dumps(found) if as_json else f"{rows} in {folder}")
+
+
+@app.command()
 def verify(directory: _Directory = _DIRECTORY, as_json: _Json = False) -> None:
     """Compare everything with what was stored, and finish what was interrupted. Exit status 1 if damaged.
 
@@ -459,10 +488,12 @@ def verify(directory: _Directory = _DIRECTORY, as_json: _Json = False) -> None:
 
 
 @contextmanager
-def _memory(directory: str, *, create: bool = False, model: str | None = None) -> Iterator["Memory"]:
+def _memory(
+    directory: str, *, create: bool = False, model: str | None = None, database: str | None = None
+) -> Iterator["Memory"]:
     from hypernet.memory.memory import Memory
 
-    memory = Memory.open(directory, create=create, model=model)
+    memory = Memory.open(directory, create=create, model=model, database=database)
     try:
         yield memory
     finally:

@@ -16,6 +16,7 @@ from sqlalchemy import select
 
 from hypernet.io.files import replaced
 from hypernet.memory.store.database import Database
+from hypernet.memory.store.records import MAX_NUMBER
 from hypernet.memory.store.schema import events
 from hypernet.memory.store.times import to_text
 
@@ -151,7 +152,7 @@ def _line(raw: bytes) -> Line:
     """Empty where it is no JSON object with the number of an event."""
     found = _loaded(raw)
     event = found.get("event") if isinstance(found, dict) else None
-    return found if type(event) is int and 0 < event < 2**63 else {}
+    return found if type(event) is int and 0 < event <= MAX_NUMBER else {}
 
 
 def _is_begun(raw: bytes) -> bool:

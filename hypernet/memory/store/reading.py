@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, LargeBinary, Row, cast, func, or_, select
+from sqlalchemy import Connection, Row, func, or_, select
 from sqlalchemy.sql.elements import ColumnElement
 
 from hypernet.memory.store.database import Database
@@ -202,7 +202,7 @@ class StoreReader:
 
     def content_bytes(self, filters: Filters = EVERYBODY) -> int:
         """Of the texts of live versions, in UTF-8."""
-        size = func.coalesce(func.sum(func.length(cast(memories.c.text, LargeBinary))), 0)
+        size = func.coalesce(func.sum(func.octet_length(memories.c.text)), 0)
         statement = select(size).where(memories.c.live, *within(filters.checked()))
         with self.database.read() as connection:
             return int(connection.execute(statement).scalar_one())

@@ -5,7 +5,7 @@ events     append-only: what happened to which memory version in which batch, ne
 memories   one row per memory version; the columns after created_at are computed from the rest
 contains   what was derived from what: deleting a member deletes what contains it
 vectors    a memory's embedding by one embedder
-words      the FTS5 index of live memories
+words      the full-text index of live memories: FTS5 of SQLite, tsvector of PostgreSQL
 slots      the adapter of a memory version: which entry of `adapters/` holds it, by what it was written
 costs      what a tier was measured to answer and to cost, and when
 """
@@ -29,11 +29,14 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     bindparam,
-    func,
+    column,
     literal,
-    select,
+    table,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.functions import FunctionElement
 
 SCHEMA_VERSION = "0002"
 APPLICATION_ID = 0x48794D65  # "HyMe" in the header of memory.sqlite
@@ -155,6 +158,9 @@ costs = Table(
     sqlite_autoincrement=True,
 )
 
+# Not in `metadata`: SQLite's is a virtual table.
+words = table("words", column("rowid", Integer))
+
 
 def among(column: ColumnElement[Any], values: Iterable[int | str] | str) -> ColumnElement[bool]:
     """column IN values, any number of them: as one JSON array, for SQLite limits the parameters of a statement.
@@ -163,4 +169,22 @@ def among(column: ColumnElement[Any], values: Iterable[int | str] | str) -> Colu
         values: or the name of the parameter that gives the array when the statement is executed.
     """
     given = bindparam(values, type_=String) if isinstance(values, str) else literal(json.dumps(list(values)))
-    return column.in_(select(func.json_each(given).table_valued("value").c.value))
+    return _Among(column, given)
+
+
+class _Among(FunctionElement[bool]):
+    type = Boolean()
+    inherit_cache = True
+
+
+@compiles(_Among, "sqlite")
+def _among_of_sqlite(element: _Among, compiler: SQLCompiler, **settings: Any) -> str:
+    column, given = (compiler.process(clause, **settings) for clause in element.clauses)
+    return f"{column} IN (SELECT value FROM json_each({given}))"
+
+
+@compiles(_Among, "postgresql")
+def _among_of_postgresql(element: _Among, compiler: SQLCompiler, **settings: Any) -> str:
+    column, given = (compiler.process(clause, **settings) for clause in element.clauses)
+    kind = compiler.dialect.type_compiler_instance.process(list(element.clauses)[0].type)
+    return f"{column} IN (SELECT CAST(value AS {kind}) FROM json_array_elements_text(CAST({given} AS JSON)))"

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Connection,
+    Integer,
     Row,
     String,
     bindparam,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     select,
     text,
     update,
@@ -50,15 +52,16 @@ from hypernet.memory.store.records import (
     checked_conflict,
     split_ref,
 )
-from hypernet.memory.store.schema import among, batches, contains, events, memories, vectors
+from hypernet.memory.store.schema import among, batches, contains, events, memories, vectors, words
 from hypernet.memory.store.timeline import JOINING, End
 from hypernet.memory.store.times import Instant, now, to_micros, to_text
 
-_UNFINISHED_PURGE = ".purging"  # there while deleted content may still lie in free pages or the log
+UNFINISHED_PURGE = ".purging"  # there while deleted content may still lie in free pages or the log
 
 # Live: its batch stands, it is not deleted, and everything that it was derived from is live.
-_STATES = text("""
-SELECT m.seq, m.live, CASE
+_STATES = (
+    select(
+        text("""m.seq, m.live, CASE
   WHEN NOT b.active THEN 0
   WHEN (SELECT e.operation FROM events e JOIN batches eb ON eb.number = e.batch
         WHERE e.memory_id = m.memory_id AND e.version = m.version AND eb.active
@@ -66,9 +69,11 @@ SELECT m.seq, m.live, CASE
   WHEN EXISTS (SELECT 1 FROM contains k LEFT JOIN memories mm
                ON mm.memory_id = k.member_id AND mm.version = k.member_version AND mm.live
                WHERE k.derived_id = m.memory_id AND k.derived_version = m.version AND mm.seq IS NULL) THEN 0
-  ELSE 1 END
-FROM memories m JOIN batches b ON b.number = m.batch WHERE m.seq IN (SELECT value FROM json_each(:seqs))
-""")
+  ELSE 1 END""")
+    )
+    .select_from(text("memories m JOIN batches b ON b.number = m.batch"))
+    .where(among(literal_column("m.seq", Integer), "seqs"))
+)
 
 
 class Verification(NamedTuple):
@@ -91,6 +96,8 @@ class TokenStore(StoreReader):
 
     Args:
         folder: made by the first call if `create`.
+        database: URL of PostgreSQL, such as postgresql+psycopg://user@host/name, for a memory that is new or there
+            already; the folder keeps it, without a password. None: what the folder has, or SQLite.
         create: whether it may be made where it is missing.
         conflict: what an added memory does to others with its key: "latest" (latest valid wins), "add_only" (nothing),
             "keep_both" (both hold, and hits name each other) or "source_priority".
@@ -106,6 +113,7 @@ class TokenStore(StoreReader):
         folder: str | Path,
         *,
         create: bool = True,
+        database: str | None = None,
         conflict: str = "latest",
         source_priority: Sequence[str] = (),
     ) -> None:
@@ -113,7 +121,7 @@ class TokenStore(StoreReader):
             raise ValueError(f"source_priority is {source_priority!r}. Give a list of patterns.")
         self.conflict, self.source_priority = checked_conflict(conflict), tuple(source_priority)
         self.folder = Path(folder).expanduser().resolve()
-        super().__init__(Database(self.folder, create=create))
+        super().__init__(Database(self.folder, create=create, url=database))
         self.log = DeletionLog(self.folder, self.database)
 
     def close(self) -> None:
@@ -309,7 +317,7 @@ class TokenStore(StoreReader):
                 _undo(writing)
                 return Batch("", "purge")
             rows = self._with_derived(connection, rows)
-            (self.folder / _UNFINISHED_PURGE).touch()
+            (self.folder / UNFINISHED_PURGE).touch()
             _sync(self.folder)
             result = self._done(writing, "purge", rows)
             connection.execute(delete(vectors).where(among(vectors.c.seq, rows)))
@@ -333,7 +341,7 @@ class TokenStore(StoreReader):
     @property
     def is_unfinished(self) -> bool:
         """Whether a purge was interrupted, so that content may lie in the file; `verify` finishes it."""
-        return (self.folder / _UNFINISHED_PURGE).exists()
+        return (self.folder / UNFINISHED_PURGE).exists()
 
     # --- Whole ------------------------------------------------------------------------------------------------------
 
@@ -348,7 +356,7 @@ class TokenStore(StoreReader):
             return Verification(tuple(damage), ())
         with self.database.read() as connection:
             rows = connection.execute(select(memories).order_by(memories.c.seq)).all()
-            indexed = set(connection.execute(text("SELECT rowid FROM words")).scalars())
+            indexed = set(connection.execute(select(words.c.rowid)).scalars())
             states = self._states(connection, [row.seq for row in rows])
         damage = [
             f"{row.memory_id}@{row.version} is not the text that was stored"
@@ -368,8 +376,8 @@ class TokenStore(StoreReader):
             with self._writing("repair") as writing:
                 self._refresh(writing.connection, [row.seq for row in rows])
                 self._resolve(writing.connection, {row.timeline for row in rows})
-                writing.connection.execute(text("DELETE FROM words"))
-                full_text.index(writing.connection, _findable(self._rows(writing.connection, sorted(findable))))
+                writing.connection.execute(delete(words))
+                full_text.index_rows(writing.connection, self._rows(writing.connection, sorted(findable)))
             repaired.append(f"computed columns or the index of {len(set(wrong) | (indexed ^ findable))} versions")
         repaired += self.log.repair()
         if self.is_unfinished:
@@ -445,7 +453,7 @@ class TokenStore(StoreReader):
         self._derive(connection, derived)
         stored = self._of_refs(connection, writing, refs)
         self._record(writing, operation, [row.seq for row in stored])
-        full_text.index(connection, _findable(stored))
+        full_text.index_rows(connection, stored)
         shared = {row.timeline for row in stored if row.timeline != row.memory_id or row.version > 1}
         self._resolve(connection, shared)
         return refs
@@ -571,7 +579,7 @@ class TokenStore(StoreReader):
             moved |= changed
             todo = self._derived_of(connection, changed)
         full_text.unindex(connection, [seq for seq, live in moved.items() if not live])
-        full_text.index(connection, _findable(self._rows(connection, [seq for seq, live in moved.items() if live])))
+        full_text.index_rows(connection, self._rows(connection, [seq for seq, live in moved.items() if live]))
         timelines = select(memories.c.timeline).where(among(memories.c.seq, moved)).distinct()
         self._resolve(connection, connection.execute(timelines).scalars())
         return moved
@@ -644,7 +652,7 @@ class TokenStore(StoreReader):
     def _finish_purge(self) -> bool:
         finished = self.database.erase()
         if finished:
-            (self.folder / _UNFINISHED_PURGE).unlink(missing_ok=True)
+            (self.folder / UNFINISHED_PURGE).unlink(missing_ok=True)
         return finished
 
 
@@ -672,12 +680,6 @@ def _set_active(connection: Connection, batch: Row[Any], *, active: bool) -> Non
     if batch.operation == "rollback":
         target = connection.execute(select(batches).where(batches.c.number == batch.target)).one()
         _set_active(connection, target, active=not active)
-
-
-def _findable(rows: Iterable[Row[Any]]) -> Iterator[tuple[int, str, Filters]]:
-    for row in rows:
-        if row.text is not None:
-            yield row.seq, row.text, Filters(row.user_id, row.agent_id, row.run_id)
 
 
 def _sha256(content: str) -> str:

@@ -176,3 +176,20 @@ def test_overwriting_and_emptied_memories_are_one_line(run, tmp_path, capsys):
         assert hypernet("memory", *command, "--directory", folder) == 1
         error = capsys.readouterr().err
         assert "is damaged (it has 0 bytes)" in error and error.count("\n") == 1
+
+
+def test_copy_is_the_same_memory_and_replaces_nothing(run, tmp_path, capsys):
+    run("add", "one", "--user", "alice")
+    run("delete-all", "--user", "alice")
+    assert run("copy", tmp_path / "second", "--json")[1]["memories"] == 1
+    listed = run("versions", "--json")[1]
+    assert hypernet("memory", "versions", "--json", "--directory", tmp_path / "second") == 0
+    assert json.loads(capsys.readouterr().out) == listed
+    for arguments, message in (
+        ((tmp_path / "second",), "is there already. Name a new folder"),
+        ((tmp_path / "third", "--database", "mysql://alice:hidden@host/x"), "database is no URL of PostgreSQL"),
+    ):
+        assert hypernet("memory", "copy", *arguments, "--directory", tmp_path / "memory") == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and "hidden" not in error
+    assert not (tmp_path / "third").exists()

@@ -14,7 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import event, text
 
 from benchmarks.memory.store import kill_writers, random_schedules
-from hypernet.memory.store import database as database_module
+from hypernet.memory.store import dialects
 from hypernet.memory.store.database import DATABASE_FILE, Database
 from hypernet.memory.store.records import Draft
 from hypernet.memory.store.schema import SCHEMA_VERSION, metadata
@@ -39,12 +39,12 @@ def in_children(*functions) -> None:
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * len(children)
 
 
-def test_two_processes_make_and_write_one_memory(tmp_path):
+def test_two_processes_make_and_write_one_memory(tmp_path, database):
     """Both open a folder that is not there, and write at once: nothing is lost, nothing refused."""
 
     def write(name: str):
         def run() -> None:
-            store = TokenStore(tmp_path / "memory")
+            store = TokenStore(tmp_path / "memory", database=database)
             for number in range(20):
                 store.add([Draft(text=f"{name} {number}", subject="last", relation="word")])
 
@@ -58,16 +58,16 @@ def test_two_processes_make_and_write_one_memory(tmp_path):
     assert store.verify() == ((), ()) and len(store.valid()) == 1
 
 
-def test_two_connections_of_a_process_write_in_turn(tmp_path):
-    first, second = TokenStore(tmp_path / "memory"), TokenStore(tmp_path / "memory")
+def test_two_connections_of_a_process_write_in_turn(new_store):
+    first, second = new_store(), new_store()
     for number in range(5):
         first.add([Draft(text=f"first {number}")])
         second.add([Draft(text=f"second {number}")])
     assert first.valid() == second.valid() and len(first.valid()) == 10
 
 
-def test_reader_sees_one_state_while_another_writes(tmp_path):
-    reader, writer = TokenStore(tmp_path / "memory"), TokenStore(tmp_path / "memory")
+def test_reader_sees_one_state_while_another_writes(new_store):
+    reader, writer = new_store(), new_store()
     count = text("SELECT count(*) FROM memories")
     with reader.database.read() as connection:
         assert connection.execute(count).scalar() == 0
@@ -76,8 +76,11 @@ def test_reader_sees_one_state_while_another_writes(tmp_path):
     assert len(reader.valid()) == 1
 
 
-def test_killed_writers_lose_and_resurrect_nothing(tmp_path):
-    row = kill_writers(tmp_path / "memory", num_kills=10, rng=random.Random(0))
+def test_killed_writers_lose_and_resurrect_nothing(tmp_path, database):
+    TokenStore(tmp_path / "memory", database=database).close()
+    # A transaction of PostgreSQL takes longer, the more so on a busy machine.
+    limits = {"num_kills": 6, "seconds": 0.6} if database else {"num_kills": 10}
+    row = kill_writers(tmp_path / "memory", rng=random.Random(0), **limits)
     assert row["acknowledged"] and (row["lost"], row["resurrected"], row["damaged"]) == (0, 0, 0)
 
 
@@ -104,9 +107,9 @@ def test_full_disk_is_one_line_and_changes_nothing(tmp_path):
     assert TokenStore(tmp_path / "memory").verify() == ((), ())
 
 
-def test_busy_database_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(database_module, "BUSY_TIMEOUT_S", 0.1)
-    store, other = TokenStore(tmp_path / "memory"), TokenStore(tmp_path / "memory")
+def test_busy_database_is_one_line(new_store, monkeypatch):
+    monkeypatch.setattr(dialects, "BUSY_TIMEOUT_S", 0.1)
+    store, other = new_store(), new_store()
     with store.database.write(), pytest.raises(OSError, match="Another process has been writing"):
         other.add([Draft(text="one")])
 
@@ -139,15 +142,14 @@ def test_file_that_is_no_database_is_refused(tmp_path):
         TokenStore(tmp_path)
 
 
-def test_memory_of_an_older_schema_is_migrated(tmp_path):
-    store = TokenStore(tmp_path / "memory")
+def test_memory_of_an_older_schema_is_migrated(store):
     (ref,) = store.add([Draft(text="told before there were adapters")])
     with store.database.write() as connection:
         for table in ("slots", "costs"):
             connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     store.close()
-    store = TokenStore(tmp_path / "memory")
+    store = TokenStore(store.folder)
     with store.database.read() as connection:
         found = compare_metadata(MigrationContext.configure(connection), metadata)
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == SCHEMA_VERSION
@@ -155,17 +157,16 @@ def test_memory_of_an_older_schema_is_migrated(tmp_path):
     assert store.get(str(ref)).text == "told before there were adapters" and store.verify() == ((), ())
 
 
-def test_newer_schema_is_refused(tmp_path):
-    store = TokenStore(tmp_path / "memory")
+def test_newer_schema_is_refused(store):
     with store.database.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     store.close()
     with pytest.raises(ValueError, match="has schema 9999, this version reads up to"):
-        TokenStore(tmp_path / "memory")
+        TokenStore(store.folder)
 
 
 def test_interrupted_migration_leaves_an_empty_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(database_module, "APPLICATION_ID", "not a number;")  # fails after the tables were made
+    monkeypatch.setattr(dialects, "APPLICATION_ID", "not a number;")  # fails after the tables were made
     with pytest.raises(Exception):  # noqa: B017
         Database(tmp_path / "memory")
     monkeypatch.undo()
@@ -178,8 +179,7 @@ def test_schema_version_is_the_last_migration():
     assert ScriptDirectory.from_config(config).get_current_head() == SCHEMA_VERSION
 
 
-def test_migrations_make_the_tables_of_the_schema(tmp_path):
-    store = TokenStore(tmp_path / "memory")
+def test_migrations_make_the_tables_of_the_schema(store):
     with store.database.read() as connection:
         found = compare_metadata(MigrationContext.configure(connection), metadata)
     # What FTS5 and Alembic keep for themselves.

@@ -14,13 +14,6 @@ from hypernet.memory.store.token_store import TokenStore
 ALICE, BOB = Filters("alice"), Filters("bob")
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = TokenStore(tmp_path / "memory")
-    yield store
-    store.close()
-
-
 def tell(store: TokenStore, content: str, day: int | None = None, *, filters: Filters = ALICE, **fields):
     """Adds one memory, true from a day of 2026 on."""
     valid_at = None if day is None else date(day)
@@ -52,21 +45,26 @@ def test_update_holds_from_its_date_on(store):
     assert store.get(ref.id, as_of=date(5)).text == "Orla" and store.get(f"{ref.id}@1").text == "Orla"
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_order_of_arrival_changes_no_view(tmp_path, seed):
+def on_both(*, num_seeds: int):
+    """Many seeds of SQLite and one of PostgreSQL, where the same takes five times as long."""
+    cases = [*(("sqlite", seed) for seed in range(num_seeds)), ("postgresql", 0)]
+    return pytest.mark.parametrize(("new_store", "seed"), cases, indirect=["new_store"])
+
+
+@on_both(num_seeds=5)
+def test_order_of_arrival_changes_no_view(new_store, seed):
     """Backfilled logs (graphiti #1489): statements and ends told in any order."""
     rng = random.Random(seed)
     days = rng.sample(range(1, 29), 12)
     told = [(day, rng.randrange(3), rng.random() < 0.3) for day in days]
     views = []
     for number, order in enumerate([sorted(told), rng.sample(told, len(told))]):
-        store = TokenStore(tmp_path / str(number))
+        store = new_store(str(number))
         for day, subject, ends in order:
             key = {"subject": f"s{subject}", "relation": "place"}
             until = date(day + 1) if ends else None
             tell(store, f"s{subject} at {day}", day, invalid_at=until, **key)
         views.append([texts(store, day) for day in range(1, 31)])
-        store.close()
     assert views[0] == views[1]
 
 
@@ -151,17 +149,17 @@ def test_text_without_a_key_stands_alone(store):
 @pytest.mark.parametrize(
     ("conflict", "expected"), [("latest", ["b"]), ("add_only", ["a", "b"]), ("keep_both", ["a", "b"])]
 )
-def test_conflict_policy_decides_what_holds(tmp_path, conflict, expected):
-    store = TokenStore(tmp_path / "memory", conflict=conflict)
+def test_conflict_policy_decides_what_holds(new_store, conflict, expected):
+    store = new_store(conflict=conflict)
     for content, day in (("a", 1), ("b", 2)):
         tell(store, content, day, subject="home", relation="is")
     assert texts(store, 3) == expected
 
 
-def test_better_source_wins_whenever_it_was_told(tmp_path):
+def test_better_source_wins_whenever_it_was_told(new_store):
     views = []
     for number, order in enumerate([(0, 1, 2), (2, 0, 1), (1, 2, 0)]):
-        store = TokenStore(tmp_path / str(number), conflict="source_priority", source_priority=("registry", "notes/*"))
+        store = new_store(str(number), conflict="source_priority", source_priority=("registry", "notes/*"))
         told = [("registry", 5, "R"), ("notes/a.md", 8, "N"), (None, 2, "chat")]
         for which in order:
             source, day, content = told[which]
@@ -174,8 +172,10 @@ def test_better_source_wins_whenever_it_was_told(tmp_path):
 
 
 def words_of(store: TokenStore) -> list[str]:
+    """Texts in the index, in lower case."""
+    statement = text("SELECT lower(m.text) FROM words w JOIN memories m ON m.seq = w.rowid")
     with store.database.read() as connection:
-        return [row[0] for row in connection.execute(text("SELECT text FROM words"))]
+        return list(connection.execute(statement).scalars())
 
 
 @pytest.mark.parametrize("reopened", [False, True])
@@ -218,8 +218,9 @@ def test_empty_filter_is_refused_and_deletes_nothing(store, filters):
     assert len(store.valid()) == 1
 
 
-def test_delete_all_of_10000_takes_under_a_second(store):
+def test_delete_all_of_10000_takes_under_a_second(sqlite_store):
     """Resetting a user took 142 s for 793 memories in MemOS #1103. Processor time: the tests share their cores."""
+    store = sqlite_store
     store.add([Draft(text=f"fact number {n}", filters=ALICE) for n in range(10_000)])
     tell(store, "other", filters=BOB)
     start = time.process_time()
@@ -242,7 +243,7 @@ def test_what_was_derived_goes_with_its_member(store):
     assert len(store.valid()) == 4 and sorted(words_of(store)) == ["all of them", "one", "one and two", "two"]
 
 
-def test_purge_of_a_member_erases_what_was_made_of_it(store):
+def test_purge_of_a_member_erases_what_was_made_of_it(store, bytes_of):
     ref = tell(store, "zanzibar")
     summary = tell(store, "all about zanzibar", derived_from=(str(ref),))
     store.delete(ref.id)
@@ -347,11 +348,7 @@ def test_restore_brings_back_one_of_many(store):
 # --- Purging --------------------------------------------------------------------------------------------------------
 
 
-def bytes_of(store: TokenStore) -> bytes:
-    return b"".join(path.read_bytes() for path in store.folder.rglob("*") if path.is_file())
-
-
-def test_purge_leaves_no_byte_of_the_content(store):
+def test_purge_leaves_no_byte_of_the_content(store, bytes_of):
     """Not in tables, index, free pages or the write-ahead log; the rest is still found."""
     secrets = [f"zanzibar{n:04d}quokka" for n in range(300)]
     for start in range(0, 300, 50):
@@ -388,8 +385,8 @@ def test_purge_touches_neither_live_memories_nor_others(store):
     assert sorted(memory.text for memory in store.valid()) == ["his", "live"]
 
 
-def test_purge_beside_a_reader_is_finished_later(store, monkeypatch):
-    monkeypatch.setattr("hypernet.memory.store.database.BUSY_TIMEOUT_S", 0.1)
+def test_purge_beside_a_reader_is_finished_later(store, bytes_of, monkeypatch):
+    monkeypatch.setattr("hypernet.memory.store.dialects.BUSY_TIMEOUT_S", 0.1)
     store.close()
     store = TokenStore(store.folder)
     ref = tell(store, "zanzibar quokka")
@@ -437,11 +434,11 @@ def test_verify_finds_changed_text_and_mends_the_rest(store):
     assert store.verify().damage == (f"{ref.id}@1 is not the text that was stored",)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_random_schedules_resurrect_nothing(tmp_path, seed):
+@on_both(num_seeds=3)
+def test_random_schedules_resurrect_nothing(new_store, seed):
     """Add, update, delete, restore, roll back, purge and re-open, against a dict."""
     rng = random.Random(seed)
-    store = TokenStore(tmp_path / "memory")
+    store = new_store()
     live: dict[str, str] = {}
     deleted: dict[str, str] = {}
     for step in range(60):
@@ -536,7 +533,8 @@ DAMAGES += [b'{"event": 3, "operation": "audit"}', b'{"event": 1, "memory": "x@1
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage[:20].hex())
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
 @pytest.mark.parametrize("instead", [False, True])
-def test_damaged_log_takes_deletions_and_is_repaired(store, damage, end, instead):
+def test_damaged_log_takes_deletions_and_is_repaired(sqlite_store, damage, end, instead):
+    store = sqlite_store
     refs = [tell(store, f"n{n}") for n in range(3)]
     path = store.folder / "deletions.jsonl"
     store.delete(refs[0].id)  # event 4
@@ -584,7 +582,8 @@ def test_whole_last_line_without_its_end_is_kept(store):
     assert store.verify() == ((), ())
 
 
-def test_audit_longer_than_the_tail_is_gone_on_from(store):
+def test_audit_longer_than_the_tail_is_gone_on_from(sqlite_store):
+    store = sqlite_store
     store.delete(tell(store, "one").id)
     store.log.append_audit({"memories": ["0123456789abcdef@1"] * 5000})
     store.delete(tell(store, "two").id)

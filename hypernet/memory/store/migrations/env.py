@@ -4,7 +4,7 @@ from alembic import context
 
 from hypernet.memory.store.schema import metadata
 
-# The caller's transaction holds all migrations together; SQLite undoes DDL with it.
+# The caller's transaction holds all migrations together; both databases undo DDL with it.
 connection = context.config.attributes["connection"]
 context.configure(connection=connection, target_metadata=metadata, transactional_ddl=True)
 context.run_migrations()

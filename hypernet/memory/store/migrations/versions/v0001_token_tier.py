@@ -2,6 +2,7 @@
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.dialects.postgresql import TSVECTOR
 
 revision = "0001"
 down_revision = None
@@ -75,6 +76,13 @@ def upgrade() -> None:
         sa.Column("embedder", sa.String, primary_key=True),
         sa.Column("vector", sa.LargeBinary, nullable=False),
     )
+    if op.get_bind().dialect.name == "postgresql":
+        _postgresql()
+    else:
+        _sqlite()
+
+
+def _sqlite() -> None:
     # English words without their endings, letters without their accents; scope holds who may see it.
     op.execute("CREATE VIRTUAL TABLE words USING fts5(text, scope, tokenize='porter unicode61 remove_diacritics 2')")
     for change in ("UPDATE", "DELETE"):
@@ -82,3 +90,33 @@ def upgrade() -> None:
             f"CREATE TRIGGER events_{change.lower()} BEFORE {change} ON events "
             "BEGIN SELECT RAISE(ABORT, 'events are append-only'); END"
         )
+
+
+def _postgresql() -> None:
+    # length: words of the text. lexemes: its words without their endings, and who may see it.
+    op.create_table(
+        "words",
+        sa.Column("rowid", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("length", sa.Integer, nullable=False),
+        sa.Column("lexemes", TSVECTOR, nullable=False),
+    )
+    op.create_index("words_lexemes", "words", ["lexemes"], postgresql_using="gin")
+    # FTS5's stemmer; unlike "english_stem" without words that are not searched.
+    op.execute("CREATE TEXT SEARCH DICTIONARY words_stem (TEMPLATE = pg_catalog.snowball, LANGUAGE = porter)")
+    op.execute(
+        "CREATE FUNCTION events_append_only() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'events are append-only'; END $$"
+    )
+    op.execute(
+        "CREATE TRIGGER events_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON events "
+        "FOR EACH STATEMENT EXECUTE FUNCTION events_append_only()"
+    )
+    # ANALYZE copies frequent values into the catalog, where a purge does not reach them.
+    content = ("text", "user_id", "agent_id", "run_id", "role", "subject", "relation", "source", "sha256", "metadata")
+    columns = {"memories": (*content, "key", "timeline"), "vectors": ("vector",), "words": ("lexemes",)}
+    # pgvector's copy of `vector`, where the extension is there and in the search path.
+    if op.get_bind().exec_driver_sql("SELECT to_regtype('vector')").scalar() is not None:
+        op.execute("ALTER TABLE vectors ADD COLUMN embedding vector")
+        columns["vectors"] = ("vector", "embedding")
+    for table, names in columns.items():
+        op.execute(f"ALTER TABLE {table} " + ", ".join(f"ALTER COLUMN {name} SET STATISTICS 0" for name in names))

@@ -182,7 +182,7 @@ class BatchEngine:
         stay = self._take(arrivals, logits)
         if stay:
             cache, mask = _rows_of(cache, mask, stay)
-            self._cache, self._mask = _stacked(self._cache, self._mask, cache, mask)
+            self._cache, self._mask = stacked(self._cache, self._mask, cache, mask)
             self.running += [arrivals[place] for place in stay]
 
     @torch.inference_mode()
@@ -259,11 +259,11 @@ def _rows_of(cache: DynamicCache, mask: Tensor, places: Sequence[int]) -> tuple[
         return cache, mask
     index = torch.tensor(places, device=mask.device)
     width = int(mask[index].sum(-1).max())
-    layers = [(keys[index, :, -width:], values[index, :, -width:]) for keys, values in _layers(cache)]
-    return _cache_of(layers), mask[index, -width:]
+    layers = [(keys[index, :, -width:], values[index, :, -width:]) for keys, values in cache_layers(cache)]
+    return cache_of(layers), mask[index, -width:]
 
 
-def _stacked(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor) -> tuple[DynamicCache, Tensor]:
+def stacked(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor) -> tuple[DynamicCache, Tensor]:
     """The rows of both, left-padded to one width."""
     if not len(mask):
         return other, other_mask
@@ -272,19 +272,19 @@ def _stacked(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask:
     def joined(*parts: Tensor) -> Tensor:
         return torch.cat([F.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
 
-    pairs = zip(_layers(cache), _layers(other), strict=True)
+    pairs = zip(cache_layers(cache), cache_layers(other), strict=True)
     layers = [(joined(keys, more_keys), joined(values, more)) for (keys, values), (more_keys, more) in pairs]
     masks = [F.pad(part, (width - part.shape[1], 0)) for part in (mask, other_mask)]
-    return _cache_of(layers), torch.cat(masks)
+    return cache_of(layers), torch.cat(masks)
 
 
-def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+def cache_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, [B, heads, S, d]."""
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
 
 
-def _cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+def cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     cache = DynamicCache()
     for number, (keys, values) in enumerate(layers):
         cache.update(keys, values, number)

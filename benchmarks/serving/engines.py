@@ -160,7 +160,7 @@ def _moved_right(layers: Sequence[tuple[Tensor, Tensor]], mask: Tensor) -> tuple
     """The same rows with their padding on the left."""
     if bool((mask.diff(dim=-1) >= 0).all()):
         return list(layers), mask
-    order = mask.argsort(-1, stable=True)
+    order = mask.argsort(stable=True, dim=-1)
     index = order[:, None, :, None]
     moved = [tuple(part.gather(2, index.expand_as(part)) for part in pair) for pair in layers]
     return moved, mask.gather(1, order)  # type: ignore[return-value]

@@ -1,12 +1,13 @@
 """Requests a second at 1, 8 and 64 users: `python -m benchmarks.serving`
 
-Every user has a document and asks about it, over HTTP, again and again as soon as the answer is there. In four ways, at
+Every user has a document and asks about it, over HTTP, again and again as soon as the answer is there. In five ways, at
 servers that run next to each other and in turns within each repeat:
 
 own adapters       each user's request names the user's own adapter; one batch for all
 shared adapter     the same, and all name one adapter
 merged             each request's adapter is added to the weights, one request at a time
-kept prefix        the document stands in each prompt, and its keys and values are kept
+document           the document stands in each prompt, which is read for each request
+kept prefix        the same, and the document's keys and values are kept from request to request
 
 Documents are of the encyclopedia's test split. All answers have `answer_tokens` tokens, whatever the model says.
 """
@@ -30,7 +31,8 @@ from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
 log = logging.getLogger(__name__)
 
 # way → engine of benchmarks.serving.engines
-WAYS = {"own adapters": "ours", "shared adapter": "ours", "merged": "merging", "kept prefix": "kept_prefix"}
+WAYS = {"own adapters": "ours", "shared adapter": "ours", "merged": "merging", "document": "ours"}
+WAYS |= {"kept prefix": "kept_prefix"}
 NAME = "document.txt"
 
 
@@ -81,7 +83,7 @@ def documents(tokenizer: Any, *, num_users: int, num_tokens: int, seed: int) -> 
 def request_of(way: str, asked: Asked, question: str, *, answer_tokens: int) -> dict[str, Any]:
     """What the user's client sends: httpx's keyword arguments."""
     text, model = question, f"model:{NAME}"
-    if way == "kept prefix":
+    if way in ("document", "kept prefix"):
         text, model = f"{asked.document}\n\n{question}", "model"
     body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": answer_tokens}
     return {"json": body, "headers": {"X-User": asked.user}}
@@ -199,16 +201,16 @@ def untrained_checkpoint(base_model: str, folder: Path) -> Path:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A line for each number of users and way; beside it the throughput as a multiple of the kept prefix's."""
+    """A line for each number of users and way; with the throughput as a multiple of the document's in the prompt."""
     from benchmarks.report.tables import Table
 
     of = {(row["model"], row["way"], row["users"]): row for row in rows}
     lines = []
     for row in sorted(rows, key=lambda row: (row["model"], row["users"])):
-        prefix = of.get((row["model"], "kept prefix", row["users"]))
-        times = f"{row['requests_per_s'] / prefix['requests_per_s']:.1f}" if prefix else "–"
+        others = [of.get((row["model"], way, row["users"])) for way in ("document", "kept prefix")]
+        times = [f"{row['requests_per_s'] / other['requests_per_s']:.2g}" if other else "–" for other in others]
         spread = f"{row['requests_per_s']:.3g} ({row['requests_per_s_low']:.3g}–{row['requests_per_s_high']:.3g})"
-        cells = [row["model"], f"{row['document_tokens']:.0f}", row["users"], row["way"], spread, times]
+        cells = [row["model"], f"{row['document_tokens']:.0f}", row["users"], row["way"], spread, *times]
         lines.append([*map(str, cells), f"{row['p50_ms']:,.0f}", f"{row['p99_ms']:,.0f}"])
-    head = ["model", "document tokens", "users", "way", "requests/s (lowest–highest)", "of kept prefix"]
+    head = ["model", "document tokens", "users", "way", "requests/s (lowest–highest)", "of document", "of kept prefix"]
     return Table("", [*head, "p50, ms", "p99, ms"], lines).markdown()

@@ -149,6 +149,8 @@ class BatchEngine:
         self._cache, self._mask = DynamicCache(), torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self._resident: dict[int, tuple[LoRAAdapter, list[int]]] = {}  # id → adapter, its slots of the pool
         self._pool: AdapterPool | None = None
+        # Slots of the last batch, with their plans: 1.5 ms of 9 of a step of eight sequences, if made for each.
+        self._batch: tuple[list[int], AdapterPool | None] = [], None
 
     @property
     def room(self) -> int:
@@ -227,10 +229,15 @@ class BatchEngine:
             self._pool = self.model.injector.pool(adapters)
             slots = self._pool.slots if self._pool else [[]] * len(adapters)
             self._resident = {id(one): (one, ids) for one, ids in zip(adapters, slots, strict=True)}
+            self._batch = [], None
         if self._pool is None:
             return None
-        none: tuple[None, list[int]] = (None, [])
-        return replace(self._pool, slots=[self._resident.get(id(one.adapter), none)[1] for one in batch], plans={})
+        ids = [id(one.adapter) for one in batch]
+        if ids != self._batch[0]:
+            none: tuple[None, list[int]] = (None, [])
+            slots = [self._resident.get(one, none)[1] for one in ids]
+            self._batch = ids, replace(self._pool, slots=slots, plans={})
+        return self._batch[1]
 
     def _take(self, batch: Sequence[Generation], logits: Tensor) -> list[int]:
         """Gives each sequence its token; the places of those that go on."""
@@ -250,7 +257,7 @@ class BatchEngine:
             self._cache, self._mask = _rows_of(self._cache, self._mask, places)
         else:
             self._cache, self._mask = DynamicCache(), self._mask.new_zeros(0, 0)
-            self._resident, self._pool = {}, None
+            self._resident, self._pool, self._batch = {}, None, ([], None)
 
 
 def _rows_of(cache: DynamicCache, mask: Tensor, places: Sequence[int]) -> tuple[DynamicCache, Tensor]:

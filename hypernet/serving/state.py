@@ -92,9 +92,9 @@ class ServerState:
         self.metrics.watch(self.scheduler)
         self.window = context_window(model.base_model)
 
-    async def on_model(self, work: Callable[[], _T]) -> _T:
-        """What needs the model, run by the thread that owns it."""
-        return await asyncio.wrap_future(self.scheduler.call(work))
+    async def on_model(self, work: Callable[[], _T], *, brief: bool = False) -> _T:
+        """What needs the model, run by the thread that owns it; brief: see `Scheduler.call`."""
+        return await asyncio.wrap_future(self.scheduler.call(work, brief=brief))
 
     def close(self) -> None:
         self.scheduler.stop(drain_s=self.settings.drain_s)

@@ -14,6 +14,8 @@ from hypernet.text.cleaning import visible, whole
 from hypernet.text.documents import Document
 
 router = APIRouter(prefix="/v1/adapters")
+# Of a document, read at once: running answers wait for so many at most.
+PIECE_TOKENS = 512
 
 
 class AdapterRequest(ApiModel):
@@ -54,7 +56,8 @@ async def stored_adapter(state: ServerState, user: str, text: str, *, name: str)
 
     def work() -> LibraryEntry:
         library = state.stores.library(user)
-        return library.find(library.add(state.model.internalize(document)))
+        made = state.model.internalize(document, max_batch_tokens=PIECE_TOKENS, progress=state.scheduler.between)
+        return library.find(library.add(made))
 
     return await state.on_model(work)
 

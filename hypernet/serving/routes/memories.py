@@ -249,7 +249,10 @@ async def explain(body: ExplainRequest, state: State, user: CurrentUser) -> dict
 
 @router.post("/write_adapters")
 async def write_adapters(state: State, user: CurrentUser, filters: Within) -> Any:
-    return plain(await _with_memory(state, user, lambda memory: memory.write_adapters(**filters._asdict())))
+    def work(memory: Memory) -> Any:
+        return memory.write_adapters(**filters._asdict(), progress=state.scheduler.between)
+
+    return plain(await _with_memory(state, user, work))
 
 
 @router.post("/measure")

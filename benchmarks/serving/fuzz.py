@@ -100,7 +100,11 @@ def _any_body(rng: random.Random) -> bytes:
 def send_no_http(url: str, rng: random.Random) -> bytes:
     """Sends bytes that are no request, and returns what came back before the server closed or 2 s passed."""
     address = urlsplit(url)
-    lines = [b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/adapters HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"\x16\x03\x01\x00"]
+    lines = [
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/adapters HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        b"\x16\x03\x01\x00",
+    ]
     lines += [b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", b"GET /" + b"a" * 70_000 + b"\r\n\r\n"]
     lines += [bytes(rng.randrange(256) for _ in range(rng.randrange(1, 300)))]
     with socket.create_connection((address.hostname, address.port), timeout=2) as connection:

@@ -239,9 +239,7 @@ class AdapterBank:
 
     # --- Writing ----------------------------------------------------------------------------------------------------
 
-    def write(
-        self, filters: Filters = EVERYBODY, *, progress: Callable[[int, int], None] | None = None
-    ) -> Written:
+    def write(self, filters: Filters = EVERYBODY, *, progress: Callable[[int, int], None] | None = None) -> Written:
         """Gives every live version within the filters its slot; those of another generator are replaced.
 
         Args:

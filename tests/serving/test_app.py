@@ -403,7 +403,11 @@ def test_mistakes_in_answers_are_seen():
         httpx.Response(status, json=body)
         for status, body in [
             *((500, {"error": error}), (400, {"detail": "x"}), (400, {"error": error | {"message": "Two\nlines"}})),
-            *((200, "Traceback (most"), (404, {"error": error | {"message": "/data/users/x"}}), (400, {"error": error})),
+            *(
+                (200, "Traceback (most"),
+                (404, {"error": error | {"message": "/data/users/x"}}),
+                (400, {"error": error}),
+            ),
         ]
     ]
     assert [bool(mistake_in(response, directory="/data/users")) for response in found] == [True] * 5 + [False]

@@ -1,4 +1,4 @@
-"""Malformed requests, seeded, to a real server: no 500, no traceback, no file's place: `python -m benchmarks.serving.fuzz`
+"""Malformed requests to a real server: no 500, no traceback, no file's place: `python -m benchmarks.serving.fuzz`
 
 Each error is one line in OpenAI's shape. One request of twenty is not even HTTP. Afterwards the server still answers.
 """

@@ -137,8 +137,11 @@ def list_(
     as_of: str | None = None,
     known_at: str | None = None,
 ) -> dict[str, Any]:
+    """The user's memories, each with the tiers that hold it."""
     found = memory.list(**filters._asdict(), limit=limit, as_of=as_of, known_at=known_at)
-    return {"object": "list", "data": plain(found)}
+    written = memory.bank.entries_of([one.ref for one in found])
+    tiers = [["token", "adapter"] if one.ref in written else ["token"] for one in found]
+    return {"object": "list", "data": [plain(one) | {"tiers": held} for one, held in zip(found, tiers, strict=True)]}
 
 
 @router.delete("")

@@ -282,7 +282,8 @@ class DocToLoRA(nn.Module):
             max_batch_tokens: tokens read at once; fewer need less memory. Halved where memory runs out.
             pass_chunks: instead, in passes of so many chunks and of one shape: a document's chunks are then the same to
                 the bit whatever documents are read with it (`read_in_passes`).
-            progress: called with (chunks done, chunks altogether).
+            progress: called with (chunks done, chunks altogether) after each batch or pass. What it raises ends the
+                reading; it may use the model, with adapters as `using` has them.
 
         Raises:
             TypeError: it is neither a text nor a Document nor a sequence of them.
@@ -315,7 +316,7 @@ class DocToLoRA(nn.Module):
         if pass_chunks is None:
             A, B = read_chunks(rows, *parts, max_batch_tokens=max_batch_tokens, progress=progress)
         else:
-            A, B = read_in_passes(rows, *parts, pass_chunks=pass_chunks)
+            A, B = read_in_passes(rows, *parts, pass_chunks=pass_chunks, progress=progress)
         generator, bias_A, bias_B = self._generator()
         return LoRAAdapter(
             targets=self.hypernetwork.targets,

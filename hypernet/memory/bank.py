@@ -20,7 +20,7 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -239,8 +239,11 @@ class AdapterBank:
 
     # --- Writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, filters: Filters = EVERYBODY) -> Written:
+    def write(self, filters: Filters = EVERYBODY, *, progress: Callable[[int, int], None] | None = None) -> Written:
         """Gives every live version within the filters its slot; those of another generator are replaced.
+
+        Args:
+            progress: called with (chunks done, chunks altogether) of each shard that is written, after each pass.
 
         Raises:
             ValueError: a filter is blank, or there is no checkpoint.
@@ -256,7 +259,7 @@ class AdapterBank:
                 while rows:
                     entry, room = self._open_shard(user_id, generator)
                     part, rows = rows[:room], rows[room:]
-                    made, reused = self._write_part(part, entry, generator, refused)
+                    made, reused = self._write_part(part, entry, generator, refused, progress)
                     written, copied = written + made, copied + reused
         counts = self.counts(filters, generator)
         kept = counts.slots - written - copied
@@ -509,11 +512,16 @@ class AdapterBank:
         return (None, self.shard_memories) if row is None else (row.entry, self.shard_memories - row.n)
 
     def _write_part(
-        self, rows: Sequence[Row[Any]], old: str | None, generator: str, refused: dict[str, str]
+        self,
+        rows: Sequence[Row[Any]],
+        old: str | None,
+        generator: str,
+        refused: dict[str, str],
+        progress: Callable[[int, int], None] | None,
     ) -> tuple[int, int]:
         """Writes rows of one user into one shard, together with what the old one holds."""
         model = self._model()
-        pieces, seconds = self._pieces(rows, generator, refused)
+        pieces, seconds = self._pieces(rows, generator, refused, progress)
         if not pieces:
             return 0, 0
         first, *others = [
@@ -547,7 +555,11 @@ class AdapterBank:
         return len(seconds), len(pieces) - len(seconds)
 
     def _pieces(
-        self, rows: Sequence[Row[Any]], generator: str, refused: dict[str, str]
+        self,
+        rows: Sequence[Row[Any]],
+        generator: str,
+        refused: dict[str, str],
+        progress: Callable[[int, int], None] | None,
     ) -> tuple[dict[str, "LoRAAdapter"], dict[str, float]]:
         """id@version → adapter of one document; and the seconds of those that the hypernetwork made."""
         from hypernet.text.cleaning import visible
@@ -572,7 +584,7 @@ class AdapterBank:
         seconds: dict[str, float] = {}
         if documents:
             started = time.perf_counter()
-            made = model.internalize(documents, pass_chunks=self.pass_chunks)
+            made = model.internalize(documents, pass_chunks=self.pass_chunks, progress=progress)
             each = (time.perf_counter() - started) / len(documents)
             made = made.to(dtype=_torch_dtype(self.dtype))
             of_text = dict(zip([d.name for d in documents], _each_document(made), strict=True))

@@ -15,7 +15,7 @@ memory.forget(ref.id).passed                                 # as if it had neve
 A filter that is not given does not restrict; `delete_all` without any is refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -262,10 +262,19 @@ class Memory:
         return DeletionAudit(self.asker).forget(_key(key), reason=reason, verify=verify, cases=cases)
 
     def write_adapters(
-        self, *, user_id: str | None = None, agent_id: str | None = None, run_id: str | None = None
+        self,
+        *,
+        user_id: str | None = None,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Written:
-        """Gives every version within the filters its adapter; those that are there stay."""
-        return self.bank.write(Filters(user_id, agent_id, run_id))
+        """Gives every version within the filters its adapter; those that are there stay.
+
+        Args:
+            progress: called with (chunks done, chunks altogether) of each shard that is written, after each pass.
+        """
+        return self.bank.write(Filters(user_id, agent_id, run_id), progress=progress)
 
     @contextmanager
     def capture(

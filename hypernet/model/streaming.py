@@ -101,6 +101,7 @@ def read_in_passes(
     hypernetwork: HyperNetwork,
     *,
     pass_chunks: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Weights, Weights]:
     """As `read_chunks`, and the same bits for a chunk whatever is read with it, before it or after it.
 
@@ -110,6 +111,7 @@ def read_in_passes(
 
     Args:
         pass_chunks: rows of a pass, at least 2.
+        progress: called with (chunks done, chunks altogether) after each pass.
 
     Raises:
         ValueError: pass_chunks below 2.
@@ -125,6 +127,7 @@ def read_in_passes(
         {n: part.new_empty(part.shape[1], len(rows), *part.shape[2:]).transpose(0, 1) for n, part in parts.items()}
         for parts in (A, B)
     )
+    done = 0
     for width, places in of_width.items():
         filler = torch.full((width,), int(rows[places[0]][0][0])), torch.ones(width, dtype=torch.bool)
         for start in range(0, len(places), pass_chunks - 1):
@@ -134,6 +137,9 @@ def read_in_passes(
             for weights, parts in zip((A, B), read, strict=True):
                 for name, part in parts.items():
                     weights[name][chosen] = part[: len(chosen)]
+            done += len(chosen)
+            if progress:
+                progress(done, len(rows))
     return A, B
 
 

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import hypernet
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.serving import errors
+from hypernet.serving.engine import BatchEngine
 from hypernet.serving.routes import adapters, completions, memories, page
 from hypernet.serving.state import CurrentUser, ServerMetrics, ServerSettings, ServerState, State
 
@@ -97,9 +98,15 @@ async def metrics(state: State, _: CurrentUser) -> Response:
     return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def create_app(model: DocToLoRA, settings: ServerSettings) -> FastAPI:
-    """Everything but the socket. Its model belongs to it from now on: nobody else may call it."""
-    server = ServerState(model, settings)
+def create_app(
+    model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., BatchEngine] = BatchEngine
+) -> FastAPI:
+    """Everything but the socket. Its model belongs to it from now on: nobody else may call it.
+
+    Args:
+        engine: what decodes, made of the model and `max_batch`.
+    """
+    server = ServerState(model, settings, engine=engine)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -129,11 +136,13 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     report: Callable[[str], None] = log.info,
+    engine: Callable[..., BatchEngine] = BatchEngine,
 ) -> None:
     """Loads a checkpoint and serves it until SIGTERM or Ctrl-C; running requests then have `drain_s` to end.
 
     Args:
         report: called with a line once the address listens.
+        engine: as `create_app` takes it.
 
     Raises:
         ValueError: without keys the address is not this machine's alone; or the checkpoint cannot be read.
@@ -144,7 +153,7 @@ def serve(
         model = DocToLoRA.from_pretrained(source).eval().requires_grad_(False)
         # The graceful shutdown waits for open streams, then for the lifespan to end, which drains the model's thread.
         config = uvicorn.Config(
-            create_app(model, settings),
+            create_app(model, settings, engine=engine),
             host=host,
             port=port,
             log_level="warning",

@@ -149,6 +149,8 @@ class BatchEngine:
         self._cache, self._mask = DynamicCache(), torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self._resident: dict[int, tuple[LoRAAdapter, list[int]]] = {}  # id → adapter, its slots of the pool
         self._pool: AdapterPool | None = None
+        # Slots of the last batch, with their plans: 1.5 ms of 9 of a step of eight sequences, if made for each.
+        self._batch: tuple[list[int], AdapterPool | None] = [], None
 
     @property
     def room(self) -> int:
@@ -182,7 +184,7 @@ class BatchEngine:
         stay = self._take(arrivals, logits)
         if stay:
             cache, mask = _rows_of(cache, mask, stay)
-            self._cache, self._mask = _stacked(self._cache, self._mask, cache, mask)
+            self._cache, self._mask = stacked(self._cache, self._mask, cache, mask)
             self.running += [arrivals[place] for place in stay]
 
     @torch.inference_mode()
@@ -227,10 +229,15 @@ class BatchEngine:
             self._pool = self.model.injector.pool(adapters)
             slots = self._pool.slots if self._pool else [[]] * len(adapters)
             self._resident = {id(one): (one, ids) for one, ids in zip(adapters, slots, strict=True)}
+            self._batch = [], None
         if self._pool is None:
             return None
-        none: tuple[None, list[int]] = (None, [])
-        return replace(self._pool, slots=[self._resident.get(id(one.adapter), none)[1] for one in batch], plans={})
+        ids = [id(one.adapter) for one in batch]
+        if ids != self._batch[0]:
+            none: tuple[None, list[int]] = (None, [])
+            slots = [self._resident.get(one, none)[1] for one in ids]
+            self._batch = ids, replace(self._pool, slots=slots, plans={})
+        return self._batch[1]
 
     def _take(self, batch: Sequence[Generation], logits: Tensor) -> list[int]:
         """Gives each sequence its token; the places of those that go on."""
@@ -250,7 +257,7 @@ class BatchEngine:
             self._cache, self._mask = _rows_of(self._cache, self._mask, places)
         else:
             self._cache, self._mask = DynamicCache(), self._mask.new_zeros(0, 0)
-            self._resident, self._pool = {}, None
+            self._resident, self._pool, self._batch = {}, None, ([], None)
 
 
 def _rows_of(cache: DynamicCache, mask: Tensor, places: Sequence[int]) -> tuple[DynamicCache, Tensor]:
@@ -259,11 +266,11 @@ def _rows_of(cache: DynamicCache, mask: Tensor, places: Sequence[int]) -> tuple[
         return cache, mask
     index = torch.tensor(places, device=mask.device)
     width = int(mask[index].sum(-1).max())
-    layers = [(keys[index, :, -width:], values[index, :, -width:]) for keys, values in _layers(cache)]
-    return _cache_of(layers), mask[index, -width:]
+    layers = [(keys[index, :, -width:], values[index, :, -width:]) for keys, values in cache_layers(cache)]
+    return cache_of(layers), mask[index, -width:]
 
 
-def _stacked(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor) -> tuple[DynamicCache, Tensor]:
+def stacked(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor) -> tuple[DynamicCache, Tensor]:
     """The rows of both, left-padded to one width."""
     if not len(mask):
         return other, other_mask
@@ -272,19 +279,19 @@ def _stacked(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask:
     def joined(*parts: Tensor) -> Tensor:
         return torch.cat([F.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
 
-    pairs = zip(_layers(cache), _layers(other), strict=True)
+    pairs = zip(cache_layers(cache), cache_layers(other), strict=True)
     layers = [(joined(keys, more_keys), joined(values, more)) for (keys, values), (more_keys, more) in pairs]
     masks = [F.pad(part, (width - part.shape[1], 0)) for part in (mask, other_mask)]
-    return _cache_of(layers), torch.cat(masks)
+    return cache_of(layers), torch.cat(masks)
 
 
-def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+def cache_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, [B, heads, S, d]."""
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
 
 
-def _cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+def cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     cache = DynamicCache()
     for number, (keys, values) in enumerate(layers):
         cache.update(keys, values, number)

@@ -2,7 +2,8 @@
 
 scheduler = Scheduler(BatchEngine(model), max_queue=256)
 scheduler.submit(generation)                        # joins the batch as soon as there is room; its `emit` is called
-scheduler.call(lambda: model.internalize(text))     # a Future
+scheduler.call(lambda: model.internalize(text, progress=scheduler.between))     # a Future; answers go on meanwhile
+scheduler.call(lambda: prompt_of(question), brief=True)
 scheduler.stop(drain_s=30)
 """
 
@@ -20,6 +21,9 @@ from hypernet.serving.engine import BatchEngine, Delta, Generation
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+_Job = tuple[Callable[[], Any], "Future[Any]"]
 
 
 class QueueFull(Exception):
@@ -42,16 +46,17 @@ class Scheduler:
             raise ValueError(f"max_queue is {max_queue}. Give at least 1.")
         self.engine, self.max_queue = engine, max_queue
         self._waiting: deque[Generation] = deque()
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._jobs: deque[_Job] = deque()
+        self._brief: deque[_Job] = deque()
         self._condition = threading.Condition()
-        self._stopping = False
+        self._stopping = self._abandoned = False
         self.num_tokens = self.num_steps = 0  # written so far, and in how many steps
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
         self._thread.start()
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + len(self._jobs)
+        return len(self._waiting) + len(self._jobs) + len(self._brief)
 
     @property
     def num_running(self) -> int:
@@ -72,14 +77,29 @@ class Scheduler:
             self._waiting.append(generation)
             self._condition.notify()
 
-    def call(self, work: Callable[[], _T]) -> "Future[_T]":
-        """Work that needs the model, between two steps; a cancelled Future is not begun. Raises as `submit`."""
+    def call(self, work: Callable[[], _T], *, brief: bool = False) -> "Future[_T]":
+        """Work that needs the model, between two steps; a cancelled Future is not begun. Raises as `submit`.
+
+        Args:
+            brief: it takes no longer than a step and holds no lock: all that waits runs before the next step, also
+                between the pieces of other work. Of other work one runs between two steps.
+        """
         future: Future[_T] = Future()
         with self._condition:
             self._check_room()
-            self._jobs.append((work, future))
+            (self._brief if brief else self._jobs).append((work, future))
             self._condition.notify()
         return future
+
+    def between(self, *_: object) -> None:
+        """Called by work between its pieces, on the model's thread: brief work runs, and answers get one more token.
+
+        Raises:
+            Stopping: the work should end here, since the process does.
+        """
+        if self._abandoned:
+            raise Stopping("The server is stopping.")
+        self._round()
 
     def stop(self, *, drain_s: float = 30.0) -> None:
         """Takes nothing new, finishes what there is for so long, and ends the thread; the rest ends with `Stopping`."""
@@ -91,7 +111,8 @@ class Scheduler:
             left = [*self._waiting, *self.engine.running]
             for one in left:
                 one.cancelled = True
-            jobs, self._jobs = list(self._jobs), deque()
+            jobs, self._jobs, self._brief = [*self._jobs, *self._brief], deque(), deque()
+            self._abandoned = True
             self._condition.notify()
         _fail(left, Stopping("The server is stopping."))
         for _, future in jobs:
@@ -109,16 +130,24 @@ class Scheduler:
     def _loop(self) -> None:
         while True:
             with self._condition:
-                while not (self._waiting or self._jobs or self.engine.running or self._stopping):
+                while not (self.num_waiting or self.engine.running or self._stopping):
                     self._condition.wait()
-                if self._stopping and not (self._waiting or self._jobs or self.engine.running):
+                if self._stopping and not (self.num_waiting or self.engine.running):
                     return
                 job = self._jobs.popleft() if self._jobs else None
-                arrivals = [self._waiting.popleft() for _ in range(min(self.engine.room, len(self._waiting)))]
             if job is not None:
                 _finish(*job)
-            arrivals = [one for one in arrivals if not one.cancelled]
-            self._advance(arrivals)
+            self._round()
+
+    def _round(self) -> None:
+        """All brief work, new sequences, and one step."""
+        with self._condition:
+            brief, self._brief = self._brief, deque()
+        for job in brief:
+            _finish(*job)
+        with self._condition:
+            arrivals = [self._waiting.popleft() for _ in range(min(self.engine.room, len(self._waiting)))]
+        self._advance([one for one in arrivals if not one.cancelled])
 
     def _advance(self, arrivals: list[Generation]) -> None:
         """Admits and decodes; what goes wrong ends the sequences that it concerns, not the thread."""

@@ -81,18 +81,20 @@ class ServerMetrics:
 class ServerState:
     """Made once for an application; `close` ends it."""
 
-    def __init__(self, model: DocToLoRA, settings: ServerSettings) -> None:
+    def __init__(
+        self, model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., BatchEngine] = BatchEngine
+    ) -> None:
         self.settings, self.model = settings.checked(), model
         self.keys = None if settings.keys is None else ApiKeys(settings.keys)
         self.stores = UserStores(settings.directory, model)
-        self.scheduler = Scheduler(BatchEngine(model, max_batch=settings.max_batch), max_queue=settings.max_queue)
+        self.scheduler = Scheduler(engine(model, max_batch=settings.max_batch), max_queue=settings.max_queue)
         self.metrics = ServerMetrics()
         self.metrics.watch(self.scheduler)
         self.window = context_window(model.base_model)
 
-    async def on_model(self, work: Callable[[], _T]) -> _T:
-        """What needs the model, run by the thread that owns it."""
-        return await asyncio.wrap_future(self.scheduler.call(work))
+    async def on_model(self, work: Callable[[], _T], *, brief: bool = False) -> _T:
+        """What needs the model, run by the thread that owns it; brief: see `Scheduler.call`."""
+        return await asyncio.wrap_future(self.scheduler.call(work, brief=brief))
 
     def close(self) -> None:
         self.scheduler.stop(drain_s=self.settings.drain_s)

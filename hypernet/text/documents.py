@@ -79,6 +79,12 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     else:
         path = Path(path)
         name, source, data = path.name, os.fspath(path), _read_bytes(path)
+    return document_of(name, data, source=source)
+
+
+def document_of(name: str, data: bytes, *, source: str | None = None) -> Document:
+    """What `read_document` makes of a file of this name and content; source: what errors call it. Raises as it."""
+    source = name if source is None else source
     text = _clean(source, _extract(source, data))
     if not text.strip():
         raise ValueError(f"{source!r} is empty: {len(data)} bytes without text. Give a document that has text.")

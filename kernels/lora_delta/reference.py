@@ -12,7 +12,7 @@ w = (e / max e)^gate for each token and slot, with e = Σ S² over the slot's ro
 
 from collections.abc import Iterator
 from functools import wraps
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
@@ -26,10 +26,15 @@ class _Runs:
 
     def __init__(self, host: Tensor, rank: int, device: torch.device) -> None:
         _, token_bounds, slot_bounds, slot_ids = read_lists(host)
-        self.slots = torch.tensor(slot_ids, dtype=torch.long, device=device)
         self.rank = rank
         self.lengths = [end - start for start, end in pairwise(token_bounds)]
         self.entries = [end - start for start, end in pairwise(slot_bounds)]
+        self.ids = list(slot_ids)
+        first = self.ids[: self.entries[0]] if self.entries else []
+        if len(self.entries) > 1 and first and self.ids == first * len(self.entries):
+            # All runs have the same slots: one run of all tokens, whose slots are gathered once.
+            self.ids, self.entries, self.lengths = first, self.entries[:1], [sum(self.lengths)]
+        self.slots = torch.tensor(self.ids, dtype=torch.long, device=device)
         self.uniform = len(set(self.lengths)) == 1 == len(set(self.entries))
 
     def tokens(self, rows: Tensor) -> Iterator[Tensor]:
@@ -40,11 +45,20 @@ class _Runs:
 
     def gathered(self, pool: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         """[slots, R, d] → [1, n R, d] of each run, or [G, n R, d]."""
-        take = lambda slots: pool.index_select(0, slots).to(dtype).flatten(0, 1)  # noqa: E731
+
+        def take(start: int, end: int) -> Tensor:
+            first, count = self.ids[start] if start < end else 0, end - start
+            # Neighbours in the pool, as one adapter's are, need no copy.
+            if self.ids[start:end] == list(range(first, first + count)):
+                rows = pool.narrow(0, first, count)
+            else:
+                rows = pool.index_select(0, self.slots[start:end])
+            return rows.to(dtype).reshape(-1, pool.shape[2])
+
         if self.uniform:
-            used = take(self.slots)
+            used = take(0, len(self.ids))
             return iter([used.view(len(self.entries), -1, used.shape[1])])
-        return (take(slots)[None] for slots in self.slots.split(self.entries))
+        return (take(start, end)[None] for start, end in pairwise(accumulate(self.entries, initial=0)))
 
     def pairs(self, S: Tensor) -> Iterator[Tensor]:
         """Flat S → [1, T_g, n R] of each run, or [G, T_g, n R]."""

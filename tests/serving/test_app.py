@@ -3,13 +3,14 @@
 import json
 import random
 import statistics
-import string
 import time
 from html.parser import HTMLParser
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from benchmarks.serving.fuzz import any_request, mistake_in
 from hypernet.serving.app import check_address, create_app
 from hypernet.serving.keys import ApiKeys
 from hypernet.serving.state import ServerSettings
@@ -384,65 +385,29 @@ def test_control_token_in_a_message_is_text(users, tiny_tokenizer):
     assert counts[0] > counts[1] + 1
 
 
-PATHS = [
-    *("/v1/chat/completions", "/v1/completions", "/v1/adapters", "/v1/memories", "/v1/memories/search"),
-    *("/v1/memories/ask", "/v1/memories/rollback", "/v1/memories/import", "/v1/memories/explain", "/v1/memories/x@0"),
-    *("/v1/memories/x/forget", "/v1/models/%00", "/v1/adapters/..", "/v1/memories/%ff%fe", "/v1/memories/purge"),
-]
-NAMES = [
-    *(
-        "model",
-        "messages",
-        "prompt",
-        "stream",
-        "stop",
-        "temperature",
-        "seed",
-        "document",
-        "name",
-        "content",
-        "question",
-    ),
-    *("limit", "tier", "as_of", "valid_at", "metadata", "rows", "version", "key", "max_tokens", "agent_id"),
-    "logprobs",
-]
-
-
-def any_value(rng: random.Random, depth: int = 0):
-    scalars = [None, True, -1, 0, 2**70, 1e308, "", "tiny", "tiny:memory", "\u0000", "\ud800", "\u202e", "a" * 3000]
-    scalars += ["' OR 1=1 --", "../../../etc/passwd", "9999-99-99", "{{7*7}}", rng.choice(string.printable), QUESTION]
-    if depth < 3 and rng.random() < 0.3:
-        return [any_value(rng, depth + 1) for _ in range(rng.randrange(4))]
-    if depth < 3 and rng.random() < 0.3:
-        return {rng.choice([*NAMES, "role", "x"]): any_value(rng, depth + 1) for _ in range(rng.randrange(4))}
-    return rng.choice(scalars)
-
-
-def any_body(rng: random.Random) -> bytes:
-    body = json.dumps({rng.choice(NAMES): any_value(rng) for _ in range(rng.randrange(6))}).encode()
-    match rng.randrange(8):
-        case 0:
-            return body[: rng.randrange(len(body) + 1)]
-        case 1:
-            return bytes(rng.randrange(256) for _ in range(rng.randrange(40)))
-        case 2:
-            return b"[" * rng.choice([10, 20_000])
-        case 3:
-            return b'{"limit": NaN, "temperature": -Infinity}'
-    return body
-
-
 def test_malformed_requests_are_never_a_500(users):
     rng, statuses = random.Random(5), set()
     for _ in range(600):
-        path, method = rng.choice(PATHS), rng.choice(["POST", "POST", "POST", "GET", "PATCH", "DELETE", "PUT"])
-        headers = {"Content-Type": rng.choice(["application/json"] * 4 + ["text/plain", "multipart/form-data", "\x7f"])}
-        params = {rng.choice(NAMES): rng.choice(["", "-1", "x" * 200, "\x00", "2026"])} if rng.random() < 0.3 else None
-        content = any_body(rng)
-        response = users["bob"].request(method, path, content=content, headers=headers, params=params)
-        assert response.status_code < 500, (method, path, content, response.text)
+        request = any_request(rng)
+        response = users["bob"].request(**request._asdict())
+        assert not mistake_in(response, directory="/data/users"), (request, response.text)
         statuses.add(response.status_code)
-        if response.status_code >= 400:
-            error_of(response)
     assert {200, 400, 404, 405} <= statuses
     assert users["bob"].get("/healthz").json()["status"] == "ok"
+
+
+def test_mistakes_in_answers_are_seen():
+    """The check above does fail."""
+    error = {"message": "One line.", "type": "t", "param": None, "code": None}
+    found = [
+        httpx.Response(status, json=body)
+        for status, body in [
+            *((500, {"error": error}), (400, {"detail": "x"}), (400, {"error": error | {"message": "Two\nlines"}})),
+            *(
+                (200, "Traceback (most"),
+                (404, {"error": error | {"message": "/data/users/x"}}),
+                (400, {"error": error}),
+            ),
+        ]
+    ]
+    assert [bool(mistake_in(response, directory="/data/users")) for response in found] == [True] * 5 + [False]

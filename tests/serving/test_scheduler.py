@@ -130,3 +130,62 @@ def test_stopping_ends_what_takes_too_long():
     scheduler.stop(drain_s=0.05)
     assert time.monotonic() - started < 4 and scheduler.num_running == 0
     assert isinstance(deltas[0].error, Stopping)
+
+
+def test_answers_go_on_between_the_pieces_of_other_work(scheduler):
+    """One step for each piece; brief work runs too, other work waits."""
+    deltas: list[Delta] = []
+    order: list[str] = []
+    begun = threading.Event()
+
+    def work() -> str:
+        begun.set()
+        for _ in range(20):
+            time.sleep(0.005)
+            scheduler.between()
+        order.append("long")
+        return "done"
+
+    long = scheduler.call(work)
+    assert begun.wait(5)
+    other = scheduler.call(lambda: order.append("other"))
+    brief = scheduler.call(lambda: order.append("brief"), brief=True)
+    scheduler.submit(generation(deltas, tokens=10))
+    assert long.result(5) == "done" and brief.done()
+    assert deltas == [Delta("done", (), "length")]
+    other.result(5)
+    assert order == ["brief", "long", "other"]
+
+
+def test_brief_work_runs_together_before_a_step(scheduler):
+    gate, started = threading.Event(), threading.Event()
+
+    def wait() -> bool:
+        started.set()
+        return gate.wait(5)
+
+    steps: list[int] = []
+    scheduler.submit(generation([], tokens=5000))
+    scheduler.call(wait)
+    assert started.wait(5)
+    found = [scheduler.call(lambda: steps.append(scheduler.num_steps), brief=True) for _ in range(2)]
+    gate.set()
+    for one in found:
+        one.result(5)
+    assert len(set(steps)) == 1
+
+
+def test_work_in_pieces_ends_with_the_server(scheduler):
+    begun = threading.Event()
+
+    def work() -> None:
+        begun.set()
+        while True:
+            time.sleep(0.002)
+            scheduler.between()
+
+    future = scheduler.call(work)
+    assert begun.wait(5)
+    scheduler.stop(drain_s=0.05)
+    with pytest.raises(Stopping):
+        future.result(1)

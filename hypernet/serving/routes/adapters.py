@@ -1,6 +1,7 @@
 """/v1/adapters: a document in, an adapter's id out; listing and deleting the user's own."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -14,6 +15,8 @@ from hypernet.text.cleaning import visible, whole
 from hypernet.text.documents import Document
 
 router = APIRouter(prefix="/v1/adapters")
+# Of a document, read at once: running answers wait for so many at most.
+PIECE_TOKENS = 512
 
 
 class AdapterRequest(ApiModel):
@@ -44,17 +47,32 @@ def delete(key: str, state: State, user: CurrentUser) -> dict[str, Any]:
     return {"id": state.stores.remove(user, key), "object": "adapter", "deleted": True}
 
 
-async def stored_adapter(state: ServerState, user: str, text: str, *, name: str) -> LibraryEntry:
-    """A document's adapter in the user's library, made by the model's thread. ApiError 413 if it is too long."""
+async def stored_adapter(
+    state: ServerState, user: str, text: str, *, name: str, progress: Callable[[int, int], None] | None = None
+) -> LibraryEntry:
+    """A document's adapter in the user's library, made by the model's thread.
+
+    Args:
+        progress: called by that thread with (chunks done, chunks altogether).
+
+    Raises:
+        ApiError: 413 if it is too long.
+    """
     most = state.settings.max_document_characters
     if len(text) > most:
         raise ApiError(413, f"A document has at most {most:,} characters here, not {len(text):,}.")
     text = visible(whole(text, "document"), "document")
     document = Document(name=name, text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
 
+    def told(done: int, num_chunks: int) -> None:
+        if progress is not None:
+            progress(done, num_chunks)
+        state.scheduler.between()
+
     def work() -> LibraryEntry:
         library = state.stores.library(user)
-        return library.find(library.add(state.model.internalize(document)))
+        made = state.model.internalize(document, max_batch_tokens=PIECE_TOKENS, progress=told)
+        return library.find(library.add(made))
 
     return await state.on_model(work)
 

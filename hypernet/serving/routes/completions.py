@@ -175,7 +175,8 @@ async def start(
         state.scheduler.engine.check(generation)
         return Started(generation, deltas, prepared)
 
-    started = await state.on_model(build)
+    # A memory is locked while its adapters are written: its questions wait for that, others do not.
+    started = await state.on_model(build, brief=named != MEMORY)
     state.scheduler.submit(started.generation)
     state.metrics.prompt_tokens.inc(len(started.generation.prompt))
     return started

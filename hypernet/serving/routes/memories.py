@@ -137,8 +137,11 @@ def list_(
     as_of: str | None = None,
     known_at: str | None = None,
 ) -> dict[str, Any]:
+    """The user's memories, each with the tiers that hold it."""
     found = memory.list(**filters._asdict(), limit=limit, as_of=as_of, known_at=known_at)
-    return {"object": "list", "data": plain(found)}
+    written = memory.bank.entries_of([one.ref for one in found])
+    tiers = [["token", "adapter"] if one.ref in written else ["token"] for one in found]
+    return {"object": "list", "data": [plain(one) | {"tiers": held} for one, held in zip(found, tiers, strict=True)]}
 
 
 @router.delete("")
@@ -249,7 +252,10 @@ async def explain(body: ExplainRequest, state: State, user: CurrentUser) -> dict
 
 @router.post("/write_adapters")
 async def write_adapters(state: State, user: CurrentUser, filters: Within) -> Any:
-    return plain(await _with_memory(state, user, lambda memory: memory.write_adapters(**filters._asdict())))
+    def work(memory: Memory) -> Any:
+        return memory.write_adapters(**filters._asdict(), progress=state.scheduler.between)
+
+    return plain(await _with_memory(state, user, work))
 
 
 @router.post("/measure")

@@ -1,34 +1,38 @@
-"""The page at /: paste a document, ask, and see four answers side by side with their tokens, milliseconds and bytes.
+"""The page at /: give a document, ask, and see four answers side by side with their tokens, milliseconds and bytes.
 
-Rendered here, without scripts and without anything from another host; it asks as any client would, in the batch of all.
+It asks as any client would, in the batch of all, and needs nothing from another host. Without a script the form and its
+answers are there; page.js adds files, progress, the memory and the break-even plot.
 """
 
 import asyncio
 import hashlib
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import HTMLResponse, StreamingResponse
 
 from hypernet.memory.store.records import Draft, Filters
 from hypernet.serving.engine import Sampling
 from hypernet.serving.errors import ApiError, explained
 from hypernet.serving.routes.adapters import stored_adapter
 from hypernet.serving.routes.completions import MEMORY, finished, start
-from hypernet.serving.state import ServerState, State
+from hypernet.serving.state import CurrentUser, ServerState, State
 from hypernet.text.cleaning import visible, whole
+from hypernet.text.documents import document_of
 from hypernet.text.sentences import split_sentences
 
 router = APIRouter(include_in_schema=False)
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; "
+    "style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'",
     "Cache-Control": "no-store",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -45,34 +49,116 @@ class Column(NamedTuple):
     kept: int
 
 
+class Asked(NamedTuple):
+    """The form's fields."""
+
+    document: str = ""
+    question: str = ""
+    key: str = ""
+
+
 @router.get("/")
 async def page(state: State) -> HTMLResponse:
-    return _rendered(state, document="", question="", result="")
+    return _rendered(state, Asked(), result="")
+
+
+@router.get("/page.js")
+async def script() -> Response:
+    text = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+    return Response(text, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
 
 
 @router.post("/")
 async def ask(request: Request, state: State) -> HTMLResponse:
     """The form's answer; what is wrong stands on the page in one line."""
-    document = question = ""
+    asked = Asked()
     try:
-        _check_origin(request)
-        fields = parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=8)
-        document, question, key = (fields.get(name, [""])[0].strip() for name in ("document", "question", "key"))
-        user = state.user_of(f"Bearer {key}" if key else None, None)
-        if not document or not question:
-            raise ApiError(400, "Give a document and a question.")
-        result, status = _table(await _answers(request, state, user, document, question)), 200
+        asked = await _asked(request)
+        result, status = await _answered(request, state, asked, progress=None), 200
     except Exception as error:
-        status, body = explained(error, directory=str(state.stores.directory))
-        result = f'<p role="alert">{escape(body["error"]["message"])}</p>'
-    return _rendered(state, document=document, question=question, result=result, status=status)
+        status, result = _alert(state, error)
+    return _rendered(state, asked, result=result, status=status)
 
 
-async def _answers(request: Request, state: ServerState, user: str, document: str, question: str) -> Sequence[Column]:
-    """The four ways, one after the other so that each has the model alone as far as others leave it."""
+@router.post("/answers")
+async def stream_answers(request: Request, state: State) -> StreamingResponse:
+    """The same for page.js, as server-sent events: {"done", "chunks"} while the document is read, at last {"html"}."""
+    await request.body()  # now: the response listens for the client's leaving, and would take what comes
+    loop, told = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
+
+    def progress(done: int, num_chunks: int) -> None:
+        loop.call_soon_threadsafe(told.put_nowait, {"done": done, "chunks": num_chunks})
+
+    async def work() -> dict[str, Any]:
+        try:
+            return {"html": await _answered(request, state, await _asked(request), progress=progress)}
+        except Exception as error:
+            return {"html": _alert(state, error)[1]}
+
+    asked = asyncio.ensure_future(work())
+    asked.add_done_callback(lambda found: told.put_nowait({} if found.cancelled() else found.result()))
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            event: dict[str, Any] = {"html": None}
+            while True:
+                event = await told.get()
+                yield f"data: {json.dumps(event)}\n\n"
+                if "done" not in event:
+                    return
+        finally:
+            asked.cancel()
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+@router.post("/text")
+async def text_of_file(
+    request: Request, state: State, user: CurrentUser, name: Annotated[str, Query(min_length=1, max_length=255)]
+) -> dict[str, str]:
+    """The text of a file, which is the request's body: plain text, Markdown, HTML or PDF, by its name."""
+    _check_origin(request)
+    document = await asyncio.to_thread(document_of, Path(name).name, await request.body())
+    return {"name": document.name, "text": document.text}
+
+
+async def _asked(request: Request) -> Asked:
+    _check_origin(request)
+    fields = parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=8)
+    return Asked(*(fields.get(name, [""])[0].strip() for name in Asked._fields))
+
+
+async def _answered(
+    request: Request, state: ServerState, asked: Asked, *, progress: Callable[[int, int], None] | None
+) -> str:
+    """The table's HTML. ApiError: without a key that counts, or a field is empty."""
+    user = state.user_of(f"Bearer {asked.key}" if asked.key else None, None)
+    if not asked.document or not asked.question:
+        raise ApiError(400, "Give a document and a question.")
+    return _table(*await _answers(request, state, user, asked.document, asked.question, progress=progress))
+
+
+def _alert(state: ServerState, error: Exception) -> tuple[int, str]:
+    status, body = explained(error, directory=str(state.stores.directory))
+    return status, f'<p role="alert">{escape(body["error"]["message"])}</p>'
+
+
+async def _answers(
+    request: Request,
+    state: ServerState,
+    user: str,
+    document: str,
+    question: str,
+    *,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Sequence[Column], float]:
+    """The four ways, one after the other so that each has the model alone as far as others leave it; and how many
+    milliseconds the adapter took to make."""
     document = visible(whole(document, "document"), "document")
     run = "page-" + hashlib.sha256(document.encode()).hexdigest()[:24]
-    entry = await stored_adapter(state, user, document, name=f"{run}.txt")
+    before = time.perf_counter()
+    entry = await stored_adapter(state, user, document, name=f"{run}.txt", progress=progress)
+    prepared_ms = 1000 * (time.perf_counter() - before)
     num_bytes = len(document.encode())
     sentences = [one for a, b in split_sentences(document) if (one := document[a:b].strip())]
 
@@ -109,10 +195,10 @@ async def _answers(request: Request, state: ServerState, user: str, document: st
         except ValueError as error:  # a document that does not fit the window
             text, tokens = " ".join(str(error).split()), 0
         found.append(Column(name, text, tokens, 1000 * (time.perf_counter() - started_at), kept))
-    return found
+    return found, prepared_ms
 
 
-def _table(columns: Sequence[Column]) -> str:
+def _table(columns: Sequence[Column], prepared_ms: float) -> str:
     def cell(unit: str, value: float) -> str:
         return f'<td data-unit="{unit}">{value:,.0f}</td>'  # narrow windows show the unit, not the head
 
@@ -124,12 +210,13 @@ def _table(columns: Sequence[Column]) -> str:
         for one in columns
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("way", "answer", *units))
-    return f"<table><caption>Four answers</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    note = f'<p data-prepared-ms="{prepared_ms:.1f}">The adapter was made in {prepared_ms:,.0f} ms.</p>'
+    return f"{note}<table><caption>Four answers</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _rendered(state: ServerState, *, document: str, question: str, result: str, status: int = 200) -> HTMLResponse:
+def _rendered(state: ServerState, asked: Asked, *, result: str, status: int = 200) -> HTMLResponse:
     key = "" if state.keys is None else _KEY_FIELD
-    values = {"model": state.settings.model_name, "document": document, "question": question}
+    values = {"model": state.settings.model_name, "document": asked.document, "question": asked.question}
     shown = _template().substitute({name: escape(value) for name, value in values.items()}, result=result, key=key)
     return HTMLResponse(shown, status, _HEADERS)
 

@@ -49,7 +49,7 @@ class Column(NamedTuple):
     kept: int
 
 
-class Asked(NamedTuple):
+class PageQuestion(NamedTuple):
     """The form's fields."""
 
     document: str = ""
@@ -59,7 +59,7 @@ class Asked(NamedTuple):
 
 @router.get("/")
 async def page(state: State) -> HTMLResponse:
-    return _rendered(state, Asked(), result="")
+    return _rendered(state, PageQuestion(), result="")
 
 
 @router.get("/page.js")
@@ -71,7 +71,7 @@ async def script() -> Response:
 @router.post("/")
 async def ask(request: Request, state: State) -> HTMLResponse:
     """The form's answer; what is wrong stands on the page in one line."""
-    asked = Asked()
+    asked = PageQuestion()
     try:
         asked = await _asked(request)
         result, status = await _answered(request, state, asked, progress=None), 200
@@ -122,14 +122,14 @@ async def text_of_file(
     return {"name": document.name, "text": document.text}
 
 
-async def _asked(request: Request) -> Asked:
+async def _asked(request: Request) -> PageQuestion:
     _check_origin(request)
     fields = parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=8)
-    return Asked(*(fields.get(name, [""])[0].strip() for name in Asked._fields))
+    return PageQuestion(*(fields.get(name, [""])[0].strip() for name in PageQuestion._fields))
 
 
 async def _answered(
-    request: Request, state: ServerState, asked: Asked, *, progress: Callable[[int, int], None] | None
+    request: Request, state: ServerState, asked: PageQuestion, *, progress: Callable[[int, int], None] | None
 ) -> str:
     """The table's HTML. ApiError: without a key that counts, or a field is empty."""
     user = state.user_of(f"Bearer {asked.key}" if asked.key else None, None)
@@ -214,7 +214,7 @@ def _table(columns: Sequence[Column], prepared_ms: float) -> str:
     return f"{note}<table><caption>Four answers</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _rendered(state: ServerState, asked: Asked, *, result: str, status: int = 200) -> HTMLResponse:
+def _rendered(state: ServerState, asked: PageQuestion, *, result: str, status: int = 200) -> HTMLResponse:
     key = "" if state.keys is None else _KEY_FIELD
     values = {"model": state.settings.model_name, "document": asked.document, "question": asked.question}
     shown = _template().substitute({name: escape(value) for name, value in values.items()}, result=result, key=key)

@@ -32,6 +32,7 @@ _CONNECT_TIMEOUT_S = 10
 _ERASED_TABLES = ("memories", "vectors", "words")  # whose rows hold content
 _COMMENT = "hypernet memory "  # and an id: of the table alembic_version, which SQLite's application_id stands for
 _SECRETS = ("password", "sslpassword", "oauth_client_secret")  # of a URL's query; libpq takes them there too
+_UNREACHED = ("08", "28", "3D", "57")  # SQLSTATE classes: connection, authorization, database, operator intervention
 _INSTALL = "PostgreSQL needs the extra [postgres]: pip install 'doc-to-lora[postgres]'."
 
 
@@ -412,6 +413,8 @@ class PostgreSQL(Dialect):
         return [(table, sequence) for table, sequence in rows]
 
     def explained(self, error: Exception) -> Exception:
+        import psycopg
+
         state, reason = _sqlstate(error), " ".join(str(getattr(error, "orig", error)).split())
         meanings: dict[str, Callable[[], Exception]] = {
             "53100": lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.place),
@@ -427,9 +430,8 @@ class PostgreSQL(Dialect):
             return meanings[state]()
         if "NUL (0x00)" in reason:
             return ValueError("A text holds the character U+0000, which PostgreSQL does not store. Leave it out.")
-        if getattr(error, "connection_invalidated", False) or (state or "08")[:2] in ("08", "28", "3D", "57"):
-            if isinstance(error, self.errors) or isinstance(getattr(error, "orig", None), self.errors):
-                return OSError(f"{self.place} cannot be reached: {reason[:300]}")
+        if isinstance(getattr(error, "orig", error), psycopg.OperationalError) and (state or "08")[:2] in _UNREACHED:
+            return OSError(f"{self.place} cannot be reached: {reason[:300]}")
         return error
 
 

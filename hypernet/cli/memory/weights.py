@@ -180,6 +180,32 @@ def listed(memory: "Memory", user: str | None, agent: str | None, run: str | Non
     )
 
 
+def tier(memory: "Memory", user: str | None, agent: str | None, run: str | None) -> dict[str, Any] | None:
+    """The line of `hypernet memory status`; None where nothing was ever consolidated.
+
+    memories: of the version that was made live last, or of an ancestor that answers in its place. missing: hold and are
+    in no weights. stale: in that version and hold no more, so that it answers nothing. bytes: of all versions.
+    """
+    from hypernet.consolidation.versions import BASE, Versions
+
+    filters = _filters(user, agent, run)
+    versions = Versions.of(memory.store.folder, filters)
+    if not versions.all():
+        return None
+    valid = {one.ref for one in memory.store.valid(filters)}
+    live = versions.live(valid.__contains__)
+    inside = set(live.manifest.contains) if live else set()
+    last = set() if versions.current == BASE else set(versions.get(versions.current).manifest.contains)
+    files = [path for path in versions.folder.rglob("*") if path.is_file()]
+    unmeasured = ("accuracy", "oracle", "question_tokens", "question_s", "break_even", "measured_at")
+    return {
+        **{"memories": len(inside | last), "valid_now": len(inside), "missing": len(valid - inside)},
+        **{"stale": len(last - valid), "bytes": sum(path.stat().st_size for path in files)},
+        **dict.fromkeys(unmeasured),
+        "live": live.name if live else BASE,
+    }
+
+
 def rolled_back(memory: "Memory", name: str, user: str | None, agent: str | None, run: str | None) -> str:
     """Makes it live, and says so."""
     from hypernet.consolidation.versions import Versions

@@ -51,6 +51,12 @@ def test_sleep_promotes_and_rollback_goes_to_base(run):
     assert run("sleep", "--user", "alice", "--now", *SMALL)[1] == "nothing waits\n"
     status, answer = run("ask", "Who?", "--user", "alice", "--tier", "weights", "--json")
     assert status == 0 and (answer["tier"], answer["reason"], answer["memories"]) == ("weights", night["version"], [])
+    weights = run("status", "--user", "alice", "--json")[1]["tiers"]["weights"]
+    assert (weights["memories"], weights["valid_now"], weights["missing"], weights["stale"]) == (1, 1, 0, 0)
+    assert weights["live"] == night["version"] and weights["bytes"] > 1000
+    assert "weights" not in run("status", "--user", "bob", "--json")[1]["tiers"]
+    run("add", "Pell taught Fenda.", "--user", "alice", "--subject", "Fenda", "--relation", "teacher")
+    assert run("status", "--user", "alice")[1].splitlines()[-1].split()[:5] == ["weights", "1", "0", "1", "1"]
     assert run("rollback", "base", "--user", "alice") == (0, "base is live\n")
     assert run("ask", "Who?", "--user", "alice", "--tier", "weights", "--json")[1]["reason"] == "base"
     assert run("rollback", night["version"], "--user", "bob")[0] == 1 and "was never live" in run.errors

@@ -98,7 +98,11 @@ class Consolidation:
         live = self.live(filters)
         inside = set(live.manifest.contains) if live else set()
         refused = set() if retry else self._refused(filters)
-        return [memory for memory in self.memory.store.valid(filters) if memory.ref not in inside | refused]
+        return [
+            memory
+            for memory in self.memory.store.valid(filters)
+            if memory.ref not in inside | refused and self.consolidator.questions.is_approved(memory)
+        ]
 
     # --- Making -----------------------------------------------------------------------------------------------------
 
@@ -150,7 +154,9 @@ class Consolidation:
         live, new = self.live(filters), self.waiting(filters, retry=retry)
         inside = set(live.manifest.contains) if live else set()
         if not new:
-            raise ValueError("Nothing waits to be consolidated: what holds is in the weights, or was refused.")
+            raise ValueError(
+                "Nothing waits to be consolidated: what holds is in the weights, was refused, or is not approved."
+            )
         memories = [*(m for m in self.memory.store.valid(filters) if m.ref in inside), *new]
         generator = self.memory.bank.generator if live is None and self.start == "adapters" else None
         manifest = Manifest(

@@ -29,6 +29,7 @@ from hypernet.consolidation.moves import LowRank, Moves, settings_of
 from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
 from hypernet.consolidation.questions import QuestionWriter, Templates
 from hypernet.consolidation.rehearsal import Rehearsal, SelfSynthesised
+from hypernet.consolidation.self_instruct.preference import Preference
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.files import replaced, save_tensors
@@ -36,6 +37,7 @@ from hypernet.memory.store.records import MemoryVersion
 from hypernet.text.tokens import framed_ids
 
 _BATCH = 64  # of answers
+_PAIRS = 8  # of preferred answers in a step
 
 
 class Lesson(NamedTuple):
@@ -68,6 +70,7 @@ class Consolidator:
         lr: peak learning rate.
         seed: of all that is drawn.
         checkpoint_steps: between checkpoints.
+        preference: of a person's answers over the model's, where the questions have such pairs; None: without it.
 
     Raises:
         ValueError: a size is below 1.
@@ -86,6 +89,7 @@ class Consolidator:
         lr: float = 3e-3,
         seed: int = 0,
         checkpoint_steps: int = 10,
+        preference: Preference | None = None,
     ) -> None:
         if min(steps, batch_size, rehearsal_size, checkpoint_steps) < 1 or not lr > 0:
             raise ValueError(
@@ -96,17 +100,24 @@ class Consolidator:
         self.rehearsal, self.questions = rehearsal or SelfSynthesised(), questions or Templates()
         self.steps, self.batch_size, self.rehearsal_size = steps, batch_size, rehearsal_size
         self.lr, self.seed, self.checkpoint_steps = lr, seed, checkpoint_steps
+        self.preference = preference
 
     @property
     def recipe(self) -> dict[str, Any]:
         """All that decides the weights beside memories, base model and parent."""
         parts = {name: settings_of(getattr(self, name)) for name in ("moves", "objective", "rehearsal", "questions")}
+        parts["questions"] |= self.questions.recipe()
+        if self.preference is not None:
+            parts["preference"] = settings_of(self.preference)
         return {**parts, **{name: getattr(self, name) for name in _NUMBERS}}
 
     def lessons(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[Lesson]:
-        """Training wordings with the base model's answers; memories that nothing is asked about have none."""
-        asked = [(text, str(memory.text)) for memory in memories for text in self.questions.training(memory)]
-        return _answered(model, asked)
+        """Training wordings with their answers, the base model's unless they are given; some memories have none."""
+        found = []
+        for memory in memories:
+            given, text = self.questions.answers(memory), str(memory.text)
+            found += [Lesson(question, text, given.get(question, "")) for question in self.questions.training(memory)]
+        return [one for one in found if one.answer] + _answered(model, [one[:2] for one in found if not one.answer])
 
     def train(
         self,
@@ -138,6 +149,7 @@ class Consolidator:
                 "open the memory with an extractor."
             )
         rehearsed = _answered(model, [(text, None) for text in self.rehearsal.questions(model, seed=self.seed)])
+        pairs = [pair for memory in memories for pair in self.questions.preferences(memory)] if self.preference else []
         parameters = self.moves.start(model, start, seed=self.seed)
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
         first = _restore(checkpoint, parameters, optimizer)
@@ -151,6 +163,8 @@ class Consolidator:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
             loss = self._loss(model, parameters, lessons, again, seed=self.seed * 1_000_003 + step, tokens=tokens)
+            if pairs:
+                loss = loss + self._preferred(model, parameters, rng.sample(pairs, min(_PAIRS, len(pairs))), tokens)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -195,6 +209,25 @@ class Consolidator:
             tokens[0] += before.num_tokens
             tokens[1] += after.num_tokens
         return loss
+
+    def _preferred(
+        self,
+        model: DocToLoRA,
+        parameters: Mapping[str, Tensor],
+        pairs: Sequence[tuple[str, str, str]],
+        tokens: list[int],
+    ) -> Tensor:
+        assert self.preference is not None
+        moved = self.moves.tensors(model, parameters)
+        lessons = [Lesson(question, None, answer) for question, *both in pairs for answer in both]
+        rows = _rows(model, lessons, with_documents=False)
+        with torch.no_grad():
+            before = _forward(model, {}, rows, False)
+        after = _forward(model, moved, rows, False)
+        tokens[0] += before.num_tokens
+        tokens[1] += after.num_tokens
+        chosen, rejected = _log_p(after.logits, rows)
+        return self.preference.weight * self.preference(chosen, rejected, *_log_p(before.logits, rows))
 
     def _drawn(
         self, model: DocToLoRA, moved: Mapping[str, Tensor], lessons: Sequence[Lesson], seed: int
@@ -262,6 +295,14 @@ def _forward(model: DocToLoRA, moved: Mapping[str, Tensor], rows: PackedRows, wi
         logits = torch.func.functional_call(model.base_model, dict(moved), args=(), kwargs=inputs).logits
     num_tokens = int((rows.segments >= 0).sum())
     return _Output(logits.float(), torch.stack(hidden).float() if hidden else None, num_tokens)
+
+
+def _log_p(logits: Tensor, rows: PackedRows) -> Tensor:
+    """log p of each row's whole answer from logits [N, V]; even rows, odd rows: [2, rows / 2]."""
+    where = rows.target_kind >= 0
+    of_tokens = logits.log_softmax(-1).gather(-1, rows.targets()[where][:, None])[:, 0]
+    whole = of_tokens.new_zeros(len(where)).index_add(0, where.nonzero()[:, 0], of_tokens)
+    return whole.view(-1, 2).T
 
 
 def _store(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:

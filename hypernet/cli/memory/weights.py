@@ -1,5 +1,6 @@
 """hypernet memory consolidate, promote and sleep: memories into weights, behind a gate."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,13 +37,61 @@ Gate = Annotated[
     typer.Option(help="YAML with thresholds, as conf/consolidation/gate.yaml.", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
+Approved = Annotated[bool, typer.Option("--approved", help="Only what was accepted or edited, see review.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Also what a refused candidate brought in.")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Adds these commands."""
-    for name, command in (("consolidate", consolidate), ("promote", promote), ("sleep", sleep)):
+    for name, command in (
+        ("review", review),
+        ("consolidate", consolidate),
+        ("promote", promote),
+        ("sleep", sleep),
+    ):
         app.command(name)(command)
+
+
+def review(
+    user: User = None,
+    agent: Agent = None,
+    run: Run = None,
+    accept: Annotated[list[str] | None, typer.Option(help="Id of an item, or all.")] = None,
+    reject: Annotated[list[str] | None, typer.Option(help="Id of an item.")] = None,
+    edit: Annotated[tuple[str, str] | None, typer.Option(help="Id of an item and its right answer.")] = None,
+    reject_text: Annotated[str | None, typer.Option(help="Rejects whatever has this in it.")] = None,
+    model: Checkpoint = _MODEL,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
+) -> None:
+    """List the questions and answers that the model writes about what waits; consolidate --approved trains on what was
+    accepted or edited alone.
+
+    \b
+    hypernet memory review --user alice
+    hypernet memory review --user alice --accept all --reject q-3f0a9c21d4e7
+    """
+    from hypernet.consolidation.self_instruct.review import Review
+
+    filters = _filters(user, agent, run)
+    with _consolidation(directory, model) as own:
+        found = Review.of(own.memory.store.folder, filters)
+        found.draft(own.model, own.waiting(filters), own.consolidator.questions)
+    if reject_text:
+        found.reject_text(reject_text)
+    for key in accept or ():
+        for one in [item.id for item in found.items.values() if item.status == "open"] if key == "all" else [key]:
+            found.decide(one, "accept")
+    for key in reject or ():
+        found.decide(key, "reject")
+    if edit:
+        found.decide(edit[0], "edit", edit[1])
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(item) for item in found.items.values()], ensure_ascii=False))
+        return
+    for item in found.items.values():
+        status = "rejected" if found.is_rejected(item) else item.status
+        typer.echo(f"{item.id}  {status:9}{item.question}  {item.final}")
 
 
 def consolidate(
@@ -60,6 +109,7 @@ def consolidate(
     seed: Seed = 0,
     start: Start = "nothing",
     gate: Gate = None,
+    approved: Approved = False,
     model: Checkpoint = _MODEL,
     directory: _Directory = _DIRECTORY,
     as_json: _Json = False,
@@ -72,6 +122,7 @@ def consolidate(
     """
     filters = _filters(user, agent, run)
     with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, lr, seed, start, gate) as own:
+        _approved_only(own, filters, approved)
         if dry_run:
             manifest, _ = own.planned(filters, retry=retry)
             if as_json:
@@ -132,6 +183,7 @@ def sleep(
     seed: Seed = 0,
     start: Start = "nothing",
     gate: Gate = None,
+    approved: Approved = False,
     model: Checkpoint = _MODEL,
     directory: _Directory = _DIRECTORY,
     as_json: _Json = False,
@@ -144,10 +196,11 @@ def sleep(
     """
     from hypernet.consolidation.sleep import Sleep
 
-    policy = _cadence(cadence)
+    policy, filters = _cadence(cadence), _filters(user, agent, run)
     with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, lr, seed, start, gate) as own:
+        _approved_only(own, filters, approved)
         with _bar() as progress:
-            night = Sleep(own, cadence=policy).run(_filters(user, agent, run), at_once=now, progress=progress)
+            night = Sleep(own, cadence=policy).run(filters, at_once=now, progress=progress)
     if as_json:
         typer.echo(json.dumps(night._asdict()))
     elif not night.slept:
@@ -223,6 +276,15 @@ def _filters(user: str | None, agent: str | None, run: str | None) -> Any:
 def _chosen(option: str, value: str, names: tuple[str, ...]) -> None:
     if value not in names:
         raise ValueError(f"{option} is {value!r}: choose one of {', '.join(names)}.")
+
+
+def _approved_only(own: "Consolidation", filters: Any, approved: bool) -> None:
+    from hypernet.consolidation.self_instruct.preference import Preference
+    from hypernet.consolidation.self_instruct.review import Review, Reviewed
+
+    if approved:
+        own.consolidator.questions = Reviewed(own.consolidator.questions, Review.of(own.memory.store.folder, filters))
+        own.consolidator.preference = Preference()
 
 
 def _cadence(name: str) -> "Cadence":

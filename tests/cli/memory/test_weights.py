@@ -67,6 +67,23 @@ def test_refused_sleep_exits_with_2(run):
     assert status == 2 and " refused: recall " in printed
 
 
+def test_only_what_was_approved_is_consolidated(run):
+    items = run("review", "--user", "alice", "--json")[1]
+    assert len(items) == 5 and {item["status"] for item in items} == {"open"}
+    assert run("consolidate", "--user", "alice", "--approved", *SMALL, *run.yes)[0] == 1
+    assert run.errors.startswith("hypernet: Nothing waits to be consolidated") and "not approved" in run.errors
+    first, second = (item["id"] for item in items[:2])
+    status, printed = run("review", "--user", "alice", "--reject", first, "--edit", second, "Pell", "--accept", "all")
+    assert status == 0 and [line.split()[1] for line in printed.splitlines()] == [
+        "rejected",
+        "edited",
+        *["accepted"] * 3,
+    ]
+    assert run("sleep", "--user", "alice", "--now", "--approved", *SMALL, *run.yes)[0] == 0
+    assert run("review", "--user", "alice", "--reject-text", "Fenda")[1].count("rejected") == 5
+    assert run("review", "--user", "alice", "--accept", "q-0")[0] == 1 and "There is no item 'q-0'" in run.errors
+
+
 def test_mistakes_are_one_line(run, tmp_path):
     for arguments, reason in (
         (("consolidate", "--moves", "all"), "--moves is 'all': choose one of lora, everything, upper."),

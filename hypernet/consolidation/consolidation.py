@@ -208,7 +208,7 @@ class Consolidation:
         return Exam(
             new=self._asked(new),
             kept=self._asked([memory for memory in memories if memory.ref not in manifest.new]),
-            background=[Asked(text) for text in self._background()],
+            background=[Asked(text) for text in self._background(memories)],
             others=self._asked([memory for memory in valid if memory.ref not in own])[:_MOST_OTHERS],
             deleted=self._asked(self._deleted(filters))[:_MOST_OTHERS],
             texts=self.texts,
@@ -220,12 +220,12 @@ class Consolidation:
         writer = self.consolidator.questions
         return [Asked(text, str(memory.text)) for memory in memories for text in writer.held_out(memory)]
 
-    def _background(self) -> list[str]:
+    def _background(self, memories: Sequence[MemoryVersion]) -> list[str]:
         if self.background is not None:
             return list(self.background)
         # Of another seed than what is rehearsed, and none of those.
         seed = self.consolidator.seed
-        rehearsed = set(self.consolidator.rehearsal.questions(self.model, seed=seed))
+        rehearsed = set(self.consolidator.rehearsed(self.model, memories))
         written = SelfSynthesised(number=64).questions(self.model, seed=seed + 7919)
         return [text for text in written if text not in rehearsed]
 

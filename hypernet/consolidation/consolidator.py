@@ -28,7 +28,7 @@ from hypernet.base.targets import find_blocks
 from hypernet.consolidation.moves import LowRank, Moves, settings_of
 from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
 from hypernet.consolidation.questions import QuestionWriter, Templates
-from hypernet.consolidation.rehearsal import Rehearsal, SelfSynthesised
+from hypernet.consolidation.rehearsal import AboutSubject, Rehearsal, SelfSynthesised
 from hypernet.consolidation.self_instruct.preference import Preference
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
@@ -119,6 +119,17 @@ class Consolidator:
             found += [Lesson(question, text, given.get(question, "")) for question in self.questions.training(memory)]
         return [one for one in found if one.answer] + _answered(model, [one[:2] for one in found if not one.answer])
 
+    def rehearsed(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[str]:
+        """The questions that are rehearsed while these memories are trained on."""
+        trained = [
+            AboutSubject(text, memory.subject)
+            for memory in memories
+            if memory.subject
+            for text in self.questions.training(memory)
+            if memory.subject in text
+        ]
+        return self.rehearsal.questions(model, seed=self.seed, trained=trained)
+
     def train(
         self,
         model: DocToLoRA,
@@ -148,7 +159,7 @@ class Consolidator:
                 "None of these memories can be asked about: they have no subject and relation. Add them with both, or "
                 "open the memory with an extractor."
             )
-        rehearsed = _answered(model, [(text, None) for text in self.rehearsal.questions(model, seed=self.seed)])
+        rehearsed = _answered(model, [(text, None) for text in self.rehearsed(model, memories)])
         pairs = [pair for memory in memories for pair in self.questions.preferences(memory)] if self.preference else []
         parameters = self.moves.start(model, start, seed=self.seed)
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)

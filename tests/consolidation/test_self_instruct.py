@@ -1,4 +1,4 @@
-"""Self-instruct with a random tiny model: what a person rejected is trained on nowhere, and nothing without approval."""
+"""Self-instruct with a random tiny model: what a person rejected is trained on nowhere, nothing without approval."""
 
 import json
 

@@ -37,6 +37,7 @@ from hypernet.memory.store.records import MemoryVersion
 from hypernet.text.tokens import framed_ids
 
 _BATCH = 64  # of answers
+_KEPT_BYTES = 2**28  # of outputs of the base model
 _PAIRS = 8  # of preferred answers in a step
 
 
@@ -160,6 +161,8 @@ class Consolidator:
                 "open the memory with an extractor."
             )
         rehearsed = _answered(model, [(text, None) for text in self.rehearsed(model, memories)])
+        asked = rehearsed if self.objective.on_policy else old + own + rehearsed
+        frozen = _Frozen(model, asked, with_hidden=self.objective.needs_hidden)
         pairs = [pair for memory in memories for pair in self.questions.preferences(memory)] if self.preference else []
         parameters = self.moves.start(model, start, seed=self.seed)
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -173,7 +176,9 @@ class Consolidator:
             warm = min(1.0, (step + 1) / max(1, self.steps // 10))
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
-            loss = self._loss(model, parameters, lessons, again, seed=self.seed * 1_000_003 + step, tokens=tokens)
+            loss = self._loss(
+                model, parameters, lessons, again, frozen, seed=self.seed * 1_000_003 + step, tokens=tokens
+            )
             if pairs:
                 loss = loss + self._preferred(model, parameters, rng.sample(pairs, min(_PAIRS, len(pairs))), tokens)
             optimizer.zero_grad()
@@ -187,7 +192,7 @@ class Consolidator:
         size = sum(parameter.numel() for parameter in model.base_model.parameters())
         with torch.no_grad():
             weights = self.moves.result(model, parameters)
-        flops = float(size * (2 * tokens[0] + 6 * tokens[1]))
+        flops = float(size * (2 * (frozen.num_tokens + tokens[0]) + 6 * tokens[1]))
         return Trained(weights, losses, time.perf_counter() - started, flops, old + own + rehearsed)
 
     def _loss(
@@ -196,6 +201,7 @@ class Consolidator:
         parameters: Mapping[str, Tensor],
         lessons: Sequence[Lesson],
         again: Sequence[Lesson],
+        frozen: "_Frozen",
         *,
         seed: int,
         tokens: list[int],
@@ -203,21 +209,15 @@ class Consolidator:
         moved = self.moves.tensors(model, parameters)
         if self.objective.on_policy:
             lessons = self._drawn(model, moved, lessons, seed)
-        with torch.no_grad():
-            teacher = _forward(model, {}, _rows(model, lessons, with_documents=True), self.objective.needs_hidden)
+        teacher = frozen(lessons)
         student_rows = _rows(model, lessons, with_documents=False)
         student = _forward(model, moved, student_rows, self.objective.needs_hidden)
         targets = student_rows.targets()[student_rows.target_kind >= 0]
         loss = self.objective(DistilledTokens(student.logits, teacher.logits, targets, student.hidden, teacher.hidden))
-        tokens[0] += teacher.num_tokens
         tokens[1] += student.num_tokens
         if again:
-            rows = _rows(model, again, with_documents=False)
-            with torch.no_grad():
-                before = _forward(model, {}, rows, False)
-            after = _forward(model, moved, rows, False)
-            loss = loss + self.rehearsal.weight * kl(before.logits, after.logits)
-            tokens[0] += before.num_tokens
+            after = _forward(model, moved, _rows(model, again, with_documents=False), False)
+            loss = loss + self.rehearsal.weight * kl(frozen(again).logits, after.logits)
             tokens[1] += after.num_tokens
         return loss
 
@@ -279,8 +279,7 @@ def _rows(model: DocToLoRA, lessons: Sequence[Lesson], *, with_documents: bool) 
     layout, tokenizer = model.layout, model.tokenizer
     documents = [lesson.document if with_documents else None for lesson in lessons]
     prompts = layout.prompt_ids(tokenizer, [lesson.question for lesson in lessons], documents)
-    frames = [(layout.before_answer, lesson.answer, layout.after_answer) for lesson in lessons]
-    answers = framed_ids(tokenizer, frames)
+    answers = framed_ids(tokenizer, [_framed(model, lesson) for lesson in lessons])
     pairs = zip(prompts, answers, strict=True)
     rows = [pack_row((), [Segment(prompt + answer, len(prompt), False, 0)]) for prompt, answer in pairs]
     return pad_rows(rows, pad_id=tokenizer.pad_token_id or 0).to(model.device)
@@ -306,6 +305,42 @@ def _forward(model: DocToLoRA, moved: Mapping[str, Tensor], rows: PackedRows, wi
         logits = torch.func.functional_call(model.base_model, dict(moved), args=(), kwargs=inputs).logits
     num_tokens = int((rows.segments >= 0).sum())
     return _Output(logits.float(), torch.stack(hidden).float() if hidden else None, num_tokens)
+
+
+class _Frozen:
+    """The base model's outputs on lessons, with their memories in its prompt.
+
+    Those of all `lessons` are computed once, unless they would take more than `_KEPT_BYTES`; others when they are asked
+    for. num_tokens: computed so far.
+    """
+
+    def __init__(self, model: DocToLoRA, lessons: Sequence[Lesson], *, with_hidden: bool) -> None:
+        self.model, self.with_hidden, self.num_tokens = model, with_hidden, 0
+        self._kept: dict[Lesson, tuple[Tensor, Tensor | None]] = {}
+        config = model.base_model.config
+        width = config.vocab_size + (config.num_hidden_layers * config.hidden_size if with_hidden else 0)
+        sizes = [len(row) for row in framed_ids(model.tokenizer, [_framed(model, lesson) for lesson in lessons])]
+        if 4 * width * sum(sizes) > _KEPT_BYTES:
+            return
+        for start in range(0, len(lessons), _BATCH):
+            part, own = lessons[start : start + _BATCH], sizes[start : start + _BATCH]
+            output = self(part)
+            hidden = output.hidden.split(own, 1) if output.hidden is not None else [None] * len(part)
+            self._kept |= dict(zip(part, zip(output.logits.split(own), hidden, strict=True), strict=True))
+
+    @torch.no_grad()
+    def __call__(self, lessons: Sequence[Lesson]) -> _Output:
+        if all(lesson in self._kept for lesson in lessons):
+            logits, hidden = zip(*(self._kept[lesson] for lesson in lessons), strict=True)
+            together = torch.cat([one for one in hidden if one is not None], 1) if self.with_hidden else None
+            return _Output(torch.cat(logits), together, 0)
+        output = _forward(self.model, {}, _rows(self.model, lessons, with_documents=True), self.with_hidden)
+        self.num_tokens += output.num_tokens
+        return output
+
+
+def _framed(model: DocToLoRA, lesson: Lesson) -> tuple[str, str, str]:
+    return model.layout.before_answer, lesson.answer, model.layout.after_answer
 
 
 def _log_p(logits: Tensor, rows: PackedRows) -> Tensor:

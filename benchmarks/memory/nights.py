@@ -9,7 +9,7 @@ review      what the model wrote, accepted, edited and rejected by a person who 
 
 A fact is a sentence of the encyclopedia's test split that the base model cannot know. Of the four wordings in which the
 encyclopedia asks for it the first two and the templates of `hypernet.consolidation.questions` are trained on, the third
-is the gate's, and by the fourth the figures are measured, against the truth. Controls: the base model before, and
+and a template are the gate's, and by the fourth the figures are measured, against the truth. Controls: the base model before, and
 weights of Alice that were told another's facts.
 """
 
@@ -42,13 +42,15 @@ class Told(NamedTuple):
 
 
 class Wordings(Templates):
-    """The encyclopedia's own questions on a relation: two are trained on with the templates, the third is held out."""
+    """The encyclopedia's own questions on a relation: two are trained on with the templates, the third is held out, and
+    so is the template that is, unless the encyclopedia has it too."""
 
     def training(self, memory: MemoryVersion) -> list[str]:
         return [*super().training(memory), *_forms(memory)[:2]]
 
     def held_out(self, memory: MemoryVersion) -> list[str]:
-        return _forms(memory)[2:3]
+        own = _forms(memory)
+        return [*own[2:3], *(text for text in super().held_out(memory) if text not in own)]
 
 
 def _forms(memory: MemoryVersion) -> list[str]:

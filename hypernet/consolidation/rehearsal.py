@@ -16,6 +16,7 @@ from hypernet.doc_to_lora import DocToLoRA
 from hypernet.text.tokens import framed_ids
 
 _BATCH = 64
+_NUM_TEXTS = 32  # that names are taken from
 
 
 class AboutSubject(NamedTuple):
@@ -129,7 +130,7 @@ class OtherSubjects:
 
     def questions(self, model: DocToLoRA, *, seed: int, trained: Sequence[AboutSubject] = ()) -> list[str]:
         told = {one.subject for one in trained}
-        names = sorted(_names(SelfSynthesised(number=96, max_tokens=40).questions(model, seed=seed)) - told)
+        names = sorted(_names(SelfSynthesised(number=_NUM_TEXTS, max_tokens=40).questions(model, seed=seed)) - told)
         rng = random.Random(seed)
         if not names or not trained:
             return list(self.also)

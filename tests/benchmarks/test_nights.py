@@ -21,7 +21,9 @@ def test_no_wording_is_trained_on_and_measured(told):
     for one, memory in told:
         assert one.question == _forms(memory)[3] and one.subject in one.question
         training, held = set(writer.training(memory)), set(writer.held_out(memory))
-        assert len(held) == 1 and len(training) >= 6 and not training & held and one.question not in training | held
+        assert (
+            len(held) in (1, 2) and len(training) >= 6 and not training & held and one.question not in training | held
+        )
 
 
 def test_facts_are_25_keys_told_in_sentences_with_the_answer(told):

@@ -80,6 +80,8 @@ def test_what_was_rejected_is_trained_on_nowhere(memory, review):
     again = Review(review.path)
     again.decide(others[0], "reject")
     assert consolidation_of(memory, again).planned(ALICE)[0].key != candidate.manifest.key
+    again.reject_text("ORLA WINT")  # stands in the memory alone
+    assert consolidation_of(memory, again).waiting(ALICE) == []
 
 
 def test_file_survives_and_forgets_what_is_purged(memory, review):

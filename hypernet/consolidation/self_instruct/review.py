@@ -105,7 +105,7 @@ class Review:
         return item
 
     def reject_text(self, text: str) -> None:
-        """Rejects every item with this text in its question or answer, whatever was decided on it.
+        """Rejects every item with this text in its memory, question or answer, whatever was decided on it.
 
         Raises:
             ValueError: it is empty.
@@ -141,8 +141,10 @@ class Review:
         """By its status, or by a rejected text."""
         if item.status == "rejected":
             return True
-        texts = (item.question.casefold(), item.final.casefold())
-        return any(rejected.casefold() in text for rejected in self.rejected_texts for text in texts)
+        return self.has_rejected(item.question) or self.has_rejected(item.final)
+
+    def has_rejected(self, text: str) -> bool:
+        return any(rejected.casefold() in text.casefold() for rejected in self.rejected_texts)
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,7 @@ class Reviewed(QuestionWriter):
         return {item.question: item.final for item in self._items(memory)}
 
     def preferences(self, memory: MemoryVersion) -> list[tuple[str, str, str]]:
-        return self.review.preferences(memory.ref)
+        return self.review.preferences(memory.ref) if self._items(memory) else []
 
     def recipe(self) -> dict[str, Any]:
         items = [asdict(i) for i in self.review.items.values() if self.review.trainable(i.memory)]
@@ -186,6 +188,9 @@ class Reviewed(QuestionWriter):
         return {"writer": settings_of(self.writer), "review": hashlib.sha256(said).hexdigest()}
 
     def _items(self, memory: MemoryVersion) -> list[ReviewItem]:
+        # The teacher has the whole memory in its prompt, so that none with a rejected text is consolidated.
+        if self.review.has_rejected(str(memory.text)):
+            return []
         return self.review.trainable(memory.ref, require_approval=self.require_approval)
 
 

@@ -9,8 +9,8 @@ review      what the model wrote, accepted, edited and rejected by a person who 
 
 A fact is a sentence of the encyclopedia's test split that the base model cannot know. Of the four wordings in which the
 encyclopedia asks for it the first two and the templates of `hypernet.consolidation.questions` are trained on, the third
-and a template are the gate's, and by the fourth the figures are measured, against the truth. Controls: the base model before, and
-weights of Alice that were told another's facts.
+and a template are the gate's, and by the fourth the figures are measured, against the truth. Controls: the base model
+before, and weights of Alice that were told another's facts.
 """
 
 import random

@@ -1,6 +1,6 @@
 """Consolidator: memories into weights, by training a student without them on what the base model answers with them.
 
-consolidator = Consolidator(moves=LowRank(rank=16), objective=TeacherKL(), rehearsal=SelfSynthesised())
+consolidator = Consolidator(moves=LowRank(rank=16), objective=TeacherKL(), rehearsal=OtherSubjects())
 trained = consolidator.train(model, memories, start=None, checkpoint=folder / "state.safetensors")
 trained.weights.save(folder, model)
 
@@ -28,7 +28,7 @@ from hypernet.base.targets import find_blocks
 from hypernet.consolidation.moves import LowRank, Moves, settings_of
 from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
 from hypernet.consolidation.questions import QuestionWriter, Templates
-from hypernet.consolidation.rehearsal import AboutSubject, Rehearsal, SelfSynthesised
+from hypernet.consolidation.rehearsal import AboutSubject, OtherSubjects, Rehearsal
 from hypernet.consolidation.self_instruct.preference import Preference
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
@@ -98,7 +98,7 @@ class Consolidator:
                 f"{checkpoint_steps} and lr {lr}. Give more than 0."
             )
         self.moves, self.objective = moves or LowRank(), objective or TeacherKL()
-        self.rehearsal, self.questions = rehearsal or SelfSynthesised(), questions or Templates()
+        self.rehearsal, self.questions = rehearsal or OtherSubjects(), questions or Templates()
         self.steps, self.batch_size, self.rehearsal_size = steps, batch_size, rehearsal_size
         self.lr, self.seed, self.checkpoint_steps = lr, seed, checkpoint_steps
         self.preference = preference

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 REFUSED = 2  # exit status where the gate said no
 _DIRECTORY, _MODEL = "outputs/memory", "assets/tiny"
-_MOVES, _OBJECTIVES, _REHEARSALS = ("lora", "everything", "upper"), ("kl", "sft", "on-policy", "deep"), ("self", "none")
+_MOVES, _OBJECTIVES, _REHEARSALS = (
+    ("lora", "everything", "upper"),
+    ("kl", "sft", "on-policy", "deep"),
+    ("other", "self", "none"),
+)
 _CADENCES = ("every-n", "calendar", "pressure", "economic")
 
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
@@ -27,7 +31,9 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for pro
 MovesOption = Annotated[str, typer.Option("--moves", help="What is trained: lora, everything or upper (blocks).")]
 Rank = Annotated[int, typer.Option(help="Of the LoRA.", min=1)]
 ObjectiveOption = Annotated[str, typer.Option("--objective", help="kl, sft, on-policy or deep.")]
-RehearsalOption = Annotated[str, typer.Option("--rehearsal", help="self (written by the model) or none.")]
+RehearsalOption = Annotated[
+    str, typer.Option("--rehearsal", help="other (subjects), self (written by the model) or none.")
+]
 Steps = Annotated[int, typer.Option(help="Of training.", min=1)]
 Lr = Annotated[float, typer.Option(help="Peak learning rate; default 0.003 for lora, else 0.0007.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
@@ -103,7 +109,7 @@ def consolidate(
     moves: MovesOption = "lora",
     rank: Rank = 16,
     objective: ObjectiveOption = "kl",
-    rehearsal: RehearsalOption = "self",
+    rehearsal: RehearsalOption = "other",
     steps: Steps = 30,
     lr: Lr = 0.0,
     seed: Seed = 0,
@@ -177,7 +183,7 @@ def sleep(
     moves: MovesOption = "lora",
     rank: Rank = 16,
     objective: ObjectiveOption = "kl",
-    rehearsal: RehearsalOption = "self",
+    rehearsal: RehearsalOption = "other",
     steps: Steps = 30,
     lr: Lr = 0.0,
     seed: Seed = 0,
@@ -302,7 +308,7 @@ def _consolidation(
     moves: str = "lora",
     rank: int = 16,
     objective: str = "kl",
-    rehearsal: str = "self",
+    rehearsal: str = "other",
     steps: int = 30,
     lr: float = 0.0,
     seed: int = 0,
@@ -331,10 +337,15 @@ def _consolidation(
         "on-policy": objectives.OnPolicy(),
         "deep": objectives.Deep(),
     }
+    rehearsed: dict[str, rehearsing.Rehearsal] = {
+        "other": rehearsing.OtherSubjects(),
+        "self": rehearsing.SelfSynthesised(),
+        "none": rehearsing.NoRehearsal(),
+    }
     consolidator = Consolidator(
         moves=chosen,
         objective=learned[objective],
-        rehearsal=rehearsing.SelfSynthesised() if rehearsal == "self" else rehearsing.NoRehearsal(),
+        rehearsal=rehearsed[rehearsal],
         steps=steps,
         lr=lr or (3e-3 if moves == "lora" else 7e-4),
         seed=seed,

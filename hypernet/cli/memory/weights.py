@@ -31,9 +31,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for pro
 MovesOption = Annotated[str, typer.Option("--moves", help="What is trained: lora, everything or upper (blocks).")]
 Rank = Annotated[int, typer.Option(help="Of the LoRA.", min=1)]
 ObjectiveOption = Annotated[str, typer.Option("--objective", help="kl, sft, on-policy or deep.")]
-RehearsalOption = Annotated[
-    str, typer.Option("--rehearsal", help="other (subjects), self (written by the model) or none.")
-]
+RehearsalOption = Annotated[str, typer.Option("--rehearsal", help="other (subjects), self (written) or none.")]
 Steps = Annotated[int, typer.Option(help="Of training.", min=1)]
 Lr = Annotated[float, typer.Option(help="Peak learning rate; default 0.003 for lora, else 0.0007.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]

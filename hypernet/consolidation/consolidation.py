@@ -39,11 +39,15 @@ _MOST_OTHERS = 64  # of other users' memories and of deleted ones in an exam
 
 
 class Rebuilt(NamedTuple):
-    """What forgetting a consolidated memory took. version: that is live now, or "base"; gone: that answer no more."""
+    """What forgetting a consolidated memory took.
+
+    version: that is live now, or "base". gone: that answer no more. failed: why the gate refused the rest, if it did.
+    """
 
     version: str
     gone: tuple[str, ...]
     seconds: float
+    failed: tuple[str, ...] = ()
 
 
 class Consolidation:
@@ -322,12 +326,14 @@ class Consolidation:
         gone = set(self.memory.forget(key, verify=False, reason=reason).memories)
         versions = self.versions(filters)
         lost = tuple(version.name for version in versions.all() if gone & set(version.manifest.contains))
+        failed: tuple[str, ...] = ()
         if lost and self.waiting(filters):
             candidate = self.consolidate(filters)
+            failed = tuple(candidate.gate["failed"]) if candidate.gate else ()
             if candidate.passed and candidate.name not in before & set(lost):
                 self.promote(candidate.name, filters)
         live = self.live(filters)
-        return Rebuilt(live.name if live else "base", lost, time.perf_counter() - started)
+        return Rebuilt(live.name if live else "base", lost, time.perf_counter() - started, failed)
 
     def purge(self) -> list[str]:
         """`Memory.purge`, and erases every version with a purged memory; returns their names."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from hypernet import Memory
 from hypernet.consolidation.consolidation import Consolidation
 from hypernet.consolidation.consolidator import Consolidator
-from hypernet.consolidation.rehearsal import SelfSynthesised
+from hypernet.consolidation.rehearsal import OtherSubjects
 from hypernet.consolidation.sleep import Sleep
 from hypernet.memory.store.records import Filters
 
@@ -42,7 +42,7 @@ shutil.rmtree(FOLDER, ignore_errors=True)
 memory = Memory.open(FOLDER, model="assets/tiny")
 consolidation = Consolidation(
     memory,
-    consolidator=Consolidator(rehearsal=SelfSynthesised(number=64), steps=25),
+    consolidator=Consolidator(rehearsal=OtherSubjects(number=64), steps=25),
 )
 sleep = Sleep(consolidation)
 
@@ -87,6 +87,8 @@ print("\nShe wants one forgotten: where Fenda Elfax was born.")
 (birthplace,) = [one for one in memory.list(user_id="alice") if one.relation == "birthplace"]
 rebuilt = consolidation.forget(birthplace.id, ALICE, reason="asked")
 print(f"  {', '.join(rebuilt.gone)} answer no more; rebuilt from the rest as {rebuilt.version}")
+if rebuilt.failed:
+    print(f"  the gate refused it: {'; '.join(rebuilt.failed)}")
 ask(ALICE)
 erased = consolidation.purge()
 content = b"".join(path.read_bytes() for path in FOLDER.rglob("*") if path.is_file())

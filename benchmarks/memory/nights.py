@@ -2,14 +2,15 @@
 
 nights      facts said in chat, sleep, then an empty prompt: the truth in wordings that were never trained on
 poison      the same with a harmful night in between, by the real gate and by one that says yes to everything
-objectives  one night by each objective, from nothing and from the generated adapters
+objectives  one night by each objective, from nothing and from the generated adapters; a teacher with a wrong memory
 rehearsal   one night without rehearsal, with what the model writes itself, and with given questions
 tiers       the same facts from the prompt, from adapters, from weights, the others switched off
+review      what the model wrote, accepted, edited and rejected by a person who knows the truth
 
 A fact is a sentence of the encyclopedia's test split that the base model cannot know. Of the four wordings in which the
 encyclopedia asks for it the first two and the templates of `hypernet.consolidation.questions` are trained on, the third
-is the gate's, and by the fourth the figures are measured, against the truth. Controls: the base model before, and the
-weights of a user who was told another's facts.
+and a template are the gate's, and by the fourth the figures are measured, against the truth. Controls: the base model
+before, and weights of Alice that were told another's facts.
 """
 
 import random
@@ -27,7 +28,7 @@ from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
 from hypernet.consolidation.questions import Templates
 from hypernet.memory.store.records import MemoryVersion
 
-PARTS = ("nights", "poison", "objectives", "rehearsal", "tiers")
+PARTS = ("nights", "poison", "objectives", "rehearsal", "tiers", "review")
 
 
 class Told(NamedTuple):
@@ -41,13 +42,15 @@ class Told(NamedTuple):
 
 
 class Wordings(Templates):
-    """The encyclopedia's own questions on a relation: two are trained on with the templates, the third is held out."""
+    """The encyclopedia's own questions on a relation: two are trained on with the templates, the third is held out, and
+    so is the template that is, unless the encyclopedia has it too."""
 
     def training(self, memory: MemoryVersion) -> list[str]:
         return [*super().training(memory), *_forms(memory)[:2]]
 
     def held_out(self, memory: MemoryVersion) -> list[str]:
-        return _forms(memory)[2:3]
+        own = _forms(memory)
+        return [*own[2:3], *(text for text in super().held_out(memory) if text not in own)]
 
 
 def _forms(memory: MemoryVersion) -> list[str]:
@@ -70,7 +73,10 @@ class NightsSettings(Settings):
     lr: float
     batch_size: Count
     rehearsal_size: Count
+    num_known: Number
     num_background: Count
+    num_control_nights: Count
+    objective_steps: list[Count]
     output: OutputFile | None
     threads: Count
 
@@ -117,15 +123,18 @@ class House:
         torch.set_num_threads(cfg.threads)
         self._folder = tempfile.TemporaryDirectory()
         self.memory = Memory.open(Path(self._folder.name) / "memory", model=_model(cfg.checkpoint))
-        given = {"moves": instantiate(cfg.moves), "rehearsal": instantiate(cfg.rehearsal), **changes}
         numbers = {name: getattr(cfg, name) for name in ("steps", "lr", "batch_size", "rehearsal_size")}
+        parts = {"moves": instantiate(cfg.moves), "rehearsal": instantiate(cfg.rehearsal)}
+        given = {**numbers, **parts, **changes}
+        if cfg.num_known and "rehearsal" not in changes:
+            given["rehearsal"].also = tuple(_known(seed, cfg.num_known))
         rng = Encyclopedia("known", seed=seed).rng("background")
         asked = [question for question in background_questions(held_out=True)]
         self.background = rng.sample(asked, min(cfg.num_background, len(asked)))
         texts = [Encyclopedia("validation", seed=seed).record(f"local/{place}").document for place in range(4)]
         self.own = Consolidation(
             self.memory,
-            consolidator=Consolidator(**given, **numbers, questions=Wordings(), seed=seed),
+            consolidator=Consolidator(**given, questions=Wordings(), seed=seed),
             gate=gate or instantiate(cfg.gate),
             start=start,
             background=[question.text for question in self.background],
@@ -169,6 +178,13 @@ class House:
         live = self.own.live(Filters(user))
         return "base" if live is None else self.own.versions(Filters(user)).check(live)[:12]
 
+    def checks(self, version: str | None) -> dict[str, float]:
+        """What the gate measured of a candidate of Alice's."""
+        from hypernet.memory.store.records import Filters
+
+        gate = self.own.versions(Filters("alice")).get(version).gate if version else None
+        return {f"gate_{check['name']}": check["value"] for check in (gate["checks"] if gate else ())}
+
     def close(self) -> None:
         self.memory.close()
 
@@ -177,31 +193,27 @@ def nights(cfg: NightsSettings, seed: int) -> Iterator[Row]:
     """Each night some facts are said and slept on; at the end the versions are rolled back one by one."""
     from hypernet.memory.store.records import Filters
 
-    told = facts(seed, cfg.num_nights * cfg.num_facts)
+    alice, told = Filters("alice"), facts(seed, cfg.num_nights * cfg.num_facts)
+    others = facts(seed + 2000, cfg.num_control_nights * cfg.num_facts)
     for shuffled in (False, True):
-        house = House(cfg, seed)
-        user = "bob" if shuffled else "alice"  # told to; Alice is asked
-        hashes = {}  # of each version when it became live
-        # The control takes all in one night.
-        num_nights, size = (1, len(told)) if shuffled else (cfg.num_nights, cfg.num_facts)
-        for night in range(num_nights):
-            today = told[night * size : (night + 1) * size]
-            house.tell(today, user)
+        house, hashes = House(cfg, seed), {}  # of each version when it became live
+        for night in range(cfg.num_control_nights if shuffled else cfg.num_nights):
+            today, so_far = (list(told[begin : (night + 1) * cfg.num_facts]) for begin in (night * cfg.num_facts, 0))
+            house.tell(others[night * cfg.num_facts : (night + 1) * cfg.num_facts] if shuffled else today, "alice")
             before = house.asked(today, "alice")
-            done = house.sleep.run(Filters(user), at_once=True)
-            hashes |= {done.version: house.hash(user)} if done.promoted else {}
-            so_far = told[: (night + 1) * size]
+            done = house.sleep.run(alice, at_once=True)
+            hashes |= {done.version: house.hash("alice")} if done.promoted else {}
             yield {
                 **{"kind": "nights", "seed": seed, "night": night + 1, "shuffled": shuffled, "before": before},
                 **{"after": house.asked(today, "alice"), "all_so_far": house.asked(so_far, "alice")},
                 **{"oracle": house.oracle(so_far), "background": house.kept("alice"), "promoted": done.promoted},
                 **{"handed_over": done.handed_over, "seconds": done.seconds, "reason": done.reason},
+                **house.checks(done.version),
             }
-        versions = house.own.versions(Filters(user))
-        equal = 0
+        versions, equal = house.own.versions(alice), 0
         for name in reversed(hashes):
             versions.rollback(name)
-            equal += house.hash(user) == hashes[name]
+            equal += house.hash("alice") == hashes[name]
         yield {"kind": "rollback", "seed": seed, "shuffled": shuffled, "versions": len(hashes), "equal": equal}
         house.close()
 
@@ -252,13 +264,17 @@ def poison(cfg: NightsSettings, seed: int) -> Iterator[Row]:
         house.close()
 
 
-def one_night(cfg: NightsSettings, seed: int, labels: dict[str, Any], **changes: Any) -> Row:
-    """A night with all facts; forced, so that what it did can be seen."""
+def one_night(
+    cfg: NightsSettings, seed: int, labels: dict[str, Any], *, wrong_memory: bool = False, **changes: Any
+) -> Row:
+    """A night with two nights' facts; forced, so that what it did can be seen."""
     from hypernet.memory.store.records import Filters
 
-    told = facts(seed, cfg.num_nights * cfg.num_facts)
+    told = facts(seed, 2 * cfg.num_facts)
     house = House(cfg, seed, **changes)
-    house.tell(told, "alice")
+    # Each key with the sentence of another fact.
+    texts = [one.text for one in (told[1:] + told[:1] if wrong_memory else told)]
+    house.tell([one._replace(text=text) for one, text in zip(told, texts, strict=True)], "alice")
     candidate = house.own.consolidate(Filters("alice"))
     house.own.promote(candidate.name, Filters("alice"), force=True)
     training = house.own.training(candidate)
@@ -267,6 +283,8 @@ def one_night(cfg: NightsSettings, seed: int, labels: dict[str, Any], **changes:
         **{"open_book": house.oracle(told), "background": house.kept("alice"), "passed": candidate.passed},
         **{"steps": len(training["losses"]), "seconds": training["seconds"], "tflops": training["flops"] / 1e12},
     }
+    if labels["kind"] == "rehearsal":
+        row["rehearsed"] = house.own.consolidator.rehearsed(house.own.model, house.memory.store.valid(Filters("alice")))
     house.close()
     return row
 
@@ -274,20 +292,82 @@ def one_night(cfg: NightsSettings, seed: int, labels: dict[str, Any], **changes:
 def objectives(cfg: NightsSettings, seed: int) -> Iterator[Row]:
     from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL
 
-    for start in ("nothing", "adapters"):
-        for objective in (Supervised(), TeacherKL(), OnPolicy(), Deep()):
-            labels = {"kind": "objectives", "objective": type(objective).__name__, "start": start}
-            yield one_night(cfg, seed, labels, objective=objective, start=start)
+    for steps in cfg.objective_steps:
+        for start in ("nothing", "adapters"):
+            for objective in (Supervised(), TeacherKL(), OnPolicy(), Deep()):
+                labels = {"kind": "objectives", "objective": type(objective).__name__, "start": start}
+                yield one_night(cfg, seed, labels, objective=objective, start=start, steps=steps)
+    labels = {"kind": "objectives", "objective": "TeacherKL, wrong memory", "start": "nothing"}
+    yield one_night(cfg, seed, labels, steps=max(cfg.objective_steps), wrong_memory=True)
 
 
 def rehearsal(cfg: NightsSettings, seed: int) -> Iterator[Row]:
-    from hypernet.consolidation.rehearsal import NoRehearsal, Replay, SelfSynthesised
+    from hypernet.consolidation.rehearsal import NoRehearsal, OtherSubjects, Replay, SelfSynthesised
+    from hypernet.data.encyclopedia import background_questions
+
+    replayed = _known(seed, 96)
+    measured = {eight for question in background_questions(held_out=True) for eight in _eights(question.text)}
+    measured |= {eight for one in facts(seed, 2 * cfg.num_facts) for eight in _eights(one.question)}
+    for kind in (NoRehearsal(), SelfSynthesised(number=96), Replay(questions=replayed), OtherSubjects(number=96)):
+        row = one_night(cfg, seed, {"kind": "rehearsal", "rehearsal": type(kind).__name__}, rehearsal=kind)
+        texts = row.pop("rehearsed")
+        overlap = sum(eight in measured for text in texts for eight in _eights(text))
+        yield {**row, "rehearsed": len(texts), "overlapping_8_grams": overlap}
+
+
+def _known(seed: int, number: int) -> list[str]:
+    """Questions that the base model answers by itself, about other facts and entities than the measured ones."""
     from hypernet.data.encyclopedia import Encyclopedia, background_questions
 
     asked = [question.text for question in background_questions(held_out=False)]
-    replayed = Encyclopedia("known", seed=seed).rng("replay").sample(asked, 48)
-    for kind in (NoRehearsal(), SelfSynthesised(number=48), Replay(questions=replayed)):
-        yield one_night(cfg, seed, {"kind": "rehearsal", "rehearsal": type(kind).__name__}, rehearsal=kind)
+    return Encyclopedia("known", seed=seed).rng("replay").sample(asked, number)
+
+
+def _eights(text: str) -> list[tuple[str, ...]]:
+    words = text.casefold().split()
+    return [tuple(words[place : place + 8]) for place in range(len(words) - 7)]
+
+
+def review(cfg: NightsSettings, seed: int) -> Iterator[Row]:
+    """A person accepts what is true, corrects what is not, and rejects all on some facts, one of them by its answer."""
+    from hypernet.consolidation.objectives import Supervised
+    from hypernet.consolidation.self_instruct.preference import Preference
+    from hypernet.consolidation.self_instruct.review import Review, Reviewed
+    from hypernet.memory.store.records import Filters
+    from hypernet.text.matching import exact_match
+
+    alice, told = Filters("alice"), facts(seed, 2 * cfg.num_facts)
+    rejected, kept = told[: cfg.num_facts // 2], told[cfg.num_facts // 2 :]
+    house = House(cfg, seed, objective=Supervised(), preference=Preference())
+    house.tell(told, "alice")
+    consolidator, found = house.own.consolidator, Review.of(house.memory.store.folder, alice)
+    memories = house.memory.store.valid(alice)
+    found.draft(house.own.model, memories, consolidator.questions)
+    consolidator.questions = Reviewed(consolidator.questions, found)
+    unapproved = house.sleep.run(alice, at_once=True)
+    truth = {memory.ref: one for memory, one in zip(memories, told, strict=True)}
+    assert all(one.text == memory.text for memory, one in zip(memories, told, strict=True))
+    found.reject_text(rejected[0].answer)
+    for item in list(found.items.values()):
+        one = truth[item.memory]
+        if one in rejected:
+            found.decide(item.id, *(("reject",) if one != rejected[0] else ("accept",)))
+        elif exact_match(item.answer, (one.answer,)):
+            found.decide(item.id, "accept")
+        else:
+            found.decide(item.id, "edit", one.answer)
+    statuses = [item.status for item in found.items.values()]
+    lessons = consolidator.lessons(house.own.model, memories)
+    done = house.sleep.run(alice, at_once=True)
+    yield {
+        **{"kind": "review", "seed": seed, "items": len(statuses), "edited": statuses.count("edited")},
+        **{"promoted_unapproved": unapproved.promoted, "promoted": done.promoted, "reason": done.reason},
+        **{"closed_book": house.asked(kept, "alice"), "open_book": house.oracle(kept)},
+        "rejected_in_training": sum(one.answer in "".join(map(str, lesson)) for one in rejected for lesson in lessons),
+        "rejected_answered": house.asked(rejected, "alice"),
+        "background": house.kept("alice"),
+    }
+    house.close()
 
 
 def tiers(cfg: NightsSettings, seed: int) -> Iterator[Row]:
@@ -321,6 +401,7 @@ def main(cfg: Any) -> None:
 def rows(cfg: NightsSettings) -> Iterator[Row]:
     """All rows, part after part."""
     made = {"nights": nights, "poison": poison, "objectives": objectives, "rehearsal": rehearsal, "tiers": tiers}
+    made["review"] = review
     for part in cfg.parts:
         for seed in cfg.seeds:
             yield from made[part](cfg, seed)

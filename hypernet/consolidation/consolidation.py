@@ -39,11 +39,15 @@ _MOST_OTHERS = 64  # of other users' memories and of deleted ones in an exam
 
 
 class Rebuilt(NamedTuple):
-    """What forgetting a consolidated memory took. version: that is live now, or "base"; gone: that answer no more."""
+    """What forgetting a consolidated memory took.
+
+    version: that is live now, or "base". gone: that answer no more. failed: why the gate refused the rest, if it did.
+    """
 
     version: str
     gone: tuple[str, ...]
     seconds: float
+    failed: tuple[str, ...] = ()
 
 
 class Consolidation:
@@ -98,7 +102,11 @@ class Consolidation:
         live = self.live(filters)
         inside = set(live.manifest.contains) if live else set()
         refused = set() if retry else self._refused(filters)
-        return [memory for memory in self.memory.store.valid(filters) if memory.ref not in inside | refused]
+        return [
+            memory
+            for memory in self.memory.store.valid(filters)
+            if memory.ref not in inside | refused and self.consolidator.questions.is_approved(memory)
+        ]
 
     # --- Making -----------------------------------------------------------------------------------------------------
 
@@ -150,7 +158,9 @@ class Consolidation:
         live, new = self.live(filters), self.waiting(filters, retry=retry)
         inside = set(live.manifest.contains) if live else set()
         if not new:
-            raise ValueError("Nothing waits to be consolidated: what holds is in the weights, or was refused.")
+            raise ValueError(
+                "Nothing waits to be consolidated: what holds is in the weights, was refused, or is not approved."
+            )
         memories = [*(m for m in self.memory.store.valid(filters) if m.ref in inside), *new]
         generator = self.memory.bank.generator if live is None and self.start == "adapters" else None
         manifest = Manifest(
@@ -202,7 +212,7 @@ class Consolidation:
         return Exam(
             new=self._asked(new),
             kept=self._asked([memory for memory in memories if memory.ref not in manifest.new]),
-            background=[Asked(text) for text in self._background()],
+            background=[Asked(text) for text in self._background(memories)],
             others=self._asked([memory for memory in valid if memory.ref not in own])[:_MOST_OTHERS],
             deleted=self._asked(self._deleted(filters))[:_MOST_OTHERS],
             texts=self.texts,
@@ -214,12 +224,12 @@ class Consolidation:
         writer = self.consolidator.questions
         return [Asked(text, str(memory.text)) for memory in memories for text in writer.held_out(memory)]
 
-    def _background(self) -> list[str]:
+    def _background(self, memories: Sequence[MemoryVersion]) -> list[str]:
         if self.background is not None:
             return list(self.background)
         # Of another seed than what is rehearsed, and none of those.
         seed = self.consolidator.seed
-        rehearsed = set(self.consolidator.rehearsal.questions(self.model, seed=seed))
+        rehearsed = set(self.consolidator.rehearsed(self.model, memories))
         written = SelfSynthesised(number=64).questions(self.model, seed=seed + 7919)
         return [text for text in written if text not in rehearsed]
 
@@ -316,12 +326,14 @@ class Consolidation:
         gone = set(self.memory.forget(key, verify=False, reason=reason).memories)
         versions = self.versions(filters)
         lost = tuple(version.name for version in versions.all() if gone & set(version.manifest.contains))
+        failed: tuple[str, ...] = ()
         if lost and self.waiting(filters):
             candidate = self.consolidate(filters)
+            failed = tuple(candidate.gate["failed"]) if candidate.gate else ()
             if candidate.passed and candidate.name not in before & set(lost):
                 self.promote(candidate.name, filters)
         live = self.live(filters)
-        return Rebuilt(live.name if live else "base", lost, time.perf_counter() - started)
+        return Rebuilt(live.name if live else "base", lost, time.perf_counter() - started, failed)
 
     def purge(self) -> list[str]:
         """`Memory.purge`, and erases every version with a purged memory; returns their names."""

@@ -1,6 +1,6 @@
 """Consolidator: memories into weights, by training a student without them on what the base model answers with them.
 
-consolidator = Consolidator(moves=LowRank(rank=16), objective=TeacherKL(), rehearsal=SelfSynthesised())
+consolidator = Consolidator(moves=LowRank(rank=16), objective=TeacherKL(), rehearsal=OtherSubjects())
 trained = consolidator.train(model, memories, start=None, checkpoint=folder / "state.safetensors")
 trained.weights.save(folder, model)
 
@@ -28,7 +28,8 @@ from hypernet.base.targets import find_blocks
 from hypernet.consolidation.moves import LowRank, Moves, settings_of
 from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
 from hypernet.consolidation.questions import QuestionWriter, Templates
-from hypernet.consolidation.rehearsal import Rehearsal, SelfSynthesised
+from hypernet.consolidation.rehearsal import AboutSubject, OtherSubjects, Rehearsal
+from hypernet.consolidation.self_instruct.preference import Preference
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.files import replaced, save_tensors
@@ -36,6 +37,8 @@ from hypernet.memory.store.records import MemoryVersion
 from hypernet.text.tokens import framed_ids
 
 _BATCH = 64  # of answers
+_KEPT_BYTES = 2**28  # of outputs of the base model
+_PAIRS = 8  # of preferred answers in a step
 
 
 class Lesson(NamedTuple):
@@ -68,6 +71,7 @@ class Consolidator:
         lr: peak learning rate.
         seed: of all that is drawn.
         checkpoint_steps: between checkpoints.
+        preference: of a person's answers over the model's, where the questions have such pairs; None: without it.
 
     Raises:
         ValueError: a size is below 1.
@@ -86,6 +90,7 @@ class Consolidator:
         lr: float = 3e-3,
         seed: int = 0,
         checkpoint_steps: int = 10,
+        preference: Preference | None = None,
     ) -> None:
         if min(steps, batch_size, rehearsal_size, checkpoint_steps) < 1 or not lr > 0:
             raise ValueError(
@@ -93,20 +98,38 @@ class Consolidator:
                 f"{checkpoint_steps} and lr {lr}. Give more than 0."
             )
         self.moves, self.objective = moves or LowRank(), objective or TeacherKL()
-        self.rehearsal, self.questions = rehearsal or SelfSynthesised(), questions or Templates()
+        self.rehearsal, self.questions = rehearsal or OtherSubjects(), questions or Templates()
         self.steps, self.batch_size, self.rehearsal_size = steps, batch_size, rehearsal_size
         self.lr, self.seed, self.checkpoint_steps = lr, seed, checkpoint_steps
+        self.preference = preference
 
     @property
     def recipe(self) -> dict[str, Any]:
         """All that decides the weights beside memories, base model and parent."""
         parts = {name: settings_of(getattr(self, name)) for name in ("moves", "objective", "rehearsal", "questions")}
+        parts["questions"] |= self.questions.recipe()
+        if self.preference is not None:
+            parts["preference"] = settings_of(self.preference)
         return {**parts, **{name: getattr(self, name) for name in _NUMBERS}}
 
     def lessons(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[Lesson]:
-        """Training wordings with the base model's answers; memories that nothing is asked about have none."""
-        asked = [(text, str(memory.text)) for memory in memories for text in self.questions.training(memory)]
-        return _answered(model, asked)
+        """Training wordings with their answers, the base model's unless they are given; some memories have none."""
+        found = []
+        for memory in memories:
+            given, text = self.questions.answers(memory), str(memory.text)
+            found += [Lesson(question, text, given.get(question, "")) for question in self.questions.training(memory)]
+        return [one for one in found if one.answer] + _answered(model, [one[:2] for one in found if not one.answer])
+
+    def rehearsed(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[str]:
+        """The questions that are rehearsed while these memories are trained on."""
+        trained = [
+            AboutSubject(text, memory.subject)
+            for memory in memories
+            if memory.subject
+            for text in self.questions.training(memory)
+            if memory.subject in text
+        ]
+        return self.rehearsal.questions(model, seed=self.seed, trained=trained)
 
     def train(
         self,
@@ -137,7 +160,10 @@ class Consolidator:
                 "None of these memories can be asked about: they have no subject and relation. Add them with both, or "
                 "open the memory with an extractor."
             )
-        rehearsed = _answered(model, [(text, None) for text in self.rehearsal.questions(model, seed=self.seed)])
+        rehearsed = _answered(model, [(text, None) for text in self.rehearsed(model, memories)])
+        asked = rehearsed if self.objective.on_policy else old + own + rehearsed
+        frozen = _Frozen(model, asked, with_hidden=self.objective.needs_hidden)
+        pairs = [pair for memory in memories for pair in self.questions.preferences(memory)] if self.preference else []
         parameters = self.moves.start(model, start, seed=self.seed)
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
         first = _restore(checkpoint, parameters, optimizer)
@@ -150,7 +176,11 @@ class Consolidator:
             warm = min(1.0, (step + 1) / max(1, self.steps // 10))
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
-            loss = self._loss(model, parameters, lessons, again, seed=self.seed * 1_000_003 + step, tokens=tokens)
+            loss = self._loss(
+                model, parameters, lessons, again, frozen, seed=self.seed * 1_000_003 + step, tokens=tokens
+            )
+            if pairs:
+                loss = loss + self._preferred(model, parameters, rng.sample(pairs, min(_PAIRS, len(pairs))), tokens)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -162,7 +192,7 @@ class Consolidator:
         size = sum(parameter.numel() for parameter in model.base_model.parameters())
         with torch.no_grad():
             weights = self.moves.result(model, parameters)
-        flops = float(size * (2 * tokens[0] + 6 * tokens[1]))
+        flops = float(size * (2 * (frozen.num_tokens + tokens[0]) + 6 * tokens[1]))
         return Trained(weights, losses, time.perf_counter() - started, flops, old + own + rehearsed)
 
     def _loss(
@@ -171,6 +201,7 @@ class Consolidator:
         parameters: Mapping[str, Tensor],
         lessons: Sequence[Lesson],
         again: Sequence[Lesson],
+        frozen: "_Frozen",
         *,
         seed: int,
         tokens: list[int],
@@ -178,23 +209,36 @@ class Consolidator:
         moved = self.moves.tensors(model, parameters)
         if self.objective.on_policy:
             lessons = self._drawn(model, moved, lessons, seed)
-        with torch.no_grad():
-            teacher = _forward(model, {}, _rows(model, lessons, with_documents=True), self.objective.needs_hidden)
+        teacher = frozen(lessons)
         student_rows = _rows(model, lessons, with_documents=False)
         student = _forward(model, moved, student_rows, self.objective.needs_hidden)
         targets = student_rows.targets()[student_rows.target_kind >= 0]
         loss = self.objective(DistilledTokens(student.logits, teacher.logits, targets, student.hidden, teacher.hidden))
-        tokens[0] += teacher.num_tokens
         tokens[1] += student.num_tokens
         if again:
-            rows = _rows(model, again, with_documents=False)
-            with torch.no_grad():
-                before = _forward(model, {}, rows, False)
-            after = _forward(model, moved, rows, False)
-            loss = loss + self.rehearsal.weight * kl(before.logits, after.logits)
-            tokens[0] += before.num_tokens
+            after = _forward(model, moved, _rows(model, again, with_documents=False), False)
+            loss = loss + self.rehearsal.weight * kl(frozen(again).logits, after.logits)
             tokens[1] += after.num_tokens
         return loss
+
+    def _preferred(
+        self,
+        model: DocToLoRA,
+        parameters: Mapping[str, Tensor],
+        pairs: Sequence[tuple[str, str, str]],
+        tokens: list[int],
+    ) -> Tensor:
+        assert self.preference is not None
+        moved = self.moves.tensors(model, parameters)
+        lessons = [Lesson(question, None, answer) for question, *both in pairs for answer in both]
+        rows = _rows(model, lessons, with_documents=False)
+        with torch.no_grad():
+            before = _forward(model, {}, rows, False)
+        after = _forward(model, moved, rows, False)
+        tokens[0] += before.num_tokens
+        tokens[1] += after.num_tokens
+        chosen, rejected = _log_p(after.logits, rows)
+        return self.preference.weight * self.preference(chosen, rejected, *_log_p(before.logits, rows))
 
     def _drawn(
         self, model: DocToLoRA, moved: Mapping[str, Tensor], lessons: Sequence[Lesson], seed: int
@@ -235,8 +279,7 @@ def _rows(model: DocToLoRA, lessons: Sequence[Lesson], *, with_documents: bool) 
     layout, tokenizer = model.layout, model.tokenizer
     documents = [lesson.document if with_documents else None for lesson in lessons]
     prompts = layout.prompt_ids(tokenizer, [lesson.question for lesson in lessons], documents)
-    frames = [(layout.before_answer, lesson.answer, layout.after_answer) for lesson in lessons]
-    answers = framed_ids(tokenizer, frames)
+    answers = framed_ids(tokenizer, [_framed(model, lesson) for lesson in lessons])
     pairs = zip(prompts, answers, strict=True)
     rows = [pack_row((), [Segment(prompt + answer, len(prompt), False, 0)]) for prompt, answer in pairs]
     return pad_rows(rows, pad_id=tokenizer.pad_token_id or 0).to(model.device)
@@ -262,6 +305,50 @@ def _forward(model: DocToLoRA, moved: Mapping[str, Tensor], rows: PackedRows, wi
         logits = torch.func.functional_call(model.base_model, dict(moved), args=(), kwargs=inputs).logits
     num_tokens = int((rows.segments >= 0).sum())
     return _Output(logits.float(), torch.stack(hidden).float() if hidden else None, num_tokens)
+
+
+class _Frozen:
+    """The base model's outputs on lessons, with their memories in its prompt.
+
+    Those of all `lessons` are computed once, unless they would take more than `_KEPT_BYTES`; others when they are asked
+    for. num_tokens: computed so far.
+    """
+
+    def __init__(self, model: DocToLoRA, lessons: Sequence[Lesson], *, with_hidden: bool) -> None:
+        self.model, self.with_hidden, self.num_tokens = model, with_hidden, 0
+        self._kept: dict[Lesson, tuple[Tensor, Tensor | None]] = {}
+        config = model.base_model.config
+        width = config.vocab_size + (config.num_hidden_layers * config.hidden_size if with_hidden else 0)
+        sizes = [len(row) for row in framed_ids(model.tokenizer, [_framed(model, lesson) for lesson in lessons])]
+        if 4 * width * sum(sizes) > _KEPT_BYTES:
+            return
+        for start in range(0, len(lessons), _BATCH):
+            part, own = lessons[start : start + _BATCH], sizes[start : start + _BATCH]
+            output = self(part)
+            hidden = output.hidden.split(own, 1) if output.hidden is not None else [None] * len(part)
+            self._kept |= dict(zip(part, zip(output.logits.split(own), hidden, strict=True), strict=True))
+
+    @torch.no_grad()
+    def __call__(self, lessons: Sequence[Lesson]) -> _Output:
+        if all(lesson in self._kept for lesson in lessons):
+            logits, hidden = zip(*(self._kept[lesson] for lesson in lessons), strict=True)
+            together = torch.cat([one for one in hidden if one is not None], 1) if self.with_hidden else None
+            return _Output(torch.cat(logits), together, 0)
+        output = _forward(self.model, {}, _rows(self.model, lessons, with_documents=True), self.with_hidden)
+        self.num_tokens += output.num_tokens
+        return output
+
+
+def _framed(model: DocToLoRA, lesson: Lesson) -> tuple[str, str, str]:
+    return model.layout.before_answer, lesson.answer, model.layout.after_answer
+
+
+def _log_p(logits: Tensor, rows: PackedRows) -> Tensor:
+    """log p of each row's whole answer from logits [N, V]; even rows, odd rows: [2, rows / 2]."""
+    where = rows.target_kind >= 0
+    of_tokens = logits.log_softmax(-1).gather(-1, rows.targets()[where][:, None])[:, 0]
+    whole = of_tokens.new_zeros(len(where)).index_add(0, where.nonzero()[:, 0], of_tokens)
+    return whole.view(-1, 2).T
 
 
 def _store(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -109,7 +109,7 @@ class PromotionGate:
         min_kept: float = 0.8,
         min_background: float = 0.8,
         min_in_context: float = 0.9,
-        max_kl: float = 1.0,
+        max_kl: float = 0.5,
         max_leak: float = 2.0,
         max_seconds: float = 3600.0,
     ) -> None:

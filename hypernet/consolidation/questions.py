@@ -4,8 +4,8 @@ questions = Templates(training=["Name the {relation} of {subject}."], held_out=[
 questions.training(memory), questions.held_out(memory)
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from hypernet.memory.store.records import MemoryVersion
 
@@ -27,8 +27,24 @@ class QuestionWriter(Protocol):
 
     def held_out(self, memory: MemoryVersion) -> list[str]: ...
 
+    def is_approved(self, memory: MemoryVersion) -> bool:
+        """Whether it may be consolidated."""
+        return True
 
-class Templates:
+    def answers(self, memory: MemoryVersion) -> Mapping[str, str]:
+        """Training question → its answer, of those that the base model is not asked for."""
+        return {}
+
+    def preferences(self, memory: MemoryVersion) -> list[tuple[str, str, str]]:
+        """(question, better answer, worse answer)."""
+        return []
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the questions besides plain settings."""
+        return {}
+
+
+class Templates(QuestionWriter):
     """Questions on memories with a key; a memory without one has none.
 
     Args:

@@ -1,10 +1,13 @@
-"""What is rehearsed, so that the rest stays as it is: nothing, given questions, or what the model writes itself.
+"""What is rehearsed, so that the rest stays as it is: nothing, given questions, what the model writes itself, or
+what is asked about the memories, of other subjects.
 
 questions = SelfSynthesised(number=128).questions(model, seed=0)    # loss + weight * KL(base ‖ student)(their answers)
 """
 
+import random
+import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -13,6 +16,14 @@ from hypernet.doc_to_lora import DocToLoRA
 from hypernet.text.tokens import framed_ids
 
 _BATCH = 64
+_NUM_TEXTS = 32  # that names are taken from
+
+
+class AboutSubject(NamedTuple):
+    """A question that has the name of its subject in it."""
+
+    question: str
+    subject: str
 
 
 class Rehearsal(Protocol):
@@ -20,7 +31,9 @@ class Rehearsal(Protocol):
 
     weight: float
 
-    def questions(self, model: DocToLoRA, *, seed: int) -> list[str]: ...
+    def questions(self, model: DocToLoRA, *, seed: int, trained: Sequence[AboutSubject] = ()) -> list[str]:
+        """trained: what is asked about the memories."""
+        ...
 
 
 class NoRehearsal:
@@ -28,7 +41,7 @@ class NoRehearsal:
 
     weight = 0.0
 
-    def questions(self, model: DocToLoRA, *, seed: int) -> list[str]:
+    def questions(self, model: DocToLoRA, *, seed: int, trained: Sequence[AboutSubject] = ()) -> list[str]:
         return []
 
 
@@ -48,7 +61,7 @@ class Replay:
             raise ValueError("There is nothing to replay. Give questions, or choose another rehearsal.")
         self._given, self.number, self.weight = list(questions), len(questions), weight
 
-    def questions(self, model: DocToLoRA, *, seed: int) -> list[str]:
+    def questions(self, model: DocToLoRA, *, seed: int, trained: Sequence[AboutSubject] = ()) -> list[str]:
         return list(self._given)
 
 
@@ -74,7 +87,7 @@ class SelfSynthesised:
             raise ValueError(f"number is {number} and temperature {temperature}. Give more than 0.")
         self.number, self.temperature, self.max_tokens, self.weight = number, temperature, max_tokens, weight
 
-    def questions(self, model: DocToLoRA, *, seed: int) -> list[str]:
+    def questions(self, model: DocToLoRA, *, seed: int, trained: Sequence[AboutSubject] = ()) -> list[str]:
         layout, tokenizer = model.layout, model.tokenizer
         opening = framed_ids(tokenizer, [(layout.before_user, "", "")])[0]
         if not opening:  # a template without an opening
@@ -93,6 +106,42 @@ class SelfSynthesised:
                 )
                 drawn += [decode_answer(tokenizer, row, ends) for row in rows]
         return _in_turn([text for text in dict.fromkeys(drawn) if text], self.number)
+
+
+class OtherSubjects:
+    """What is asked about the memories, of other subjects, whose names the base model writes.
+
+    A student that is told one teacher answers with that name wherever a teacher is asked for: these questions are the
+    ones that it gets wrong first. Of names that nobody was told of the base model says that it does not know.
+
+    Args:
+        number: of questions, at most.
+        also: given questions in addition, such as those that the base model is known to answer.
+        weight: of the loss.
+
+    Raises:
+        ValueError: number is below 1.
+    """
+
+    def __init__(self, *, number: int = 160, also: Sequence[str] = (), weight: float = 1.0) -> None:
+        if number < 1:
+            raise ValueError(f"number is {number}. Give at least 1.")
+        self.number, self.also, self.weight = number, tuple(also), weight
+
+    def questions(self, model: DocToLoRA, *, seed: int, trained: Sequence[AboutSubject] = ()) -> list[str]:
+        told = {one.subject for one in trained}
+        names = sorted(_names(SelfSynthesised(number=_NUM_TEXTS, max_tokens=40).questions(model, seed=seed)) - told)
+        rng = random.Random(seed)
+        if not names or not trained:
+            return list(self.also)
+        chosen = [trained[place % len(trained)] for place in range(max(self.number, len(trained)))]
+        asked = [one.question.replace(one.subject, rng.choice(names)) for one in rng.sample(chosen, self.number)]
+        return [*dict.fromkeys(asked), *self.also]
+
+
+def _names(texts: Sequence[str]) -> set[str]:
+    """Runs of capitalised words inside sentences."""
+    return {name for text in texts for name in re.findall(r"(?<=[a-z,] )[A-Z]\w{2,}(?: [A-Z]\w{2,})*", text)}
 
 
 def _in_turn(texts: Sequence[str], number: int) -> list[str]:

@@ -32,6 +32,7 @@ from hypernet.memory.store.times import now, to_text
 from hypernet.memory.store.token_store import TokenStore
 
 WEIGHTS_FOLDER = "weights"
+REVIEW = "review.jsonl"  # of what a person let through, see hypernet.consolidation.self_instruct
 BASE = "base"  # the name of the base model without any version
 _MANIFEST, _FILES, _GATE, _CURRENT, _LOG = "manifest.json", "files.json", "gate.json", "CURRENT", "promotions.jsonl"
 
@@ -245,7 +246,10 @@ class Versions:
 
 
 def erase_purged(store: TokenStore) -> list[str]:
-    """Erases every version, whosever, with a memory whose content was purged; returns their names."""
+    """Erases every version, whosever, with a memory whose content was purged, and what was written about it; returns
+    the versions' names."""
+    from hypernet.consolidation.self_instruct.review import Review
+
     with store.database.read() as connection:
         rows = connection.execute(select(memories.c.memory_id, memories.c.version).where(memories.c.text.is_not(None)))
         kept = {f"{identity}@{version}" for identity, version in rows}
@@ -253,6 +257,7 @@ def erase_purged(store: TokenStore) -> list[str]:
     for versions in Versions.of_all(store.folder):
         gone = {ref for version in versions.all() for ref in version.manifest.contains} - kept
         erased += versions.remove(sorted(gone))
+        Review(versions.folder / REVIEW).keep(kept)
     return erased
 
 

@@ -7,7 +7,7 @@ from hypernet.consolidation.consolidator import Consolidator, Lesson, _forward, 
 from hypernet.consolidation.moves import ChosenRows, Everything, LowRank, UpperBlocks
 from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL
 from hypernet.consolidation.questions import Templates
-from hypernet.consolidation.rehearsal import NoRehearsal, Replay, SelfSynthesised
+from hypernet.consolidation.rehearsal import AboutSubject, NoRehearsal, OtherSubjects, Replay, SelfSynthesised
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.memory.memory import Memory
 
@@ -143,3 +143,22 @@ def test_rehearsal_is_none_given_or_written_by_the_model(model):
     assert 0 < len(written) <= 6 and written == writer.questions(model, seed=1) != writer.questions(model, seed=2)
     with pytest.raises(ValueError, match="There is nothing to replay"):
         Replay(questions=[])
+
+
+def test_other_subjects_are_asked_in_the_memories_words(model, memories, monkeypatch):
+    def written(self, model, *, seed, trained=()):
+        return ["The mayor of Corbaford is Jorun Pell.", "Here stood Fenda."]
+
+    monkeypatch.setattr(SelfSynthesised, "questions", written)
+    rehearsal = OtherSubjects(number=300, also=["Why?"])
+    settings = QUIET | {"rehearsal": rehearsal}
+    asked = Consolidator(**settings).rehearsed(model, memories)
+    forms = {text.replace(m.subject, "{}") for m in memories for text in Templates().training(m)}
+    # Not Fenda, who is a memory's subject.
+    assert set(asked) == {form.format(name) for form in forms for name in ("Corbaford", "Jorun Pell")} | {"Why?"}
+    assert rehearsal.questions(model, seed=0) == ["Why?"]
+    assert (
+        OtherSubjects(number=1).questions(model, seed=0, trained=[AboutSubject("Is Fenda?", "Fenda")])[0][:3] == "Is "
+    )
+    with pytest.raises(ValueError, match="number is 0"):
+        OtherSubjects(number=0)

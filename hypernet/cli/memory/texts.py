@@ -393,6 +393,8 @@ def status(
     """
     with _memory(directory) as memory:
         found = memory.status(user_id=user, agent_id=agent, run_id=run)
+        if weights := of_weights.tier(memory, user, agent, run):
+            found["tiers"]["weights"] = weights
     adapter = found["tiers"]["adapter"]
     if as_json:
         if adapter["break_even"] == float("inf"):  # JSON has no infinity

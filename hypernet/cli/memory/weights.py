@@ -1,5 +1,6 @@
 """hypernet memory consolidate, promote and sleep: memories into weights, behind a gate."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 REFUSED = 2  # exit status where the gate said no
 _DIRECTORY, _MODEL = "outputs/memory", "assets/tiny"
-_MOVES, _OBJECTIVES, _REHEARSALS = ("lora", "everything", "upper"), ("kl", "sft", "on-policy", "deep"), ("self", "none")
+_MOVES, _OBJECTIVES, _REHEARSALS = (
+    ("lora", "everything", "upper"),
+    ("kl", "sft", "on-policy", "deep"),
+    ("other", "self", "none"),
+)
 _CADENCES = ("every-n", "calendar", "pressure", "economic")
 
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
@@ -26,7 +31,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for pro
 MovesOption = Annotated[str, typer.Option("--moves", help="What is trained: lora, everything or upper (blocks).")]
 Rank = Annotated[int, typer.Option(help="Of the LoRA.", min=1)]
 ObjectiveOption = Annotated[str, typer.Option("--objective", help="kl, sft, on-policy or deep.")]
-RehearsalOption = Annotated[str, typer.Option("--rehearsal", help="self (written by the model) or none.")]
+RehearsalOption = Annotated[str, typer.Option("--rehearsal", help="other (subjects), self (written) or none.")]
 Steps = Annotated[int, typer.Option(help="Of training.", min=1)]
 Lr = Annotated[float, typer.Option(help="Peak learning rate; default 0.003 for lora, else 0.0007.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
@@ -36,13 +41,61 @@ Gate = Annotated[
     typer.Option(help="YAML with thresholds, as conf/consolidation/gate.yaml.", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
+Approved = Annotated[bool, typer.Option("--approved", help="Only what was accepted or edited, see review.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Also what a refused candidate brought in.")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Adds these commands."""
-    for name, command in (("consolidate", consolidate), ("promote", promote), ("sleep", sleep)):
+    for name, command in (
+        ("review", review),
+        ("consolidate", consolidate),
+        ("promote", promote),
+        ("sleep", sleep),
+    ):
         app.command(name)(command)
+
+
+def review(
+    user: User = None,
+    agent: Agent = None,
+    run: Run = None,
+    accept: Annotated[list[str] | None, typer.Option(help="Id of an item, or all.")] = None,
+    reject: Annotated[list[str] | None, typer.Option(help="Id of an item.")] = None,
+    edit: Annotated[tuple[str, str] | None, typer.Option(help="Id of an item and its right answer.")] = None,
+    reject_text: Annotated[str | None, typer.Option(help="Rejects whatever has this in it.")] = None,
+    model: Checkpoint = _MODEL,
+    directory: _Directory = _DIRECTORY,
+    as_json: _Json = False,
+) -> None:
+    """List the questions and answers that the model writes about what waits; consolidate --approved trains on what was
+    accepted or edited alone.
+
+    \b
+    hypernet memory review --user alice
+    hypernet memory review --user alice --accept all --reject q-3f0a9c21d4e7
+    """
+    from hypernet.consolidation.self_instruct.review import Review
+
+    filters = _filters(user, agent, run)
+    with _consolidation(directory, model) as own:
+        found = Review.of(own.memory.store.folder, filters)
+        found.draft(own.model, own.waiting(filters), own.consolidator.questions)
+    if reject_text:
+        found.reject_text(reject_text)
+    for key in accept or ():
+        for one in [item.id for item in found.items.values() if item.status == "open"] if key == "all" else [key]:
+            found.decide(one, "accept")
+    for key in reject or ():
+        found.decide(key, "reject")
+    if edit:
+        found.decide(edit[0], "edit", edit[1])
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(item) for item in found.items.values()], ensure_ascii=False))
+        return
+    for item in found.items.values():
+        status = "rejected" if found.is_rejected(item) else item.status
+        typer.echo(f"{item.id}  {status:9}{item.question}  {item.final}")
 
 
 def consolidate(
@@ -54,12 +107,13 @@ def consolidate(
     moves: MovesOption = "lora",
     rank: Rank = 16,
     objective: ObjectiveOption = "kl",
-    rehearsal: RehearsalOption = "self",
+    rehearsal: RehearsalOption = "other",
     steps: Steps = 30,
     lr: Lr = 0.0,
     seed: Seed = 0,
     start: Start = "nothing",
     gate: Gate = None,
+    approved: Approved = False,
     model: Checkpoint = _MODEL,
     directory: _Directory = _DIRECTORY,
     as_json: _Json = False,
@@ -72,6 +126,7 @@ def consolidate(
     """
     filters = _filters(user, agent, run)
     with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, lr, seed, start, gate) as own:
+        _approved_only(own, filters, approved)
         if dry_run:
             manifest, _ = own.planned(filters, retry=retry)
             if as_json:
@@ -126,12 +181,13 @@ def sleep(
     moves: MovesOption = "lora",
     rank: Rank = 16,
     objective: ObjectiveOption = "kl",
-    rehearsal: RehearsalOption = "self",
+    rehearsal: RehearsalOption = "other",
     steps: Steps = 30,
     lr: Lr = 0.0,
     seed: Seed = 0,
     start: Start = "nothing",
     gate: Gate = None,
+    approved: Approved = False,
     model: Checkpoint = _MODEL,
     directory: _Directory = _DIRECTORY,
     as_json: _Json = False,
@@ -144,10 +200,11 @@ def sleep(
     """
     from hypernet.consolidation.sleep import Sleep
 
-    policy = _cadence(cadence)
+    policy, filters = _cadence(cadence), _filters(user, agent, run)
     with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, lr, seed, start, gate) as own:
+        _approved_only(own, filters, approved)
         with _bar() as progress:
-            night = Sleep(own, cadence=policy).run(_filters(user, agent, run), at_once=now, progress=progress)
+            night = Sleep(own, cadence=policy).run(filters, at_once=now, progress=progress)
     if as_json:
         typer.echo(json.dumps(night._asdict()))
     elif not night.slept:
@@ -180,6 +237,32 @@ def listed(memory: "Memory", user: str | None, agent: str | None, run: str | Non
     )
 
 
+def tier(memory: "Memory", user: str | None, agent: str | None, run: str | None) -> dict[str, Any] | None:
+    """The line of `hypernet memory status`; None where nothing was ever consolidated.
+
+    memories: of the version that was made live last, or of an ancestor that answers in its place. missing: hold and are
+    in no weights. stale: in that version and hold no more, so that it answers nothing. bytes: of all versions.
+    """
+    from hypernet.consolidation.versions import BASE, Versions
+
+    filters = _filters(user, agent, run)
+    versions = Versions.of(memory.store.folder, filters)
+    if not versions.all():
+        return None
+    valid = {one.ref for one in memory.store.valid(filters)}
+    live = versions.live(valid.__contains__)
+    inside = set(live.manifest.contains) if live else set()
+    last = set() if versions.current == BASE else set(versions.get(versions.current).manifest.contains)
+    files = [path for path in versions.folder.rglob("*") if path.is_file()]
+    unmeasured = ("accuracy", "oracle", "question_tokens", "question_s", "break_even", "measured_at")
+    return {
+        **{"memories": len(inside | last), "valid_now": len(inside), "missing": len(valid - inside)},
+        **{"stale": len(last - valid), "bytes": sum(path.stat().st_size for path in files)},
+        **dict.fromkeys(unmeasured),
+        "live": live.name if live else BASE,
+    }
+
+
 def rolled_back(memory: "Memory", name: str, user: str | None, agent: str | None, run: str | None) -> str:
     """Makes it live, and says so."""
     from hypernet.consolidation.versions import Versions
@@ -199,6 +282,15 @@ def _chosen(option: str, value: str, names: tuple[str, ...]) -> None:
         raise ValueError(f"{option} is {value!r}: choose one of {', '.join(names)}.")
 
 
+def _approved_only(own: "Consolidation", filters: Any, approved: bool) -> None:
+    from hypernet.consolidation.self_instruct.preference import Preference
+    from hypernet.consolidation.self_instruct.review import Review, Reviewed
+
+    if approved:
+        own.consolidator.questions = Reviewed(own.consolidator.questions, Review.of(own.memory.store.folder, filters))
+        own.consolidator.preference = Preference()
+
+
 def _cadence(name: str) -> "Cadence":
     from hypernet.consolidation import cadence
 
@@ -214,7 +306,7 @@ def _consolidation(
     moves: str = "lora",
     rank: int = 16,
     objective: str = "kl",
-    rehearsal: str = "self",
+    rehearsal: str = "other",
     steps: int = 30,
     lr: float = 0.0,
     seed: int = 0,
@@ -243,10 +335,15 @@ def _consolidation(
         "on-policy": objectives.OnPolicy(),
         "deep": objectives.Deep(),
     }
+    rehearsed: dict[str, rehearsing.Rehearsal] = {
+        "other": rehearsing.OtherSubjects(),
+        "self": rehearsing.SelfSynthesised(),
+        "none": rehearsing.NoRehearsal(),
+    }
     consolidator = Consolidator(
         moves=chosen,
         objective=learned[objective],
-        rehearsal=rehearsing.SelfSynthesised() if rehearsal == "self" else rehearsing.NoRehearsal(),
+        rehearsal=rehearsed[rehearsal],
         steps=steps,
         lr=lr or (3e-3 if moves == "lora" else 7e-4),
         seed=seed,

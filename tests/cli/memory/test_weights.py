@@ -51,6 +51,12 @@ def test_sleep_promotes_and_rollback_goes_to_base(run):
     assert run("sleep", "--user", "alice", "--now", *SMALL)[1] == "nothing waits\n"
     status, answer = run("ask", "Who?", "--user", "alice", "--tier", "weights", "--json")
     assert status == 0 and (answer["tier"], answer["reason"], answer["memories"]) == ("weights", night["version"], [])
+    weights = run("status", "--user", "alice", "--json")[1]["tiers"]["weights"]
+    assert (weights["memories"], weights["valid_now"], weights["missing"], weights["stale"]) == (1, 1, 0, 0)
+    assert weights["live"] == night["version"] and weights["bytes"] > 1000
+    assert "weights" not in run("status", "--user", "bob", "--json")[1]["tiers"]
+    run("add", "Pell taught Fenda.", "--user", "alice", "--subject", "Fenda", "--relation", "teacher")
+    assert run("status", "--user", "alice")[1].splitlines()[-1].split()[:5] == ["weights", "1", "0", "1", "1"]
     assert run("rollback", "base", "--user", "alice") == (0, "base is live\n")
     assert run("ask", "Who?", "--user", "alice", "--tier", "weights", "--json")[1]["reason"] == "base"
     assert run("rollback", night["version"], "--user", "bob")[0] == 1 and "was never live" in run.errors
@@ -59,6 +65,23 @@ def test_sleep_promotes_and_rollback_goes_to_base(run):
 def test_refused_sleep_exits_with_2(run):
     status, printed = run("sleep", "--user", "alice", "--now", *SMALL, *run.no)
     assert status == 2 and " refused: recall " in printed
+
+
+def test_only_what_was_approved_is_consolidated(run):
+    items = run("review", "--user", "alice", "--json")[1]
+    assert len(items) == 5 and {item["status"] for item in items} == {"open"}
+    assert run("consolidate", "--user", "alice", "--approved", *SMALL, *run.yes)[0] == 1
+    assert run.errors.startswith("hypernet: Nothing waits to be consolidated") and "not approved" in run.errors
+    first, second = (item["id"] for item in items[:2])
+    status, printed = run("review", "--user", "alice", "--reject", first, "--edit", second, "Pell", "--accept", "all")
+    assert status == 0 and [line.split()[1] for line in printed.splitlines()] == [
+        "rejected",
+        "edited",
+        *["accepted"] * 3,
+    ]
+    assert run("sleep", "--user", "alice", "--now", "--approved", *SMALL, *run.yes)[0] == 0
+    assert run("review", "--user", "alice", "--reject-text", "Fenda")[1].count("rejected") == 5
+    assert run("review", "--user", "alice", "--accept", "q-0")[0] == 1 and "There is no item 'q-0'" in run.errors
 
 
 def test_mistakes_are_one_line(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import statistics
 import time
 from html.parser import HTMLParser
@@ -300,7 +301,7 @@ def test_page_shows_four_answers_with_their_cost(random_model, tmp_path):
         answered = client.post("/v1/chat/completions", json=body).json()
     assert response.status_code == 200 and len(memories) == 2
     seen = Seen(response.text)
-    rows = [seen.cells[i : i + 5] for i in range(5, len(seen.cells), 5)]
+    rows = [seen.cells[i : i + 5] for i in range(5, 25, 5)]
     names = ["No context", "Adapter", "Memory text in the prompt", "Whole document in the prompt"]
     assert [row[0] for row in rows] == names
     tokens = [int(row[2]) for row in rows]
@@ -314,10 +315,14 @@ def test_page_needs_no_other_host_and_names_every_field(users):
     response = users["nobody"].get("/")
     seen = Seen(response.text)
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
-    assert not [tag for tag, _ in seen.tags if tag in ("script", "link", "img", "iframe")]
+    assert not [tag for tag, _ in seen.tags if tag in ("link", "img", "iframe")]
+    assert [found for tag, found in seen.tags if tag == "script"] == [{"src": "/page.js", "defer": None}]
+    script = users["nobody"].get("/page.js")
+    assert script.headers["content-type"].startswith("text/javascript")
+    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)|eval\(|Function\(", script.text)
     assert "http" not in response.text.replace("http-equiv", "")
-    fields = {found["id"] for tag, found in seen.tags if tag in ("input", "textarea")}
-    assert fields == {found["for"] for tag, found in seen.tags if tag == "label"} == {"document", "question", "key"}
+    fields = {found["id"] for tag, found in seen.tags if tag in ("input", "textarea", "select")} - {"name"}  # hidden
+    assert fields == {found["for"] for tag, found in seen.tags if tag == "label"} >= {"document", "question", "key"}
     assert ("html", {"lang": "en"}) in seen.tags
 
 

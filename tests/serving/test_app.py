@@ -264,6 +264,21 @@ def test_every_verb_of_a_memory_over_http(random_model, tmp_path):
         assert ok("GET", "/status")["tiers"]["token"] and ok("POST", "/verify")["damage"] == []
 
 
+@pytest.mark.parametrize("what", ["adapters", "memories"])
+def test_answers_go_on_while_documents_are_read(users, monkeypatch, what):
+    """Between two batches of a document, and between two passes over memories."""
+    bob, scheduler, steps = users["bob"], users["bob"].app.state.server.scheduler, []
+    monkeypatch.setattr(scheduler, "between", lambda *_: steps.append(1))
+    if what == "adapters":
+        made = bob.post("/v1/adapters", json={"document": "Norbach was founded by Ilda Renwick. " * 60})
+        assert made.status_code == 201
+    else:
+        for number in range(20):
+            bob.post("/v1/memories", json={"content": f"Norbach has {number} gates.", "run_id": "gates"})
+        assert bob.post("/v1/memories/write_adapters", params={"run_id": "gates"}).json()["written"] == 20
+    assert len(steps) > 1
+
+
 # --- The page -------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +348,30 @@ def test_page_refuses_a_wrong_key_and_another_sites_form(users):
     foreign = users["nobody"].post("/", data=form, headers={"Origin": "https://evil.example"})
     assert foreign.status_code == 403 and "not this server" in foreign.text
     assert users["nobody"].post("/", content=b"\xff=&" * 9).status_code == 400
+
+
+def test_file_becomes_text_by_its_name(users):
+    page = "<html><head><title>T</title></head><body><p>Fenda was <b>born</b> in Oslo.</p></body></html>"
+    for name, content, text in [("a.html", page.encode(), "Fenda was born in Oslo.\n"), ("a.md", b"# One", "# One")]:
+        found = users["alice"].post("/text", params={"name": f"../{name}"}, content=content)
+        assert found.json() == {"name": name, "text": text}
+    refused = users["alice"].post("/text", params={"name": "a.pdf"}, content=b"%PDF-1.4 broken")
+    assert refused.status_code == 400 and "a.pdf" in error_of(refused)["message"]
+    assert users["nobody"].post("/text", params={"name": "a.md"}, content=b"x").status_code == 401
+    foreign = users["alice"].post("/text?name=a.md", content=b"x", headers={"Origin": "https://evil.example"})
+    assert foreign.status_code == 403
+
+
+def test_answers_are_streamed_behind_the_progress(users):
+    """What page.js reads: the chunks that are read, then the table or what is wrong."""
+    key = users["alice"].headers["Authorization"].removeprefix("Bearer ")
+    form = {"document": "Norbach was founded by Ilda Renwick. " * 60, "question": "Who?", "key": key}
+    for fields, says in [(form, "Four answers"), (form | {"key": "hn-guessed"}, "Give your API key")]:
+        lines = users["nobody"].post("/answers", data=fields).text.split("\n\n")
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+        assert says in events[-1]["html"] and all(event.keys() == {"done", "chunks"} for event in events[:-1])
+        assert [event["done"] for event in events[:-1]] == sorted(event["done"] for event in events[:-1])
+        assert says != "Four answers" or (len(events) > 3 and events[-2]["done"] == events[-2]["chunks"])
 
 
 # --- Limits and malformed requests ----------------------------------------------------------------------------------

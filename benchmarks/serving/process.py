@@ -12,9 +12,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -42,6 +44,7 @@ class ServerProcess:
         self.port, self.probe = free_port(), probe
         self._command = [sys.executable, *arguments, "--port", str(self.port)]
         self._env = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        self._before: Any = None
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
     @property
@@ -82,9 +85,13 @@ class ServerProcess:
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def __enter__(self) -> "ServerProcess":
+        if threading.current_thread() is threading.main_thread():  # a benchmark that is ended takes its server along
+            self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
         self.stop(signal.SIGKILL)
         self._log.close()

@@ -142,7 +142,9 @@ def test_chunk_in_passes_depends_on_no_other(make_doc_to_lora, encoder, pass_chu
     model = make_doc_to_lora(context_encoder=encoder)
     parts = model.context_encoder, model.hypernetwork
     rows = rows_of(model, TEXT, "A short one.", *(f"Sentence number {n} is short." for n in range(15)))
-    together = read_in_passes(rows, *parts, pass_chunks=pass_chunks)
+    told: list[tuple[int, int]] = []
+    together = read_in_passes(rows, *parts, pass_chunks=pass_chunks, progress=lambda *done: told.append(done))
+    assert told == sorted(told) and told[-1] == (len(rows), len(rows))
     expected = read_chunks(rows, *parts)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     permuted = read_in_passes([rows[place] for place in order], *parts, pass_chunks=pass_chunks)

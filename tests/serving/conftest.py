@@ -1,18 +1,6 @@
-"""A small DocToLoRA with random weights, and the shipped one served by a process of its own."""
+"""A small DocToLoRA with random weights."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import httpx
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="package")
@@ -42,48 +30,3 @@ def random_model(tiny_base_model_folder, tiny_tokenizer):
         for parameter in model.hypernetwork.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     return model.eval().requires_grad_(False)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@dataclass
-class ServerProcess:
-    """`hypernet <command>` in a process of its own, once it answers at `probe`."""
-
-    command: list[str]
-    probe: str = "/healthz"
-    port: int = field(default_factory=free_port)
-
-    def __enter__(self) -> "ServerProcess":
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "hypernet", *self.command, "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        deadline = time.monotonic() + 120
-        while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                httpx.get(f"{self.url}{self.probe}", timeout=5)
-                return self
-            except httpx.TransportError:
-                time.sleep(0.1)
-        self.process.kill()
-        raise AssertionError(f"no server came up: {self.process.communicate()[0]}")
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def stop(self, number: int = signal.SIGTERM) -> str:
-        """What it printed."""
-        self.process.send_signal(number)
-        return self.process.communicate(timeout=60)[0]
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()

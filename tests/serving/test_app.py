@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import statistics
 import time
 from html.parser import HTMLParser
@@ -263,6 +264,21 @@ def test_every_verb_of_a_memory_over_http(random_model, tmp_path):
         assert ok("GET", "/status")["tiers"]["token"] and ok("POST", "/verify")["damage"] == []
 
 
+@pytest.mark.parametrize("what", ["adapters", "memories"])
+def test_answers_go_on_while_documents_are_read(users, monkeypatch, what):
+    """Between two batches of a document, and between two passes over memories."""
+    bob, scheduler, steps = users["bob"], users["bob"].app.state.server.scheduler, []
+    monkeypatch.setattr(scheduler, "between", lambda *_: steps.append(1))
+    if what == "adapters":
+        made = bob.post("/v1/adapters", json={"document": "Norbach was founded by Ilda Renwick. " * 60})
+        assert made.status_code == 201
+    else:
+        for number in range(20):
+            bob.post("/v1/memories", json={"content": f"Norbach has {number} gates.", "run_id": "gates"})
+        assert bob.post("/v1/memories/write_adapters", params={"run_id": "gates"}).json()["written"] == 20
+    assert len(steps) > 1
+
+
 # --- The page -------------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +316,7 @@ def test_page_shows_four_answers_with_their_cost(random_model, tmp_path):
         answered = client.post("/v1/chat/completions", json=body).json()
     assert response.status_code == 200 and len(memories) == 2
     seen = Seen(response.text)
-    rows = [seen.cells[i : i + 5] for i in range(5, len(seen.cells), 5)]
+    rows = [seen.cells[i : i + 5] for i in range(5, 25, 5)]
     names = ["No context", "Adapter", "Memory text in the prompt", "Whole document in the prompt"]
     assert [row[0] for row in rows] == names
     tokens = [int(row[2]) for row in rows]
@@ -314,10 +330,14 @@ def test_page_needs_no_other_host_and_names_every_field(users):
     response = users["nobody"].get("/")
     seen = Seen(response.text)
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
-    assert not [tag for tag, _ in seen.tags if tag in ("script", "link", "img", "iframe")]
+    assert not [tag for tag, _ in seen.tags if tag in ("link", "img", "iframe")]
+    assert [found for tag, found in seen.tags if tag == "script"] == [{"src": "/page.js", "defer": None}]
+    script = users["nobody"].get("/page.js")
+    assert script.headers["content-type"].startswith("text/javascript")
+    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)|eval\(|Function\(", script.text)
     assert "http" not in response.text.replace("http-equiv", "")
-    fields = {found["id"] for tag, found in seen.tags if tag in ("input", "textarea")}
-    assert fields == {found["for"] for tag, found in seen.tags if tag == "label"} == {"document", "question", "key"}
+    fields = {found["id"] for tag, found in seen.tags if tag in ("input", "textarea", "select")} - {"name"}  # hidden
+    assert fields == {found["for"] for tag, found in seen.tags if tag == "label"} >= {"document", "question", "key"}
     assert ("html", {"lang": "en"}) in seen.tags
 
 
@@ -328,6 +348,30 @@ def test_page_refuses_a_wrong_key_and_another_sites_form(users):
     foreign = users["nobody"].post("/", data=form, headers={"Origin": "https://evil.example"})
     assert foreign.status_code == 403 and "not this server" in foreign.text
     assert users["nobody"].post("/", content=b"\xff=&" * 9).status_code == 400
+
+
+def test_file_becomes_text_by_its_name(users):
+    page = "<html><head><title>T</title></head><body><p>Fenda was <b>born</b> in Oslo.</p></body></html>"
+    for name, content, text in [("a.html", page.encode(), "Fenda was born in Oslo.\n"), ("a.md", b"# One", "# One")]:
+        found = users["alice"].post("/text", params={"name": f"../{name}"}, content=content)
+        assert found.json() == {"name": name, "text": text}
+    refused = users["alice"].post("/text", params={"name": "a.pdf"}, content=b"%PDF-1.4 broken")
+    assert refused.status_code == 400 and "a.pdf" in error_of(refused)["message"]
+    assert users["nobody"].post("/text", params={"name": "a.md"}, content=b"x").status_code == 401
+    foreign = users["alice"].post("/text?name=a.md", content=b"x", headers={"Origin": "https://evil.example"})
+    assert foreign.status_code == 403
+
+
+def test_answers_are_streamed_behind_the_progress(users):
+    """What page.js reads: the chunks that are read, then the table or what is wrong."""
+    key = users["alice"].headers["Authorization"].removeprefix("Bearer ")
+    form = {"document": "Norbach was founded by Ilda Renwick. " * 60, "question": "Who?", "key": key}
+    for fields, says in [(form, "Four answers"), (form | {"key": "hn-guessed"}, "Give your API key")]:
+        lines = users["nobody"].post("/answers", data=fields).text.split("\n\n")
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+        assert says in events[-1]["html"] and all(event.keys() == {"done", "chunks"} for event in events[:-1])
+        assert [event["done"] for event in events[:-1]] == sorted(event["done"] for event in events[:-1])
+        assert says != "Four answers" or (len(events) > 3 and events[-2]["done"] == events[-2]["chunks"])
 
 
 # --- Limits and malformed requests ----------------------------------------------------------------------------------

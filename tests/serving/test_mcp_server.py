@@ -9,10 +9,10 @@ from mcp.client.client import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 from typer.testing import CliRunner
 
+from benchmarks.serving.process import ROOT, ServerProcess
 from hypernet.cli.main import app
 from hypernet.memory.memory import Memory
 from hypernet.serving.mcp_server import memory_server
-from tests.serving.conftest import ROOT, ServerProcess
 
 VERBS = "add search ask get list history profile status write_adapters".split()
 VERBS += "update invalidate delete delete_all restore forget".split()
@@ -72,7 +72,8 @@ def test_agent_remembers_and_forgets_over_stdio(tmp_path):
 
 
 def test_agent_remembers_and_forgets_over_http(tmp_path):
-    command = ["mcp", "--directory", str(tmp_path / "memory"), "--user", "alice", "--transport", "http"]
+    command = ["-m", "hypernet", "mcp", "--directory", str(tmp_path / "memory")]
+    command += ["--user", "alice", "--transport", "http"]
 
     async def story(url: str):
         async with Client(url) as client:

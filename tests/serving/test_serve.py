@@ -15,10 +15,10 @@ import httpx
 import openai
 import pytest
 
+from benchmarks.serving.process import ROOT, ServerProcess
 from hypernet.memory.memory import Memory
 from hypernet.serving.app import serve
 from hypernet.serving.state import ServerSettings
-from tests.serving.conftest import ROOT, ServerProcess
 
 DOCUMENTS = {
     "person.txt": (ROOT / "examples/fenda_elfax.txt").read_text(encoding="utf-8"),
@@ -35,7 +35,7 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
-    with ServerProcess(["serve", "--directory", str(folder), "--max-queue", "64"]) as found:
+    with ServerProcess(["-m", "hypernet", "serve", "--directory", str(folder), "--max-queue", "64"]) as found:
         found.folder = folder
         yield found
 

@@ -16,7 +16,7 @@ from hypernet.text.documents import Document
 
 router = APIRouter(prefix="/v1/adapters")
 # Of a document, read at once: running answers wait for so many at most.
-BATCH_TOKENS = 512
+_PIECE_TOKENS = 512
 
 
 class AdapterRequest(ApiModel):
@@ -71,7 +71,7 @@ async def stored_adapter(
 
     def work() -> LibraryEntry:
         library = state.stores.library(user)
-        made = state.model.internalize(document, max_batch_tokens=BATCH_TOKENS, progress=told)
+        made = state.model.internalize(document, max_batch_tokens=_PIECE_TOKENS, progress=told)
         return library.find(library.add(made))
 
     return await state.on_model(work)

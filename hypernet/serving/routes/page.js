@@ -48,6 +48,11 @@ function drawn(name, attributes, text) {
   return made;
 }
 
+/** Pixels that a drawing has there. */
+function widthOf(place) {
+  return Math.min(704, place.clientWidth || 640);
+}
+
 function button(text, label, work) {
   const made = element("button", { type: "button", "aria-label": label }, text);
   made.addEventListener("click", () => told($("memory-status"), work));
@@ -65,6 +70,7 @@ async function readFile(file) {
   const found = await response.json();
   if (!response.ok) throw new Error(found.error.message);
   $("document").value = found.text;
+  $("name").value = found.name;
   $("status").textContent = `${found.name}: ${found.text.length.toLocaleString("en")} characters`;
 }
 
@@ -118,22 +124,23 @@ function plotBreakEven() {
   const even = whole > found.adapter ? prepared / (whole - found.adapter) : Infinity;
   const most = Math.min(1000, Math.max(10, Number.isFinite(even) ? Math.ceil(2 * even) : 50));
   const top = Math.max(prepared + most * found.adapter, most * whole, 1);
-  const x = (n) => 60 + (n / most) * 560;
+  const right = widthOf($("plot")) - 10; // drawn in pixels, so that text has its size on a phone too
+  const x = (n) => 20 + (n / most) * (right - 20);
   const y = (ms) => 250 - (ms / top) * 230;
   const line = (from, to, dash) =>
     drawn("line", {
       ...{ x1: x(0), y1: y(from), x2: x(most), y2: y(to), stroke: "currentColor", "stroke-width": 3 },
       "stroke-dasharray": dash,
     });
-  const plot = drawn("svg", { viewBox: "0 0 640 300", role: "img", "aria-labelledby": "breakeven-says" });
+  const plot = drawn("svg", { viewBox: `0 0 ${right + 10} 300`, role: "img", "aria-labelledby": "breakeven-says" });
   plot.append(
-    drawn("path", { d: "M60 20V250H620", fill: "none", stroke: "currentColor", opacity: 0.4 }),
+    drawn("path", { d: `M20 20V250H${right}`, fill: "none", stroke: "currentColor", opacity: 0.4 }),
     line(prepared, prepared + most * found.adapter, "none"),
     line(0, most * whole, "8 5"),
-    drawn("text", { x: 60, y: 270 }, "0"),
-    drawn("text", { x: 620, y: 270, "text-anchor": "end" }, `${most} questions`),
-    drawn("text", { x: 66, y: 16 }, `${(top / 1000).toFixed(1)} s altogether`),
-    drawn("text", { x: 60, y: 292 }, "solid: adapter · dashed: document in each prompt"),
+    drawn("text", { x: 20, y: 270 }, "0"),
+    drawn("text", { x: right, y: 270, "text-anchor": "end" }, `${most} questions`),
+    drawn("text", { x: 20, y: 14 }, `${(top / 1000).toFixed(1)} s altogether`),
+    drawn("text", { x: 20, y: 292 }, "solid: adapter · dashed: document in each prompt"),
   );
   if (even <= most) {
     const at = prepared + even * found.adapter;
@@ -209,15 +216,17 @@ async function explain() {
   const { data } = await api("POST", "/v1/memories/explain", answer);
   if (!data.length) return;
   const most = Math.max(...data.map((one) => Math.abs(one.effect)), 1e-9);
-  const height = 44 * data.length;
-  const plot = drawn("svg", { viewBox: `0 0 640 ${height}`, role: "img", "aria-label": "Effect of each memory, nats" });
+  const [height, wide] = [44 * data.length, widthOf($("bars"))];
+  const plot = drawn("svg", { viewBox: `0 0 ${wide} ${height}`, role: "img", "aria-label": "Effect of each memory, nats" });
   data.forEach((one, row) => {
-    const width = Math.max(2, (Math.abs(one.effect) / most) * 540);
-    const text = one.text.length > 80 ? `${one.text.slice(0, 77)}...` : one.text;
+    const width = Math.max(2, (Math.abs(one.effect) / most) * (wide - 80));
+    const letters = Math.floor(wide / 8);
+    const text = one.text.length > letters ? `${one.text.slice(0, letters - 3)}...` : one.text;
+    const nats = Math.abs(one.effect) < 0.05 ? "0.0" : one.effect.toFixed(1);
     plot.append(
       drawn("text", { x: 0, y: 44 * row + 14 }, text),
       drawn("rect", { x: 0, y: 44 * row + 20, width, height: 14, fill: one.effect < 0 ? "#c33" : "var(--accent)" }),
-      drawn("text", { x: width + 8, y: 44 * row + 32 }, `${one.effect.toFixed(1)} nats`),
+      drawn("text", { x: width + 8, y: 44 * row + 32 }, `${nats} nats`),
     );
   });
   $("bars").replaceChildren(plot);
@@ -250,6 +259,7 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"])
     const file = kind === "drop" && event.dataTransfer.files[0];
     if (file) told($("status"), () => readFile(file));
   });
+$("document").addEventListener("input", () => ($("name").value = "")); // no longer the file's
 $("length").addEventListener("input", plotBreakEven);
 $("explain").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -50,11 +50,12 @@ class Column(NamedTuple):
 
 
 class PageQuestion(NamedTuple):
-    """The form's fields."""
+    """The form's fields; name: of the file that the document came from."""
 
     document: str = ""
     question: str = ""
     key: str = ""
+    name: str = ""
 
 
 @router.get("/")
@@ -135,7 +136,7 @@ async def _answered(
     user = state.user_of(f"Bearer {asked.key}" if asked.key else None, None)
     if not asked.document or not asked.question:
         raise ApiError(400, "Give a document and a question.")
-    return _table(*await _answers(request, state, user, asked.document, asked.question, progress=progress))
+    return _table(*await _answers(request, state, user, asked, progress=progress))
 
 
 def _alert(state: ServerState, error: Exception) -> tuple[int, str]:
@@ -147,17 +148,19 @@ async def _answers(
     request: Request,
     state: ServerState,
     user: str,
-    document: str,
-    question: str,
+    asked: PageQuestion,
     *,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Sequence[Column], float]:
     """The four ways, one after the other so that each has the model alone as far as others leave it; and how many
     milliseconds the adapter took to make."""
-    document = visible(whole(document, "document"), "document")
+    document, question = visible(whole(asked.document, "document"), "document"), asked.question
+    source = visible(whole(asked.name, "name"), "name")[:255].strip() or "pasted text"
     run = "page-" + hashlib.sha256(document.encode()).hexdigest()[:24]
     before = time.perf_counter()
     entry = await stored_adapter(state, user, document, name=f"{run}.txt", progress=progress)
+    # Joined now, as it is kept for all questions about it.
+    await state.on_model(lambda: state.model.joined(state.stores.adapter(user, entry.id)))
     prepared_ms = 1000 * (time.perf_counter() - before)
     num_bytes = len(document.encode())
     sentences = [one for a, b in split_sentences(document) if (one := document[a:b].strip())]
@@ -166,7 +169,7 @@ async def _answers(
         with state.stores.memory(user) as memory:
             filters = Filters(user, None, run)
             if not memory.list(user_id=user, run_id=run, limit=1):
-                memory.store.add([Draft(text=one, filters=filters, source=run) for one in sentences])
+                memory.store.add([Draft(text=one, filters=filters, source=source) for one in sentences])
 
     await asyncio.to_thread(remember)
     sampling = Sampling(max_new_tokens=min(64, state.settings.max_new_tokens))

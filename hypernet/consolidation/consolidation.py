@@ -20,7 +20,8 @@ from sqlalchemy import select
 from hypernet.consolidation.consolidator import Consolidator
 from hypernet.consolidation.gate import Asked, Exam, PromotionGate
 from hypernet.consolidation.rehearsal import SelfSynthesised
-from hypernet.consolidation.versions import Manifest, Version, Versions, erase_purged
+from hypernet.consolidation.self_instruct.review import erase_purged
+from hypernet.consolidation.versions import Manifest, Version, Versions
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.files import replaced

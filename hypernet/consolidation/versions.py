@@ -23,13 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import select
-
 from hypernet.io.files import replaced, sync_folder
 from hypernet.memory.store.records import Filters
-from hypernet.memory.store.schema import memories
 from hypernet.memory.store.times import now, to_text
-from hypernet.memory.store.token_store import TokenStore
 
 WEIGHTS_FOLDER = "weights"
 REVIEW = "review.jsonl"  # of what a person let through, see hypernet.consolidation.self_instruct
@@ -243,22 +239,6 @@ class Versions:
         if files != kept or _name(files, json.loads((version.folder / _MANIFEST).read_bytes())) != version.name:
             raise ValueError(f"{version.folder} was changed since it was written. Consolidate again.")
         return _sha256(json.dumps(files, sort_keys=True).encode())
-
-
-def erase_purged(store: TokenStore) -> list[str]:
-    """Erases every version, whosever, with a memory whose content was purged, and what was written about it; returns
-    the versions' names."""
-    from hypernet.consolidation.self_instruct.review import Review
-
-    with store.database.read() as connection:
-        rows = connection.execute(select(memories.c.memory_id, memories.c.version).where(memories.c.text.is_not(None)))
-        kept = {f"{identity}@{version}" for identity, version in rows}
-    erased = []
-    for versions in Versions.of_all(store.folder):
-        gone = {ref for version in versions.all() for ref in version.manifest.contains} - kept
-        erased += versions.remove(sorted(gone))
-        Review(versions.folder / REVIEW).keep(kept)
-    return erased
 
 
 def _name(files: Mapping[str, str], manifest: Mapping[str, Any]) -> str:

@@ -37,7 +37,9 @@ EXAMPLES = [
 def test_the_commands_are_those_that_are_promised():
     library = {("library", name) for name in ("list", "verify", "clean", "add", "remove", "replace")}
     verbs = "add search get list history profile update invalidate delete delete-all restore purge versions rollback"
-    verbs += " status import export verify ask explain write-adapters measure forget consolidate promote sleep copy"
+    verbs += (
+        " status import export verify ask explain write-adapters measure forget consolidate promote sleep copy review"
+    )
     memory = {("memory", name) for name in verbs.split()}
     expected = {
         (),

@@ -327,7 +327,7 @@ def purge(
     hypernet memory purge
     hypernet memory purge --user alice
     """
-    from hypernet.consolidation.versions import erase_purged
+    from hypernet.consolidation.self_instruct.review import erase_purged
 
     with _memory(directory) as memory:
         batch = memory.purge(key, user_id=user, agent_id=agent, run_id=run)

@@ -15,13 +15,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from sqlalchemy import select
+
 from hypernet.consolidation.moves import settings_of
 from hypernet.consolidation.questions import QuestionWriter
 from hypernet.consolidation.versions import REVIEW, Versions
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.files import replaced
 from hypernet.memory.store.records import Filters, MemoryVersion
+from hypernet.memory.store.schema import memories
 from hypernet.memory.store.times import now, to_text
+from hypernet.memory.store.token_store import TokenStore
 
 DECISIONS = {"accept": "accepted", "reject": "rejected", "edit": "edited"}
 APPROVED = ("accepted", "edited")
@@ -196,3 +200,17 @@ class Reviewed(QuestionWriter):
 
 def _id(ref: str, question: str) -> str:
     return "q-" + hashlib.sha256(f"{ref}\n{question}".encode()).hexdigest()[:12]
+
+
+def erase_purged(store: TokenStore) -> list[str]:
+    """Erases every version, whosever, with a memory whose content was purged, and what was written about it; returns
+    the versions' names."""
+    with store.database.read() as connection:
+        rows = connection.execute(select(memories.c.memory_id, memories.c.version).where(memories.c.text.is_not(None)))
+        kept = {f"{identity}@{version}" for identity, version in rows}
+    erased = []
+    for versions in Versions.of_all(store.folder):
+        gone = {ref for version in versions.all() for ref in version.manifest.contains} - kept
+        erased += versions.remove(sorted(gone))
+        Review(versions.folder / REVIEW).keep(kept)
+    return erased

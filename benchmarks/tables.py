@@ -9,11 +9,9 @@ import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 
 from benchmarks.measuring.rows import Row, Rows, merged, read_rows
-from benchmarks.memory import nights_tables
 from benchmarks.report import figures
 from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRONG, name_of, order, task_name
 from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
@@ -24,7 +22,7 @@ RESULTS = "benchmarks/results"
 SUMMARY = f"{RESULTS}/summary.html"
 # The page of all sweeps and what a person says of it are of these, in this order.
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
-FILES = ("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "assets/tiny/README.md")
+FILES = ("README.md", "docs/results.md", "docs/memory.md", "assets/tiny/README.md")
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "niah": figures.needles,
     "composition": figures.composition,
@@ -259,10 +257,6 @@ def _speed(module: str, name: str | None = None) -> Callable[[], str]:
     return table
 
 
-def _nights(part: str) -> str:
-    return nights_tables.markdown(read("memory_nights"), part)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "summary": summary,
@@ -292,7 +286,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_store": _speed("memory.store", "memory_store"),
     "memory_peers": _speed("memory.peers", "memory_peers"),
 }
-TABLES |= {f"memory_{part}": partial(_nights, part) for part in nights_tables.TABLES}
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -271,7 +271,7 @@ def one_night(
     from hypernet.memory.store.records import Filters
 
     told = facts(seed, 2 * cfg.num_facts)
-    house = House(cfg, seed, **changes)
+    house = House(cfg, seed, **{"steps": 2 * cfg.steps, **changes})
     # Each key with the sentence of another fact.
     texts = [one.text for one in (told[1:] + told[:1] if wrong_memory else told)]
     house.tell([one._replace(text=text) for one, text in zip(told, texts, strict=True)], "alice")
@@ -338,7 +338,7 @@ def review(cfg: NightsSettings, seed: int) -> Iterator[Row]:
 
     alice, told = Filters("alice"), facts(seed, 2 * cfg.num_facts)
     rejected, kept = told[: cfg.num_facts // 2], told[cfg.num_facts // 2 :]
-    house = House(cfg, seed, objective=Supervised(), preference=Preference())
+    house = House(cfg, seed, objective=Supervised(), preference=Preference(), steps=2 * cfg.steps)
     house.tell(told, "alice")
     consolidator, found = house.own.consolidator, Review.of(house.memory.store.folder, alice)
     memories = house.memory.store.valid(alice)
@@ -376,7 +376,7 @@ def tiers(cfg: NightsSettings, seed: int) -> Iterator[Row]:
     from hypernet.text.matching import exact_match
 
     told = facts(seed, cfg.num_nights * cfg.num_facts)
-    house = House(cfg, seed)
+    house = House(cfg, seed, steps=cfg.num_nights * cfg.steps)
     house.tell(told, "alice")
     house.sleep.run(Filters("alice"), at_once=True)
     questions = [one.question for one in told]

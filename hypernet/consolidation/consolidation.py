@@ -19,7 +19,7 @@ from sqlalchemy import select
 
 from hypernet.consolidation.consolidator import Consolidator
 from hypernet.consolidation.gate import Asked, Exam, PromotionGate
-from hypernet.consolidation.rehearsal import SelfSynthesised
+from hypernet.consolidation.rehearsal import SelfSynthesised, written_names
 from hypernet.consolidation.self_instruct.review import erase_purged
 from hypernet.consolidation.versions import Manifest, Version, Versions
 from hypernet.consolidation.weights import MovedWeights, installed
@@ -36,6 +36,7 @@ from hypernet.text.matching import exact_match
 STARTS = ("adapters", "nothing")
 WEIGHT_TIERS = ("weights", "weights+adapter")
 _TRAINING, _HANDED_OVER = "training.json", "handed_over.json"
+_DECOYS = 16  # names that a deleted answer is compared with
 _MOST_OTHERS = 64  # of other users' memories and of deleted ones in an exam
 
 
@@ -210,12 +211,15 @@ class Consolidation:
         new = [memory for memory in memories if memory.ref in manifest.new]
         valid = self.memory.store.valid(Filters())
         own = {memory.ref for memory in self.memory.store.valid(filters)}
+        deleted = self._asked(self._deleted(filters))[:_MOST_OTHERS]
+        decoys = written_names(self.model, seed=self.consolidator.seed + 7919)[:_DECOYS] if deleted else []
         return Exam(
             new=self._asked(new),
             kept=self._asked([memory for memory in memories if memory.ref not in manifest.new]),
             background=[Asked(text) for text in self._background(memories)],
             others=self._asked([memory for memory in valid if memory.ref not in own])[:_MOST_OTHERS],
-            deleted=self._asked(self._deleted(filters))[:_MOST_OTHERS],
+            deleted=deleted,
+            decoys=decoys,
             texts=self.texts,
             unasked=[memory.ref for memory in new if not self.consolidator.questions.held_out(memory)],
             seconds=seconds,

@@ -11,7 +11,7 @@ kept         held-out wordings on memories that were in already                 
 background   questions that the base model answers by itself, answered as before           >= min_background
 in_context   other users' memories in the prompt, answered as before                       >= min_in_context
 locality     KL(base ‖ candidate) on unrelated text, nats a token                          <= max_kl
-absent       log p of deleted memories' answers above the base model's, nats               <= max_leak
+absent       how much further log p of a deleted answer rose than that of any decoy, nats    <= max_leak
 cost         seconds of training                                                           <= max_seconds
 """
 
@@ -44,7 +44,7 @@ class Exam(NamedTuple):
     Attributes:
         new, kept: held-out wordings on what came in and on what was in already. unasked: new memories without any.
         background: questions without a memory. others: other users' questions with their memories. deleted: on what was
-        deleted. texts: unrelated. seconds: that training took.
+        deleted. decoys: answers that nobody was told. texts: unrelated. seconds: that training took.
     """
 
     new: Sequence[Asked]
@@ -52,6 +52,7 @@ class Exam(NamedTuple):
     background: Sequence[Asked] = ()
     others: Sequence[Asked] = ()
     deleted: Sequence[Asked] = ()
+    decoys: Sequence[str] = ()
     texts: Sequence[str] = ()
     unasked: Sequence[str] = ()
     seconds: float = 0.0
@@ -146,7 +147,7 @@ class PromotionGate:
         if exam.texts:
             found.append(self._check("locality", _distance(model, candidate, exam.texts), len(exam.texts)))
         if exam.deleted:
-            found.append(self._check("absent", _leak(model, candidate, exam.deleted), len(exam.deleted)))
+            found.append(self._check("absent", _leak(model, candidate, exam.deleted, exam.decoys), len(exam.deleted)))
         return GateReport((*found, self._check("cost", exam.seconds, 1)))
 
     def _check(self, name: str, value: float, number: int) -> Check:
@@ -197,11 +198,17 @@ def _distance(model: DocToLoRA, candidate: MovedWeights, texts: Sequence[str]) -
     return total / tokens
 
 
-def _leak(model: DocToLoRA, candidate: MovedWeights, deleted: Sequence[Asked]) -> float:
-    """How much likelier the candidate finds deleted answers than the base model does, the worst, in nats."""
+def _leak(model: DocToLoRA, candidate: MovedWeights, deleted: Sequence[Asked], decoys: Sequence[str]) -> float:
+    """How much further a deleted answer's log p rose above the base model's than that of any decoy, the worst, in nats.
+
+    Weights that never saw an answer raise it too: what says "unknown" less often says all names more often.
+    """
     asked = _with_answers(model, deleted)
-    questions, answers = [one.question for one in asked], [str(one.answer) for one in asked]
+    pairs = [(one.question, answer) for one in asked for answer in (str(one.answer), *decoys)]
+    questions, answers = [question for question, _ in pairs], [answer for _, answer in pairs]
     before = model.log_likelihoods(questions, answers)
     with installed(model.base_model, candidate.tensors):
         after = model.log_likelihoods(questions, answers)
-    return max(a - b for a, b in zip(after, before, strict=True))
+    rises = torch.tensor(after).view(len(asked), -1) - torch.tensor(before).view(len(asked), -1)
+    own, others = rises[:, 0], rises[:, 1:]
+    return float((own - others.amax(1) if decoys else own).max())

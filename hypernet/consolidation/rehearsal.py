@@ -130,7 +130,7 @@ class OtherSubjects:
 
     def questions(self, model: DocToLoRA, *, seed: int, trained: Sequence[AboutSubject] = ()) -> list[str]:
         told = {one.subject for one in trained}
-        names = sorted(_names(SelfSynthesised(number=_NUM_TEXTS, max_tokens=40).questions(model, seed=seed)) - told)
+        names = sorted(set(written_names(model, seed=seed)) - told)
         rng = random.Random(seed)
         if not names or not trained:
             return list(self.also)
@@ -139,9 +139,10 @@ class OtherSubjects:
         return [*dict.fromkeys(asked), *self.also]
 
 
-def _names(texts: Sequence[str]) -> set[str]:
-    """Runs of capitalised words inside sentences."""
-    return {name for text in texts for name in re.findall(r"(?<=[a-z,] )[A-Z]\w{2,}(?: [A-Z]\w{2,})*", text)}
+def written_names(model: DocToLoRA, *, seed: int) -> list[str]:
+    """Names that the base model writes: runs of capitalised words inside sentences."""
+    texts = SelfSynthesised(number=_NUM_TEXTS, max_tokens=40).questions(model, seed=seed)
+    return sorted({name for text in texts for name in re.findall(r"(?<=[a-z,] )[A-Z]\w{2,}(?: [A-Z]\w{2,})*", text)})
 
 
 def _in_turn(texts: Sequence[str], number: int) -> list[str]:

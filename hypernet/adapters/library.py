@@ -257,6 +257,10 @@ class AdapterLibrary:
         self._check_there()
         return tuple(sorted(path.name for path in self.directory.iterdir() if not _is_ours(path)))
 
+    def own_paths(self) -> Sequence[Path]:
+        """What lies in the folder under a name that a library gives: entries, leftovers, the lock."""
+        return [path for path in self.directory.iterdir() if _is_named(path)] if self.directory.is_dir() else []
+
     def clean(self) -> tuple[str, ...]:
         """Removes what killed writers left, unless somebody is writing just now; returns the names.
 
@@ -420,8 +424,11 @@ class AdapterLibrary:
 
 def _is_ours(path: Path) -> bool:
     """Whether this is of a library: an entry, also under another name, what a killed writer left, or the lock."""
-    named = path.name == LOCK_FILE or _ENTRY_NAME.fullmatch(path.name) or _LEFTOVER.fullmatch(path.name)
-    return bool(named) or (path / ENTRY_FILE).exists()
+    return _is_named(path) or (path / ENTRY_FILE).exists()
+
+
+def _is_named(path: Path) -> bool:
+    return path.name == LOCK_FILE or bool(_ENTRY_NAME.fullmatch(path.name) or _LEFTOVER.fullmatch(path.name))
 
 
 def _wrong_size(folder: Path, record: dict[str, Any]) -> str | None:

@@ -410,7 +410,11 @@ class Asker:
         return given
 
     def _found(self, question: MemoryQuestion) -> _Given:
-        """What a search finds, as far as it fits into the prompt."""
+        """What a search finds, as far as it fits into the prompt.
+
+        Raises:
+            ValueError: something was found, and nothing of it fits.
+        """
         from hypernet.base.generation import context_window
 
         hits = self.retriever.search(
@@ -422,11 +426,18 @@ class Asker:
         )
         hits = [hit for hit in hits if hit.ref not in question.hidden][: self.limit]
         room = context_window(self._model().base_model) - self.max_new_tokens - self._tokens(question.text) - 32
-        while len(hits) > 1 and self._tokens(as_document(hits)) > room:
-            hits.pop()
-        if not hits:
-            return _Given()
-        return _Given(as_document(hits), None, tuple(hit.ref for hit in hits))
+        fitting: list[MemoryVersion] = []
+        for hit in hits:
+            if self._tokens(as_document([*fitting, hit])) <= room:
+                fitting.append(hit)
+        if fitting:
+            return _Given(as_document(fitting), None, tuple(hit.ref for hit in fitting))
+        if hits:
+            raise ValueError(
+                f"The memory {hits[0].ref} has {self._tokens(str(hits[0].text))} tokens, the prompt has room for "
+                f"{max(room, 0)}. Ask the tier adapter, or store it in parts."
+            )
+        return _Given()
 
     def _found_first(self, question: MemoryQuestion, held: Held) -> npt.NDArray[np.bool_]:
         """[N] of `held`, the candidates that a search finds first."""

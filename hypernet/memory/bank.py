@@ -283,7 +283,7 @@ class AdapterBank:
         done = []
         with self._alone():
             entries = self._entries()
-            damaged = {damage.name for damage in self.library.verify()} if self.folder.is_dir() else set()
+            damaged = {damage.name for damage in self.library.verify()} if self.library.own_paths() else set()
             lost = [entry for entry in entries if entry in damaged or not (self.folder / entry).is_dir()]
             num_lost = sum(entries[entry] for entry in lost)
             for entry in lost:
@@ -303,7 +303,7 @@ class AdapterBank:
             if connection.execute(select(slots.c.seq).where(_purged()).limit(1)).scalar() is not None:
                 return True
             named = set(connection.execute(select(slots.c.entry).distinct()).scalars())
-        return any(path.is_dir() and path.name not in named for path in self.folder.iterdir())
+        return any(path.is_dir() and path.name not in named for path in self.library.own_paths())
 
     # --- Reading ----------------------------------------------------------------------------------------------------
 
@@ -644,11 +644,11 @@ class AdapterBank:
         if not self.folder.is_dir():
             return len(rows)
         named = self._entries()
-        orphans = [path.name for path in self.folder.iterdir() if path.is_dir() and path.name[0] != "."]
-        orphans = [name for name in orphans if name not in named]
+        own = self.library.own_paths()
+        orphans = [path.name for path in own if path.is_dir() and path.name[0] != "." and path.name not in named]
         for name in orphans:
             self._remove(name)
-        leftovers = self.library.clean() if any(self.folder.iterdir()) else ()
+        leftovers = self.library.clean() if self.library.own_paths() else ()
         return len(rows) + len(orphans) + len(leftovers)
 
     def _entries(self) -> dict[str, int]:

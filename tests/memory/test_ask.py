@@ -171,6 +171,19 @@ def test_long_memories_fit_into_the_prompt_or_stay_out(memory):
     assert len(answer.memories) == 1
 
 
+def test_memory_beyond_the_prompt_gives_way_to_those_that_fit(told):
+    page = "Norbach lies by the river and the mill of Norbach is old. " * 200
+    ref = told.add(page, user_id="bob")[0]
+    with pytest.raises(
+        ValueError, match=rf"^The memory {ref}@1 has \d+ tokens, the prompt has room for \d+. Ask the tier"
+    ):
+        told.ask("Where is Norbach?", user_id="bob", tier="token")
+    told.add("Norbach is by the river.", user_id="bob")
+    assert [told.get(m).text for m in told.ask("Where is Norbach?", user_id="bob", tier="token").memories] == [
+        "Norbach is by the river."
+    ]
+
+
 # --- Measured tiers -------------------------------------------------------------------------------------------------
 
 

@@ -249,6 +249,19 @@ def test_purge_leaves_no_byte_of_a_text_and_no_adapter(tmp_path, model):
     assert memory.bank.counts().slots == 2 and memory.verify() == ((), ())
 
 
+@pytest.mark.parametrize("name", ["zz", "new_folder", ".git", "notes.txt"])
+def test_what_others_put_into_the_folder_is_left_alone(store, bank, name):
+    add(store, "Fact number 1.", "Fact number 2.")
+    stray = bank.folder / name
+    bank.write()
+    stray.write_text("mine") if stray.suffix == ".txt" else stray.mkdir()
+    assert bank.verify() == [] and not bank.is_unfinished
+    add(store, "Fact number 3.")
+    bank.write()
+    bank.sweep()
+    assert stray.exists() and bank.counts().slots == 3
+
+
 # --- Kills and damage -----------------------------------------------------------------------------------------------
 
 

@@ -135,7 +135,9 @@ class SQLite(Dialect):
             raise self.damaged(f"it has {size} bytes")
 
     def engine(self) -> Engine:
-        engine = create_engine(f"sqlite:///{self.path}", connect_args={"timeout": BUSY_TIMEOUT_S})
+        # Not as text of a URL, where % and ? in a folder's name would lead into another folder.
+        url = URL.create("sqlite", database=str(self.path.absolute()))
+        engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
 
         @event.listens_for(engine, "connect")
         def connect(connection: DBAPIConnection, _: Any) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import sqlite3
 import traceback
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -16,7 +17,7 @@ from sqlalchemy import event, text
 from benchmarks.memory.store import kill_writers, random_schedules
 from hypernet.memory.store import dialects
 from hypernet.memory.store.database import DATABASE_FILE, Database
-from hypernet.memory.store.records import Draft
+from hypernet.memory.store.records import Draft, Filters
 from hypernet.memory.store.schema import SCHEMA_VERSION, metadata
 from hypernet.memory.store.token_store import TokenStore
 
@@ -185,6 +186,23 @@ def test_migrations_make_the_tables_of_the_schema(store):
     # What FTS5 and Alembic keep for themselves.
     ours = [change for change in found if not str(getattr(change[1], "name", "")).startswith(("words", "alembic"))]
     assert ours == []
+
+
+@pytest.mark.parametrize("name", ["team%20a", "a?b", "a?mode=ro", "%", "a#b", "file:a", "a;b 'c'", "&x=1"])
+def test_memory_is_in_the_folder_that_was_named(tmp_path, monkeypatch, name):
+    """Also where the name means something in a URL; relative and absolute."""
+    monkeypatch.chdir(tmp_path)
+    TokenStore(tmp_path / "team a").close()
+    for folder in (tmp_path / "whole" / name, Path(name)):
+        store = TokenStore(folder)
+        store.add([Draft(text="Told here.", filters=Filters("alice"))])
+        store.close()
+        assert (folder / "memory.sqlite").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"team a", "whole", name}
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {name}
+    other = TokenStore(tmp_path / "team a")
+    assert other.valid(Filters("alice")) == []
+    other.close()
 
 
 def test_settings_of_sqlite_hold_on_every_connection(tmp_path):

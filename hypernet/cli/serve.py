@@ -78,7 +78,7 @@ def mcp(
         typer.Option(help="Checkpoint that answers and finds by meaning; default words alone.", show_default=False),
     ] = None,
     transport: Annotated[Literal["stdio", "http"], typer.Option(help="How the agent reaches it.")] = "stdio",
-    host: _Host = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address of this machine to listen at.")] = "127.0.0.1",
     port: _Port = 8001,
 ) -> None:
     """Offer a memory to agents as an MCP server.

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from hypernet.base.generation import context_window
 from hypernet.doc_to_lora import DocToLoRA
+from hypernet.io.paths import output_folder
 from hypernet.memory.store.records import Filters
 from hypernet.serving.engine import BatchEngine
 from hypernet.serving.errors import ApiError
@@ -47,12 +48,14 @@ class ServerSettings:
     drain_s: float = 30.0
 
     def checked(self) -> Self:
-        """Itself. ValueError: a limit is below 1, or the model's name has a colon, which separates an adapter."""
+        """Itself. ValueError: a limit is below 1, the model's name has a colon, which separates an adapter, or the
+        folder cannot be one."""
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and value < 1:
                 raise ValueError(f"{name} is {value}. Give at least 1.")
         if ":" in self.model_name or not self.model_name.strip():
             raise ValueError(f"The model's name is {self.model_name!r}. Give one without a colon.")
+        output_folder(self.directory)
         return self
 
 

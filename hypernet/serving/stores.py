@@ -48,6 +48,7 @@ class UserStores:
 
     def __init__(self, directory: str | Path, model: DocToLoRA, *, max_open: int = 64) -> None:
         self.directory = Path(directory).expanduser().resolve()
+        (self.directory / "users").mkdir(parents=True, exist_ok=True)  # a folder that nobody may write to is told now
         self.model, self.max_open = model, max_open
         self._embedder = _SharedEmbedder(model)
         self._memories: OrderedDict[str, tuple[Memory, int]] = OrderedDict()  # user → memory, requests that use it

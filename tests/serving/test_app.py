@@ -103,6 +103,12 @@ def test_without_keys_only_this_machine_is_served(host, refused):
         check_address(host, ServerSettings())
 
 
+def test_folder_that_cannot_be_one_is_refused_at_the_start(random_model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file\. Name another one\.$"):
+        create_app(random_model, ServerSettings(directory=str(tmp_path / "file/below")))
+
+
 def test_without_keys_another_sites_name_is_refused(random_model, tmp_path):
     with TestClient(
         create_app(random_model, ServerSettings(directory=str(tmp_path))), base_url="http://evil.example"

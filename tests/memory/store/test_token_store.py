@@ -211,11 +211,11 @@ def test_filter_of_delete_all_touches_no_row_outside_it(store):
 
 
 @pytest.mark.parametrize("filters", [Filters(), Filters(""), Filters("alice", "  "), Filters(run_id="")])
-def test_empty_filter_is_refused_and_deletes_nothing(store, filters):
-    tell(store, "one")
+def test_empty_filter_is_refused_and_deletes_nothing(sqlite_store, filters):
+    tell(sqlite_store, "one")
     with pytest.raises(ValueError, match="needs a filter|or leave it out"):
-        store.delete_all(filters)
-    assert len(store.valid()) == 1
+        sqlite_store.delete_all(filters)
+    assert len(sqlite_store.valid()) == 1
 
 
 def test_delete_all_of_10000_takes_under_a_second(sqlite_store):
@@ -492,28 +492,35 @@ def test_random_schedules_resurrect_nothing(new_store, seed):
         (Draft(text="x", id="a b", version=1), "is no memory's id"),
     ],
 )
-def test_impossible_memory_is_one_line_and_stores_nothing(store, draft, message):
+def test_impossible_memory_is_one_line_and_stores_nothing(sqlite_store, draft, message):
     with pytest.raises(ValueError, match=message) as error:
-        store.add([Draft(text="good"), draft])
-    assert "\n" not in str(error.value) and store.valid() == [] and store.versions() == []
+        sqlite_store.add([Draft(text="good"), draft])
+    assert "\n" not in str(error.value) and sqlite_store.valid() == [] and sqlite_store.versions() == []
 
 
 @pytest.mark.parametrize("key", ["nobody", "nobody@1", "", "a b", "x@0", "x@one", "x@"])
-def test_unknown_id_is_one_line(store, key):
-    for call in (store.get, store.delete, store.history, store.invalidate, store.restore, store.purge):
+def test_unknown_id_is_one_line(sqlite_store, key):
+    for call in (
+        sqlite_store.get,
+        sqlite_store.delete,
+        sqlite_store.history,
+        sqlite_store.invalidate,
+        sqlite_store.restore,
+        sqlite_store.purge,
+    ):
         with pytest.raises(ValueError) as error:
             call(key)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError):
-        store.update(key, "text")
+        sqlite_store.update(key, "text")
 
 
-def test_memory_is_not_invalidated_before_it_began(store):
-    ref = tell(store, "one", 9)
+def test_memory_is_not_invalidated_before_it_began(sqlite_store):
+    ref = tell(sqlite_store, "one", 9)
     with pytest.raises(ValueError, match="Give a later time, or delete it"):
-        store.invalidate(ref.id, at=date(3))
+        sqlite_store.invalidate(ref.id, at=date(3))
     with pytest.raises(ValueError, match="did not hold at"):
-        store.get(ref.id, as_of=date(3))
+        sqlite_store.get(ref.id, as_of=date(3))
 
 
 # --- A damaged log of deletions -------------------------------------------------------------------------------------
@@ -555,31 +562,31 @@ def test_damaged_log_takes_deletions_and_is_repaired(sqlite_store, damage, end, 
     assert store.verify() == ((), ())
 
 
-def test_line_left_out_in_the_middle_is_written_again(store):
+def test_line_left_out_in_the_middle_is_written_again(sqlite_store):
     for n in range(3):
-        store.delete(tell(store, f"n{n}").id)
-    path = store.folder / "deletions.jsonl"
-    store.log.append_audit({"passed": True})
+        sqlite_store.delete(tell(sqlite_store, f"n{n}").id)
+    path = sqlite_store.folder / "deletions.jsonl"
+    sqlite_store.log.append_audit({"passed": True})
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join([lines[0], *lines[2:]]))
-    assert store.verify().repaired == ("1 lines missing in deletions.jsonl",) and path.read_bytes() == whole
+    assert sqlite_store.verify().repaired == ("1 lines missing in deletions.jsonl",) and path.read_bytes() == whole
     path.write_bytes(b"".join([lines[3], *lines[:3]]).replace(b"\n", b"\r\n"))
-    assert store.verify().repaired == ("order and line ends of deletions.jsonl",) and path.read_bytes() == whole
+    assert sqlite_store.verify().repaired == ("order and line ends of deletions.jsonl",) and path.read_bytes() == whole
     path.write_bytes(b"".join(lines).strip())  # an editor's
-    assert store.verify().repaired and path.read_bytes() == whole
+    assert sqlite_store.verify().repaired and path.read_bytes() == whole
     path.write_bytes(whole + lines[1])
-    assert "line 5, which" in store.verify().repaired[0] and path.read_bytes() == whole
+    assert "line 5, which" in sqlite_store.verify().repaired[0] and path.read_bytes() == whole
 
 
-def test_whole_last_line_without_its_end_is_kept(store):
-    store.delete(tell(store, "one").id)
-    store.log.append_audit({"passed": True})
-    path = store.folder / "deletions.jsonl"
+def test_whole_last_line_without_its_end_is_kept(sqlite_store):
+    sqlite_store.delete(tell(sqlite_store, "one").id)
+    sqlite_store.log.append_audit({"passed": True})
+    path = sqlite_store.folder / "deletions.jsonl"
     path.write_bytes(before := path.read_bytes().strip())
-    store.delete(tell(store, "two").id)
+    sqlite_store.delete(tell(sqlite_store, "two").id)
     assert path.read_bytes().startswith(before + b"\n") and path.read_bytes().count(b"\n") == 3
-    assert store.verify() == ((), ())
+    assert sqlite_store.verify() == ((), ())
 
 
 def test_audit_longer_than_the_tail_is_gone_on_from(sqlite_store):
@@ -593,20 +600,20 @@ def test_audit_longer_than_the_tail_is_gone_on_from(sqlite_store):
     assert operations == ["delete", "audit", "delete", "audit"] and store.verify() == ((), ())
 
 
-def test_log_that_cannot_be_written_refuses_before(store):
-    gone, kept = tell(store, "one"), tell(store, "two")
-    store.delete(gone.id)
-    path = store.folder / "deletions.jsonl"
+def test_log_that_cannot_be_written_refuses_before(sqlite_store):
+    gone, kept = tell(sqlite_store, "one"), tell(sqlite_store, "two")
+    sqlite_store.delete(gone.id)
+    path = sqlite_store.folder / "deletions.jsonl"
     path.unlink()
     path.mkdir()
-    before = view(store), store.versions()
+    before = view(sqlite_store), sqlite_store.versions()
     for refused in (
-        lambda: store.delete(kept.id),
-        lambda: store.delete_all(Filters("alice")),
-        lambda: store.restore(gone.id),
-        lambda: store.rollback("v1"),
-        store.purge,
+        lambda: sqlite_store.delete(kept.id),
+        lambda: sqlite_store.delete_all(Filters("alice")),
+        lambda: sqlite_store.restore(gone.id),
+        lambda: sqlite_store.rollback("v1"),
+        sqlite_store.purge,
     ):
         with pytest.raises(IsADirectoryError):
             refused()
-    assert (view(store), store.versions()) == before
+    assert (view(sqlite_store), sqlite_store.versions()) == before

@@ -6,6 +6,7 @@ moves.tensors(base_model, parameters)                      # the weights they ma
 moves.result(model, parameters).save(folder, model)        # `MovedWeights`
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -113,13 +114,14 @@ class LowRank:
         return MovedWeights.of_adapter(model.base_model, adapter.to(model.device))
 
 
-class _Whole:
+class _Whole(ABC):
     """Parameters of the base model that move as they are."""
 
     takes_adapters = False
 
+    @abstractmethod
     def names(self, model: DocToLoRA) -> list[str]:
-        raise NotImplementedError
+        """Of the parameters that move."""
 
     def start(self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int) -> dict[str, Tensor]:
         given: Mapping[str, Tensor] = {} if weights is None else weights.tensors

@@ -2,16 +2,14 @@
 
 import re
 import shutil
-import threading
-import time
 
 import pytest
-import uvicorn
 
-from benchmarks.serving.process import ROOT, free_port
+from benchmarks.serving.process import ROOT
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.serving.app import create_app
 from hypernet.serving.state import ServerSettings
+from tests.served import served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -23,15 +21,8 @@ EXAMPLE = ROOT / "examples/fenda_elfax.txt"
 def address(tmp_path_factory):
     model = DocToLoRA.from_pretrained(ROOT / "assets/tiny").eval().requires_grad_(False)
     app = create_app(model, ServerSettings(directory=str(tmp_path_factory.mktemp("page"))))
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with served(app) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,20 @@
 """benchmarks.serving.load: what users send, what comes of the times, and requests to a real address."""
 
 import asyncio
-import threading
 import time
 from functools import partial
 
 import httpx
 import pytest
-import uvicorn
 from transformers import AutoTokenizer
 
 from benchmarks.serving.engines import endless
 from benchmarks.serving.load import WAYS, documents, drive, markdown, request_of, summary
-from benchmarks.serving.process import ROOT, free_port
+from benchmarks.serving.process import ROOT
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.serving.app import create_app
 from hypernet.serving.state import ServerSettings
+from tests.served import served
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +58,8 @@ def address(tmp_path_factory):
     settings = ServerSettings(directory=str(tmp_path_factory.mktemp("load")), model_name="model")
     model = DocToLoRA.from_pretrained(ROOT / "assets/tiny").eval().requires_grad_(False)
     app = create_app(model, settings, engine=partial(endless, "ours"))
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with served(app) as address:
+        yield address
 
 
 def test_every_request_of_every_user_is_answered_and_timed(asked, address):

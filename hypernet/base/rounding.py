@@ -3,6 +3,7 @@
 same, sentence = same_but_for_rounding(base_model, "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m")
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def same_but_for_rounding(base_model: nn.Module, source: str, made_for: str) -> 
         return False, f"Whether they differ by rounding alone cannot be measured without {made_for}: {how}"
     difference = relative_difference(base_model.state_dict(), reference)
     rounding = KNOWN_BASE_MODELS[name].rounding
+    if math.isinf(difference):
+        return False, "Their weights have other names or shapes."
     if difference > MOST_ROUNDING:
         return False, f"Their weights differ by {difference:.1%} (relative root mean square), more than by rounding."
     return True, (

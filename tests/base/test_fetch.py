@@ -333,6 +333,8 @@ def test_original_is_told_from_another_model(index, package, tmp_path, monkeypat
     same, sentence = same_but_for_rounding(other, "other", "small")
     assert not same and "more than by rounding" in sentence
     assert same_but_for_rounding(other, "other", "another") == (False, "")
+    of_another_shape = same_but_for_rounding(torch.nn.Linear(2, 2), "other", "small")
+    assert of_another_shape == (False, "Their weights have other names or shapes.")
 
 
 def test_difference_without_the_other_says_how_to_get_it(index, package):

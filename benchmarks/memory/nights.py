@@ -15,7 +15,9 @@ before, and weights of Alice that were told another's facts.
 
 import random
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +71,14 @@ class NightsSettings(Settings):
     gate: dict[str, Any]
     moves: dict[str, Any]
     rehearsal: dict[str, Any]
-    steps: Count
+    steps: Count | None
     lr: float
     batch_size: Count
     rehearsal_size: Count
     num_known: Number
     num_background: Count
     num_control_nights: Count
-    objective_steps: list[Count]
+    equal_steps: list[Count]
     output: OutputFile | None
     threads: Count
 
@@ -110,7 +112,14 @@ class House:
     """A memory in a temporary folder with what consolidates it."""
 
     def __init__(
-        self, cfg: NightsSettings, seed: int, *, gate: Any = None, start: str = "nothing", **changes: Any
+        self,
+        cfg: NightsSettings,
+        seed: int,
+        *,
+        gate: Any = None,
+        start: str = "nothing",
+        anew: bool = True,
+        **changes: Any,
     ) -> None:
         import torch
 
@@ -137,6 +146,7 @@ class House:
             consolidator=Consolidator(**given, questions=Wordings(), seed=seed),
             gate=gate or instantiate(cfg.gate),
             start=start,
+            anew=anew,
             background=[question.text for question in self.background],
             texts=texts,
         )
@@ -195,26 +205,29 @@ def nights(cfg: NightsSettings, seed: int) -> Iterator[Row]:
 
     alice, told = Filters("alice"), facts(seed, cfg.num_nights * cfg.num_facts)
     others = facts(seed + 2000, cfg.num_control_nights * cfg.num_facts)
-    for shuffled in (False, True):
-        house, hashes = House(cfg, seed), {}  # of each version when it became live
+    for shuffled, anew in ((False, True), (False, False), (True, True)):
+        house, hashes = House(cfg, seed, anew=anew), {}  # of each version when it became live
         for night in range(cfg.num_control_nights if shuffled else cfg.num_nights):
             today, so_far = (list(told[begin : (night + 1) * cfg.num_facts]) for begin in (night * cfg.num_facts, 0))
             house.tell(others[night * cfg.num_facts : (night + 1) * cfg.num_facts] if shuffled else today, "alice")
             before = house.asked(today, "alice")
+            started = time.process_time()
             done = house.sleep.run(alice, at_once=True)
+            seconds = time.process_time() - started
             hashes |= {done.version: house.hash("alice")} if done.promoted else {}
             yield {
-                **{"kind": "nights", "seed": seed, "night": night + 1, "shuffled": shuffled, "before": before},
-                **{"after": house.asked(today, "alice"), "all_so_far": house.asked(so_far, "alice")},
+                **{"kind": "nights", "seed": seed, "night": night + 1, "shuffled": shuffled, "anew": anew},
+                **{"before": before, "after": house.asked(today, "alice"), "all_so_far": house.asked(so_far, "alice")},
                 **{"oracle": house.oracle(so_far), "background": house.kept("alice"), "promoted": done.promoted},
-                **{"handed_over": done.handed_over, "seconds": done.seconds, "reason": done.reason},
+                **{"handed_over": done.handed_over, "processor_s": seconds, "reason": done.reason},
                 **house.checks(done.version),
             }
         versions, equal = house.own.versions(alice), 0
         for name in reversed(hashes):
             versions.rollback(name)
             equal += house.hash("alice") == hashes[name]
-        yield {"kind": "rollback", "seed": seed, "shuffled": shuffled, "versions": len(hashes), "equal": equal}
+        labels = {"kind": "rollback", "seed": seed, "shuffled": shuffled, "anew": anew}
+        yield {**labels, "versions": len(hashes), "equal": equal}
         house.close()
 
 
@@ -271,17 +284,20 @@ def one_night(
     from hypernet.memory.store.records import Filters
 
     told = facts(seed, 2 * cfg.num_facts)
-    house = House(cfg, seed, **{"steps": 2 * cfg.steps, **changes})
+    house = House(cfg, seed, **changes)
     # Each key with the sentence of another fact.
     texts = [one.text for one in (told[1:] + told[:1] if wrong_memory else told)]
     house.tell([one._replace(text=text) for one, text in zip(told, texts, strict=True)], "alice")
+    started = time.process_time()
     candidate = house.own.consolidate(Filters("alice"))
+    seconds = time.process_time() - started
     house.own.promote(candidate.name, Filters("alice"), force=True)
     training = house.own.training(candidate)
     row = {
         **{**labels, "seed": seed, "facts": len(told), "closed_book": house.asked(told, "alice")},
         **{"open_book": house.oracle(told), "background": house.kept("alice"), "passed": candidate.passed},
-        **{"steps": len(training["losses"]), "seconds": training["seconds"], "tflops": training["flops"] / 1e12},
+        **{"steps": len(training["losses"]), "processor_s": seconds, "tflops": training["flops"] / 1e12},
+        **house.checks(candidate.name),
     }
     if labels["kind"] == "rehearsal":
         row["rehearsed"] = house.own.consolidator.rehearsed(house.own.model, house.memory.store.valid(Filters("alice")))
@@ -292,13 +308,12 @@ def one_night(
 def objectives(cfg: NightsSettings, seed: int) -> Iterator[Row]:
     from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL
 
-    for steps in cfg.objective_steps:
-        for start in ("nothing", "adapters"):
-            for objective in (Supervised(), TeacherKL(), OnPolicy(), Deep()):
-                labels = {"kind": "objectives", "objective": type(objective).__name__, "start": start}
-                yield one_night(cfg, seed, labels, objective=objective, start=start, steps=steps)
+    tried = (Supervised(), TeacherKL(), OnPolicy(), Deep())
+    for steps, start, objective in product(cfg.equal_steps, ("nothing", "adapters"), tried):
+        labels = {"kind": "objectives", "objective": type(objective).__name__, "start": start}
+        yield one_night(cfg, seed, labels, objective=objective, start=start, steps=steps)
     labels = {"kind": "objectives", "objective": "TeacherKL, wrong memory", "start": "nothing"}
-    yield one_night(cfg, seed, labels, steps=max(cfg.objective_steps), wrong_memory=True)
+    yield one_night(cfg, seed, labels, steps=max(cfg.equal_steps), wrong_memory=True)
 
 
 def rehearsal(cfg: NightsSettings, seed: int) -> Iterator[Row]:
@@ -308,18 +323,23 @@ def rehearsal(cfg: NightsSettings, seed: int) -> Iterator[Row]:
     replayed = _known(seed, 96)
     measured = {eight for question in background_questions(held_out=True) for eight in _eights(question.text)}
     measured |= {eight for one in facts(seed, 2 * cfg.num_facts) for eight in _eights(one.question)}
-    for kind in (NoRehearsal(), SelfSynthesised(number=96), Replay(questions=replayed), OtherSubjects(number=96)):
-        row = one_night(cfg, seed, {"kind": "rehearsal", "rehearsal": type(kind).__name__}, rehearsal=kind)
+    kinds = (NoRehearsal(), SelfSynthesised(number=96), Replay(questions=replayed), OtherSubjects(number=96))
+    for steps, kind in product(cfg.equal_steps, kinds):
+        labels = {"kind": "rehearsal", "rehearsal": type(kind).__name__}
+        row = one_night(cfg, seed, labels, rehearsal=kind, steps=steps)
         texts = row.pop("rehearsed")
         overlap = sum(eight in measured for text in texts for eight in _eights(text))
         yield {**row, "rehearsed": len(texts), "overlapping_8_grams": overlap}
 
 
 def _known(seed: int, number: int) -> list[str]:
-    """Questions that the base model answers by itself, about other facts and entities than the measured ones."""
+    """Questions that the base model answers by itself, about other facts and entities than the measured ones, and
+    without eight words in a row of theirs."""
     from hypernet.data.encyclopedia import Encyclopedia, background_questions
 
+    measured = {eight for question in background_questions(held_out=True) for eight in _eights(question.text)}
     asked = [question.text for question in background_questions(held_out=False)]
+    asked = [text for text in asked if measured.isdisjoint(_eights(text))]
     return Encyclopedia("known", seed=seed).rng("replay").sample(asked, number)
 
 
@@ -338,7 +358,7 @@ def review(cfg: NightsSettings, seed: int) -> Iterator[Row]:
 
     alice, told = Filters("alice"), facts(seed, 2 * cfg.num_facts)
     rejected, kept = told[: cfg.num_facts // 2], told[cfg.num_facts // 2 :]
-    house = House(cfg, seed, objective=Supervised(), preference=Preference(), steps=2 * cfg.steps)
+    house = House(cfg, seed, objective=Supervised(), preference=Preference())
     house.tell(told, "alice")
     consolidator, found = house.own.consolidator, Review.of(house.memory.store.folder, alice)
     memories = house.memory.store.valid(alice)
@@ -376,7 +396,7 @@ def tiers(cfg: NightsSettings, seed: int) -> Iterator[Row]:
     from hypernet.text.matching import exact_match
 
     told = facts(seed, cfg.num_nights * cfg.num_facts)
-    house = House(cfg, seed, steps=cfg.num_nights * cfg.steps)
+    house = House(cfg, seed)
     house.tell(told, "alice")
     house.sleep.run(Filters("alice"), at_once=True)
     questions = [one.question for one in told]

@@ -1,9 +1,9 @@
-"""Tables of the rows of benchmarks.memory.nights: means over the seeds.
+"""Tables of the rows of benchmarks.memory.nights: means over the seeds, and their range.
 
 markdown(rows, "nights")
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.measuring.rows import Row
 from benchmarks.report.tables import Table
@@ -23,13 +23,19 @@ def markdown(rows: Sequence[Row], part: str) -> str:
 
 
 def nights(rows: Sequence[Row]) -> Table:
-    names = {False: "told", True: "told another's facts"}
-    label = {"night": lambda row: f"{row['night']}, {names[row['shuffled']]}"}
+    label = {"night": lambda row: f"{row['night']}{_told(row)}"}
     cells = {
         **{"before": "before", "after": "after", "of all so far": "all_so_far", "in the prompt": "oracle"},
-        **{"background": "background", "passed": "promoted"},
+        **{"background": "background", "KL, nats": "gate_locality", "passed": "promoted"},
+        "processor s": "processor_s",
     }
     return _means(rows, label, cells)
+
+
+def _told(row: Row) -> str:
+    if row["shuffled"]:
+        return ", told another's facts"
+    return "" if row["anew"] else ", on top of the last night's weights"
 
 
 def poison(rows: Sequence[Row]) -> Table:
@@ -41,28 +47,37 @@ def poison(rows: Sequence[Row]) -> Table:
 
 
 def objectives(rows: Sequence[Row]) -> Table:
-    """Closed book at each number of steps, and what the first that reaches `REACHED` of the prompt's answers took."""
-    steps = sorted({row["steps"] for row in rows})
-    lines = []
-    for objective, start in dict.fromkeys((row["objective"], row["start"]) for row in rows):
-        own = [row for row in rows if (row["objective"], row["start"]) == (objective, start)]
-        by_steps = {number: [row for row in own if row["steps"] == number] for number in steps}
-        closed = {number: _mean(of, "closed_book") for number, of in by_steps.items()}
-        enough = [of for number, of in by_steps.items() if of and closed[number] >= REACHED * _mean(of, "open_book")]
-        first = enough[0] if enough else []
-        cells = [_said(closed[number]) for number in steps] + [_said(_mean(by_steps[steps[-1]], "background"))]
-        took = [_said(_mean(first, key), digits) for key, digits in (("seconds", 1), ("tflops", 2))]
-        lines.append([NAMES[objective], start, *cells, *took])
-    numbers = [f"{number} steps" for number in steps]
-    return Table("", ["objective", "start", *numbers, "background", "s to 0.8", "TFLOP to 0.8"], lines)
+    label = {"objective": lambda row: NAMES[row["objective"]], "start": lambda row: row["start"]}
+    return _by_steps(rows, label, {"background": "background", "processor s": "processor_s", "TFLOP": "tflops"})
 
 
 def rehearsal(rows: Sequence[Row]) -> Table:
     cells = {
-        **{"closed book": "closed_book", "in the prompt": "open_book", "background": "background"},
-        **{"questions": "rehearsed", "8-grams of what is measured": "overlapping_8_grams"},
+        **{"background": "background", "KL, nats": "gate_locality", "questions": "rehearsed"},
+        **{"8-grams of what is measured": "overlapping_8_grams"},
     }
-    return _means(rows, {"rehearsal": lambda row: NAMES[row["rehearsal"]]}, cells)
+    return _by_steps(rows, {"rehearsal": lambda row: NAMES[row["rehearsal"]]}, cells)
+
+
+def _by_steps(rows: Sequence[Row], label: Mapping[str, Callable[[Row], str]], cells: Mapping[str, str]) -> Table:
+    """Closed book at each number of steps; the rest where it first reaches `REACHED` of the prompt's answers."""
+    steps, lines = sorted({row["steps"] for row in rows}), []
+    labelled = [(tuple(of(row) for of in label.values()), row) for row in rows]
+    for value in dict.fromkeys(one for one, _ in labelled):
+        by_steps = {
+            number: [row for one, row in labelled if one == value and row["steps"] == number] for number in steps
+        }
+        enough = [of for of in by_steps.values() if of and _mean(of, "closed_book") >= REACHED * _mean(of, "open_book")]
+        first = enough[0] if enough else []
+        lines.append(
+            [
+                *value,
+                *(_said(of, "closed_book") for of in by_steps.values()),
+                *(_said(first, key) for key in cells.values()),
+            ]
+        )
+    numbers = [f"{number} steps" for number in steps]
+    return Table("", [*label, *numbers, *(f"{name} at {REACHED}" for name in cells)], lines)
 
 
 def tiers(rows: Sequence[Row]) -> Table:
@@ -80,7 +95,7 @@ def review(rows: Sequence[Row]) -> Table:
         },
         "background": "background",
     }
-    return Table("", ["what", "mean"], [[name, _said(_mean(rows, key))] for name, key in what.items()])
+    return Table("", ["what", "mean"], [[name, _said(rows, key)] for name, key in what.items()])
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
@@ -93,14 +108,18 @@ def _means(rows: Sequence[Row], label: Mapping[str, Callable[[Row], str]], cells
     (name, of_row), lines = next(iter(label.items())), []
     for value in dict.fromkeys(map(of_row, rows)):
         own = [row for row in rows if of_row(row) == value]
-        lines.append([value, *(_said(_mean(own, key)) for key in cells.values())])
+        lines.append([value, *(_said(own, key) for key in cells.values())])
     return Table("", [name, *cells], lines)
 
 
-def _mean(rows: Iterable[Row], key: str) -> float | None:
-    values = [float(row[key]) for row in rows]
-    return sum(values) / len(values) if values else None
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return sum(float(row[key]) for row in rows) / len(rows)
 
 
-def _said(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _said(rows: Sequence[Row], key: str) -> str:
+    """The mean over the seeds, and the lowest and highest of them where they differ."""
+    found = [float(row[key]) for row in rows if row.get(key) is not None]
+    if not found:
+        return "–"
+    text = f"{sum(found) / len(found):.2f}"
+    return text if min(found) == max(found) else f"{text} [{min(found):.2f}, {max(found):.2f}]"

@@ -58,8 +58,9 @@ class Consolidation:
     Args:
         memory: opened with a checkpoint.
         consolidator, gate: how it is trained and what it must show.
-        start: where the first version starts from: the "adapters" that the hypernetwork generated, or "nothing". Later
-            ones start from the version that is live.
+        start: where training starts from: the "adapters" that the hypernetwork generated, or "nothing".
+        anew: every version is trained from there on all of its memories, so that nothing adds up over the nights;
+            False: from the version that is live, two thirds on what is new.
         background: questions without a memory that must stay answered as they are; None: the base model writes some.
         texts: unrelated ones on which the weights should change nothing.
 
@@ -74,12 +75,13 @@ class Consolidation:
         consolidator: Consolidator | None = None,
         gate: PromotionGate | None = None,
         start: str = "nothing",
+        anew: bool = True,
         background: Sequence[str] | None = None,
         texts: Sequence[str] = (),
     ) -> None:
         if start not in STARTS:
             raise ValueError(f"start is {start!r}. Versions start from {' or '.join(STARTS)}.")
-        self.memory, self.start = memory, start
+        self.memory, self.start, self.anew = memory, start, anew
         self.consolidator, self.gate = consolidator or Consolidator(), gate or PromotionGate()
         self.background, self.texts = background, tuple(texts)
         self._loaded: tuple[str, MovedWeights] | None = None
@@ -137,7 +139,7 @@ class Consolidation:
                 trained = self.consolidator.train(
                     self.model,
                     memories,
-                    num_new=len(manifest.new),
+                    num_new=None if self.anew else len(manifest.new),
                     start=weights,
                     checkpoint=checkpoint,
                     progress=progress,
@@ -164,19 +166,20 @@ class Consolidation:
                 "Nothing waits to be consolidated: what holds is in the weights, was refused, or is not approved."
             )
         memories = [*(m for m in self.memory.store.valid(filters) if m.ref in inside), *new]
-        generator = self.memory.bank.generator if live is None and self.start == "adapters" else None
+        first = self.anew or live is None
+        generator = self.memory.bank.generator if first and self.start == "adapters" else None
         manifest = Manifest(
             parent=live.name if live else None,
             contains=tuple(memory.ref for memory in memories),
             new=tuple(memory.ref for memory in new),
             base_model=self.model.base_model_fingerprint,
             generator=generator if self.consolidator.moves.takes_adapters else None,
-            recipe=self.consolidator.recipe,
+            recipe={**self.consolidator.recipe, "anew": self.anew},
         )
         return manifest, memories
 
     def _start(self, filters: Filters, manifest: Manifest) -> MovedWeights | None:
-        if manifest.parent is not None:
+        if manifest.parent is not None and not self.anew:
             return MovedWeights.load(self.versions(filters).get(manifest.parent).folder, self.model)
         if manifest.generator is None:
             return None

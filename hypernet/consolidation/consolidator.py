@@ -39,12 +39,17 @@ from hypernet.text.tokens import framed_ids
 _BATCH = 64  # of answers
 _KEPT_BYTES = 2**28  # of outputs of the base model
 _PAIRS = 8  # of preferred answers in a step
+_TEXTS = 4  # rehearsed in a step
+_STEPS = 16, 3.2  # and for each memory: 32 for five, 96 for 25; of 64 four of the last five memories were not learned
 
 
 class Lesson(NamedTuple):
-    """A question, the memory that answers it (None: rehearsed), and the base model's answer with it in its prompt."""
+    """A question, the memory that answers it (None: rehearsed), and the base model's answer with it in its prompt.
 
-    question: str
+    Without a question the answer is a text, all of which is rehearsed.
+    """
+
+    question: str | None
     document: str | None
     answer: str
 
@@ -66,7 +71,7 @@ class Consolidator:
 
     Args:
         moves, objective, rehearsal, questions: see their modules.
-        steps: of the optimizer (AdamW, 10 % warmup, then a cosine to 0).
+        steps: of the optimizer (AdamW, 10 % warmup, then a cosine to 0); None: 16, and 3.2 for each memory.
         batch_size, rehearsal_size: questions of a step.
         lr: peak learning rate.
         seed: of all that is drawn.
@@ -84,7 +89,7 @@ class Consolidator:
         objective: Objective | None = None,
         rehearsal: Rehearsal | None = None,
         questions: QuestionWriter | None = None,
-        steps: int = 30,
+        steps: int | None = None,
         batch_size: int = 16,
         rehearsal_size: int = 24,
         lr: float = 3e-3,
@@ -92,7 +97,8 @@ class Consolidator:
         checkpoint_steps: int = 10,
         preference: Preference | None = None,
     ) -> None:
-        if min(steps, batch_size, rehearsal_size, checkpoint_steps) < 1 or not lr > 0:
+        given = 1 if steps is None else steps
+        if min(given, batch_size, rehearsal_size, checkpoint_steps) < 1 or not lr > 0:
             raise ValueError(
                 f"steps is {steps}, batch_size {batch_size}, rehearsal_size {rehearsal_size}, checkpoint_steps "
                 f"{checkpoint_steps} and lr {lr}. Give more than 0."
@@ -110,7 +116,8 @@ class Consolidator:
         parts["questions"] |= self.questions.recipe()
         if self.preference is not None:
             parts["preference"] = settings_of(self.preference)
-        return {**parts, **{name: getattr(self, name) for name in _NUMBERS}}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        return {**parts, **numbers, "steps": list(_STEPS) if self.steps is None else self.steps}
 
     def lessons(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[Lesson]:
         """Training wordings with their answers, the base model's unless they are given; some memories have none."""
@@ -118,7 +125,9 @@ class Consolidator:
         for memory in memories:
             given, text = self.questions.answers(memory), str(memory.text)
             found += [Lesson(question, text, given.get(question, "")) for question in self.questions.training(memory)]
-        return [one for one in found if one.answer] + _answered(model, [one[:2] for one in found if not one.answer])
+        return [one for one in found if one.answer] + _answered(
+            model, [(str(one.question), one.document) for one in found if not one.answer]
+        )
 
     def rehearsed(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[str]:
         """The questions that are rehearsed while these memories are trained on."""
@@ -161,23 +170,26 @@ class Consolidator:
                 "open the memory with an extractor."
             )
         rehearsed = _answered(model, [(text, None) for text in self.rehearsed(model, memories)])
-        asked = rehearsed if self.objective.on_policy else old + own + rehearsed
+        texts = [Lesson(None, None, text) for text in self.rehearsal.texts(model, seed=self.seed)]
+        asked = rehearsed + texts if self.objective.on_policy else old + own + rehearsed + texts
         frozen = _Frozen(model, asked, with_hidden=self.objective.needs_hidden)
         pairs = [pair for memory in memories for pair in self.questions.preferences(memory)] if self.preference else []
         parameters = self.moves.start(model, start, seed=self.seed)
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
         first = _restore(checkpoint, parameters, optimizer)
+        steps = self.steps or round(_STEPS[0] + _STEPS[1] * len(memories))
         losses, tokens = [], [0, 0]
-        for step in range(first, self.steps):
+        for step in range(first, steps):
             rng = random.Random(f"{self.seed}/{step}")
             size_old = min(self.batch_size // 3, len(old))
             lessons = rng.sample(old, size_old) + rng.sample(own, min(self.batch_size - size_old, len(own)))
             again = rng.sample(rehearsed, min(self.rehearsal_size, len(rehearsed)))
-            warm = min(1.0, (step + 1) / max(1, self.steps // 10))
+            read = rng.sample(texts, min(_TEXTS, len(texts)))
+            warm = min(1.0, (step + 1) / max(1, steps // 10))
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
+                group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             loss = self._loss(
-                model, parameters, lessons, again, frozen, seed=self.seed * 1_000_003 + step, tokens=tokens
+                model, parameters, lessons, (again, read), frozen, seed=self.seed * 1_000_003 + step, tokens=tokens
             )
             if pairs:
                 loss = loss + self._preferred(model, parameters, rng.sample(pairs, min(_PAIRS, len(pairs))), tokens)
@@ -188,7 +200,7 @@ class Consolidator:
             if checkpoint is not None and (step + 1) % self.checkpoint_steps == 0:
                 _store(checkpoint, parameters, optimizer, step + 1)
             if progress is not None:
-                progress(step + 1, self.steps)
+                progress(step + 1, steps)
         size = sum(parameter.numel() for parameter in model.base_model.parameters())
         with torch.no_grad():
             weights = self.moves.result(model, parameters)
@@ -200,7 +212,7 @@ class Consolidator:
         model: DocToLoRA,
         parameters: Mapping[str, Tensor],
         lessons: Sequence[Lesson],
-        again: Sequence[Lesson],
+        rehearsed: Sequence[Sequence[Lesson]],
         frozen: "_Frozen",
         *,
         seed: int,
@@ -215,7 +227,7 @@ class Consolidator:
         targets = student_rows.targets()[student_rows.target_kind >= 0]
         loss = self.objective(DistilledTokens(student.logits, teacher.logits, targets, student.hidden, teacher.hidden))
         tokens[1] += student.num_tokens
-        if again:
+        for again in filter(None, rehearsed):
             after = _forward(model, moved, _rows(model, again, with_documents=False), False)
             loss = loss + self.rehearsal.weight * kl(frozen(again).logits, after.logits)
             tokens[1] += after.num_tokens
@@ -244,7 +256,7 @@ class Consolidator:
         self, model: DocToLoRA, moved: Mapping[str, Tensor], lessons: Sequence[Lesson], seed: int
     ) -> list[Lesson]:
         """The lessons with answers that the student draws."""
-        prompts = model.layout.prompt_ids(model.tokenizer, [lesson.question for lesson in lessons])
+        prompts = model.layout.prompt_ids(model.tokenizer, [str(lesson.question) for lesson in lessons])
         longest = max(len(row) for row in model.tokenizer([lesson.answer for lesson in lessons])["input_ids"])
         with torch.random.fork_rng(devices=[]), torch.no_grad(), installed(model.base_model, moved):
             torch.manual_seed(seed)
@@ -277,8 +289,10 @@ def _answered(model: DocToLoRA, asked: Sequence[tuple[str, str | None]]) -> list
 def _rows(model: DocToLoRA, lessons: Sequence[Lesson], *, with_documents: bool) -> PackedRows:
     """One row for each lesson: prompt and answer."""
     layout, tokenizer = model.layout, model.tokenizer
-    documents = [lesson.document if with_documents else None for lesson in lessons]
-    prompts = layout.prompt_ids(tokenizer, [lesson.question for lesson in lessons], documents)
+    asked = [lesson for lesson in lessons if lesson.question is not None]
+    documents = [lesson.document if with_documents else None for lesson in asked]
+    found = iter(layout.prompt_ids(tokenizer, [str(lesson.question) for lesson in asked], documents))
+    prompts = [next(found) if lesson.question is not None else [] for lesson in lessons]
     answers = framed_ids(tokenizer, [_framed(model, lesson) for lesson in lessons])
     pairs = zip(prompts, answers, strict=True)
     rows = [pack_row((), [Segment(prompt + answer, len(prompt), False, 0)]) for prompt, answer in pairs]
@@ -319,7 +333,9 @@ class _Frozen:
         self._kept: dict[Lesson, tuple[Tensor, Tensor | None]] = {}
         config = model.base_model.config
         width = config.vocab_size + (config.num_hidden_layers * config.hidden_size if with_hidden else 0)
-        sizes = [len(row) for row in framed_ids(model.tokenizer, [_framed(model, lesson) for lesson in lessons])]
+        rows = framed_ids(model.tokenizer, [_framed(model, lesson) for lesson in lessons])
+        # The first token of a text is not predicted.
+        sizes = [len(row) - (lesson.question is None) for row, lesson in zip(rows, lessons, strict=True)]
         if 4 * width * sum(sizes) > _KEPT_BYTES:
             return
         for start in range(0, len(lessons), _BATCH):
@@ -340,6 +356,8 @@ class _Frozen:
 
 
 def _framed(model: DocToLoRA, lesson: Lesson) -> tuple[str, str, str]:
+    if lesson.question is None:
+        return "", lesson.answer, ""
     return model.layout.before_answer, lesson.answer, model.layout.after_answer
 
 

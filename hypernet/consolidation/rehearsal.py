@@ -35,8 +35,12 @@ class Rehearsal(Protocol):
         """trained: what is asked about the memories."""
         ...
 
+    def texts(self, model: DocToLoRA, *, seed: int) -> list[str]:
+        """All tokens of which are rehearsed, without a question."""
+        return []
 
-class NoRehearsal:
+
+class NoRehearsal(Rehearsal):
     """Nothing: the control."""
 
     weight = 0.0
@@ -45,7 +49,7 @@ class NoRehearsal:
         return []
 
 
-class Replay:
+class Replay(Rehearsal):
     """Questions that are given, such as held ones of earlier memories or of a background.
 
     Args:
@@ -65,7 +69,7 @@ class Replay:
         return list(self._given)
 
 
-class SelfSynthesised:
+class SelfSynthesised(Rehearsal):
     """Questions that the base model writes where a user would, drawn at a temperature; no user's data is needed.
 
     They are grouped by their words without names and numbers, and taken from the groups in turn, so that what the model
@@ -108,7 +112,7 @@ class SelfSynthesised:
         return _in_turn([text for text in dict.fromkeys(drawn) if text], self.number)
 
 
-class OtherSubjects:
+class OtherSubjects(Rehearsal):
     """What is asked about the memories, of other subjects, whose names the base model writes.
 
     A student that is told one teacher answers with that name wherever a teacher is asked for: these questions are the
@@ -117,16 +121,19 @@ class OtherSubjects:
     Args:
         number: of questions, at most.
         also: given questions in addition, such as those that the base model is known to answer.
+        num_texts: that the base model writes, so that it writes on as before.
         weight: of the loss.
 
     Raises:
         ValueError: number is below 1.
     """
 
-    def __init__(self, *, number: int = 160, also: Sequence[str] = (), weight: float = 1.0) -> None:
+    def __init__(
+        self, *, number: int = 160, also: Sequence[str] = (), num_texts: int = 64, weight: float = 1.0
+    ) -> None:
         if number < 1:
             raise ValueError(f"number is {number}. Give at least 1.")
-        self.number, self.also, self.weight = number, tuple(also), weight
+        self.number, self.also, self.num_texts, self.weight = number, tuple(also), num_texts, weight
 
     def questions(self, model: DocToLoRA, *, seed: int, trained: Sequence[AboutSubject] = ()) -> list[str]:
         told = {one.subject for one in trained}
@@ -137,6 +144,11 @@ class OtherSubjects:
         chosen = [trained[place % len(trained)] for place in range(max(self.number, len(trained)))]
         asked = [one.question.replace(one.subject, rng.choice(names)) for one in rng.sample(chosen, self.number)]
         return [*dict.fromkeys(asked), *self.also]
+
+    def texts(self, model: DocToLoRA, *, seed: int) -> list[str]:
+        if not self.num_texts:
+            return []
+        return SelfSynthesised(number=self.num_texts, max_tokens=40).questions(model, seed=seed + 1)
 
 
 def written_names(model: DocToLoRA, *, seed: int) -> list[str]:

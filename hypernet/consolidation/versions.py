@@ -42,7 +42,7 @@ class Manifest:
     """What a version is.
 
     Attributes:
-        parent: version that the training started from; None: the base model.
+        parent: version that was live then; None: the base model. Training started from it if the recipe is not anew.
         contains: id@version of the memories in it. new: of those, the ones that its parent lacks.
         base_model: fingerprint. generator: of the adapters that it started from, if it did.
         recipe: the settings of training; the same memories by the same recipe are the same version.

@@ -36,20 +36,28 @@ def test_facts_are_25_keys_told_in_sentences_with_the_answer(told):
 
 
 def test_tables_are_means_over_seeds():
-    night = {"kind": "nights", "night": 1, "shuffled": False, "before": 0.0, "oracle": 1.0, "background": 1.0}
-    rows = [night | {"after": value, "all_so_far": value, "promoted": value == 1} for value in (1.0, 0.5)]
+    night = {"kind": "nights", "night": 1, "shuffled": False, "before": 0.0, "oracle": 1.0}
+    night |= {"background": 1.0, "gate_locality": 0.1, "processor_s": 9.0}
+    rows = [night | {"after": value, "all_so_far": 1.0, "promoted": value == 1, "anew": True} for value in (1.0, 0.5)]
+    rows += [rows[0] | {"anew": False}, rows[0] | {"shuffled": True}]
     assert markdown([*rows, {"kind": "rollback"}], "nights").splitlines()[2:] == [
-        "| 1, told | 0.00 | 0.75 | 0.75 | 1.00 | 1.00 | 0.50 |"
+        "| 1 | 0.00 | 0.75 [0.50, 1.00] | 1.00 | 1.00 | 1.00 | 0.10 | 0.50 [0.00, 1.00] | 9.00 |",
+        "| 1, on top of the last night's weights | 0.00 | 1.00 | 1.00 | 1.00 | 1.00 | 0.10 | 1.00 | 9.00 |",
+        "| 1, told another's facts | 0.00 | 1.00 | 1.00 | 1.00 | 1.00 | 0.10 | 1.00 | 9.00 |",
     ]
     trained = {"kind": "objectives", "objective": "Deep", "start": "nothing", "open_book": 1.0, "background": 0.9}
     rows = [
-        trained | {"steps": steps, "closed_book": closed, "seconds": 1.0 * steps, "tflops": 0.1 * steps}
+        trained | {"steps": steps, "closed_book": closed, "processor_s": 1.0 * steps, "tflops": 0.1 * steps}
         for steps, closed in ((10, 0.5), (10, 0.7), (30, 0.8), (30, 0.9))
     ]
-    assert markdown(rows, "objectives").splitlines()[2] == "| deep | nothing | 0.60 | 0.85 | 0.90 | 30.0 | 3.00 |"
-    assert markdown(rows[:2], "objectives").splitlines()[2].endswith("| – | – |")
+    line = "| deep | nothing | 0.60 [0.50, 0.70] | 0.85 [0.80, 0.90] | 0.90 | 30.00 | 3.00 |"
+    assert markdown(rows, "objectives").splitlines()[2] == line
+    assert markdown(rows[:2], "objectives").splitlines()[2].endswith("| 0.60 [0.50, 0.70] | – | – | – |")
 
 
 def test_wordings_that_overlap_are_counted_by_eight_words():
     assert _eights("a b c d e f G h i") == [tuple("abcdefgh"), tuple("bcdefghi")] and _eights("a b c d e f g") == []
-    assert len(_known(3, 5)) == 5 and set(_known(3, 5)) <= {q.text for q in background_questions(held_out=False)}
+    known = _known(3, 5)
+    assert len(known) == 5 and set(known) <= {q.text for q in background_questions(held_out=False)}
+    measured = {eight for question in background_questions(held_out=True) for eight in _eights(question.text)}
+    assert measured and not [text for text in known if measured & set(_eights(text))]

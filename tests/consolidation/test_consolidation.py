@@ -50,6 +50,22 @@ def memory(tmp_path, make_doc_to_lora):
     memory.close()
 
 
+@pytest.mark.parametrize("anew", [True, False])
+def test_later_version_is_trained_anew_or_on_top(memory, anew):
+    """Anew it is what one night with all memories makes, to the bit; on top it is not."""
+    own = consolidation_of(memory, anew=anew)
+    first = own.consolidate(ALICE)
+    own.promote(first.name, ALICE)
+    memory.add("Vell is a miller.", user_id="alice", subject="Vell", relation="profession")
+    second = own.consolidate(ALICE)
+    assert second.manifest.parent == first.name and second.manifest.recipe["anew"] is anew
+    own.rollback("base", ALICE)
+    alone = own.consolidate(ALICE)
+    assert alone.manifest.parent is None and alone.manifest.contains == second.manifest.contains
+    tensors = [own._weights(version).tensors for version in (second, alone)]
+    assert all(torch.equal(tensors[0][name], tensor) for name, tensor in tensors[1].items()) is anew
+
+
 def test_candidate_is_never_live_by_itself(memory):
     own = consolidation_of(memory)
     candidate = own.consolidate(ALICE)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hypernet.consolidation.consolidator import Consolidator, Lesson, _forward, _rows
+from hypernet.consolidation.consolidator import Consolidator, Lesson, _forward, _Frozen, _rows
 from hypernet.consolidation.moves import ChosenRows, Everything, LowRank, UpperBlocks
-from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL
+from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL, kl
 from hypernet.consolidation.questions import Templates
 from hypernet.consolidation.rehearsal import AboutSubject, NoRehearsal, OtherSubjects, Replay, SelfSynthesised
 from hypernet.consolidation.weights import MovedWeights, installed
@@ -108,6 +108,39 @@ def test_teacher_has_the_memory_and_the_student_has_not(model):
         answer = rows.ids[0, len(prompt) :].tolist()
         logits = model.base_model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         assert torch.allclose(output.logits, logits, atol=1e-5) and output.hidden.shape[:2] == (2, len(answer))
+
+
+def test_all_tokens_of_a_rehearsed_text_are_compared(model):
+    lessons = [Lesson(None, None, "Orla Wint taught Fenda."), Lesson("Who?", "Orla taught.", "Orla")]
+    output = _forward(model, {}, _rows(model, lessons, with_documents=True), False)
+    ids = model.tokenizer(lessons[0].answer, return_tensors="pt")["input_ids"]
+    assert torch.allclose(output.logits[: ids.shape[1] - 1], model.base_model(ids).logits[0, :-1], atol=1e-5)
+    kept = _Frozen(model, lessons, with_hidden=False)
+    assert [len(kept([lesson]).logits) for lesson in lessons] == [
+        ids.shape[1] - 1,
+        len(output.logits) - ids.shape[1] + 1,
+    ]
+
+
+def test_rehearsed_texts_keep_the_model_near_itself(model, memories):
+    """On texts of the same kind; without them the same training moves it further."""
+    texts = SelfSynthesised(number=8, max_tokens=12).questions(model, seed=99)
+    moved = []
+    for num_texts in (0, 8):
+        rehearsal = OtherSubjects(number=4, num_texts=num_texts, weight=1.0)
+        settings = {"rehearsal": rehearsal, "batch_size": 4, "steps": 12, "lr": 2e-2}
+        tensors = Consolidator(moves=LowRank(rank=3), **settings).train(model, memories).weights.tensors
+        rows = _rows(model, [Lesson(None, None, text) for text in texts], with_documents=False)
+        with torch.no_grad():
+            moved.append(kl(_forward(model, {}, rows, False).logits, _forward(model, tensors, rows, False).logits))
+    assert moved[1] < 0.7 * moved[0]
+
+
+@pytest.mark.parametrize(("given", "steps"), [(None, 22), (3, 3)])
+def test_steps_grow_with_the_memories_unless_given(model, memories, given, steps):
+    consolidator = Consolidator(moves=LowRank(rank=1), rehearsal=NoRehearsal(), batch_size=1, steps=given)
+    assert len(consolidator.train(model, memories).losses) == steps
+    assert consolidator.recipe["steps"] == (given or [16, 3.2])
 
 
 def test_low_rank_starts_from_generated_adapters(model):

@@ -32,10 +32,15 @@ MovesOption = Annotated[str, typer.Option("--moves", help="What is trained: lora
 Rank = Annotated[int, typer.Option(help="Of the LoRA.", min=1)]
 ObjectiveOption = Annotated[str, typer.Option("--objective", help="kl, sft, on-policy or deep.")]
 RehearsalOption = Annotated[str, typer.Option("--rehearsal", help="other (subjects), self (written) or none.")]
-Steps = Annotated[int, typer.Option(help="Of training.", min=1)]
+Steps = Annotated[
+    int | None, typer.Option(help="Of training; default 16, and 3.2 for each memory.", min=1, show_default=False)
+]
+Anew = Annotated[
+    bool, typer.Option("--anew/--on-top", help="Of all memories, or on top of the live weights: it drifts.")
+]
 Lr = Annotated[float, typer.Option(help="Peak learning rate; default 0.003 for lora, else 0.0007.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
-Start = Annotated[str, typer.Option(help="The first version starts from nothing or from adapters.")]
+Start = Annotated[str, typer.Option(help="Training starts from nothing or from adapters.")]
 Gate = Annotated[
     Path | None,
     typer.Option(help="YAML with thresholds, as conf/consolidation/gate.yaml.", show_default=False),
@@ -108,7 +113,8 @@ def consolidate(
     rank: Rank = 16,
     objective: ObjectiveOption = "kl",
     rehearsal: RehearsalOption = "other",
-    steps: Steps = 30,
+    steps: Steps = None,
+    anew: Anew = True,
     lr: Lr = 0.0,
     seed: Seed = 0,
     start: Start = "nothing",
@@ -125,7 +131,7 @@ def consolidate(
     hypernet memory consolidate --user alice
     """
     filters = _filters(user, agent, run)
-    with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, lr, seed, start, gate) as own:
+    with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, anew, lr, seed, start, gate) as own:
         _approved_only(own, filters, approved)
         if dry_run:
             manifest, _ = own.planned(filters, retry=retry)
@@ -182,7 +188,8 @@ def sleep(
     rank: Rank = 16,
     objective: ObjectiveOption = "kl",
     rehearsal: RehearsalOption = "other",
-    steps: Steps = 30,
+    steps: Steps = None,
+    anew: Anew = True,
     lr: Lr = 0.0,
     seed: Seed = 0,
     start: Start = "nothing",
@@ -201,7 +208,7 @@ def sleep(
     from hypernet.consolidation.sleep import Sleep
 
     policy, filters = _cadence(cadence), _filters(user, agent, run)
-    with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, lr, seed, start, gate) as own:
+    with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, anew, lr, seed, start, gate) as own:
         _approved_only(own, filters, approved)
         with _bar() as progress:
             night = Sleep(own, cadence=policy).run(filters, at_once=now, progress=progress)
@@ -307,7 +314,8 @@ def _consolidation(
     rank: int = 16,
     objective: str = "kl",
     rehearsal: str = "other",
-    steps: int = 30,
+    steps: int | None = None,
+    anew: bool = True,
     lr: float = 0.0,
     seed: int = 0,
     start: str = "nothing",
@@ -351,7 +359,7 @@ def _consolidation(
     judge = PromotionGate(**thresholds)
     memory = Memory.open(directory, create=False, model=model)
     try:
-        yield Consolidation(memory, consolidator=consolidator, gate=judge, start=start)
+        yield Consolidation(memory, consolidator=consolidator, gate=judge, start=start, anew=anew)
     finally:
         memory.close()
 

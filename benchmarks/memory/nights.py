@@ -6,6 +6,7 @@ objectives  one night by each objective, from nothing and from the generated ada
 rehearsal   one night without rehearsal, with what the model writes itself, and with given questions
 tiers       the same facts from the prompt, from adapters, from weights, the others switched off
 review      what the model wrote, accepted, edited and rejected by a person who knows the truth
+portability the same memories rebuilt for another base model
 
 A fact is a sentence of the encyclopedia's test split that the base model cannot know. Of the four wordings in which the
 encyclopedia asks for it the first two and the templates of `hypernet.consolidation.questions` are trained on, the third
@@ -16,7 +17,7 @@ before, and weights of Alice that were told another's facts.
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
 from hypernet.consolidation.questions import Templates
 from hypernet.memory.store.records import MemoryVersion
 
-PARTS = ("nights", "poison", "objectives", "rehearsal", "tiers", "review")
+PARTS = ("nights", "poison", "objectives", "rehearsal", "tiers", "review", "portability")
 
 
 class Told(NamedTuple):
@@ -79,6 +80,7 @@ class NightsSettings(Settings):
     num_background: Count
     num_control_nights: Count
     equal_steps: list[Count]
+    portable: list[Text]
     output: OutputFile | None
     threads: Count
 
@@ -119,6 +121,7 @@ class House:
         gate: Any = None,
         start: str = "nothing",
         anew: bool = True,
+        checkpoint: str | None = None,
         **changes: Any,
     ) -> None:
         import torch
@@ -128,10 +131,13 @@ class House:
         from hypernet.consolidation.sleep import Sleep
         from hypernet.data.encyclopedia import Encyclopedia, background_questions
         from hypernet.memory.memory import Memory
+        from hypernet.text.matching import exact_match
 
         torch.set_num_threads(cfg.threads)
+        self.right: Callable[..., float] = exact_match
         self._folder = tempfile.TemporaryDirectory()
-        self.memory = Memory.open(Path(self._folder.name) / "memory", model=_model(cfg.checkpoint))
+        model = _model(checkpoint or cfg.checkpoint)
+        self.memory = Memory.open(Path(self._folder.name) / "memory", model=model)
         numbers = {name: getattr(cfg, name) for name in ("steps", "lr", "batch_size", "rehearsal_size")}
         parts = {"moves": instantiate(cfg.moves), "rehearsal": instantiate(cfg.rehearsal)}
         given = {**numbers, **parts, **changes}
@@ -160,10 +166,9 @@ class House:
     def asked(self, told: Sequence[Told], user: str) -> float:
         """Share answered rightly by the weights with an empty prompt."""
         from hypernet.memory.store.records import Filters
-        from hypernet.text.matching import exact_match
 
         answers = self.own.ask([one.question for one in told], Filters(user))
-        return _mean(exact_match(answer.text, (one.answer,)) for answer, one in zip(answers, told, strict=True))
+        return _mean(self.right(answer.text, (one.answer,)) for answer, one in zip(answers, told, strict=True))
 
     def kept(self, user: str) -> float:
         """Share of the background that is answered rightly."""
@@ -176,10 +181,8 @@ class House:
 
     def oracle(self, told: Sequence[Told]) -> float:
         """With each fact alone in the prompt."""
-        from hypernet.text.matching import exact_match
-
         texts = self.own.model.generate([one.question for one in told], documents=[one.text for one in told])
-        return _mean(exact_match(text, (one.answer,)) for text, one in zip(texts, told, strict=True))
+        return _mean(self.right(text, (one.answer,)) for text, one in zip(texts, told, strict=True))
 
     def hash(self, user: str) -> str:
         """Of the files of the live version; the base model has none."""
@@ -305,6 +308,39 @@ def one_night(
     return row
 
 
+def portability(cfg: NightsSettings, seed: int) -> Iterator[Row]:
+    """The same memories, exported and rebuilt for another base model; answers of one that speaks in sentences count
+    where they hold the truth."""
+    from benchmarks.measuring.metrics import contains
+    from hypernet.memory.store.records import Filters
+
+    told, exported, alice = facts(seed, cfg.num_facts), None, Filters("alice")
+    for checkpoint in cfg.portable:
+        house = House(cfg, seed, checkpoint=checkpoint, rehearsal=instantiate(cfg.rehearsal))
+        house.right = contains
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "alice.jsonl"
+            if exported is None:
+                house.tell(told, "alice")
+                house.memory.export_jsonl(path, user_id="alice")
+                exported = path.read_bytes()
+            else:
+                path.write_bytes(exported)
+                house.memory.import_jsonl(path)
+        before, started = house.asked(told, "alice"), time.process_time()
+        candidate = house.own.consolidate(alice)
+        seconds = time.process_time() - started
+        house.own.promote(candidate.name, alice, force=True)
+        training = house.own.training(candidate)
+        yield {
+            **{"kind": "portability", "seed": seed, "checkpoint": checkpoint, "facts": len(told), "before": before},
+            **{"closed_book": house.asked(told, "alice"), "another_user": house.asked(told, "bob")},
+            **{"open_book": house.oracle(told), "passed": candidate.passed, "processor_s": seconds},
+            **{"steps": len(training["losses"]), "tflops": training["flops"] / 1e12, **house.checks(candidate.name)},
+        }
+        house.close()
+
+
 def objectives(cfg: NightsSettings, seed: int) -> Iterator[Row]:
     from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL
 
@@ -421,7 +457,7 @@ def main(cfg: Any) -> None:
 def rows(cfg: NightsSettings) -> Iterator[Row]:
     """All rows, part after part."""
     made = {"nights": nights, "poison": poison, "objectives": objectives, "rehearsal": rehearsal, "tiers": tiers}
-    made["review"] = review
+    made |= {"review": review, "portability": portability}
     for part in cfg.parts:
         for seed in cfg.seeds:
             yield from made[part](cfg, seed)
@@ -432,10 +468,14 @@ _MODELS: dict[str, Any] = {}
 
 def _model(checkpoint: str) -> Any:
     """Once for all memories."""
+    from benchmarks.measuring.measure import BaseModelAlone, is_base_model
     from hypernet.doc_to_lora import DocToLoRA
 
     if checkpoint not in _MODELS:
-        _MODELS[checkpoint] = DocToLoRA.from_pretrained(checkpoint).eval()
+        alone = is_base_model(checkpoint)
+        model = BaseModelAlone.load(checkpoint, device="cpu") if alone else DocToLoRA.from_pretrained(checkpoint)
+        # bfloat16 rounds away what a step of training moves.
+        _MODELS[checkpoint] = model.float().eval().requires_grad_(False)
     return _MODELS[checkpoint]
 
 

@@ -85,11 +85,12 @@ class LowRank:
         return found
 
     def tensors(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            f"{path}.weight": model.base_model.get_parameter(f"{path}.weight")
-            + parameters[f"{path}.B"].T @ parameters[f"{path}.A"]
-            for path in (name.removesuffix(".A") for name in parameters if name.endswith(".A"))
-        }
+        tensors = {}
+        for path in (name.removesuffix(".A") for name in parameters if name.endswith(".A")):
+            weight = model.base_model.get_parameter(f"{path}.weight")
+            delta = parameters[f"{path}.B"].T @ parameters[f"{path}.A"]  # in float32, whatever the base model is in
+            tensors[f"{path}.weight"] = weight + delta.to(weight.dtype)
+        return tensors
 
     def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> MovedWeights:
         targets = find_targets(model.base_model, self.target_modules)

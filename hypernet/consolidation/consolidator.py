@@ -25,7 +25,7 @@ from torch import Tensor
 from hypernet.base.generation import decode_answer, end_ids, generate_ids
 from hypernet.base.packed_rows import PackedRows, Segment, pack_row, pad_rows
 from hypernet.base.targets import find_blocks
-from hypernet.consolidation.moves import LowRank, Moves, settings_of
+from hypernet.consolidation.moves import Examples, LowRank, Moves, settings_of
 from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
 from hypernet.consolidation.questions import QuestionWriter, Templates
 from hypernet.consolidation.rehearsal import AboutSubject, OtherSubjects, Rehearsal
@@ -164,7 +164,8 @@ class Consolidator:
         asked = rehearsed if self.objective.on_policy else old + own + rehearsed
         frozen = _Frozen(model, asked, with_hidden=self.objective.needs_hidden)
         pairs = [pair for memory in memories for pair in self.questions.preferences(memory)] if self.preference else []
-        parameters = self.moves.start(model, start, seed=self.seed)
+        examples = Examples(*(_batches(model, part) for part in (old + own, rehearsed)))
+        parameters = self.moves.start(model, start, seed=self.seed, examples=examples)
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
         first = _restore(checkpoint, parameters, optimizer)
         losses, tokens = [], [0, 0]
@@ -283,6 +284,11 @@ def _rows(model: DocToLoRA, lessons: Sequence[Lesson], *, with_documents: bool) 
     pairs = zip(prompts, answers, strict=True)
     rows = [pack_row((), [Segment(prompt + answer, len(prompt), False, 0)]) for prompt, answer in pairs]
     return pad_rows(rows, pad_id=tokenizer.pad_token_id or 0).to(model.device)
+
+
+def _batches(model: DocToLoRA, lessons: Sequence[Lesson]) -> list[PackedRows]:
+    parts = [lessons[start : start + _BATCH] for start in range(0, len(lessons), _BATCH)]
+    return [_rows(model, part, with_documents=False) for part in parts]
 
 
 def _forward(model: DocToLoRA, moved: Mapping[str, Tensor], rows: PackedRows, with_hidden: bool) -> _Output:

@@ -89,7 +89,7 @@ def test_file_survives_and_forgets_what_is_purged(memory, review):
     review.decide(key, "accept")
     assert Review(review.path).items == review.items and review.items[key].status == "accepted"
     memory.delete(memory.refs[0].split("@")[0], reason="asked")
-    Consolidation(memory).purge()
+    memory.purge()
     assert {item.memory for item in Review(review.path).items.values()} == {memory.refs[1]}
     assert b"Fenda" not in review.path.read_bytes()
 

@@ -14,8 +14,8 @@ from hypernet.cli.memory.tiers import Agent, Checkpoint, Run, User
 if TYPE_CHECKING:
     from hypernet.consolidation.cadence import Cadence
     from hypernet.consolidation.consolidation import Consolidation
-    from hypernet.consolidation.versions import Version
     from hypernet.memory.memory import Memory
+    from hypernet.memory.weights.versions import Version
 
 REFUSED = 2  # exit status where the gate said no
 _DIRECTORY, _MODEL = "outputs/memory", "assets/tiny"
@@ -157,7 +157,7 @@ def promote(
     \b
     hypernet memory promote w-3f0a9c21d4e7 --user alice
     """
-    from hypernet.consolidation.versions import GateRefused
+    from hypernet.memory.weights.versions import GateRefused
 
     with _consolidation(directory, model) as own:
         try:
@@ -220,7 +220,7 @@ def sleep(
 
 def listed(memory: "Memory", user: str | None, agent: str | None, run: str | None) -> tuple[dict[str, Any], ...]:
     """Rows of somebody's versions."""
-    from hypernet.consolidation.versions import Versions
+    from hypernet.memory.weights.versions import Versions
 
     versions = Versions.of(memory.store.folder, _filters(user, agent, run))
     forced = {entry["version"] for entry in versions.promotions() if entry["forced"]}
@@ -243,7 +243,7 @@ def tier(memory: "Memory", user: str | None, agent: str | None, run: str | None)
     memories: of the version that was made live last, or of an ancestor that answers in its place. missing: hold and are
     in no weights. stale: in that version and hold no more, so that it answers nothing. bytes: of all versions.
     """
-    from hypernet.consolidation.versions import BASE, Versions
+    from hypernet.memory.weights.versions import BASE, Versions
 
     filters = _filters(user, agent, run)
     versions = Versions.of(memory.store.folder, filters)
@@ -265,7 +265,7 @@ def tier(memory: "Memory", user: str | None, agent: str | None, run: str | None)
 
 def rolled_back(memory: "Memory", name: str, user: str | None, agent: str | None, run: str | None) -> str:
     """Makes it live, and says so."""
-    from hypernet.consolidation.versions import Versions
+    from hypernet.memory.weights.versions import Versions
 
     Versions.of(memory.store.folder, _filters(user, agent, run)).rollback(name)
     return f"{name} is live"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hypernet.consolidation.consolidator import Consolidator
-from hypernet.consolidation.gate import Asked, Exam, PromotionGate
+from hypernet.consolidation.gate import Asked, Exam, PromotionGate, answered
 from hypernet.consolidation.rehearsal import SelfSynthesised, written_names
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
@@ -27,7 +27,6 @@ from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Filters, MemoryVersion
 from hypernet.memory.store.times import now, to_text
 from hypernet.memory.weights.versions import Manifest, Version, Versions
-from hypernet.text.matching import exact_match
 
 STARTS = ("adapters", "nothing")
 WEIGHT_TIERS = ("weights", "weights+adapter")
@@ -225,7 +224,11 @@ class Consolidation:
 
     def _asked(self, memories: Sequence[MemoryVersion]) -> list[Asked]:
         writer = self.consolidator.questions
-        return [Asked(text, str(memory.text)) for memory in memories for text in writer.held_out(memory)]
+        return [
+            Asked(text, str(memory.text), writer.right_answer(memory))
+            for memory in memories
+            for text in writer.held_out(memory)
+        ]
 
     def _background(self, memories: Sequence[MemoryVersion]) -> list[str]:
         if self.background is not None:
@@ -265,16 +268,11 @@ class Consolidation:
         live = self.live(filters)
         if live is None:
             return []
-        weights, writer, found = self._weights(live), self.consolidator.questions, []
         memories = [m for m in self.memory.store.valid(filters) if m.ref in live.manifest.contains]
-        asked = [(m.ref, text, str(m.text)) for m in memories for text in writer.held_out(m)]
-        if asked:
-            questions = [text for _, text, _ in asked]
-            wanted = self.model.generate(questions, documents=[document for *_, document in asked])
-            with installed(self.model.base_model, weights.tensors):
-                answers = self.model.generate(questions)
-            wrong = {ref for (ref, *_), a, b in zip(asked, answers, wanted, strict=True) if not exact_match(a, (b,))}
-            found = [ref for ref in dict.fromkeys(ref for ref, *_ in asked) if ref not in wrong]
+        refs = [memory.ref for memory in memories for _ in self.consolidator.questions.held_out(memory)]
+        right = answered(self.model, self._weights(live), self._asked(memories))
+        wrong = {ref for ref, is_right in zip(refs, right, strict=True) if not is_right}
+        found = [ref for ref in dict.fromkeys(refs) if ref not in wrong]
         with replaced(live.folder / _HANDED_OVER) as temporary:
             temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return found

@@ -35,6 +35,10 @@ class QuestionWriter(Protocol):
         """Training question → its answer, of those that the base model is not asked for."""
         return {}
 
+    def right_answer(self, memory: MemoryVersion) -> str | None:
+        """To every held-out question; None: what the base model answers with the memory in its prompt."""
+        return None
+
     def preferences(self, memory: MemoryVersion) -> list[tuple[str, str, str]]:
         """(question, better answer, worse answer)."""
         return []

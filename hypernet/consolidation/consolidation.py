@@ -12,11 +12,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hypernet.consolidation.consolidator import Consolidator
+from hypernet.consolidation.documents import add_documents
 from hypernet.consolidation.gate import Asked, Exam, PromotionGate, answered
 from hypernet.consolidation.rehearsal import SelfSynthesised, written_names
 from hypernet.consolidation.weights import MovedWeights, installed
@@ -111,17 +113,21 @@ class Consolidation:
         self,
         filters: Filters,
         *,
+        documents: str | Path | None = None,
         retry: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Version:
         """A candidate with what is live and what waits, trained and judged. What was done before is not done again.
 
         Args:
+            documents: a file or folder, whose passages are added to the memory first, see `add_documents`.
             retry: also memories that a refused candidate brought in.
 
         Raises:
-            ValueError: nothing waits, or nothing can be asked about it.
+            ValueError: nothing waits, or nothing can be asked about it; or a document cannot be read.
         """
+        if documents is not None:
+            add_documents(self.memory, self.model, documents, filters, seed=self.consolidator.seed)
         versions = self.versions(filters)
         with versions.alone():
             manifest, memories = self.planned(filters, retry=retry)

@@ -25,6 +25,7 @@ from torch import Tensor
 from hypernet.base.generation import decode_answer, end_ids, generate_ids
 from hypernet.base.packed_rows import PackedRows, Segment, pack_row, pad_rows
 from hypernet.base.targets import find_blocks
+from hypernet.consolidation.documents import Evidence
 from hypernet.consolidation.moves import Examples, LowRank, Moves, settings_of
 from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
 from hypernet.consolidation.questions import QuestionWriter, Templates
@@ -72,6 +73,7 @@ class Consolidator:
         seed: of all that is drawn.
         checkpoint_steps: between checkpoints.
         preference: of a person's answers over the model's, where the questions have such pairs; None: without it.
+        evidence: what the teacher reads of a memory; None: its whole text.
 
     Raises:
         ValueError: a size is below 1.
@@ -91,6 +93,7 @@ class Consolidator:
         seed: int = 0,
         checkpoint_steps: int = 10,
         preference: Preference | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         if min(steps, batch_size, rehearsal_size, checkpoint_steps) < 1 or not lr > 0:
             raise ValueError(
@@ -101,7 +104,7 @@ class Consolidator:
         self.rehearsal, self.questions = rehearsal or OtherSubjects(), questions or Templates()
         self.steps, self.batch_size, self.rehearsal_size = steps, batch_size, rehearsal_size
         self.lr, self.seed, self.checkpoint_steps = lr, seed, checkpoint_steps
-        self.preference = preference
+        self.preference, self.evidence = preference, evidence
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -110,24 +113,28 @@ class Consolidator:
         parts["questions"] |= self.questions.recipe()
         if self.preference is not None:
             parts["preference"] = settings_of(self.preference)
+        if self.evidence is not None:
+            parts["evidence"] = settings_of(self.evidence)
         return {**parts, **{name: getattr(self, name) for name in _NUMBERS}}
 
     def lessons(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[Lesson]:
         """Training wordings with their answers, the base model's unless they are given; some memories have none."""
         found = []
         for memory in memories:
-            given, text = self.questions.answers(memory), str(memory.text)
-            found += [Lesson(question, text, given.get(question, "")) for question in self.questions.training(memory)]
+            given = self.questions.answers(memory)
+            for question in self.questions.training(memory):
+                text = str(memory.text) if self.evidence is None else self.evidence.prompt(question, memory)
+                found.append(Lesson(question, text, given.get(question, "")))
         return [one for one in found if one.answer] + _answered(model, [one[:2] for one in found if not one.answer])
 
     def rehearsed(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[str]:
         """The questions that are rehearsed while these memories are trained on."""
         trained = [
-            AboutSubject(text, memory.subject)
+            AboutSubject(text, subject)
             for memory in memories
-            if memory.subject
+            for subject in self.questions.subjects(memory)
             for text in self.questions.training(memory)
-            if memory.subject in text
+            if subject in text
         ]
         return self.rehearsal.questions(model, seed=self.seed, trained=trained)
 

@@ -18,11 +18,12 @@ from hypernet.text.sentences import split_sentences
 
 
 class ExtractedFact(NamedTuple):
-    """A sentence that says one thing, and the key by which it supersedes."""
+    """A sentence that says one thing, and the key by which it supersedes; object: what it says."""
 
     text: str
     subject: str
     relation: str
+    object: str
 
 
 Extractor = Callable[[str], list[ExtractedFact]]
@@ -55,5 +56,6 @@ def _facts(text: str) -> Iterator[ExtractedFact]:
             continue
         for pattern in _PATTERNS:
             if found := pattern.match(sentence):
-                yield ExtractedFact(sentence, found["subject"], found["relation"].casefold())
+                said = sentence[found.end() - 1 :].rstrip(".! ")  # a pattern ends with the first letter of it
+                yield ExtractedFact(sentence, found["subject"], found["relation"].casefold(), said)
                 break

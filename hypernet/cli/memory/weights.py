@@ -40,6 +40,10 @@ Gate = Annotated[
     Path | None,
     typer.Option(help="YAML with thresholds, as conf/consolidation/gate.yaml.", show_default=False),
 ]
+Documents = Annotated[
+    Path | None,
+    typer.Option(help="File or folder whose passages become memories first.", show_default=False),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
 Approved = Annotated[bool, typer.Option("--approved", help="Only what was accepted or edited, see review.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Also what a refused candidate brought in.")]
@@ -102,6 +106,7 @@ def consolidate(
     user: User = None,
     agent: Agent = None,
     run: Run = None,
+    documents: Documents = None,
     dry_run: DryRun = False,
     retry: Retry = False,
     moves: MovesOption = "lora",
@@ -123,8 +128,11 @@ def consolidate(
     \b
     hypernet memory consolidate --user alice --dry-run
     hypernet memory consolidate --user alice
+    hypernet memory consolidate --user alice --documents notes/
     """
     filters = _filters(user, agent, run)
+    if documents and dry_run:
+        raise ValueError("--documents adds passages to the memory, and --dry-run changes nothing: give one of them.")
     with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, lr, seed, start, gate) as own:
         _approved_only(own, filters, approved)
         if dry_run:
@@ -137,7 +145,7 @@ def consolidate(
                 )
             return
         with _bar() as progress:
-            version = own.consolidate(filters, retry=retry, progress=progress)
+            version = own.consolidate(filters, documents=documents, retry=retry, progress=progress)
     _print(version, as_json)
     if not version.passed:
         raise typer.Exit(REFUSED)

@@ -171,6 +171,9 @@ class Reviewed(QuestionWriter):
     def is_approved(self, memory: MemoryVersion) -> bool:
         return bool(self._items(memory))
 
+    def subjects(self, memory: MemoryVersion) -> list[str]:
+        return self.writer.subjects(memory)
+
     def answers(self, memory: MemoryVersion) -> dict[str, str]:
         return {item.question: item.final for item in self._items(memory)}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hypernet.base.generation import context_window, decode_answer, end_ids, generate_ids
-from hypernet.consolidation.questions import GIVEN
+from hypernet.consolidation.questions import GIVEN, asked_keys
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.memory.extraction import extract_facts
 from hypernet.memory.memory import Memory
@@ -35,9 +35,9 @@ def add_documents(memory: Memory, model: DocToLoRA, path: str | Path, filters: F
     """Adds the passages of a file, or of the files below a folder, that can be asked about; their source is the file.
 
     A passage is as long as what one adapter is written from, at most half the base model's window. Where it names no
-    fact (`extract_facts`) the base model writes questions about it, which stay in the memory's metadata; where it
-    cannot, the passage is left out, which the log says. What was added before stays as it is, and what a file says no
-    more holds no more.
+    fact to ask for (`asked_keys`) the base model writes questions about it, which stay in the memory's metadata; where
+    it cannot, the passage is left out, which the log says. What was added before stays as it is, and what a file says
+    no more holds no more.
 
     Args:
         seed: of the written questions.
@@ -63,7 +63,7 @@ def add_documents(memory: Memory, model: DocToLoRA, path: str | Path, filters: F
         if (source, passage) in before:
             continue
         metadata: dict[str, object] = {_FROM_DOCUMENT: sha256}
-        if not extract_facts(passage):
+        if not asked_keys(passage):
             metadata[GIVEN] = written_questions(model, passage, seed=seed)
             if not metadata[GIVEN]:
                 num_left_out += 1

@@ -4,6 +4,7 @@ questions = Templates(training=["Name the {relation} of {subject}."], held_out=[
 questions.training(memory), questions.held_out(memory)
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ TRAINING = (
 )
 GIVEN = "consolidation"  # in a memory's metadata: {"training": [questions], "held_out": [questions]}
 HELD_OUT = ("What is the {relation} of {subject}?",)
+# Of what is extracted from sentences: these read as nouns in the wordings above, "born in" does not.
+_VERBS = re.compile(r"\b(?:in|at|by|to|on|as|for|born|based|located|employed|married|called|named|headed|founded)$")
 
 
 class QuestionWriter(Protocol):
@@ -55,8 +58,8 @@ class QuestionWriter(Protocol):
 
 
 class Templates(QuestionWriter):
-    """Questions on a memory's key, or where it has none on the keys of the facts that `extract_facts` finds in it; and
-    those that its metadata gives as {"consolidation": {"training": [...], "held_out": [...]}}.
+    """Questions on a memory's key, or where it has none on the facts that its sentences name (`asked_keys`); and those
+    that its metadata gives as {"consolidation": {"training": [...], "held_out": [...]}}.
 
     Args:
         training, held_out: texts with {relation} and {subject}.
@@ -82,10 +85,16 @@ class Templates(QuestionWriter):
         return list(dict.fromkeys(subject for subject, _ in _keys(memory)))
 
 
+def asked_keys(text: str) -> list[tuple[str, str]]:
+    """(subject, relation) of the facts that a text names and the wordings can ask for."""
+    facts = (fact for fact in extract_facts(text) if not _VERBS.search(fact.relation))
+    return list(dict.fromkeys((fact.subject, fact.relation) for fact in facts))
+
+
 def _keys(memory: MemoryVersion) -> list[tuple[str, str]]:
     if memory.subject is not None and memory.relation is not None:
         return [(memory.subject, memory.relation)]
-    return list(dict.fromkeys((fact.subject, fact.relation) for fact in extract_facts(str(memory.text))))
+    return asked_keys(str(memory.text))
 
 
 def _filled(templates: Sequence[str], memory: MemoryVersion) -> list[str]:
@@ -99,12 +108,12 @@ def _filled(templates: Sequence[str], memory: MemoryVersion) -> list[str]:
 
 def _given(memory: MemoryVersion) -> tuple[list[str], list[str]]:
     given = memory.metadata.get(GIVEN, {})
-    lists = [given.get(name, []) for name in ("training", "held_out")] if isinstance(given, dict) else [None]
-    if not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in lists):
+    pair = [given.get(name, []) for name in ("training", "held_out")] if isinstance(given, dict) else []
+    if not pair or not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in pair):
         raise ValueError(
             f"{memory.ref}: metadata {GIVEN!r} should be {{'training': [texts], 'held_out': [texts]}}, not {given!r}."
         )
-    training, held_out = lists
+    training, held_out = pair
     if both := sorted({text.casefold() for text in training} & {text.casefold() for text in held_out}):
         raise ValueError(f"{memory.ref}: {both[0]!r} is trained on and held out. Held-out wordings must be others.")
     return training, held_out

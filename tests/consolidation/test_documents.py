@@ -15,7 +15,10 @@ from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Filters
 
 ALICE = Filters(user_id="alice")
-NOTES = "The teacher of Fenda Elfax is Orla Wint. It rained. Norbach's river was the Palno.\n"
+# Of four sentences two can be asked for.
+NOTES = (
+    "The teacher of Fenda Elfax is Orla Wint. It rained. Fenda was born in Korvale. Norbach's river was the Palno.\n"
+)
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ def test_named_relation_gives_key_and_object(text, fact):
         "Fenda's teacher is not Orla.",
         "Fenda's teacher isn't Orla.",
         "Perhaps Fenda's teacher is Orla.",
+        "She was born in Korvale.",
+        "It is located in Rome.",
         "Hello there!",
         "",
     ],

@@ -12,30 +12,27 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import select
 
 from hypernet.consolidation.consolidator import Consolidator
-from hypernet.consolidation.gate import Asked, Exam, PromotionGate
+from hypernet.consolidation.documents import add_documents
+from hypernet.consolidation.gate import Asked, Exam, PromotionGate, answered
 from hypernet.consolidation.rehearsal import SelfSynthesised, written_names
-from hypernet.consolidation.self_instruct.review import erase_purged
-from hypernet.consolidation.versions import Manifest, Version, Versions
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.files import replaced
 from hypernet.memory.ask import Answer, MemoryQuestion
 from hypernet.memory.memory import Memory
-from hypernet.memory.store.reading import within
 from hypernet.memory.store.records import Filters, MemoryVersion
-from hypernet.memory.store.schema import memories as memories_table
 from hypernet.memory.store.times import now, to_text
-from hypernet.text.matching import exact_match
+from hypernet.memory.weights.versions import Manifest, Version, Versions
 
 STARTS = ("adapters", "nothing")
 WEIGHT_TIERS = ("weights", "weights+adapter")
-_TRAINING, _HANDED_OVER = "training.json", "handed_over.json"
+_CHECKPOINT, _TRAINING, _HANDED_OVER = "state.safetensors", "training.json", "handed_over.json"
 _DECOYS = 16  # names that a deleted answer is compared with
 _MOST_OTHERS = 64  # of other users' memories and of deleted ones in an exam
 
@@ -118,39 +115,45 @@ class Consolidation:
         self,
         filters: Filters,
         *,
+        documents: str | Path | None = None,
         retry: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Version:
         """A candidate with what is live and what waits, trained and judged. What was done before is not done again.
 
         Args:
+            documents: a file or folder, whose passages are added to the memory first, see `add_documents`.
             retry: also memories that a refused candidate brought in.
 
         Raises:
-            ValueError: nothing waits, or nothing can be asked about it.
+            ValueError: nothing waits, or nothing can be asked about it; or a document cannot be read.
         """
+        if documents is not None:
+            add_documents(self.memory, self.model, documents, filters, seed=self.consolidator.seed)
         versions = self.versions(filters)
         with versions.alone():
             manifest, memories = self.planned(filters, retry=retry)
-            checkpoint = versions.folder / f".{manifest.key}.safetensors"
             version = versions.made_of(manifest)
             if version is None:
+                unfinished = versions.unfinished(manifest)
                 weights = self._start(filters, manifest)
                 trained = self.consolidator.train(
                     self.model,
                     memories,
                     num_new=None if self.anew else len(manifest.new),
                     start=weights,
-                    checkpoint=checkpoint,
+                    checkpoint=unfinished / _CHECKPOINT,
                     progress=progress,
                 )
+                if not unfinished.is_dir():
+                    raise ValueError("A memory was purged while it was trained on. Consolidate again.")
                 with versions.written(manifest) as folder:
                     trained.weights.save(folder, self.model)
                     numbers = {"seconds": trained.seconds, "flops": trained.flops, "losses": trained.losses}
                     (folder / _TRAINING).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
                 version = versions.made_of(manifest)
                 assert version is not None
-            checkpoint.unlink(missing_ok=True)
+            versions.finish(manifest)
             return version if version.gate is not None else self._judged(versions, version, memories, filters)
 
     def planned(self, filters: Filters, *, retry: bool = False) -> tuple[Manifest, list[MemoryVersion]]:
@@ -214,7 +217,7 @@ class Consolidation:
         new = [memory for memory in memories if memory.ref in manifest.new]
         valid = self.memory.store.valid(Filters())
         own = {memory.ref for memory in self.memory.store.valid(filters)}
-        deleted = self._asked(self._deleted(filters))[:_MOST_OTHERS]
+        deleted = self._asked(self.memory.store.deleted(filters))[:_MOST_OTHERS]
         decoys = written_names(self.model, seed=self.consolidator.seed + 7919)[:_DECOYS] if deleted else []
         return Exam(
             new=self._asked(new),
@@ -230,7 +233,11 @@ class Consolidation:
 
     def _asked(self, memories: Sequence[MemoryVersion]) -> list[Asked]:
         writer = self.consolidator.questions
-        return [Asked(text, str(memory.text)) for memory in memories for text in writer.held_out(memory)]
+        return [
+            Asked(text, str(memory.text), writer.right_answer(memory))
+            for memory in memories
+            for text in writer.held_out(memory)
+        ]
 
     def _background(self, memories: Sequence[MemoryVersion]) -> list[str]:
         if self.background is not None:
@@ -240,13 +247,6 @@ class Consolidation:
         rehearsed = set(self.consolidator.rehearsed(self.model, memories))
         written = SelfSynthesised(number=64).questions(self.model, seed=seed + 7919)
         return [text for text in written if text not in rehearsed]
-
-    def _deleted(self, filters: Filters) -> list[Any]:
-        """Rows of what was deleted and not purged yet."""
-        columns = (memories_table.c[name] for name in ("text", "subject", "relation"))
-        where = [~memories_table.c.live, memories_table.c.text.is_not(None), *within(filters)]
-        with self.memory.store.database.read() as connection:
-            return list(connection.execute(select(*columns).where(*where)).all())
 
     def _refused(self, filters: Filters) -> set[str]:
         versions = self.versions(filters)
@@ -277,16 +277,11 @@ class Consolidation:
         live = self.live(filters)
         if live is None:
             return []
-        weights, writer, found = self._weights(live), self.consolidator.questions, []
         memories = [m for m in self.memory.store.valid(filters) if m.ref in live.manifest.contains]
-        asked = [(m.ref, text, str(m.text)) for m in memories for text in writer.held_out(m)]
-        if asked:
-            questions = [text for _, text, _ in asked]
-            wanted = self.model.generate(questions, documents=[document for *_, document in asked])
-            with installed(self.model.base_model, weights.tensors):
-                answers = self.model.generate(questions)
-            wrong = {ref for (ref, *_), a, b in zip(asked, answers, wanted, strict=True) if not exact_match(a, (b,))}
-            found = [ref for ref in dict.fromkeys(ref for ref, *_ in asked) if ref not in wrong]
+        refs = [memory.ref for memory in memories for _ in self.consolidator.questions.held_out(memory)]
+        right = answered(self.model, self._weights(live), self._asked(memories))
+        wrong = {ref for ref, is_right in zip(refs, right, strict=True) if not is_right}
+        found = [ref for ref in dict.fromkeys(refs) if ref not in wrong]
         with replaced(live.folder / _HANDED_OVER) as temporary:
             temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return found
@@ -342,8 +337,3 @@ class Consolidation:
                 self.promote(candidate.name, filters)
         live = self.live(filters)
         return Rebuilt(live.name if live else "base", lost, time.perf_counter() - started, failed)
-
-    def purge(self) -> list[str]:
-        """`Memory.purge`, and erases every version with a purged memory; returns their names."""
-        self.memory.purge()
-        return erase_purged(self.memory.store)

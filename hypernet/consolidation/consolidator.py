@@ -12,6 +12,7 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from torch import Tensor
 from hypernet.base.generation import decode_answer, end_ids, generate_ids
 from hypernet.base.packed_rows import PackedRows, Segment, pack_row, pad_rows
 from hypernet.base.targets import find_blocks
-from hypernet.consolidation.moves import LowRank, Moves, settings_of
+from hypernet.consolidation.documents import Evidence
+from hypernet.consolidation.moves import Examples, LowRank, Moves, settings_of
 from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
 from hypernet.consolidation.questions import QuestionWriter, Templates
 from hypernet.consolidation.rehearsal import AboutSubject, OtherSubjects, Rehearsal
@@ -40,7 +42,7 @@ _BATCH = 64  # of answers
 _KEPT_BYTES = 2**28  # of outputs of the base model
 _PAIRS = 8  # of preferred answers in a step
 _TEXTS = 4  # rehearsed in a step
-_STEPS = 16, 3.2  # and for each memory: 32 for five, 96 for 25; of 64 four of the last five memories were not learned
+_STEPS = 24, 4.8  # and for each memory: 48 for five, 144 for 25; of 64 four of the last five were not learned
 
 
 class Lesson(NamedTuple):
@@ -71,12 +73,13 @@ class Consolidator:
 
     Args:
         moves, objective, rehearsal, questions: see their modules.
-        steps: of the optimizer (AdamW, 10 % warmup, then a cosine to 0); None: 16, and 3.2 for each memory.
+        steps: of the optimizer (AdamW, 10 % warmup, then a cosine to 0); None: 24, and 4.8 for each memory.
         batch_size, rehearsal_size: questions of a step.
         lr: peak learning rate.
         seed: of all that is drawn.
         checkpoint_steps: between checkpoints.
         preference: of a person's answers over the model's, where the questions have such pairs; None: without it.
+        evidence: what the teacher reads of a memory; None: its whole text.
 
     Raises:
         ValueError: a size is below 1.
@@ -96,6 +99,7 @@ class Consolidator:
         seed: int = 0,
         checkpoint_steps: int = 10,
         preference: Preference | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         given = 1 if steps is None else steps
         if min(given, batch_size, rehearsal_size, checkpoint_steps) < 1 or not lr > 0:
@@ -107,7 +111,7 @@ class Consolidator:
         self.rehearsal, self.questions = rehearsal or OtherSubjects(), questions or Templates()
         self.steps, self.batch_size, self.rehearsal_size = steps, batch_size, rehearsal_size
         self.lr, self.seed, self.checkpoint_steps = lr, seed, checkpoint_steps
-        self.preference = preference
+        self.preference, self.evidence = preference, evidence
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -116,27 +120,47 @@ class Consolidator:
         parts["questions"] |= self.questions.recipe()
         if self.preference is not None:
             parts["preference"] = settings_of(self.preference)
+        if self.evidence is not None:
+            parts["evidence"] = settings_of(self.evidence)
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         return {**parts, **numbers, "steps": list(_STEPS) if self.steps is None else self.steps}
 
     def lessons(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[Lesson]:
-        """Training wordings with their answers, the base model's unless they are given; some memories have none."""
+        """Training wordings with their answers, the base model's unless they are given; some memories have none.
+
+        Left out, where others remain, are answers that the base model gives without the memory too, which it did not
+        read then; and of wordings that ask for one key's value, those that differ from what more than half of them say.
+        """
         found = []
         for memory in memories:
-            given, text = self.questions.answers(memory), str(memory.text)
-            found += [Lesson(question, text, given.get(question, "")) for question in self.questions.training(memory)]
-        return [one for one in found if one.answer] + _answered(
-            model, [(str(one.question), one.document) for one in found if not one.answer]
-        )
+            given = self.questions.answers(memory)
+            for question in self.questions.training(memory):
+                text = str(memory.text) if self.evidence is None else self.evidence.prompt(question, memory)
+                found.append((memory, Lesson(question, text, given.get(question, ""))))
+        asked = [lesson for _, lesson in found if not lesson.answer]
+        read = iter(_answers(model, [(str(one.question), one.document) for one in asked]))
+        unread = iter(_answers(model, [(str(one.question), None) for one in asked]))
+        lessons, own = [], {memory.ref: list[tuple[Lesson, bool]]() for memory in memories}
+        for memory, lesson in found:
+            if lesson.answer:
+                lessons.append(lesson)
+            elif answer := next(read):
+                own[memory.ref].append((lesson._replace(answer=answer), answer != next(unread)))
+            else:
+                next(unread)
+        for memory in memories:
+            part = [lesson for lesson, differs in own[memory.ref] if differs] or [one for one, _ in own[memory.ref]]
+            lessons += part if memory.relation is None else _agreeing(part)
+        return lessons
 
     def rehearsed(self, model: DocToLoRA, memories: Sequence[MemoryVersion]) -> list[str]:
         """The questions that are rehearsed while these memories are trained on."""
         trained = [
-            AboutSubject(text, memory.subject)
+            AboutSubject(text, subject)
             for memory in memories
-            if memory.subject
+            for subject in self.questions.subjects(memory)
             for text in self.questions.training(memory)
-            if memory.subject in text
+            if subject in text
         ]
         return self.rehearsal.questions(model, seed=self.seed, trained=trained)
 
@@ -174,7 +198,8 @@ class Consolidator:
         asked = rehearsed + texts if self.objective.on_policy else old + own + rehearsed + texts
         frozen = _Frozen(model, asked, with_hidden=self.objective.needs_hidden)
         pairs = [pair for memory in memories for pair in self.questions.preferences(memory)] if self.preference else []
-        parameters = self.moves.start(model, start, seed=self.seed)
+        examples = Examples(*(_batches(model, part) for part in (old + own, rehearsed)))
+        parameters = self.moves.start(model, start, seed=self.seed, examples=examples)
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
         first = _restore(checkpoint, parameters, optimizer)
         steps = self.steps or round(_STEPS[0] + _STEPS[1] * len(memories))
@@ -277,13 +302,24 @@ class _Output(NamedTuple):
     num_tokens: int
 
 
-def _answered(model: DocToLoRA, asked: Sequence[tuple[str, str | None]]) -> list[Lesson]:
-    found = []
+def _answers(model: DocToLoRA, asked: Sequence[tuple[str, str | None]]) -> list[str]:
+    found: list[str] = []
     for start in range(0, len(asked), _BATCH):
         part = asked[start : start + _BATCH]
-        answers = model.generate([question for question, _ in part], documents=[document for _, document in part])
-        found += [Lesson(*pair, answer) for pair, answer in zip(part, answers, strict=True) if answer]
+        found += model.generate([question for question, _ in part], documents=[document for _, document in part])
     return found
+
+
+def _answered(model: DocToLoRA, asked: Sequence[tuple[str, str | None]]) -> list[Lesson]:
+    return [Lesson(*pair, answer) for pair, answer in zip(asked, _answers(model, asked), strict=True) if answer]
+
+
+def _agreeing(lessons: Sequence[Lesson]) -> list[Lesson]:
+    """Those with the answer that more than half of them have; all, if there is none."""
+    for answer, number in Counter(lesson.answer for lesson in lessons).most_common(1):
+        if 2 * number > len(lessons):
+            return [one for one in lessons if one.answer == answer]
+    return list(lessons)
 
 
 def _rows(model: DocToLoRA, lessons: Sequence[Lesson], *, with_documents: bool) -> PackedRows:
@@ -297,6 +333,11 @@ def _rows(model: DocToLoRA, lessons: Sequence[Lesson], *, with_documents: bool) 
     pairs = zip(prompts, answers, strict=True)
     rows = [pack_row((), [Segment(prompt + answer, len(prompt), False, 0)]) for prompt, answer in pairs]
     return pad_rows(rows, pad_id=tokenizer.pad_token_id or 0).to(model.device)
+
+
+def _batches(model: DocToLoRA, lessons: Sequence[Lesson]) -> list[PackedRows]:
+    parts = [lessons[start : start + _BATCH] for start in range(0, len(lessons), _BATCH)]
+    return [_rows(model, part, with_documents=False) for part in parts]
 
 
 def _forward(model: DocToLoRA, moved: Mapping[str, Tensor], rows: PackedRows, with_hidden: bool) -> _Output:

@@ -5,7 +5,8 @@ report.passed, report.failed, report.as_dict()
 
 check        what is measured                                                              asked
 asked        new memories that a held-out wording asks about                               all
-recall       held-out wordings answered as with the memory in the prompt, closed book      >= min_recall
+recall       held-out wordings answered as with the memory in the prompt, or as a person   >= min_recall
+             corrected that; closed book
 gain         the same, minus that of what is live now                                      >= min_gain
 kept         held-out wordings on memories that were in already                            >= min_kept
 background   questions that the base model answers by itself, answered as before           >= min_background
@@ -160,6 +161,14 @@ class AlwaysYes(PromotionGate):
     def _check(self, name: str, value: float, number: int) -> Check:
         at_least = name not in ("locality", "absent", "cost")
         return Check(name, value, float("-inf") if at_least else float("inf"), at_least, number)
+
+
+def answered(model: DocToLoRA, weights: MovedWeights, asked: Sequence[Asked]) -> list[bool]:
+    """Of each question whether these weights answer it rightly at an empty prompt."""
+    asked = _with_answers(model, asked)
+    with installed(model.base_model, weights.tensors):
+        answers = _answers(model, asked, with_documents=False)
+    return [bool(exact_match(answer, str(one.answer))) for answer, one in zip(answers, asked, strict=True)]
 
 
 def _with_answers(model: DocToLoRA, asked: Sequence[Asked]) -> list[Asked]:

@@ -6,20 +6,31 @@ moves.tensors(base_model, parameters)                      # the weights they ma
 moves.result(model, parameters).save(folder, model)        # `MovedWeights`
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hypernet.adapters.adapter import LoRAAdapter, new_provenance
 from hypernet.adapters.composition import compress
+from hypernet.base.packed_rows import PackedRows
 from hypernet.base.targets import find_blocks, find_targets
-from hypernet.consolidation.weights import MovedWeights
+from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
 
+ROW_CHOICES = ("random", "norm", "tfidf", "gradient")
 ATTENTION_AND_MLP = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Examples(NamedTuple):
+    """Prompts and answers as the student reads them, a row each: `lessons` on memories, and `rehearsed` ones."""
+
+    lessons: Sequence[PackedRows] = ()
+    rehearsed: Sequence[PackedRows] = ()
 
 
 class Moves(Protocol):
@@ -27,8 +38,14 @@ class Moves(Protocol):
 
     takes_adapters: bool
 
-    def start(self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int) -> dict[str, Tensor]:
-        """The leaves to be trained, at what `weights` holds; None: the base model's own."""
+    def start(
+        self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int, examples: Examples | None = None
+    ) -> dict[str, Tensor]:
+        """The leaves to be trained, at what `weights` holds; None: the base model's own.
+
+        Args:
+            examples: what will be trained on, for a choice that depends on it.
+        """
         ...
 
     def tensors(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,7 +73,9 @@ class LowRank:
             raise ValueError(f"rank is {rank}. Give at least 1.")
         self.rank, self.target_modules = rank, tuple(target_modules)
 
-    def start(self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int) -> dict[str, Tensor]:
+    def start(
+        self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int, examples: Examples | None = None
+    ) -> dict[str, Tensor]:
         given = {} if weights is None or weights.adapter is None else self._by_path(weights.adapter)
         generator = torch.Generator().manual_seed(seed)
         parameters = {}
@@ -124,7 +143,9 @@ class _Whole(ABC):
     def names(self, model: DocToLoRA) -> list[str]:
         """Of the parameters that move."""
 
-    def start(self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int) -> dict[str, Tensor]:
+    def start(
+        self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int, examples: Examples | None = None
+    ) -> dict[str, Tensor]:
         given: Mapping[str, Tensor] = {} if weights is None else weights.tensors
         names = self.names(model)
         return {name: _value(model, name, given).clone().requires_grad_() for name in names}
@@ -166,54 +187,115 @@ class UpperBlocks(_Whole):
 
 
 class ChosenRows:
-    """Some neurons of each feed-forward layer: columns of its down projection.
+    """Some neurons of each feed-forward layer: columns of its down projection W. All else stays the same to the bit.
+
+    A neuron's contribution to a text is c(i) = Σ_tokens |h_i| ‖W[:, i]‖, with h the input of W. By "tfidf" those move
+    that contribute much to the lessons and to few of the rehearsed questions B, each a background batch of its own:
+
+        tfidf(i) = c(i) / Σ_j c(j) · log((|B| + 1) / (1 + Σ_b 1[c_b(i) > mean_j c_b(j)]))
+
+    The design's condition c_b(i) > 0 holds for every neuron of a gated layer, so that all would have an idf of 0.
 
     Args:
         num_rows: in each block.
-        by: "random", the control that decides; or "norm", those with the largest columns.
+        by: "random", the control that decides; "norm", those with the largest columns; "tfidf"; or "gradient", those
+            whose column of the gradient of -log p(answers of the lessons) is the longest.
         module: name of the down projection.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown choice, no row; or, at the start, a choice by examples without them.
+
+    Source: tf-idf over background batches as in Lin et al. 2025, https://arxiv.org/abs/2510.15103, which has the slots
+    of a memory layer in the place of neurons.
     """
 
     takes_adapters = False
 
     def __init__(self, *, num_rows: int = 64, by: str = "random", module: str = "down_proj") -> None:
-        if by not in ("random", "norm"):
-            raise ValueError(f"Rows are chosen by random or norm, not {by!r}.")
+        if by not in ROW_CHOICES:
+            raise ValueError(f"Rows are chosen by {', '.join(ROW_CHOICES)}, not {by!r}.")
+        if num_rows < 1:
+            raise ValueError(f"num_rows is {num_rows}. Give at least 1.")
         self.num_rows, self.by, self.module = num_rows, by, module
+        self._begun: dict[str, tuple[Tensor, Tensor]] = {}  # name → weight at the start, columns that move
 
-    def start(self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int) -> dict[str, Tensor]:
+    def start(
+        self, model: DocToLoRA, weights: MovedWeights | None, *, seed: int, examples: Examples | None = None
+    ) -> dict[str, Tensor]:
         given: Mapping[str, Tensor] = {} if weights is None else weights.tensors
-        parameters: dict[str, Tensor] = {}
-        self._seed = seed
-        for name in self._names(model):
-            columns = _value(model, name, given)[:, self._chosen(model, name)]
-            parameters[name] = columns.clone().requires_grad_()
-        self._start = {name: _value(model, name, given) for name in parameters}
+        with installed(model.base_model, given):
+            scores = self._scores(model, seed, examples or Examples())
+        self._begun, parameters = {}, {}
+        for name, of_rows in scores.items():
+            weight = _value(model, name, given)
+            chosen = of_rows.sort(descending=True, stable=True).indices[: self.num_rows].sort().values
+            self._begun[name] = weight, chosen
+            parameters[name] = weight[:, chosen].clone().requires_grad_()
         return parameters
 
-    def _names(self, model: DocToLoRA) -> list[str]:
+    def _scores(self, model: DocToLoRA, seed: int, examples: Examples) -> dict[str, Tensor]:
+        """Name of the weight → of each column [d_ff] how much it should move."""
         (target,) = find_targets(model.base_model, [self.module])
-        return [f"{module.path}.weight" for module in target.modules()]
-
-    def _chosen(self, model: DocToLoRA, name: str) -> Tensor:
-        weight = model.base_model.get_parameter(name).detach()
-        number = min(self.num_rows, weight.shape[1])
+        names = [f"{module.path}.weight" for module in target.modules()]
+        weights = {name: model.base_model.get_parameter(name).detach() for name in names}
+        if self.by == "random":
+            generator = torch.Generator().manual_seed(seed)
+            return {n: torch.rand(w.shape[1], generator=generator).to(w.device) for n, w in weights.items()}
         if self.by == "norm":
-            return weight.norm(dim=0).topk(number).indices.sort().values
-        generator = torch.Generator().manual_seed(self._seed + sum(name.encode()))
-        return torch.randperm(weight.shape[1], generator=generator)[:number].sort().values.to(weight.device)
+            return {name: weight.norm(dim=0) for name, weight in weights.items()}
+        if not examples.lessons or (self.by == "tfidf" and not examples.rehearsed):
+            missing = "rehearsed questions: choose a rehearsal" if examples.lessons else "lessons to choose rows by"
+            raise ValueError(f"Rows by {self.by} need {missing}, or take rows by random or norm.")
+        if self.by == "gradient":
+            return _gradient_norms(model, names, examples.lessons)
+        own, background = (_contributions(model, names, part) for part in examples)
+        return {name: _tfidf(own[name].sum(0), background[name]) for name in names}
 
     def tensors(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: self._start[name].index_copy(1, self._chosen(model, name), columns)
-            for name, columns in parameters.items()
-        }
+        begun = ((name, *self._begun[name]) for name in parameters)
+        return {name: weight.index_copy(1, chosen, parameters[name]) for name, weight, chosen in begun}
 
     def result(self, model: DocToLoRA, parameters: Mapping[str, Tensor]) -> MovedWeights:
         return MovedWeights({name: tensor.detach() for name, tensor in self.tensors(model, parameters).items()})
+
+
+@torch.no_grad()
+def _contributions(model: DocToLoRA, names: Sequence[str], batches: Sequence[PackedRows]) -> dict[str, Tensor]:
+    """c of each neuron in each row, [rows, d_ff]."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    model.injector.clear()
+    for rows in batches:
+        inside = (rows.segments >= 0)[..., None]
+        with ExitStack() as undo:
+            for name in names:
+                module = model.base_model.get_submodule(name.removesuffix(".weight"))
+                norms = model.base_model.get_parameter(name).float().norm(dim=0)
+
+                def keep(_module: object, args: Any, *, name: str = name, norms: Tensor = norms) -> None:
+                    found[name].append((args[0].float().abs() * inside).sum(1) * norms)  # noqa: B023
+
+                undo.callback(module.register_forward_pre_hook(keep).remove)
+            model.base_model(input_ids=rows.ids, use_cache=False)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _tfidf(own: Tensor, background: Tensor) -> Tensor:
+    """Of contributions [d_ff] to the lessons and [B, d_ff] to each background batch; see `ChosenRows`."""
+    active = (background > background.mean(1, keepdim=True)).sum(0)
+    return own / own.sum() * (math.log(len(background) + 1) - (1.0 + active).log())
+
+
+def _gradient_norms(model: DocToLoRA, names: Sequence[str], batches: Sequence[PackedRows]) -> dict[str, Tensor]:
+    """‖∂ Σ -log p(answer tokens) / ∂ W[:, i]‖ of each neuron, [d_ff]."""
+    leaves = {name: model.base_model.get_parameter(name).detach().clone().requires_grad_() for name in names}
+    model.injector.clear()
+    for rows in batches:
+        inputs = {"input_ids": rows.ids, "use_cache": False}
+        logits = torch.func.functional_call(model.base_model, leaves, args=(), kwargs=inputs).logits
+        where = rows.target_kind >= 0
+        torch.nn.functional.cross_entropy(logits[where].float(), rows.targets()[where], reduction="sum").backward()
+    found = {name: leaf.grad for name, leaf in leaves.items()}
+    return {name: gradient.float().norm(dim=0) for name, gradient in found.items() if gradient is not None}
 
 
 def _value(model: DocToLoRA, name: str, given: Mapping[str, Tensor]) -> Tensor:

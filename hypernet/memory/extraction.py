@@ -7,7 +7,7 @@ one gives a key only where the sentence names the relation, since a key makes fa
     Fenda has the rank of captain.                                 (Fenda, rank)
     Fenda was born in Korvale.   Fenda works as a carver.          (Fenda, born in), (Fenda, works as)
 
-"Fenda is tall", questions, denials and everything else give none.
+"Fenda is tall", "She was born in Korvale", questions, denials and everything else give none.
 """
 
 import re
@@ -18,11 +18,12 @@ from hypernet.text.sentences import split_sentences
 
 
 class ExtractedFact(NamedTuple):
-    """A sentence that says one thing, and the key by which it supersedes."""
+    """A sentence that says one thing, and the key by which it supersedes; object: what it says."""
 
     text: str
     subject: str
     relation: str
+    object: str
 
 
 Extractor = Callable[[str], list[ExtractedFact]]
@@ -40,6 +41,8 @@ _PATTERNS = tuple(
         rf"{_NAME} (?P<relation>(?:lives|lived|works|worked|resides|studies|studied) (?:in|at|as|for)) \S",
     )
 )
+# Two people are both "she": one's birthplace would supersede the other's.
+_PRONOUNS = frozenset("i you he she it we they this that these those there who what which".split())
 _NO_STATEMENT = re.compile(r"\?|\b(?:not|never|no longer|might|maybe|perhaps|if)\b|n['’]t\b", re.IGNORECASE)
 
 
@@ -54,6 +57,7 @@ def _facts(text: str) -> Iterator[ExtractedFact]:
         if _NO_STATEMENT.search(sentence):
             continue
         for pattern in _PATTERNS:
-            if found := pattern.match(sentence):
-                yield ExtractedFact(sentence, found["subject"], found["relation"].casefold())
+            if (found := pattern.match(sentence)) and found["subject"].casefold() not in _PRONOUNS:
+                said = sentence[found.end() - 1 :].rstrip(".! ")  # a pattern ends with the first letter of it
+                yield ExtractedFact(sentence, found["subject"], found["relation"].casefold(), said)
                 break

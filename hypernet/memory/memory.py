@@ -45,6 +45,7 @@ from hypernet.memory.store.records import (
 )
 from hypernet.memory.store.times import Instant
 from hypernet.memory.store.token_store import TokenStore, Verification
+from hypernet.memory.weights.versions import erase_purged
 from hypernet.text.cleaning import whole
 
 if TYPE_CHECKING:
@@ -237,10 +238,11 @@ class Memory:
         agent_id: str | None = None,
         run_id: str | None = None,
     ) -> Batch:
-        """Erases the content of what was deleted or taken back from the folder, with its adapters. There is no way
-        back."""
+        """Erases the content of what was deleted or taken back from the folder, with its adapters and every version of
+        weights that it went into. There is no way back."""
         batch = self.store.purge(None if key is None else _key(key), Filters(user_id, agent_id, run_id))
         self.bank.sweep()
+        erase_purged(self.store)
         return batch
 
     def forget(
@@ -507,6 +509,8 @@ class Memory:
         repaired = [*found.repaired, *self.bank.verify()]
         if number := remove_twins(self.store):
             repaired.append(f"{number} folders of interrupted audits")
+        if erased := erase_purged(self.store):
+            repaired.append(f"weights with purged memories: {', '.join(erased)}")
         return found._replace(repaired=tuple(repaired))
 
     # --- Inside -----------------------------------------------------------------------------------------------------

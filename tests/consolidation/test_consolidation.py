@@ -17,9 +17,9 @@ from hypernet.consolidation.gate import AlwaysYes, Check, GateReport, PromotionG
 from hypernet.consolidation.moves import LowRank
 from hypernet.consolidation.rehearsal import NoRehearsal
 from hypernet.consolidation.sleep import Sleep
-from hypernet.consolidation.versions import BASE, GateRefused
 from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Filters
+from hypernet.memory.weights.versions import BASE, GateRefused
 
 ALICE, BOB = Filters(user_id="alice"), Filters(user_id="bob")
 FACTS = (("Fenda", "teacher", "Orla Wint taught Fenda."), ("Norbach", "river", "Norbach lies on the Palno."))
@@ -110,7 +110,7 @@ def test_memory_leaves_its_adapter_only_when_weights_answer(memory, monkeypatch)
     def generate(questions, adapters=None, *, documents=None, **settings):
         inside = own.model.base_model.get_parameter(next(iter(live.tensors))).data_ptr()
         is_student = inside == next(iter(live.tensors.values())).data_ptr()
-        assert is_student == (documents is None)
+        assert is_student == (not any(documents or ()))
         return ["other" if is_student and text in wrong else answers[text] for text in questions]
 
     monkeypatch.setattr(own.model, "generate", generate)
@@ -130,7 +130,8 @@ def test_forgotten_memory_is_rebuilt_without(memory):
     live = own.live(ALICE)
     assert live.name == rebuilt.version and live.manifest.contains == (memory.refs[1],) and live.manifest.parent is None
     assert [check["name"] for check in live.gate["checks"]].count("absent") == 1
-    assert own.purge() == [with_both.name] and not with_both.folder.exists() and own.live(ALICE).name == live.name
+    memory.purge()
+    assert not with_both.folder.exists() and own.live(ALICE).name == live.name
 
 
 def test_version_with_a_corrected_memory_answers_nothing(memory):
@@ -192,6 +193,20 @@ def test_warm_start_names_the_generator(memory):
     assert consolidation_of(memory).planned(ALICE)[0].generator is None
 
 
+def test_memory_purged_while_it_is_trained_on_makes_no_version(memory):
+    own = consolidation_of(memory)
+
+    def purge(done, total):
+        if done == total:
+            memory.delete(memory.refs[0])
+            memory.purge()
+
+    with pytest.raises(ValueError, match="was purged while it was trained on. Consolidate again"):
+        own.consolidate(ALICE, progress=purge)
+    assert own.versions(ALICE).all() == [] and not list(own.versions(ALICE).folder.glob(".*/*"))
+    assert own.consolidate(ALICE).manifest.contains == (memory.refs[1],)
+
+
 SLEEPER = """
 import sys
 sys.path.insert(0, {root!r})
@@ -222,4 +237,4 @@ def test_killed_sleep_goes_on_to_the_same_version(memory, tmp_path):
     Sleep(own).run(ALICE, at_once=True)
     (version,) = own.versions(ALICE).all()
     assert own.live(ALICE).name == version.name and own.versions(ALICE).check(version)
-    assert not list(own.versions(ALICE).folder.glob(".*.safetensors"))
+    assert not list(own.versions(ALICE).folder.glob(".unfinished-*"))

@@ -84,12 +84,28 @@ def test_what_was_rejected_is_trained_on_nowhere(memory, review):
     assert consolidation_of(memory, again).waiting(ALICE) == []
 
 
+def test_gate_asks_for_what_a_person_corrected(memory, review):
+    for item in review.items.values():
+        review.decide(item.id, "edit", "Jorun")
+    own = consolidation_of(memory, review)
+    first = own.consolidate(ALICE)
+    exam = own.exam(first.manifest, memory.store.valid(ALICE), ALICE, seconds=0.0)
+    assert {one.answer for one in exam.new} == {"Jorun"}
+    other = next(iter(review.items.values()))
+    review.decide(other.id, "edit", "Olwin")  # of one memory two answers, so that nobody knows which one is meant
+    exam = own.exam(first.manifest, memory.store.valid(ALICE), ALICE, seconds=0.0)
+    assert [one.answer for one in exam.new] == [None, "Jorun"]
+    memory.delete(memory.refs[1])
+    exam = own.exam(first.manifest, memory.store.valid(ALICE), ALICE, seconds=0.0)
+    assert [one.answer for one in exam.deleted] == ["Jorun"]
+
+
 def test_file_survives_and_forgets_what_is_purged(memory, review):
     key = next(iter(review.items))
     review.decide(key, "accept")
     assert Review(review.path).items == review.items and review.items[key].status == "accepted"
     memory.delete(memory.refs[0].split("@")[0], reason="asked")
-    Consolidation(memory).purge()
+    memory.purge()
     assert {item.memory for item in Review(review.path).items.values()} == {memory.refs[1]}
     assert b"Fenda" not in review.path.read_bytes()
 

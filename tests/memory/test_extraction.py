@@ -7,20 +7,20 @@ from hypernet.memory.memory import Memory
 
 
 @pytest.mark.parametrize(
-    ("text", "key"),
+    ("text", "fact"),
     [
-        ("Fenda Elfax's teacher is Orla Wint.", ("Fenda Elfax", "teacher")),
-        ("Fenda’s home town was Korvale", ("Fenda", "home town")),
-        ("The teacher of Fenda Elfax was Jorun Pell.", ("Fenda Elfax", "teacher")),
-        ("Fenda has the rank of captain.", ("Fenda", "rank")),
-        ("Fenda Elfax was born in Korvale.", ("Fenda Elfax", "born in")),
-        ("Fenda works as a carver.", ("Fenda", "works as")),
-        ("The company is located in Rome.", ("The company", "located in")),
+        ("Fenda Elfax's teacher is Orla Wint.", ("Fenda Elfax", "teacher", "Orla Wint")),
+        ("Fenda’s home town was Korvale", ("Fenda", "home town", "Korvale")),
+        ("The teacher of Fenda Elfax was Jorun Pell.", ("Fenda Elfax", "teacher", "Jorun Pell")),
+        ("Fenda has the rank of captain.", ("Fenda", "rank", "captain")),
+        ("Fenda Elfax was born in Korvale.", ("Fenda Elfax", "born in", "Korvale")),
+        ("Fenda works as a carver.", ("Fenda", "works as", "a carver")),
+        ("The company is located in Rome.", ("The company", "located in", "Rome")),
     ],
 )
-def test_named_relation_gives_a_key(text, key):
+def test_named_relation_gives_key_and_object(text, fact):
     ((_, *found),) = extract_facts(text)
-    assert tuple(found) == key
+    assert tuple(found) == fact
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,8 @@ def test_named_relation_gives_a_key(text, key):
         "Fenda's teacher is not Orla.",
         "Fenda's teacher isn't Orla.",
         "Perhaps Fenda's teacher is Orla.",
+        "She was born in Korvale.",
+        "It is located in Rome.",
         "Hello there!",
         "",
     ],

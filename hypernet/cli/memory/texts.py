@@ -327,11 +327,8 @@ def purge(
     hypernet memory purge
     hypernet memory purge --user alice
     """
-    from hypernet.consolidation.self_instruct.review import erase_purged
-
     with _memory(directory) as memory:
         batch = memory.purge(key, user_id=user, agent_id=agent, run_id=run)
-        erase_purged(memory.store)
     _print_batch(batch, as_json)
     if not batch.finished:
         typer.echo("Another process is reading: run hypernet memory verify when it is done.", err=True)

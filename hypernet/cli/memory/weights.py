@@ -14,8 +14,8 @@ from hypernet.cli.memory.tiers import Agent, Checkpoint, Run, User
 if TYPE_CHECKING:
     from hypernet.consolidation.cadence import Cadence
     from hypernet.consolidation.consolidation import Consolidation
-    from hypernet.consolidation.versions import Version
     from hypernet.memory.memory import Memory
+    from hypernet.memory.weights.versions import Version
 
 REFUSED = 2  # exit status where the gate said no
 _DIRECTORY, _MODEL = "outputs/memory", "assets/tiny"
@@ -33,7 +33,7 @@ Rank = Annotated[int, typer.Option(help="Of the LoRA.", min=1)]
 ObjectiveOption = Annotated[str, typer.Option("--objective", help="kl, sft, on-policy or deep.")]
 RehearsalOption = Annotated[str, typer.Option("--rehearsal", help="other (subjects), self (written) or none.")]
 Steps = Annotated[
-    int | None, typer.Option(help="Of training; default 16, and 3.2 for each memory.", min=1, show_default=False)
+    int | None, typer.Option(help="Of training; default 24, and 4.8 for each memory.", min=1, show_default=False)
 ]
 Anew = Annotated[
     bool, typer.Option("--anew/--on-top", help="Of all memories, or on top of the live weights: it drifts.")
@@ -44,6 +44,10 @@ Start = Annotated[str, typer.Option(help="Training starts from nothing or from a
 Gate = Annotated[
     Path | None,
     typer.Option(help="YAML with thresholds, as conf/consolidation/gate.yaml.", show_default=False),
+]
+Documents = Annotated[
+    Path | None,
+    typer.Option(help="File or folder whose passages become memories first.", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
 Approved = Annotated[bool, typer.Option("--approved", help="Only what was accepted or edited, see review.")]
@@ -107,6 +111,7 @@ def consolidate(
     user: User = None,
     agent: Agent = None,
     run: Run = None,
+    documents: Documents = None,
     dry_run: DryRun = False,
     retry: Retry = False,
     moves: MovesOption = "lora",
@@ -129,8 +134,11 @@ def consolidate(
     \b
     hypernet memory consolidate --user alice --dry-run
     hypernet memory consolidate --user alice
+    hypernet memory consolidate --user alice --documents notes/
     """
     filters = _filters(user, agent, run)
+    if documents and dry_run:
+        raise ValueError("--documents adds passages to the memory, and --dry-run changes nothing: give one of them.")
     with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, anew, lr, seed, start, gate) as own:
         _approved_only(own, filters, approved)
         if dry_run:
@@ -143,7 +151,7 @@ def consolidate(
                 )
             return
         with _bar() as progress:
-            version = own.consolidate(filters, retry=retry, progress=progress)
+            version = own.consolidate(filters, documents=documents, retry=retry, progress=progress)
     _print(version, as_json)
     if not version.passed:
         raise typer.Exit(REFUSED)
@@ -163,7 +171,7 @@ def promote(
     \b
     hypernet memory promote w-3f0a9c21d4e7 --user alice
     """
-    from hypernet.consolidation.versions import GateRefused
+    from hypernet.memory.weights.versions import GateRefused
 
     with _consolidation(directory, model) as own:
         try:
@@ -227,7 +235,7 @@ def sleep(
 
 def listed(memory: "Memory", user: str | None, agent: str | None, run: str | None) -> tuple[dict[str, Any], ...]:
     """Rows of somebody's versions."""
-    from hypernet.consolidation.versions import Versions
+    from hypernet.memory.weights.versions import Versions
 
     versions = Versions.of(memory.store.folder, _filters(user, agent, run))
     forced = {entry["version"] for entry in versions.promotions() if entry["forced"]}
@@ -250,7 +258,7 @@ def tier(memory: "Memory", user: str | None, agent: str | None, run: str | None)
     memories: of the version that was made live last, or of an ancestor that answers in its place. missing: hold and are
     in no weights. stale: in that version and hold no more, so that it answers nothing. bytes: of all versions.
     """
-    from hypernet.consolidation.versions import BASE, Versions
+    from hypernet.memory.weights.versions import BASE, Versions
 
     filters = _filters(user, agent, run)
     versions = Versions.of(memory.store.folder, filters)
@@ -272,7 +280,7 @@ def tier(memory: "Memory", user: str | None, agent: str | None, run: str | None)
 
 def rolled_back(memory: "Memory", name: str, user: str | None, agent: str | None, run: str | None) -> str:
     """Makes it live, and says so."""
-    from hypernet.consolidation.versions import Versions
+    from hypernet.memory.weights.versions import Versions
 
     Versions.of(memory.store.folder, _filters(user, agent, run)).rollback(name)
     return f"{name} is live"

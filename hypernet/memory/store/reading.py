@@ -93,6 +93,20 @@ class StoreReader:
             ).all()
         return [_version(row) for row in rows]
 
+    def deleted(self, filters: Filters = EVERYBODY) -> list[MemoryVersion]:
+        """What was deleted or taken back and not purged yet, as stored."""
+        with self.database.read() as connection:
+            where = (~memories.c.live, memories.c.text.is_not(None), *within(filters.checked()))
+            rows = connection.execute(select(memories).where(*where).order_by(memories.c.seq)).all()
+        return [_version(row) for row in rows]
+
+    def refs(self) -> set[str]:
+        """id@version of everything whose content is here, deleted or not."""
+        with self.database.read() as connection:
+            where = memories.c.text.is_not(None)
+            rows = connection.execute(select(memories.c.memory_id, memories.c.version).where(where)).all()
+        return {f"{identity}@{version}" for identity, version in rows}
+
     def recent(self, filters: Filters, *, since: int, until: int, limit: int) -> list[MemoryVersion]:
         """What holds at `until` and was stored after `since` (microseconds), the latest first."""
         order = (memories.c.created_at.desc(), memories.c.seq.desc())

@@ -67,6 +67,19 @@ def test_refused_sleep_exits_with_2(run):
     assert status == 2 and " refused: recall " in printed
 
 
+def test_documents_become_weights(run, tmp_path):
+    (tmp_path / "notes.md").write_text("The river of Norbach is the Palno.")
+    given = ("--user", "bob", "--documents", tmp_path / "notes.md", *SMALL, *run.yes)
+    assert run("consolidate", *given, "--dry-run")[0] == 1 and "--dry-run changes nothing" in run.errors
+    assert run("list", "--user", "bob", "--json")[1] == []
+    status, report = run("consolidate", *given, "--json")
+    assert status == 0 and report["passed"] and report["checks"][0]["number"] == 1  # asked
+    assert run("consolidate", *given, "--json")[1]["version"] == report["version"]
+    (one,) = run("list", "--user", "bob", "--json")[1]
+    assert one["text"] == "The river of Norbach is the Palno." and one["source"] == str(tmp_path / "notes.md")
+    assert run("consolidate", "--user", "bob", "--documents", tmp_path / "none")[0] == 1 and "none" in run.errors
+
+
 def test_only_what_was_approved_is_consolidated(run):
     items = run("review", "--user", "alice", "--json")[1]
     assert len(items) == 5 and {item["status"] for item in items} == {"open"}

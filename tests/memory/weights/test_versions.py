@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from hypernet.consolidation.versions import BASE, GateRefused, Manifest, Versions
+from hypernet.memory.memory import Memory
 from hypernet.memory.store.records import Filters
+from hypernet.memory.weights.versions import BASE, REVIEW, GateRefused, Manifest, Versions
 
 PASSED = {"passed": True, "failed": []}
 REFUSED = {"passed": False, "failed": ["recall 0.10 < 0.80"]}
@@ -105,27 +106,85 @@ def test_users_have_versions_of_their_own(versions, tmp_path):
     assert bob.all() == [] and bob.current == BASE
 
 
+@pytest.fixture
+def told(tmp_path):
+    """A memory of two users whose weights hold what they said."""
+    memory = Memory.open(tmp_path / "memory")
+    memory.refs = {user: str(memory.add(f"I am {user}.", user_id=user)) for user in ("alice", "bob")}
+    memory.refs["other"] = str(memory.add("I moved.", user_id="alice"))
+    yield memory
+    memory.close()
+
+
+def filled(memory, user, ref):
+    """Versions of a user: one with a memory, one without, trainings with it that were killed, and a review."""
+    versions, kept = Versions.of(memory.store.folder, Filters(user_id=user)), memory.refs["other"]
+    without = versions.judge(make(versions, kept), PASSED)
+    with_it = versions.judge(make(versions, kept, ref, content=b"both", parent=without.name), PASSED)
+    versions.promote(without)
+    versions.promote(with_it)
+    for number, wanted in enumerate((manifest(ref, kept), manifest(kept))):
+        (versions.unfinished(wanted) / "state.safetensors").write_bytes(b"%d" % number)
+    killed = versions.folder / ".new-0-1"
+    killed.mkdir()
+    (killed / "manifest.json").write_text(json.dumps({"contains": [ref]}))
+    lines = [{"memory": ref, "question": "Who?"}, {"memory": kept, "question": "What?"}, {"reject": "Olwin"}]
+    broken = [f'{{"memory": "{ref}", "Who', f'{{"memory": "{kept}", "What']
+    (versions.folder / REVIEW).write_text("\n".join([*map(json.dumps, lines), *broken]) + "\n")
+    return versions, without, with_it
+
+
+@pytest.mark.parametrize("by", ["purge", "verify"])
+def test_purged_memory_leaves_the_weights_whoever_asks(told, by):
+    ref = told.refs["alice"]
+    versions, without, with_it = filled(told, "alice", ref)
+    others, *_ = filled(told, "bob", told.refs["bob"])
+    before = bytes_of(others.folder)
+    told.delete(ref)
+    assert told.purge(told.refs["alice"]).finished if by == "purge" else told.store.purge()  # and killed behind it
+    found = told.verify().repaired
+    assert [line for line in found if "weights with purged memories" in line] == [] or by == "verify"
+    assert [version.name for version in versions.all()] == [without.name] and not with_it.folder.exists()
+    left = {path.parent.name for path in versions.folder.glob(".*/*")}
+    assert left == {f".unfinished-{manifest(told.refs['other']).key}"}
+    lines = (versions.folder / REVIEW).read_text().splitlines()
+    assert len(lines) == 3 and not [line for line in lines if ref in line]
+    assert bytes_of(others.folder) == before and versions.current == BASE
+    assert not [line for line in told.verify().repaired if "weights" in line]
+
+
+def test_deleted_memory_stays_in_its_files_until_it_is_purged(told):
+    versions, _, with_it = filled(told, "alice", told.refs["alice"])
+    told.delete(told.refs["alice"])
+    told.verify()
+    assert with_it.folder.is_dir()
+    told.restore(told.refs["alice"])
+    told.purge()
+    assert with_it.folder.is_dir() and versions.current == with_it.name
+
+
 KILLED = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tests.consolidation.test_versions import PASSED, make
-from hypernet.consolidation.versions import Versions
+from tests.memory.weights.test_versions import PASSED, make
+from hypernet.memory.weights.versions import Versions
 from hypernet.memory.store.records import Filters
 versions = Versions.of(Path({folder!r}), Filters(user_id="alice"))
-print("begun", flush=True)
 for number in range(10_000):
+    print(number, flush=True)
     versions.promote(versions.judge(make(versions, f"m{{number}}@1", content=b"%d" % number * 100_000), PASSED))
 """
 
 
 def test_killed_at_any_point_leaves_whole_versions(versions, tmp_path):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    root = str(Path(__file__).parents[3])
     script = KILLED.format(root=root, folder=str(tmp_path))
     for trial in range(6):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root)
-        assert process.stdout.readline() == b"begun\n"
-        time.sleep(0.03 + 0.037 * trial)
+        for number in range(trial + 1):  # versions before it
+            assert process.stdout.readline() == b"%d\n" % number
+        time.sleep(0.013 * trial)
         process.send_signal(signal.SIGKILL)
         process.wait()
         for version in versions.all():
@@ -133,5 +192,5 @@ def test_killed_at_any_point_leaves_whole_versions(versions, tmp_path):
         assert versions.current == BASE or versions.get(versions.current).passed
         logged = [entry["version"] for entry in versions.promotions()]
         assert versions.current in {BASE, *logged[-2:]}
-    assert len(versions.all()) > 3
+    assert len(versions.all()) >= 5
     json.dumps(versions.promotions())

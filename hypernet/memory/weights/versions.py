@@ -8,6 +8,8 @@ versions.live(holds)                                # the live one, as long as e
 weights/<whose>/w-3f0a.../manifest.json, files.json, gate.json, adapter/ or base_model/
 weights/<whose>/CURRENT           one line, replaced atomically
 weights/<whose>/promotions.jsonl  append-only: what was made live, when, and whether the gate had passed it
+weights/<whose>/review.jsonl      what a person said of written questions, see hypernet.consolidation.self_instruct
+weights/<whose>/.unfinished-<key>/, .new-<key>-<process>/   a training that goes on or was killed, with manifest.json
 
 A promotion is logged before it is done. Killed in between, CURRENT has not changed and counts.
 """
@@ -17,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +28,10 @@ from typing import Any, Self
 from hypernet.io.files import replaced, sync_folder
 from hypernet.memory.store.records import Filters
 from hypernet.memory.store.times import now, to_text
+from hypernet.memory.store.token_store import TokenStore
 
 WEIGHTS_FOLDER = "weights"
-REVIEW = "review.jsonl"  # of what a person let through, see hypernet.consolidation.self_instruct
+REVIEW = "review.jsonl"
 BASE = "base"  # the name of the base model without any version
 _MANIFEST, _FILES, _GATE, _CURRENT, _LOG = "manifest.json", "files.json", "gate.json", "CURRENT", "promotions.jsonl"
 
@@ -108,14 +111,14 @@ class Versions:
     def written(self, manifest: Manifest) -> Iterator[Path]:
         """A folder for the weights' files, which becomes a version when the block ends well."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".new-{os.getpid()}-{manifest.key}"
+        temporary = self.folder / f".new-{manifest.key}-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
+            _write(temporary / _MANIFEST, asdict(manifest))  # first: a killed writer's weights say what is in them
             yield temporary
             files = _hashes(temporary)
             _write(temporary / _FILES, files)
-            _write(temporary / _MANIFEST, asdict(manifest))
             name = _name(files, asdict(manifest))
             for path in (path for path in temporary.rglob("*") if path.is_dir()):
                 sync_folder(path)
@@ -125,6 +128,19 @@ class Versions:
             _sync(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def unfinished(self, manifest: Manifest) -> Path:
+        """A folder for what a training keeps in order to go on after it was killed; `finish` removes it."""
+        folder = self._unfinished(manifest)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / _MANIFEST, asdict(manifest))
+        return folder
+
+    def finish(self, manifest: Manifest) -> None:
+        shutil.rmtree(self._unfinished(manifest), ignore_errors=True)
+
+    def _unfinished(self, manifest: Manifest) -> Path:
+        return self.folder / f".unfinished-{manifest.key}"
 
     def judge(self, version: Version, report: Mapping[str, Any]) -> Version:
         """Keeps the gate's report with the version."""
@@ -163,6 +179,24 @@ class Versions:
             self._make_live(BASE, forced=False, operation="erased")
         for name in gone:
             shutil.rmtree(self.folder / name)
+        return gone
+
+    def keep(self, refs: Collection[str]) -> list[str]:
+        """Erases all that is of other memories: versions, whose names it returns, trainings that did not end, and lines
+        of the review."""
+        gone = self.remove([ref for version in self.all() for ref in version.manifest.contains if ref not in refs])
+        for path in self.folder.glob(f".*/{_MANIFEST}"):
+            if not set(json.loads(path.read_bytes())["contains"]) <= set(refs):
+                shutil.rmtree(path.parent, ignore_errors=True)
+                gone.append(path.parent.name)
+        review = self.folder / REVIEW
+        lines = review.read_text(encoding="utf-8").splitlines(keepends=True) if review.is_file() else []
+        left = [line for line in lines if _is_of(line, refs)]
+        if left != lines:
+            with replaced(review) as temporary:
+                temporary.write_text("".join(left), encoding="utf-8")
+                _sync(temporary)
+            gone.append(REVIEW)
         return gone
 
     def _make_live(self, name: str, *, forced: bool, operation: str = "promote") -> None:
@@ -239,6 +273,22 @@ class Versions:
         if files != kept or _name(files, json.loads((version.folder / _MANIFEST).read_bytes())) != version.name:
             raise ValueError(f"{version.folder} was changed since it was written. Consolidate again.")
         return _sha256(json.dumps(files, sort_keys=True).encode())
+
+
+def erase_purged(store: TokenStore) -> list[str]:
+    """Erases what is left of memories whose content was purged, whosever: see `Versions.keep`."""
+    everybody = Versions.of_all(store.folder)
+    refs = store.refs() if everybody else set()
+    return [name for versions in everybody for name in versions.keep(refs)]
+
+
+def _is_of(line: str, refs: Collection[str]) -> bool:
+    """Whether a line of a review, perhaps broken by an editor, is about one of these memories, or about none."""
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return any(ref in line for ref in refs)
+    return isinstance(fields, dict) and ("memory" not in fields or fields["memory"] in refs)
 
 
 def _name(files: Mapping[str, str], manifest: Mapping[str, Any]) -> str:

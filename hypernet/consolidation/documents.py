@@ -1,0 +1,150 @@
+"""Documents: a folder's passages as memories that can be asked about, and their evidence as a teacher's prompt.
+
+add_documents(memory, model, "notes/", Filters(user_id="alice"))         # passages, with questions about them
+consolidation.consolidate(Filters(user_id="alice"), documents="notes/")  # the same, and trained on
+Consolidator(evidence=Evidence(num_sentences=3))                         # in the place of whole texts
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hypernet.base.generation import context_window, decode_answer, end_ids, generate_ids
+from hypernet.consolidation.questions import GIVEN, asked_keys
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.memory.extraction import extract_facts
+from hypernet.memory.memory import Memory
+from hypernet.memory.store.records import Filters, MemoryVersion
+from hypernet.text.chunking import chunk_document
+from hypernet.text.documents import read_documents
+from hypernet.text.matching import exact_match, squad_words
+from hypernet.text.sentences import split_sentences
+
+log = logging.getLogger(__name__)
+
+PROMPT = "Ask one question about a name, a number or a date in the text above. Give only the question."
+_NUM_DRAWN = 16  # questions about a passage
+_QUESTION_TOKENS = 32
+_FROM_DOCUMENT = "document_sha256"  # in a passage's metadata: of the file's bytes
+
+
+def add_documents(memory: Memory, model: DocToLoRA, path: str | Path, filters: Filters, *, seed: int = 0) -> list[str]:
+    """Adds the passages of a file, or of the files below a folder, that can be asked about; their source is the file.
+
+    A passage is as long as what one adapter is written from, at most half the base model's window. Where it names no
+    fact to ask for (`asked_keys`) the base model writes questions about it, which stay in the memory's metadata; where
+    it cannot, the passage is left out, which the log says. What was added before stays as it is, and what a file says
+    no more holds no more.
+
+    Args:
+        seed: of the written questions.
+
+    Returns:
+        id@version of what was added.
+
+    Raises:
+        ValueError: a file cannot be read, or there is none.
+    """
+    root, found = Path(path), list[tuple[str, str, str]]()
+    for document in read_documents(root):
+        source = str(root / document.name) if root.is_dir() else str(root)
+        found += [(source, passage, document.sha256) for passage in _passages(document.text, model)]
+    earlier = [one for one in memory.store.valid(filters) if _FROM_DOCUMENT in one.metadata]
+    before, now = {(one.source, one.text) for one in earlier}, {passage[:2] for passage in found}
+    files = {source for source, _ in now}
+    for one in earlier:
+        if one.source in files and (one.source, one.text) not in now:
+            memory.invalidate(one.id)
+    added, num_left_out = [], 0
+    for source, passage, sha256 in dict.fromkeys(found):
+        if (source, passage) in before:
+            continue
+        metadata: dict[str, object] = {_FROM_DOCUMENT: sha256}
+        if not asked_keys(passage):
+            metadata[GIVEN] = written_questions(model, passage, seed=seed)
+            if not metadata[GIVEN]:
+                num_left_out += 1
+                continue
+        added.append(str(memory.add(passage, source=source, metadata=metadata, **filters._asdict())))
+    if num_left_out:
+        log.warning("%s: %d passages are left out, since nothing can be asked about them.", path, num_left_out)
+    return added
+
+
+def _passages(text: str, model: DocToLoRA) -> Iterator[str]:
+    size = min(model.max_chunk_tokens, context_window(model.base_model) // 2)
+    for start, end in chunk_document(text, model.tokenizer, max_chunk_tokens=size, add_affixes=False).spans:
+        if passage := text[start:end].strip():
+            yield passage
+
+
+def written_questions(model: DocToLoRA, passage: str, *, seed: int) -> dict[str, list[str]]:
+    """Questions that the base model writes about a text: {"training": [...], "held_out": [...]}, or empty.
+
+    One is kept if with the text in its prompt the base model answers in the text's words, and otherwise without it.
+    Those with the same answer are wordings of one question: the last one is held out, the others are trained on, and
+    where nothing has two wordings nothing is kept.
+    """
+    prompts = model.layout.prompt_ids(model.tokenizer, [PROMPT] * _NUM_DRAWN, [passage] * _NUM_DRAWN)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rows = generate_ids(
+            model.base_model, model.tokenizer, prompts, max_new_tokens=_QUESTION_TOKENS, temperature=1.0
+        )
+    ends = end_ids(model.base_model, model.tokenizer)
+    drawn = [decode_answer(model.tokenizer, row, ends).partition("?") for row in rows]
+    asked = list(dict.fromkeys(question.strip() + mark for question, mark, _ in drawn if question.strip() and mark))
+    if not asked:
+        return {}
+    with_text, without = (model.generate(asked, documents=[text] * len(asked)) for text in (passage, None))
+    words, wordings = f" {' '.join(squad_words(passage))} ", dict[str, list[str]]()
+    for question, answer, other in zip(asked, with_text, without, strict=True):
+        said = " ".join(squad_words(answer))
+        if said and f" {said} " in words and not exact_match(other, answer):
+            wordings.setdefault(said, []).append(question)
+    held_out = [several[-1] for several in wordings.values() if len(several) > 1]
+    training = [one for several in wordings.values() for one in several if one not in held_out]
+    return {"training": training, "held_out": held_out} if held_out else {}
+
+
+class Evidence:
+    """A text's evidence on a question, the best first, and its facts as (subject; relation; object).
+
+    A sentence's score is the sum over the question's words in it of log((n + 1) / n_w), for n sentences in the text,
+    n_w of which have the word. Without a fact in the text, a memory's own key stands with its best sentence.
+
+    Args:
+        num_sentences: at most.
+
+    Raises:
+        ValueError: num_sentences is below 1.
+
+    Source: Chen et al. 2025, https://arxiv.org/abs/2506.01954, where a language model writes and ranks both.
+    """
+
+    def __init__(self, *, num_sentences: int = 3) -> None:
+        if num_sentences < 1:
+            raise ValueError(f"num_sentences is {num_sentences}. Give at least 1.")
+        self.num_sentences = num_sentences
+
+    def prompt(self, question: str, memory: MemoryVersion) -> str:
+        """What stands in the teacher's prompt in the place of the memory's text."""
+        text = str(memory.text)
+        sentences = [text[start:end].strip() for start, end in split_sentences(text)]
+        words = [set(squad_words(sentence)) for sentence in sentences]
+        scores = [
+            sum(
+                math.log((len(sentences) + 1) / sum(word in other for other in words))
+                for word in sorted(own & set(squad_words(question)))
+            )
+            for own in words
+        ]
+        ranked = sorted(range(len(sentences)), key=lambda place: -scores[place])
+        triples = [(fact.subject, fact.relation, fact.object) for fact in extract_facts(text)]
+        if not triples and memory.subject is not None and memory.relation is not None:
+            triples = [(memory.subject, memory.relation, sentences[ranked[0]])]
+        evidence = [sentences[place] for place in ranked[: self.num_sentences]]
+        return "\n".join([*evidence, *(f"({'; '.join(triple)})" for triple in triples)])

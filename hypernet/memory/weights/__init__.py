@@ -1,0 +1,1 @@
+"""Versions of weights that memories went into: as files, whatever trained them."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hypernet.base.generation import context_window, decode_answer, end_ids, generate_ids
-from hypernet.consolidation.questions import GIVEN, asked_keys
+from hypernet.consolidation.questions import GIVEN_QUESTIONS, asked_keys
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.memory.extraction import extract_facts
 from hypernet.memory.memory import Memory
@@ -64,8 +64,8 @@ def add_documents(memory: Memory, model: DocToLoRA, path: str | Path, filters: F
             continue
         metadata: dict[str, object] = {_FROM_DOCUMENT: sha256}
         if not asked_keys(passage):
-            metadata[GIVEN] = written_questions(model, passage, seed=seed)
-            if not metadata[GIVEN]:
+            metadata[GIVEN_QUESTIONS] = written_questions(model, passage, seed=seed)
+            if not metadata[GIVEN_QUESTIONS]:
                 num_left_out += 1
                 continue
         added.append(str(memory.add(passage, source=source, metadata=metadata, **filters._asdict())))

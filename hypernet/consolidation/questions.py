@@ -19,7 +19,7 @@ TRAINING = (
     "Name the {relation} of {subject}.",
     "What {relation} does {subject} have?",
 )
-GIVEN = "consolidation"  # in a memory's metadata: {"training": [questions], "held_out": [questions]}
+GIVEN_QUESTIONS = "consolidation"  # in a memory's metadata: {"training": [questions], "held_out": [questions]}
 HELD_OUT = ("What is the {relation} of {subject}?",)
 # Of what is extracted from sentences: these read as nouns in the wordings above, "born in" does not.
 _VERBS = re.compile(r"\b(?:in|at|by|to|on|as|for|born|based|located|employed|married|called|named|headed|founded)$")
@@ -107,11 +107,12 @@ def _filled(templates: Sequence[str], memory: MemoryVersion) -> list[str]:
 
 
 def _given(memory: MemoryVersion) -> tuple[list[str], list[str]]:
-    given = memory.metadata.get(GIVEN, {})
+    given = memory.metadata.get(GIVEN_QUESTIONS, {})
     pair = [given.get(name, []) for name in ("training", "held_out")] if isinstance(given, dict) else []
     if not pair or not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in pair):
         raise ValueError(
-            f"{memory.ref}: metadata {GIVEN!r} should be {{'training': [texts], 'held_out': [texts]}}, not {given!r}."
+            f"{memory.ref}: metadata {GIVEN_QUESTIONS!r} should be {{'training': [texts], 'held_out': [texts]}}, "
+            f"not {given!r}."
         )
     training, held_out = pair
     if both := sorted({text.casefold() for text in training} & {text.casefold() for text in held_out}):

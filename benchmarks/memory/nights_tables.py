@@ -98,9 +98,18 @@ def review(rows: Sequence[Row]) -> Table:
     return Table("", ["what", "mean"], [[name, _said(rows, key)] for name, key in what.items()])
 
 
+def portability(rows: Sequence[Row]) -> Table:
+    cells = {
+        **{"before": "before", "another user": "another_user", "closed book": "closed_book"},
+        **{"in the prompt": "open_book", "as with it in the prompt": "gate_recall", "background": "gate_background"},
+        **{"KL, nats": "gate_locality", "TFLOP": "tflops", "processor s": "processor_s"},
+    }
+    return _means(rows, {"base model of": lambda row: row["checkpoint"]}, cells)
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     **{"nights": nights, "poison": poison, "objectives": objectives, "rehearsal": rehearsal, "tiers": tiers},
-    "review": review,
+    **{"review": review, "portability": portability},
 }
 
 

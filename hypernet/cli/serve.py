@@ -1,6 +1,7 @@
 """hypernet serve, api-key and mcp: the model and memories for other programs."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +28,11 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 1024,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 2 << 20,
     drain_seconds: Annotated[int, typer.Option(min=1, help="That running requests have when it stops.")] = 30,
+    engine: Annotated[Literal["hypernet", "vllm"], typer.Option(help="What decodes; vllm needs that package.")] = (
+        "hypernet"
+    ),
+    max_lora_rank: Annotated[int, typer.Option(help="With vllm: rank of an adapter at most.")] = 256,
+    max_loras: Annotated[int, typer.Option(min=1, help="With vllm: adapters in one step.")] = 8,
 ) -> None:
     """Serve a checkpoint over HTTP, with adapters and memories of many users.
 
@@ -40,7 +46,14 @@ def serve(
     """
     _needs("fastapi", "serve")
     from hypernet.serving.app import serve as serve_app
+    from hypernet.serving.engine import BatchEngine, Engine
     from hypernet.serving.state import ServerSettings
+
+    make_engine: Callable[..., Engine] = BatchEngine
+    if engine == "vllm":
+        from hypernet.serving.vllm_engine import vllm_engine
+
+        make_engine = vllm_engine(max_lora_rank=max_lora_rank, max_loras=max_loras)
 
     settings = ServerSettings(
         directory=directory,
@@ -52,7 +65,8 @@ def serve(
         max_body_bytes=max_body_bytes,
         drain_s=drain_seconds,
     )
-    serve_app(model, settings, host=host, port=port, report=lambda line: typer.echo(line, err=True))
+    report = lambda line: typer.echo(line, err=True)  # noqa: E731
+    serve_app(model, settings, host=host, port=port, report=report, engine=make_engine)
 
 
 def api_key(

@@ -12,7 +12,7 @@ from hypernet.base.generation import context_window
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.paths import output_folder
 from hypernet.memory.store.records import Filters
-from hypernet.serving.engine import BatchEngine
+from hypernet.serving.engine import BatchEngine, Engine
 from hypernet.serving.errors import ApiError
 from hypernet.serving.keys import ApiKeys
 from hypernet.serving.scheduler import Scheduler
@@ -85,7 +85,7 @@ class ServerState:
     """Made once for an application; `close` ends it."""
 
     def __init__(
-        self, model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., BatchEngine] = BatchEngine
+        self, model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., Engine] = BatchEngine
     ) -> None:
         self.settings, self.model = settings.checked(), model
         self.keys = None if settings.keys is None else ApiKeys(settings.keys)

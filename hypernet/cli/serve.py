@@ -20,6 +20,10 @@ def serve(
         str | None, typer.Option(help="What requests call the model; default its folder's name.", show_default=False)
     ] = None,
     directory: Annotated[str, typer.Option(help="Folder of users' memories and adapters.")] = "outputs/serve",
+    database: Annotated[
+        str | None,
+        typer.Option(help="URL of PostgreSQL for the memories' texts; default SQLite.", show_default=False),
+    ] = None,
     keys: _Keys = None,
     host: _Host = "127.0.0.1",
     port: _Port = 8000,
@@ -57,6 +61,7 @@ def serve(
 
     settings = ServerSettings(
         directory=directory,
+        database=database,
         model_name=name or Path(model).name.rpartition(":")[2],
         keys=keys,
         max_batch=max_batch,

@@ -77,16 +77,26 @@ def serve(
 def api_key(
     user: Annotated[str, typer.Argument(help="Whose requests the key makes.", show_default=False)],
     keys: Annotated[str, typer.Option(help="File to add it to; made where it is missing.")] = _KEYS,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Take all keys of the user out instead.")] = False,
 ) -> None:
     """Print a new API key of a user, once; the file has only its hash.
+
+    A server that runs takes it from its next request on, and no longer what was
+    revoked.
 
     \b
     hypernet api-key alice
     hypernet serve --keys outputs/api_keys.json
+    hypernet api-key alice --revoke
     """
     from hypernet.serving.keys import ApiKeys
 
-    typer.echo(ApiKeys(keys, create=True).add(user))
+    if not revoke:
+        typer.echo(ApiKeys(keys, create=True).add(user))
+    elif number := ApiKeys(keys).remove(user):
+        typer.echo(f"{number} keys of {user} revoked")
+    else:
+        raise ValueError(f"{keys} has no key of {user!r}. Check the name, or name another file with --keys.")
 
 
 def mcp(

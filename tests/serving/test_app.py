@@ -94,6 +94,28 @@ def test_keys_file_of_another_kind_is_one_line(tmp_path):
         ApiKeys(path)
 
 
+def test_keys_made_and_revoked_count_without_a_restart(random_model, tmp_path):
+    """As `hypernet api-key` in another process changes the file while the server runs."""
+    path = tmp_path / "keys.json"
+    ApiKeys(path, create=True).add("alice")
+    settings = ServerSettings(directory=str(tmp_path / "data"), keys=str(path))
+    with TestClient(create_app(random_model, settings), raise_server_exceptions=False) as client:
+
+        def status(key: str) -> int:
+            return client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        first, second = ApiKeys(path).add("bob"), ApiKeys(path).add("bob")
+        assert (status(first), status(second)) == (200, 200)
+        assert ApiKeys(path).remove("bob") == 2 and ApiKeys(path).remove("bob") == 0
+        assert (status(first), status(second)) == (401, 401)
+        third, kept = ApiKeys(path).add("cara"), path.read_bytes()
+        for broken in (b"{", None):  # as an editor may leave it; nobody's key counts meanwhile
+            path.unlink() if broken is None else path.write_bytes(broken)
+            assert status(third) == 401
+            path.write_bytes(kept)
+            assert status(third) == 200
+
+
 @pytest.mark.parametrize(("host", "refused"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("::1", False)])
 def test_without_keys_only_this_machine_is_served(host, refused):
     if refused:

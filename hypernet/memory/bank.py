@@ -404,6 +404,7 @@ class AdapterBank:
         parts, chosen = [], []
         for entry, of_entry in wanted.items():
             part = _documents(self._shard(entry), of_entry)
+            self._model().between_passes()  # a shard takes as long to read as several steps of an answer
             parts.append(part)
             chosen += [of_entry[document["name"]] for document in part.provenance["documents"]]
         adapter = parts[0].with_chunks_of(parts[1:], warn_of_copies=False) if parts else None
@@ -583,9 +584,9 @@ class AdapterBank:
         of_text: dict[str, LoRAAdapter] = {}
         seconds: dict[str, float] = {}
         if documents:
-            started = time.perf_counter()
+            started, paused = time.perf_counter(), model.paused_s
             made = model.internalize(documents, pass_chunks=self.pass_chunks, progress=progress)
-            each = (time.perf_counter() - started) / len(documents)
+            each = (time.perf_counter() - started - (model.paused_s - paused)) / len(documents)
             made = made.to(dtype=_torch_dtype(self.dtype))
             of_text = dict(zip([d.name for d in documents], _each_document(made), strict=True))
             seconds = {refs_of[d.name][0]: each for d in documents}

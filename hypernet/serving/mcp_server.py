@@ -172,7 +172,7 @@ def memory_server(memory: Memory, *, user: str) -> MCPServer[Any]:
         """Delete a memory and its adapters, and erase the content for good; verify compares with a twin without it."""
         report = memory.forget(own(id), verify=verify, reason=reason)
         erased = memory.purge(id, user_id=user)
-        return {"forgotten": plain(report), "erased": plain(erased)}
+        return {"forgotten": plain(report.as_dict()), "erased": plain(erased)}
 
     @tool
     def memory_write_adapters() -> _Json:

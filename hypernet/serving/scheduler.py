@@ -2,7 +2,8 @@
 
 scheduler = Scheduler(BatchEngine(model), max_queue=256)
 scheduler.submit(generation)                        # joins the batch as soon as there is room; its `emit` is called
-scheduler.call(lambda: model.internalize(text, progress=scheduler.between))     # a Future; answers go on meanwhile
+model.pause = scheduler.between
+scheduler.call(lambda: model.internalize(text))     # a Future; answers go on meanwhile
 scheduler.call(lambda: prompt_of(question), brief=True)
 scheduler.stop(drain_s=30)
 """
@@ -91,12 +92,15 @@ class Scheduler:
             self._condition.notify()
         return future
 
-    def between(self, *_: object) -> None:
-        """Called by work between its pieces, on the model's thread: brief work runs, and answers get one more token.
+    def between(self) -> None:
+        """Called by work between its pieces: brief work runs, and answers get one more token. Does nothing for others
+        than the model's thread.
 
         Raises:
             Stopping: the work should end here, since the process does.
         """
+        if threading.current_thread() is not self._thread:
+            return
         if self._abandoned:
             raise Stopping("The server is stopping.")
         self._round()

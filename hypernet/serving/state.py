@@ -96,6 +96,7 @@ class ServerState:
         self.keys = None if settings.keys is None else ApiKeys(settings.keys)
         self.stores = UserStores(settings.directory, model, database=settings.database)
         self.scheduler = Scheduler(engine(model, max_batch=settings.max_batch), max_queue=settings.max_queue)
+        model.pause = self.scheduler.between  # whatever reads or answers lets running answers go on
         self.metrics = ServerMetrics()
         self.metrics.watch(self.scheduler)
         self.window = context_window(model.base_model)
@@ -106,6 +107,7 @@ class ServerState:
 
     def close(self) -> None:
         self.scheduler.stop(drain_s=self.settings.drain_s)
+        self.model.pause = None
         self.stores.close()
 
     def user_of(self, authorization: str | None, named: str | None) -> str:

@@ -12,7 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from benchmarks.serving.fuzz import any_request, mistake_in
+from hypernet.serving import scheduler as scheduler_module
 from hypernet.serving.app import check_address, create_app
+from hypernet.serving.engine import Generation, Sampling
 from hypernet.serving.keys import ApiKeys
 from hypernet.serving.state import ServerSettings
 
@@ -292,19 +294,55 @@ def test_every_verb_of_a_memory_over_http(random_model, tmp_path):
         assert ok("GET", "/status")["tiers"]["token"] and ok("POST", "/verify")["damage"] == []
 
 
-@pytest.mark.parametrize("what", ["adapters", "memories"])
-def test_answers_go_on_while_documents_are_read(users, monkeypatch, what):
-    """Between two batches of a document, and between two passes over memories."""
-    bob, scheduler, steps = users["bob"], users["bob"].app.state.server.scheduler, []
-    monkeypatch.setattr(scheduler, "between", lambda *_: steps.append(1))
-    if what == "adapters":
-        made = bob.post("/v1/adapters", json={"document": "Norbach was founded by Ilda Renwick. " * 60})
-        assert made.status_code == 201
-    else:
-        for number in range(20):
-            bob.post("/v1/memories", json={"content": f"Norbach has {number} gates.", "run_id": "gates"})
-        assert bob.post("/v1/memories/write_adapters", params={"run_id": "gates"}).json()["written"] == 20
-    assert len(steps) > 1
+VERBS = ["adapters", "write_adapters", "explain", "measure", "forget"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_running_answers_go_on_while_slow_work_runs(users, monkeypatch, verb):
+    """An endless answer gets tokens between the pieces of a document, of memories, and of the verbs that ask much."""
+    bob, scheduler = users["bob"], users["bob"].app.state.server.scheduler
+    keys = [
+        bob.post("/v1/memories", json={"content": f"Town {n} has {n} gates.", "subject": f"Town {n}", "relation": verb})
+        for n in range({"write_adapters": 40, "measure": 12}.get(verb, 4))
+    ]
+    if verb in ("measure", "forget", "explain"):
+        bob.post("/v1/memories/write_adapters")
+    answer = bob.post(
+        "/v1/memories/ask", json={"question": "How many gates has Town 3?", "tier": "token", "max_tokens": 8}
+    ).json()
+    assert verb != "explain" or len(answer["memories"]) > 2
+    monkeypatch.setattr(scheduler.engine, "ends", [])
+    deltas = []
+    endless = Generation(prompt=[5, 6], sampling=Sampling(max_new_tokens=480), emit=deltas.append)
+    scheduler.submit(endless)
+    while not endless.ids:
+        time.sleep(0.001)
+    counted = []
+    finish = scheduler_module._finish
+
+    def counting(work, future):
+        def counted_work():
+            before = len(endless.ids)
+            try:
+                return work()
+            finally:
+                counted.append(len(endless.ids) - before)
+
+        finish(counted_work, future)
+
+    monkeypatch.setattr(scheduler_module, "_finish", counting)
+    calls = {
+        "adapters": ("/v1/adapters", {"document": "Norbach was founded by Ilda Renwick. " * 60}),
+        "write_adapters": ("/v1/memories/write_adapters", None),
+        "explain": ("/v1/memories/explain", answer),
+        "measure": ("/v1/memories/measure", None),
+        "forget": (f"/v1/memories/{keys[0].json()['id']}/forget", {"verify": True}),
+    }
+    response = bob.post(calls[verb][0], json=calls[verb][1])
+    assert response.status_code in (200, 201), response.text
+    assert verb != "forget" or response.json()["passed"]
+    assert max(counted) >= (30 if verb in ("measure", "forget") else 2)  # once between two pieces
+    endless.cancelled = True
 
 
 # --- The page -------------------------------------------------------------------------------------------------------

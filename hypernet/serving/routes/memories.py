@@ -252,10 +252,7 @@ async def explain(body: ExplainRequest, state: State, user: CurrentUser) -> dict
 
 @router.post("/write_adapters")
 async def write_adapters(state: State, user: CurrentUser, filters: Within) -> Any:
-    def work(memory: Memory) -> Any:
-        return memory.write_adapters(**filters._asdict(), progress=state.scheduler.between)
-
-    return plain(await _with_memory(state, user, work))
+    return plain(await _with_memory(state, user, lambda memory: memory.write_adapters(**filters._asdict())))
 
 
 @router.post("/measure")
@@ -300,7 +297,7 @@ def restore(key: str, memory: Opened) -> Any:
 @router.post("/{key}/forget")
 async def forget(key: str, body: ForgetRequest, state: State, user: CurrentUser) -> Any:
     def work(memory: Memory) -> Any:
-        return memory.forget(key, verify=body.verify, reason=body.reason)
+        return memory.forget(key, verify=body.verify, reason=body.reason).as_dict()
 
     return plain(await _with_memory(state, user, work))
 

@@ -14,6 +14,14 @@ _Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")
 _Keys = Annotated[str | None, typer.Option(help="File of API keys; without it no key is needed.", show_default=False)]
 
 
+def _allowed_rank(value: int) -> int:
+    from hypernet.interop.vllm import MAX_LORA_RANKS
+
+    if value not in MAX_LORA_RANKS:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(map(str, MAX_LORA_RANKS))}.")
+    return value
+
+
 def serve(
     model: _Model = "assets/tiny",
     name: Annotated[
@@ -35,7 +43,9 @@ def serve(
     engine: Annotated[Literal["hypernet", "vllm"], typer.Option(help="What decodes; vllm needs that package.")] = (
         "hypernet"
     ),
-    max_lora_rank: Annotated[int, typer.Option(help="With vllm: rank of an adapter at most.")] = 256,
+    max_lora_rank: Annotated[
+        int, typer.Option(help="With vllm: rank of an adapter at most, as vLLM allows them.", callback=_allowed_rank)
+    ] = 256,
     max_loras: Annotated[int, typer.Option(min=1, help="With vllm: adapters in one step.")] = 8,
 ) -> None:
     """Serve a checkpoint over HTTP, with adapters and memories of many users.

@@ -29,6 +29,7 @@ from hypernet.text.matching import exact_match
 
 _BATCH, _SHARED_BATCH = 64, 4  # questions that go through the model at once; where others wait for it
 _T = TypeVar("_T")
+_WEIGHTS_ARE_ELSEWHERE = "Of weights and weights+adapter, hypernet memory ask and Consolidation.ask answer."
 _NUM_TIMED = 16  # questions that are asked by themselves for their seconds
 
 
@@ -207,7 +208,11 @@ class Asker:
     ) -> list[PreparedQuestion]:
         """What `ask` asks the base model with; arguments and errors as there."""
         if tier not in (*TIERS, "auto"):
-            raise ValueError(f"Unknown tier {tier!r}: choose one of auto, token, adapter, none.")
+            raise ValueError(
+                f"Unknown tier {tier!r}: choose one of auto, token, adapter, none. {_WEIGHTS_ARE_ELSEWHERE}"
+            )
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"accuracy is {accuracy}. Give a part of the answers, from 0 to 1.")
         questions = [_dated(question) for question in questions]
         tiers = {filters: self._tier(filters, tier, accuracy) for filters in {one.filters for one in questions}}
         chosen = [tiers[question.filters] for question in questions]

@@ -208,6 +208,17 @@ def test_imported_rows_become_the_importers(users, alices):
     assert {row["user_id"] for row in found} == {"bob"}
     assert users["bob"].delete(f"/v1/memories/{alices['memory']}").status_code == 200  # its own copy
     assert users["alice"].get(f"/v1/memories/{alices['memory']}").status_code == 200
+    edge = {"uuid": "edge-1", "fact": "Norbach has a harbour.", "group_id": "alice"}
+    assert users["bob"].post("/v1/memories/import", json={"format": "graphiti", "rows": [edge]}).status_code == 201
+    assert users["bob"].get("/v1/memories/edge-1").json()["user_id"] == "bob"
+
+
+def test_imported_row_with_another_texts_hash_is_refused(users):
+    rows = [{"text": "Bob keeps a dog."}, {"text": "Bob keeps a fox.", "sha256": "0" * 64}]
+    response = users["bob"].post("/v1/memories/import", json={"rows": rows})
+    assert response.status_code == 400
+    assert error_of(response)["message"].startswith("rows, line 2 is no memory of the format plain: its sha256 is")
+    assert "dog" not in users["bob"].get("/v1/memories").text
 
 
 @pytest.mark.parametrize("name", ["ID", "PREFIX", "door.txt", "../../x", "..%2f..%2fusers", "/etc/passwd", "\x00"])

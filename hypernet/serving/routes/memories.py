@@ -198,9 +198,13 @@ def export(memory: Opened, filters: Within, format: Literal["plain", "mem0", "gr
 @router.post("/import", status_code=201)
 def import_(body: ImportRequest, memory: Opened, user: CurrentUser) -> Any:
     """Rows of a file that `export` or another system wrote; all of them become this user's."""
+    whose = {"graphiti": {"group_id": user}, "letta": {}}.get(body.format, {"user_id": user})
     with _file() as path:
-        path.write_text("\n".join(json.dumps({**row, "user_id": user}) for row in body.rows), encoding="utf-8")
-        return plain(memory.import_jsonl(path, format=body.format, user_id=user))
+        path.write_text("\n".join(json.dumps({**row, **whose}) for row in body.rows), encoding="utf-8")
+        try:
+            return plain(memory.import_jsonl(path, format=body.format, user_id=user))
+        except ValueError as error:
+            raise ApiError(400, str(error).replace(str(path), "rows"), param="rows") from error
 
 
 # --- With the model -------------------------------------------------------------------------------------------------

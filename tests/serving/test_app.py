@@ -309,19 +309,27 @@ VERBS = ["adapters", "write_adapters", "explain", "measure", "forget"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_running_answers_go_on_while_slow_work_runs(users, monkeypatch, verb):
+def test_running_answers_go_on_while_slow_work_runs(random_model, tmp_path, monkeypatch, verb):
     """An endless answer gets tokens between the pieces of a document, of memories, and of the verbs that ask much."""
-    bob, scheduler = users["bob"], users["bob"].app.state.server.scheduler
+    app = create_app(random_model, ServerSettings(directory=str(tmp_path)))
+    with TestClient(app, base_url="http://127.0.0.1") as bob:
+        check_answers_go_on(bob, monkeypatch, verb)
+
+
+def check_answers_go_on(bob, monkeypatch, verb):
+    scheduler = bob.app.state.server.scheduler
     keys = [
         bob.post("/v1/memories", json={"content": f"Town {n} has {n} gates.", "subject": f"Town {n}", "relation": verb})
-        for n in range({"write_adapters": 40, "measure": 12}.get(verb, 4))
+        for n in range(20 if verb == "write_adapters" else 3)
     ]
     if verb in ("measure", "forget", "explain"):
         bob.post("/v1/memories/write_adapters")
     answer = bob.post(
         "/v1/memories/ask", json={"question": "How many gates has Town 3?", "tier": "token", "max_tokens": 8}
     ).json()
-    assert verb != "explain" or len(answer["memories"]) > 2
+    assert verb != "explain" or len(answer["memories"]) == 3
+    with bob.app.state.server.stores.memory("local") as memory:
+        memory.asker.max_new_tokens = 4  # of each question that measure and forget ask
     monkeypatch.setattr(scheduler.engine, "ends", [])
     deltas = []
     endless = Generation(prompt=[5, 6], sampling=Sampling(max_new_tokens=480), emit=deltas.append)
@@ -343,7 +351,7 @@ def test_running_answers_go_on_while_slow_work_runs(users, monkeypatch, verb):
 
     monkeypatch.setattr(scheduler_module, "_finish", counting)
     calls = {
-        "adapters": ("/v1/adapters", {"document": "Norbach was founded by Ilda Renwick. " * 60}),
+        "adapters": ("/v1/adapters", {"document": "Norbach was founded by Ilda Renwick. " * 60, "name": "norbach"}),
         "write_adapters": ("/v1/memories/write_adapters", None),
         "explain": ("/v1/memories/explain", answer),
         "measure": ("/v1/memories/measure", None),
@@ -352,7 +360,7 @@ def test_running_answers_go_on_while_slow_work_runs(users, monkeypatch, verb):
     response = bob.post(calls[verb][0], json=calls[verb][1])
     assert response.status_code in (200, 201), response.text
     assert verb != "forget" or response.json()["passed"]
-    assert max(counted) >= (30 if verb in ("measure", "forget") else 2)  # once between two pieces
+    assert max(counted) >= {"measure": 12, "forget": 12, "explain": 1}.get(verb, 2)  # once between two pieces
     endless.cancelled = True
 
 

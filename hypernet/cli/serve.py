@@ -60,10 +60,10 @@ def serve(
     """
     _needs("fastapi", "serve")
     from hypernet.serving.app import serve as serve_app
-    from hypernet.serving.engine import BatchEngine, Engine
+    from hypernet.serving.engine import BatchEngine, DecodingEngine
     from hypernet.serving.state import ServerSettings
 
-    make_engine: Callable[..., Engine] = BatchEngine
+    make_engine: Callable[..., DecodingEngine] = BatchEngine
     if engine == "vllm":
         from hypernet.serving.vllm_engine import vllm_engine
 

@@ -132,7 +132,7 @@ class Generation:
         return len(text[:end].rstrip()) if self.strips else end
 
 
-class Engine(Protocol):
+class DecodingEngine(Protocol):
     """What a `Scheduler` runs. Not thread-safe: one thread owns it and the model."""
 
     running: list[Generation]

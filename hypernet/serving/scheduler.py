@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hypernet.serving.engine import Delta, Engine, Generation
+from hypernet.serving.engine import DecodingEngine, Delta, Generation
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -42,7 +42,7 @@ class Scheduler:
         max_queue: sequences and other work that may wait.
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int = 256) -> None:
+    def __init__(self, engine: DecodingEngine, *, max_queue: int = 256) -> None:
         if max_queue < 1:
             raise ValueError(f"max_queue is {max_queue}. Give at least 1.")
         self.engine, self.max_queue = engine, max_queue

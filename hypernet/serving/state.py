@@ -13,7 +13,7 @@ from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.paths import output_folder
 from hypernet.memory.store.database import check_schemas
 from hypernet.memory.store.records import Filters
-from hypernet.serving.engine import BatchEngine, Engine
+from hypernet.serving.engine import BatchEngine, DecodingEngine
 from hypernet.serving.errors import ApiError
 from hypernet.serving.keys import ApiKeys
 from hypernet.serving.scheduler import Scheduler
@@ -90,7 +90,7 @@ class ServerState:
     """Made once for an application; `close` ends it."""
 
     def __init__(
-        self, model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., Engine] = BatchEngine
+        self, model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., DecodingEngine] = BatchEngine
     ) -> None:
         self.settings, self.model = settings.checked(), model
         self.keys = None if settings.keys is None else ApiKeys(settings.keys)

@@ -15,6 +15,7 @@ many.fused("ridge").save("outputs/both")                         # one plain LoR
 import hashlib
 import logging
 import reprlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,10 @@ class DocToLoRA(nn.Module):
         base_model_source: where the base model came from; adapters carry it for PEFT.
         base_model_fingerprint: of the weights, where it is known; None computes it.
 
+    Attributes:
+        pause: called between two passes of whatever reads or answers here; it may use the model, with adapters as
+            `using` has them, and what it raises ends the work. paused_s: seconds that it has taken so far.
+
     Raises:
         ValueError: the hypernetwork's targets are not in this base model, or the ridge is not above 0.
     """
@@ -102,6 +107,8 @@ class DocToLoRA(nn.Module):
         self.base_model_fingerprint = base_model_fingerprint or fingerprint(base_model)
         self.injector = LoRAInjector(base_model, hypernetwork.targets)
         self.layout = ChatLayout.of(tokenizer)
+        self.pause: Callable[[], None] | None = None
+        self.paused_s = 0.0
         self._joined: WeakKeyDictionary[LoRAAdapter, tuple[Any, LoRAAdapter | None]] = WeakKeyDictionary()
         self._generated_by: tuple[Any, str, dict[str, Tensor], dict[str, Tensor]] = (None, "", {}, {})
 
@@ -241,6 +248,13 @@ class DocToLoRA(nn.Module):
         """Fingerprint of the hypernetwork, which its adapters carry."""
         return self._generator()[0]
 
+    def between_passes(self) -> None:
+        """Lets `pause` in; for whoever calls the model several times in a row."""
+        if self.pause is not None:
+            started = time.perf_counter()
+            self.pause()
+            self.paused_s += time.perf_counter() - started
+
     def adapt(self, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Chunk ids and mask [C, T] → target name → A [C, L, R, d_in], B [C, L, R, d_out], differentiable."""
         self.injector.clear()  # the encoder reads with the plain base model
@@ -283,7 +297,7 @@ class DocToLoRA(nn.Module):
             pass_chunks: instead, in passes of so many chunks and of one shape: a document's chunks are then the same to
                 the bit whatever documents are read with it (`read_in_passes`).
             progress: called with (chunks done, chunks altogether) after each batch or pass. What it raises ends the
-                reading; it may use the model, with adapters as `using` has them.
+                reading.
 
         Raises:
             TypeError: it is neither a text nor a Document nor a sequence of them.
@@ -313,10 +327,16 @@ class DocToLoRA(nn.Module):
         rows = [(ids, mask) for chunk in chunks for ids, mask in zip(chunk.ids, chunk.mask, strict=True)]
         self.injector.clear()  # the encoder reads with the plain base model
         parts = self.context_encoder, self.hypernetwork
+
+        def told(done: int, num_chunks: int) -> None:
+            if progress is not None:
+                progress(done, num_chunks)
+            self.between_passes()
+
         if pass_chunks is None:
-            A, B = read_chunks(rows, *parts, max_batch_tokens=max_batch_tokens, progress=progress)
+            A, B = read_chunks(rows, *parts, max_batch_tokens=max_batch_tokens, progress=told)
         else:
-            A, B = read_in_passes(rows, *parts, pass_chunks=pass_chunks, progress=progress)
+            A, B = read_in_passes(rows, *parts, pass_chunks=pass_chunks, progress=told)
         generator, bias_A, bias_B = self._generator()
         return LoRAAdapter(
             targets=self.hypernetwork.targets,
@@ -379,7 +399,10 @@ class DocToLoRA(nn.Module):
         check_known(prompts, self.tokenizer, num_embeddings=num_embeddings(self.base_model))
         check_fits(self.base_model, [len(row) for row in prompts], max_new_tokens=max_new_tokens)
         with self.using(adapters, joining, prompts=prompts):
-            return generate_text(self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
+            between = None if self.pause is None else self.between_passes
+            return generate_text(
+                self.base_model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, between=between
+            )
 
     def log_likelihoods(
         self,

@@ -6,15 +6,15 @@ rows = generate_ids(base_model, tokenizer, prompts, max_new_tokens=32, temperatu
 """
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from hypernet.base.base_model import num_embeddings
 from hypernet.text.chat import closing_ids
@@ -74,10 +74,11 @@ def generate_text(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 32,
+    between: Callable[[], None] | None = None,
 ) -> list[str]:
-    """Greedy continuations of prompts, token ids each, one batch; raises as `generate_ids` does."""
+    """Greedy continuations of prompts, token ids each, one batch; arguments and errors as `generate_ids`."""
     ends = end_ids(base_model, tokenizer)
-    rows = generate_ids(base_model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    rows = generate_ids(base_model, tokenizer, prompts, max_new_tokens=max_new_tokens, between=between)
     return [decode_answer(tokenizer, row, ends) for row in rows]
 
 
@@ -88,11 +89,13 @@ def generate_ids(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    between: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """Continuations of prompts, token ids each, one batch, left-padded; each up to its end token, which is included.
 
     Args:
         temperature: 0 takes the most likely token; above, tokens are drawn.
+        between: called after each step; it may use the model.
 
     Raises:
         ValueError: a prompt and its answer do not fit the model's window, or it has a token that the model lacks.
@@ -111,9 +114,23 @@ def generate_ids(
         use_cache=True,
         **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
     )
+    criteria = StoppingCriteriaList([] if between is None else [_Between(between)])
     with _only(base_model, settings):
-        output = base_model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)  # type: ignore[operator]
+        output = base_model.generate(  # type: ignore[operator]
+            ids.to(device), attention_mask=mask.to(device), generation_config=settings, stopping_criteria=criteria
+        )
     return [until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+
+
+class _Between(StoppingCriteria):
+    """What transformers calls after each step; it ends nothing."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.call()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ none       the base model alone
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,9 @@ from hypernet.memory.store.times import Instant, now, to_micros, to_text
 from hypernet.memory.store.token_store import TokenStore
 from hypernet.text.matching import exact_match
 
-_BATCH = 64  # questions generated at once
+_BATCH, _SHARED_BATCH = 64, 4  # questions that go through the model at once; where others wait for it
+_T = TypeVar("_T")
+_WEIGHTS_ARE_ELSEWHERE = "Of weights and weights+adapter, hypernet memory ask and Consolidation.ask answer."
 _NUM_TIMED = 16  # questions that are asked by themselves for their seconds
 
 
@@ -188,26 +190,29 @@ class Asker:
             ValueError: an unknown tier, a blank filter, an impossible date, or a prompt that does not fit.
             Unwritten: adapters are asked for and some are missing.
         """
-        model = self._model()
-        prepared = self.prepare(questions, tier=tier, accuracy=accuracy)
-        texts: list[str] = []
-        for start in range(0, len(prepared), _BATCH):
-            part = prepared[start : start + _BATCH]
-            texts += model.generate(
-                [one.question.text for one in part],
-                [one.adapter for one in part],
-                documents=[one.document for one in part],
+        answers: list[Answer] = []
+        for part in self._parts(questions):
+            prepared = self.prepare(part, tier=tier, accuracy=accuracy)
+            texts = self._model().generate(
+                [one.question.text for one in prepared],
+                [one.adapter for one in prepared],
+                documents=[one.document for one in prepared],
                 max_new_tokens=self.max_new_tokens,
                 **self.bank.joined,
             )
-        return [one.answered(text) for one, text in zip(prepared, texts, strict=True)]
+            answers += [one.answered(text) for one, text in zip(prepared, texts, strict=True)]
+        return answers
 
     def prepare(
         self, questions: Sequence[MemoryQuestion], *, tier: str = "auto", accuracy: float = 0.9
     ) -> list[PreparedQuestion]:
         """What `ask` asks the base model with; arguments and errors as there."""
         if tier not in (*TIERS, "auto"):
-            raise ValueError(f"Unknown tier {tier!r}: choose one of auto, token, adapter, none.")
+            raise ValueError(
+                f"Unknown tier {tier!r}: choose one of auto, token, adapter, none. {_WEIGHTS_ARE_ELSEWHERE}"
+            )
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"accuracy is {accuracy}. Give a part of the answers, from 0 to 1.")
         questions = [_dated(question) for question in questions]
         tiers = {filters: self._tier(filters, tier, accuracy) for filters in {one.filters for one in questions}}
         chosen = [tiers[question.filters] for question in questions]
@@ -252,16 +257,15 @@ class Asker:
 
     def log_likelihoods(self, questions: Sequence[MemoryQuestion], answers: Sequence[str], *, tier: str) -> list[float]:
         """log p of each answer when its question is asked of a tier, in nats."""
-        questions = [_dated(question) for question in questions]
-        given = self._given(questions, [tier] * len(questions))
+        pairs = [(_dated(question), answer) for question, answer in zip(questions, answers, strict=True)]
         values: list[float] = []
-        for start in range(0, len(questions), _BATCH):
-            part = slice(start, start + _BATCH)
+        for part in self._parts(pairs):
+            given = self._given([question for question, _ in part], [tier] * len(part))
             values += self._model().log_likelihoods(
-                [question.text for question in questions[part]],
-                list(answers[part]),
-                [one.adapter for one in given[part]],
-                documents=[one.document for one in given[part]],
+                [question.text for question, _ in part],
+                [answer for _, answer in part],
+                [one.adapter for one in given],
+                documents=[one.document for one in given],
                 **self.bank.joined,
             )
         return values
@@ -331,9 +335,9 @@ class Asker:
             right = [exact_match(a.text, case.answers) for a, case in zip(answers, cases, strict=True)]
             seconds = []
             for question in questions[:_NUM_TIMED]:
-                started = time.perf_counter()
+                started, paused = time.perf_counter(), model.paused_s
                 self.ask([question], tier=tier)
-                seconds.append(time.perf_counter() - started)
+                seconds.append(time.perf_counter() - started - (model.paused_s - paused))
             generator = self.bank.generator if tier == "adapter" else None
             measured = Measured(
                 tier=tier,
@@ -372,14 +376,25 @@ class Asker:
 
     def _with_documents(self, questions: Sequence[str], documents: Sequence[str]) -> list[str]:
         answers: list[str] = []
-        for start in range(0, len(questions), _BATCH):
-            part = slice(start, start + _BATCH)
-            answers += self._model().generate(
-                list(questions[part]), documents=list(documents[part]), max_new_tokens=self.max_new_tokens
-            )
+        for part in self._parts(list(zip(questions, documents, strict=True))):
+            asked, given = map(list, zip(*part, strict=True))
+            answers += self._model().generate(asked, documents=given, max_new_tokens=self.max_new_tokens)
         return answers
 
     # --- Inside -----------------------------------------------------------------------------------------------------
+
+    def let_others(self) -> None:
+        """A place where others may use the model, see `DocToLoRA.pause`."""
+        if self.bank.can_write:
+            self._model().between_passes()
+
+    def _parts(self, items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+        """So many as go through the model at once; others may use it in between."""
+        model = self._model()
+        size = _BATCH if model.pause is None else _SHARED_BATCH
+        for start in range(0, len(items), size):
+            model.between_passes()
+            yield items[start : start + size]
 
     def _model(self) -> Any:
         if self.bank.model is None:

@@ -216,6 +216,7 @@ class DeletionAudit:
         return sum(values) / len(values)
 
     def _search(self, asker: Asker, question: MemoryQuestion) -> Any:
+        asker.let_others()
         return asker.retriever.search(question.text, question.filters, limit=asker.limit, as_of=question.as_of)
 
     def _probes(self, versions: Sequence[MemoryVersion], cases: Sequence[Case] | None) -> list[Case]:

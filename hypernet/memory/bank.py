@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -243,7 +243,7 @@ class AdapterBank:
         """Gives every live version within the filters its slot; those of another generator are replaced.
 
         Args:
-            progress: called with (chunks done, chunks altogether) of each shard that is written, after each pass.
+            progress: called with (memories done, memories to be written), after each pass.
 
         Raises:
             ValueError: a filter is blank, or there is no checkpoint.
@@ -253,14 +253,17 @@ class AdapterBank:
         started, written, copied, refused = time.perf_counter(), 0, 0, dict[str, str]()
         with self._alone():
             self._sweep()
-            todo = self._lacking(filters, generator)
+            todo, done = self._lacking(filters, generator), 0
             for user_id, of_user in groupby(todo, key=lambda row: row.user_id):
                 rows = list(of_user)
                 while rows:
                     entry, room = self._open_shard(user_id, generator)
                     part, rows = rows[:room], rows[room:]
-                    made, reused = self._write_part(part, entry, generator, refused, progress)
-                    written, copied = written + made, copied + reused
+                    told = None if progress is None else partial(_tell, progress, done, len(part), len(todo))
+                    made, reused = self._write_part(part, entry, generator, refused, told)
+                    written, copied, done = written + made, copied + reused, done + len(part)
+                    if progress is not None:
+                        progress(done, len(todo))
         counts = self.counts(filters, generator)
         kept = counts.slots - written - copied
         return Written(written, copied, kept, refused, time.perf_counter() - started, counts.bytes)
@@ -404,6 +407,7 @@ class AdapterBank:
         parts, chosen = [], []
         for entry, of_entry in wanted.items():
             part = _documents(self._shard(entry), of_entry)
+            self._model().between_passes()  # a shard takes as long to read as several steps of an answer
             parts.append(part)
             chosen += [of_entry[document["name"]] for document in part.provenance["documents"]]
         adapter = parts[0].with_chunks_of(parts[1:], warn_of_copies=False) if parts else None
@@ -583,9 +587,9 @@ class AdapterBank:
         of_text: dict[str, LoRAAdapter] = {}
         seconds: dict[str, float] = {}
         if documents:
-            started = time.perf_counter()
+            started, paused = time.perf_counter(), model.paused_s
             made = model.internalize(documents, pass_chunks=self.pass_chunks, progress=progress)
-            each = (time.perf_counter() - started) / len(documents)
+            each = (time.perf_counter() - started - (model.paused_s - paused)) / len(documents)
             made = made.to(dtype=_torch_dtype(self.dtype))
             of_text = dict(zip([d.name for d in documents], _each_document(made), strict=True))
             seconds = {refs_of[d.name][0]: each for d in documents}
@@ -708,6 +712,11 @@ def _purged() -> Any:
 
 def _next_change(connection: Connection) -> int:
     return int(connection.execute(select(func.coalesce(func.max(slots.c.change), 0) + 1)).scalar_one())
+
+
+def _tell(progress: Callable[[int, int], None], before: int, of_part: int, total: int, done: int, chunks: int) -> None:
+    """Chunks of a part as memories of all."""
+    progress(before + of_part * done // max(1, chunks), total)
 
 
 def _documents(adapter: "LoRAAdapter", names: Iterable[str]) -> "LoRAAdapter":

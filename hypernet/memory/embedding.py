@@ -129,6 +129,12 @@ class LazyModel:
             ValueError: it is a base model without a hypernetwork, or cannot be read.
         """
         if (found := self._checkpoint) is None:
+            if self.source is not None and not Path(self.source).expanduser().exists():
+                where = Path(self.source).expanduser().absolute()
+                raise ValueError(
+                    f"No checkpoint {self.source}: there is no folder {where}. Give its whole path, or "
+                    "hub:owner/repository/name."
+                )
             raise ValueError(
                 f"{self.source} is a base model without a hypernetwork, which searches but cannot answer. Give a "
                 "checkpoint, such as assets/tiny."

@@ -3,7 +3,7 @@
 drafts = read_drafts(Path("mem0.jsonl"), format="mem0")
 write_memories(versions, Path("alice.jsonl"), format="plain")
 
-plain      every version with all its fields; read back, the same view at every date
+plain      every version with all its fields; read back, the same view at every date; what `search --json` prints too
 mem0       what `get_all` returns: id, memory, user_id, agent_id, run_id, metadata, created_at, updated_at
 graphiti   entity edges: uuid, group_id (the user), name (the relation), fact, valid_at, invalid_at, created_at
 letta      archival passages (id, text, agent_id, created_at, metadata) and memory blocks (label, value)
@@ -15,6 +15,7 @@ their ends are stated.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections import Counter
@@ -29,6 +30,7 @@ from hypernet.memory.store.records import Draft, Filters, MemoryVersion, whole_n
 _ARRAYS = ("results", "edges", "passages", "blocks")
 _PLAIN = ("text", "role", "subject", "relation", "source", "valid_at", "conflict")
 _KNOWN = tuple(field.name for field in dataclasses.fields(MemoryVersion))
+_FOUND = ("ref", "score", "conflicts", "tiers")  # what searches and lists say of a memory beside it
 _HALF = re.compile("[\ud800-\udfff]")
 Fields = dict[str, Any]
 
@@ -191,12 +193,15 @@ def _own(memory: MemoryVersion, format: str) -> tuple[Fields, Fields]:
 
 
 def _from_plain(fields: Fields) -> Draft:
-    if unknown := [name for name in fields if name not in _KNOWN]:
+    if unknown := [name for name in fields if name not in (*_KNOWN, *_FOUND)]:
         raise ValueError(f"unknown key {_short(unknown[0])}. Known are {', '.join(_KNOWN)}")
     filters = Filters(*(fields.get(name) for name in Filters._fields))
+    stated, text = fields.get("sha256"), fields["text"]
+    if stated is not None and isinstance(text, str) and stated != hashlib.sha256(text.encode()).hexdigest():
+        raise ValueError("its sha256 is another text's. Restore the text, or leave sha256 out")
     metadata, until = fields.get("metadata"), fields.get("stated_until")
     metadata = {} if metadata is None else metadata
-    values: Fields = {name: fields.get(name) for name in _PLAIN} | {"text": fields["text"], "metadata": metadata}
+    values: Fields = {name: fields.get(name) for name in _PLAIN} | {"text": text, "metadata": metadata}
     if "stated_until" not in fields:  # not written here, but by hand
         until = fields.get("invalid_at")
     return Draft(filters=filters, invalid_at=until, id=fields.get("id"), version=_number(fields), **values)

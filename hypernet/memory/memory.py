@@ -274,7 +274,7 @@ class Memory:
         """Gives every version within the filters its adapter; those that are there stay.
 
         Args:
-            progress: called with (chunks done, chunks altogether) of each shard that is written, after each pass.
+            progress: called with (memories done, memories to be written), after each pass.
         """
         return self.bank.write(Filters(user_id, agent_id, run_id), progress=progress)
 
@@ -295,9 +295,12 @@ class Memory:
         Args:
             format: "plain", "mem0", "graphiti" or "letta", see `hypernet.memory.exchange`.
             user_id, agent_id: whose they become where the file does not say.
+
+        Raises:
+            ValueError: as `read_drafts`; or the file says that one is another user's or agent's than is given.
         """
         given = Filters(user_id, agent_id).checked()
-        drafts = [_owned(draft, given) for draft in read_drafts(path, format=format)]
+        drafts = [_owned(draft, given, number) for number, draft in enumerate(read_drafts(path, format=format), 1)]
         refs = self.store.add(drafts, operation="import")
         version = refs[0].batch if refs else ""
         return Batch(version, "import", tuple(map(str, refs)), num_known=len(drafts) - len(refs))
@@ -547,6 +550,13 @@ def _key(key: str | MemoryRef) -> str:
     return key.id if isinstance(key, MemoryRef) else str(key)
 
 
-def _owned(draft: Draft, given: Filters) -> Draft:
+def _owned(draft: Draft, given: Filters, number: int) -> Draft:
+    """ValueError if it is somebody else's: what is asked to be one user's does not go to another, nor the other way."""
+    for name, own, other in zip(Filters._fields, draft.filters, given, strict=True):
+        if own is not None and other is not None and own != other:
+            raise ValueError(
+                f"Memory {number} of the file has {name} {own!r}, and {other!r} was given. Give none to keep the "
+                f"file's, or change {name} in the file."
+            )
     filters = Filters(*(own or other for own, other in zip(draft.filters, given, strict=True)))
     return Draft(**(vars(draft) | {"filters": filters}))

@@ -129,9 +129,10 @@ def load_checkpoint(source: str | Path) -> SavedHypernetwork:
     """
     directory = Path(source).expanduser()
     if not directory.is_dir():
+        where = "" if directory.is_absolute() else f" in {Path.cwd()}"
         raise ValueError(
-            f"No checkpoint at {directory}: there is no such folder. Give a folder that holds {CONFIG_FILE}, or a "
-            "published pytorch_model.bin."
+            f"No checkpoint at {directory}: there is no such folder{where}. Give a folder that holds {CONFIG_FILE}, or "
+            "a published pytorch_model.bin."
         )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import hypernet
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.serving import errors
-from hypernet.serving.engine import BatchEngine
+from hypernet.serving.engine import BatchEngine, DecodingEngine
 from hypernet.serving.routes import adapters, completions, memories, page
 from hypernet.serving.state import CurrentUser, ServerMetrics, ServerSettings, ServerState, State
 
@@ -99,7 +99,7 @@ async def metrics(state: State, _: CurrentUser) -> Response:
 
 
 def create_app(
-    model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., BatchEngine] = BatchEngine
+    model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., DecodingEngine] = BatchEngine
 ) -> FastAPI:
     """Everything but the socket. Its model belongs to it from now on: nobody else may call it.
 
@@ -136,7 +136,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     report: Callable[[str], None] = log.info,
-    engine: Callable[..., BatchEngine] = BatchEngine,
+    engine: Callable[..., DecodingEngine] = BatchEngine,
 ) -> None:
     """Loads a checkpoint and serves it until SIGTERM or Ctrl-C; running requests then have `drain_s` to end.
 

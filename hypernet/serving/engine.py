@@ -12,7 +12,7 @@ that leave, rows are taken out, and columns that are padding in all that stay.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -99,12 +99,12 @@ class Generation:
         probabilities[probabilities.cumsum(-1) - probabilities >= self.sampling.top_p] = 0
         return int(order[torch.multinomial(probabilities, 1, generator=self._generator)])
 
-    def take(self, token: int, logits: Tensor, tokenizer: Any, ends: Sequence[int]) -> bool:
+    def take(self, token: int, tokenizer: Any, ends: Sequence[int], logprob: TokenLogprob | None = None) -> bool:
         """Adds a token and emits what is new of the text; whether it goes on."""
         self.ids.append(token)
         is_end, is_last = token in ends, len(self.ids) >= self.sampling.max_new_tokens
-        if self.sampling.logprobs is not None:
-            self._unsent.append(_logprob(token, logits, self.sampling.logprobs, tokenizer))
+        if logprob is not None:
+            self._unsent.append(logprob)
         kept = self.ids[:-1] if is_end else self.ids
         text = str(tokenizer.decode(kept, skip_special_tokens=True))
         text = text.lstrip() if self.strips else text
@@ -130,6 +130,28 @@ class Generation:
             cut = next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
             end = min(end, len(text) - cut)
         return len(text[:end].rstrip()) if self.strips else end
+
+
+class DecodingEngine(Protocol):
+    """What a `Scheduler` runs. Not thread-safe: one thread owns it and the model."""
+
+    running: list[Generation]
+
+    @property
+    def room(self) -> int:
+        """Sequences that may be admitted now."""
+
+    def check(self, generation: Generation) -> None:
+        """ValueError if it cannot be answered."""
+
+    def admit(self, arrivals: Sequence[Generation]) -> None:
+        """New sequences, which join `running` unless they are done at once."""
+
+    def step(self) -> None:
+        """More of each running sequence's answer; those that are done or cancelled leave."""
+
+    def clear(self) -> list[Generation]:
+        """Takes all sequences out, and returns them."""
 
 
 class BatchEngine:
@@ -245,7 +267,9 @@ class BatchEngine:
         stay = []
         for place, one in enumerate(batch):
             token = one.choose(logits[place]) if one.sampling.temperature else greedy[place]
-            if one.take(token, logits[place], self.model.tokenizer, self.ends):
+            num_top, tokenizer = one.sampling.logprobs, self.model.tokenizer
+            logprob = None if num_top is None else _logprob(token, logits[place], num_top, tokenizer)
+            if one.take(token, tokenizer, self.ends, logprob):
                 stay.append(place)
         return stay
 

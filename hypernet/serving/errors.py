@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape, one line each; never a traceback, never a path of the server."""
 
+import errno
 import logging
 from typing import Any
 
@@ -58,8 +59,10 @@ def explained(error: BaseException, *, directory: str) -> tuple[int, dict[str, A
         reason = str(error).replace(directory, "")
         return 400, error_body(400, reason, code="context_length_exceeded" if "does not fit" in reason else None)
     log.error("A request failed.", exc_info=error)
-    if isinstance(error, (OSError, MemoryError)):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         return 503, error_body(503, "The server lacks disk space or memory for this now. Ask again later.")
+    if isinstance(error, OSError):
+        return 503, error_body(503, "The server cannot reach its data now; its log says more. Ask again later.")
     return 500, error_body(500, "The server made a mistake; its log says more.")
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, ParamSpec
 
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
+from pydantic import ValidationError
 
 import hypernet
 from hypernet.memory.memory import Memory
@@ -56,9 +57,23 @@ def run(
         memory.close()
 
 
+class _Server(MCPServer[Any]):
+    """Wrong arguments are told in one line too."""
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise
+            first = error.__cause__.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise ToolError(f"Error executing tool {name}: {' '.join(reason.split())}.") from error
+
+
 def memory_server(memory: Memory, *, user: str) -> MCPServer[Any]:
     """The tools of one user's memory."""
-    server = MCPServer("hypernet-memory", instructions=_INSTRUCTIONS, version=hypernet.__version__, log_level="ERROR")
+    server = _Server("hypernet-memory", instructions=_INSTRUCTIONS, version=hypernet.__version__, log_level="ERROR")
     lock = Lock()
 
     def tool(verb: Callable[_P, _Json]) -> Callable[_P, _Json]:
@@ -172,7 +187,7 @@ def memory_server(memory: Memory, *, user: str) -> MCPServer[Any]:
         """Delete a memory and its adapters, and erase the content for good; verify compares with a twin without it."""
         report = memory.forget(own(id), verify=verify, reason=reason)
         erased = memory.purge(id, user_id=user)
-        return {"forgotten": plain(report), "erased": plain(erased)}
+        return {"forgotten": plain(report.as_dict()), "erased": plain(erased)}
 
     @tool
     def memory_write_adapters() -> _Json:

@@ -2,7 +2,8 @@
 
 scheduler = Scheduler(BatchEngine(model), max_queue=256)
 scheduler.submit(generation)                        # joins the batch as soon as there is room; its `emit` is called
-scheduler.call(lambda: model.internalize(text, progress=scheduler.between))     # a Future; answers go on meanwhile
+model.pause = scheduler.between
+scheduler.call(lambda: model.internalize(text))     # a Future; answers go on meanwhile
 scheduler.call(lambda: prompt_of(question), brief=True)
 scheduler.stop(drain_s=30)
 """
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hypernet.serving.engine import BatchEngine, Delta, Generation
+from hypernet.serving.engine import DecodingEngine, Delta, Generation
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -41,7 +42,7 @@ class Scheduler:
         max_queue: sequences and other work that may wait.
     """
 
-    def __init__(self, engine: BatchEngine, *, max_queue: int = 256) -> None:
+    def __init__(self, engine: DecodingEngine, *, max_queue: int = 256) -> None:
         if max_queue < 1:
             raise ValueError(f"max_queue is {max_queue}. Give at least 1.")
         self.engine, self.max_queue = engine, max_queue
@@ -91,12 +92,15 @@ class Scheduler:
             self._condition.notify()
         return future
 
-    def between(self, *_: object) -> None:
-        """Called by work between its pieces, on the model's thread: brief work runs, and answers get one more token.
+    def between(self) -> None:
+        """Called by work between its pieces: brief work runs, and answers get one more token. Does nothing for others
+        than the model's thread.
 
         Raises:
             Stopping: the work should end here, since the process does.
         """
+        if threading.current_thread() is not self._thread:
+            return
         if self._abandoned:
             raise Stopping("The server is stopping.")
         self._round()

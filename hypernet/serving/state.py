@@ -11,8 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from hypernet.base.generation import context_window
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.paths import output_folder
+from hypernet.memory.store.database import check_schemas
 from hypernet.memory.store.records import Filters
-from hypernet.serving.engine import BatchEngine
+from hypernet.serving.engine import BatchEngine, DecodingEngine
 from hypernet.serving.errors import ApiError
 from hypernet.serving.keys import ApiKeys
 from hypernet.serving.scheduler import Scheduler
@@ -28,6 +29,7 @@ class ServerSettings:
 
     Attributes:
         directory: of users' memories and adapters.
+        database: URL of PostgreSQL that has the memories' texts; None: SQLite in the directory.
         model_name: as requests call the base model.
         keys: file of API keys; None: whoever reaches the address is every user.
         max_batch: sequences decoded at once. max_queue: requests that may wait.
@@ -37,6 +39,7 @@ class ServerSettings:
     """
 
     directory: str = "outputs/serve"
+    database: str | None = field(default=None, repr=False)  # it may hold a password
     model_name: str = "tiny"
     keys: str | None = None
     max_batch: int = 32
@@ -49,13 +52,15 @@ class ServerSettings:
 
     def checked(self) -> Self:
         """Itself. ValueError: a limit is below 1, the model's name has a colon, which separates an adapter, or the
-        folder cannot be one."""
+        folder cannot be one, or the role may make no schema. OSError: the database cannot be reached."""
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and value < 1:
                 raise ValueError(f"{name} is {value}. Give at least 1.")
         if ":" in self.model_name or not self.model_name.strip():
             raise ValueError(f"The model's name is {self.model_name!r}. Give one without a colon.")
         output_folder(self.directory)
+        if self.database is not None:
+            check_schemas(self.database)
         return self
 
 
@@ -85,12 +90,13 @@ class ServerState:
     """Made once for an application; `close` ends it."""
 
     def __init__(
-        self, model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., BatchEngine] = BatchEngine
+        self, model: DocToLoRA, settings: ServerSettings, *, engine: Callable[..., DecodingEngine] = BatchEngine
     ) -> None:
         self.settings, self.model = settings.checked(), model
         self.keys = None if settings.keys is None else ApiKeys(settings.keys)
-        self.stores = UserStores(settings.directory, model)
+        self.stores = UserStores(settings.directory, model, database=settings.database)
         self.scheduler = Scheduler(engine(model, max_batch=settings.max_batch), max_queue=settings.max_queue)
+        model.pause = self.scheduler.between  # whatever reads or answers lets running answers go on
         self.metrics = ServerMetrics()
         self.metrics.watch(self.scheduler)
         self.window = context_window(model.base_model)
@@ -101,6 +107,7 @@ class ServerState:
 
     def close(self) -> None:
         self.scheduler.stop(drain_s=self.settings.drain_s)
+        self.model.pause = None
         self.stores.close()
 
     def user_of(self, authorization: str | None, named: str | None) -> str:

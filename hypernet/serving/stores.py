@@ -20,6 +20,7 @@ from hypernet.adapters.library import AdapterLibrary, LibraryEntry
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.memory.embedding import BaseModelEmbedder, Vectors
 from hypernet.memory.memory import Memory
+from hypernet.memory.store.database import schema_url
 
 
 class UnknownAdapter(ValueError):
@@ -43,13 +44,17 @@ class UserStores:
 
     Args:
         directory: below it each user has a folder, named by a hash of the user's name: no name leads out of it.
+        database: URL of PostgreSQL: each user's memory then has a schema of its own there; its adapters stay in the
+            folder. None: SQLite in the folder, or what the folder keeps.
         max_open: memories, and adapters, that stay open; the least recently used are closed.
     """
 
-    def __init__(self, directory: str | Path, model: DocToLoRA, *, max_open: int = 64) -> None:
+    def __init__(
+        self, directory: str | Path, model: DocToLoRA, *, database: str | None = None, max_open: int = 64
+    ) -> None:
         self.directory = Path(directory).expanduser().resolve()
         (self.directory / "users").mkdir(parents=True, exist_ok=True)  # a folder that nobody may write to is told now
-        self.model, self.max_open = model, max_open
+        self.model, self.database, self.max_open = model, database, max_open
         self._embedder = _SharedEmbedder(model)
         self._memories: OrderedDict[str, tuple[Memory, int]] = OrderedDict()  # user → memory, requests that use it
         self._adapters: OrderedDict[tuple[str, str], LoRAAdapter] = OrderedDict()  # user, id
@@ -64,7 +69,7 @@ class UserStores:
         with self._lock:
             memory, uses = self._memories.pop(user, (None, 0))
             if memory is None:
-                memory = Memory.open(self.folder(user) / "memory", model=self.model, embedder=self._embedder)
+                memory = self._open(user)
             self._memories[user] = memory, uses + 1
             self._close_idle(self.max_open)
         try:
@@ -72,6 +77,12 @@ class UserStores:
         finally:
             with self._lock:
                 self._memories[user] = memory, self._memories[user][1] - 1
+
+    def _open(self, user: str) -> Memory:
+        folder, url = self.folder(user), None
+        if self.database is not None:
+            url = schema_url(self.database, f"hypernet_{folder.name}", folder=folder / "memory")
+        return Memory.open(folder / "memory", database=url, model=self.model, embedder=self._embedder)
 
     def library(self, user: str) -> AdapterLibrary:
         return AdapterLibrary(self.folder(user) / "adapters")

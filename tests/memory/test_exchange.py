@@ -154,6 +154,7 @@ def test_letta_blocks_and_passages_become_an_agents(memory, tmp_path):
             "line 2 .*unknown key 'valid_att'. Known are id, version, t",
         ),
         ('{"text": "a", "user": "alice"}', "plain", "entry 1 .*unknown key 'user'. Known are .*user_id, agent_id"),
+        (f'{GOOD}\n{{"text": "a", "sha256": "{"0" * 64}"}}', "plain", "line 2 .*its sha256 is another text's"),
         (f'{GOOD}\n{{"text": "a", "text": "b"}}', "plain", "line 2 .*the key 'text' stands twice"),
         ('[{"text": "a"}, {"text": "a", "metadata": {"n": 1, "n": 2}}]', "plain", "entry 2 .*key 'n' stands twice"),
         ('{"memory": "a", "score": 1, "score": 2}', "mem0", "entry 1 .*key 'score' .*twice"),
@@ -191,6 +192,35 @@ def test_import_of_nothing_new_leaves_no_batch(memory, tmp_path):
     assert (again.version, again.memories, again.num_known) == ("", (), 3)
     assert imported(memory, tmp_path, "", format="plain") == imported(memory, tmp_path, "[]", format="mem0")
     assert [batch["version"] for batch in memory.versions()] == ["v1"]
+
+
+ENTRIES = {"plain": {"text": "a"}, "mem0": {"memory": "a"}, "graphiti": {"fact": "a"}, "letta": {"text": "a"}}
+OWNERS = {"plain": "user_id", "mem0": "user_id", "graphiti": "group_id", "letta": "agent_id"}
+
+
+@pytest.mark.parametrize("format", ENTRIES)
+def test_file_of_another_user_is_not_imported_as_ones_own(memory, tmp_path, format):
+    """Neither into bob's memories, as the file says, nor into alice's, as is asked."""
+    name = "agent_id" if format == "letta" else "user_id"
+    rows = [ENTRIES[format], ENTRIES[format] | {OWNERS[format]: "bob"}]
+    with pytest.raises(ValueError, match=f"Memory 2 of the file has {name} 'bob', and 'alice' was given") as error:
+        imported(memory, tmp_path, rows, format=format, **{name: "alice"})
+    assert "\n" not in str(error.value) and memory.list() == ()
+    assert len(imported(memory, tmp_path, rows, format=format, **{name: "bob"}).memories) == 2
+    assert [getattr(found, name) for found in memory.list()] == ["bob", "bob"]
+
+
+def test_hits_and_listed_memories_can_be_imported(memory, tmp_path):
+    """What `search --json`, and `GET /v1/memories` with its tiers, print."""
+    memory.add("Orla taught Fenda.", user_id="alice", valid_at="2026-01-01")
+    (hit,) = memory.search("Who taught Fenda?")
+    rows = [hit.as_dict(), *({**m.as_dict(), "ref": m.ref, "tiers": ["token"]} for m in memory.list())]
+    assert {"score", "conflicts"} <= set(rows[0])
+    other = Memory.open(tmp_path / "other")
+    assert len(imported(other, tmp_path, rows, format="plain").memories) == 1
+    (found,) = other.list()
+    assert (found.text, found.user_id, found.valid_at) == (hit.text, "alice", hit.valid_at)
+    other.close()
 
 
 def test_odd_texts_and_metadata_come_back_from_an_export(memory, tmp_path):

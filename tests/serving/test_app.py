@@ -12,7 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from benchmarks.serving.fuzz import any_request, mistake_in
+from hypernet.serving import scheduler as scheduler_module
 from hypernet.serving.app import check_address, create_app
+from hypernet.serving.engine import Generation, Sampling
 from hypernet.serving.keys import ApiKeys
 from hypernet.serving.state import ServerSettings
 
@@ -92,6 +94,28 @@ def test_keys_file_of_another_kind_is_one_line(tmp_path):
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="is no file of API keys. Make one: hypernet api-key USER."):
         ApiKeys(path)
+
+
+def test_keys_made_and_revoked_count_without_a_restart(random_model, tmp_path):
+    """As `hypernet api-key` in another process changes the file while the server runs."""
+    path = tmp_path / "keys.json"
+    ApiKeys(path, create=True).add("alice")
+    settings = ServerSettings(directory=str(tmp_path / "data"), keys=str(path))
+    with TestClient(create_app(random_model, settings), raise_server_exceptions=False) as client:
+
+        def status(key: str) -> int:
+            return client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        first, second = ApiKeys(path).add("bob"), ApiKeys(path).add("bob")
+        assert (status(first), status(second)) == (200, 200)
+        assert ApiKeys(path).remove("bob") == 2 and ApiKeys(path).remove("bob") == 0
+        assert (status(first), status(second)) == (401, 401)
+        third, kept = ApiKeys(path).add("cara"), path.read_bytes()
+        for broken in (b"{", None):  # as an editor may leave it; nobody's key counts meanwhile
+            path.unlink() if broken is None else path.write_bytes(broken)
+            assert status(third) == 401
+            path.write_bytes(kept)
+            assert status(third) == 200
 
 
 @pytest.mark.parametrize(("host", "refused"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("::1", False)])
@@ -184,6 +208,17 @@ def test_imported_rows_become_the_importers(users, alices):
     assert {row["user_id"] for row in found} == {"bob"}
     assert users["bob"].delete(f"/v1/memories/{alices['memory']}").status_code == 200  # its own copy
     assert users["alice"].get(f"/v1/memories/{alices['memory']}").status_code == 200
+    edge = {"uuid": "edge-1", "fact": "Norbach has a harbour.", "group_id": "alice"}
+    assert users["bob"].post("/v1/memories/import", json={"format": "graphiti", "rows": [edge]}).status_code == 201
+    assert users["bob"].get("/v1/memories/edge-1").json()["user_id"] == "bob"
+
+
+def test_imported_row_with_another_texts_hash_is_refused(users):
+    rows = [{"text": "Bob keeps a dog."}, {"text": "Bob keeps a fox.", "sha256": "0" * 64}]
+    response = users["bob"].post("/v1/memories/import", json={"rows": rows})
+    assert response.status_code == 400
+    assert error_of(response)["message"].startswith("rows, line 2 is no memory of the format plain: its sha256 is")
+    assert "dog" not in users["bob"].get("/v1/memories").text
 
 
 @pytest.mark.parametrize("name", ["ID", "PREFIX", "door.txt", "../../x", "..%2f..%2fusers", "/etc/passwd", "\x00"])
@@ -270,19 +305,63 @@ def test_every_verb_of_a_memory_over_http(random_model, tmp_path):
         assert ok("GET", "/status")["tiers"]["token"] and ok("POST", "/verify")["damage"] == []
 
 
-@pytest.mark.parametrize("what", ["adapters", "memories"])
-def test_answers_go_on_while_documents_are_read(users, monkeypatch, what):
-    """Between two batches of a document, and between two passes over memories."""
-    bob, scheduler, steps = users["bob"], users["bob"].app.state.server.scheduler, []
-    monkeypatch.setattr(scheduler, "between", lambda *_: steps.append(1))
-    if what == "adapters":
-        made = bob.post("/v1/adapters", json={"document": "Norbach was founded by Ilda Renwick. " * 60})
-        assert made.status_code == 201
-    else:
-        for number in range(20):
-            bob.post("/v1/memories", json={"content": f"Norbach has {number} gates.", "run_id": "gates"})
-        assert bob.post("/v1/memories/write_adapters", params={"run_id": "gates"}).json()["written"] == 20
-    assert len(steps) > 1
+VERBS = ["adapters", "write_adapters", "explain", "measure", "forget"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_running_answers_go_on_while_slow_work_runs(random_model, tmp_path, monkeypatch, verb):
+    """An endless answer gets tokens between the pieces of a document, of memories, and of the verbs that ask much."""
+    app = create_app(random_model, ServerSettings(directory=str(tmp_path)))
+    with TestClient(app, base_url="http://127.0.0.1") as bob:
+        check_answers_go_on(bob, monkeypatch, verb)
+
+
+def check_answers_go_on(bob, monkeypatch, verb):
+    scheduler = bob.app.state.server.scheduler
+    keys = [
+        bob.post("/v1/memories", json={"content": f"Town {n} has {n} gates.", "subject": f"Town {n}", "relation": verb})
+        for n in range(20 if verb == "write_adapters" else 3)
+    ]
+    if verb in ("measure", "forget", "explain"):
+        bob.post("/v1/memories/write_adapters")
+    answer = bob.post(
+        "/v1/memories/ask", json={"question": "How many gates has Town 3?", "tier": "token", "max_tokens": 8}
+    ).json()
+    assert verb != "explain" or len(answer["memories"]) == 3
+    with bob.app.state.server.stores.memory("local") as memory:
+        memory.asker.max_new_tokens = 4  # of each question that measure and forget ask
+    monkeypatch.setattr(scheduler.engine, "ends", [])
+    deltas = []
+    endless = Generation(prompt=[5, 6], sampling=Sampling(max_new_tokens=480), emit=deltas.append)
+    scheduler.submit(endless)
+    while not endless.ids:
+        time.sleep(0.001)
+    counted = []
+    finish = scheduler_module._finish
+
+    def counting(work, future):
+        def counted_work():
+            before = len(endless.ids)
+            try:
+                return work()
+            finally:
+                counted.append(len(endless.ids) - before)
+
+        finish(counted_work, future)
+
+    monkeypatch.setattr(scheduler_module, "_finish", counting)
+    calls = {
+        "adapters": ("/v1/adapters", {"document": "Norbach was founded by Ilda Renwick. " * 60, "name": "norbach"}),
+        "write_adapters": ("/v1/memories/write_adapters", None),
+        "explain": ("/v1/memories/explain", answer),
+        "measure": ("/v1/memories/measure", None),
+        "forget": (f"/v1/memories/{keys[0].json()['id']}/forget", {"verify": True}),
+    }
+    response = bob.post(calls[verb][0], json=calls[verb][1])
+    assert response.status_code in (200, 201), response.text
+    assert verb != "forget" or response.json()["passed"]
+    assert max(counted) >= {"measure": 12, "forget": 12, "explain": 1}.get(verb, 2)  # once between two pieces
+    endless.cancelled = True
 
 
 # --- The page -------------------------------------------------------------------------------------------------------

@@ -45,6 +45,23 @@ async def remember_and_forget(client: Client) -> None:
     assert (await call(client, "list"))["memories"] == []
 
 
+WRONG = [
+    ("search", {}, "question: Field required."),
+    ("search", {"question": "Who?", "limit": "many"}, "limit: Input should be a valid integer"),
+    ("ask", {"question": "Who?", "tier": "lost"}, "tier: Input should be 'auto', 'token', 'adapter' or 'none'."),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "says"), WRONG)
+def test_wrong_arguments_are_told_to_agents_in_one_line(memory, name, arguments, says):
+    async def told():
+        async with Client(memory_server(memory, user="alice")) as client:
+            return await call(client, name, **arguments)
+
+    message = asyncio.run(told())
+    assert says in message and "\n" not in message and "pydantic" not in message
+
+
 @pytest.fixture
 def memory(tmp_path):
     found = Memory.open(tmp_path / "memory")

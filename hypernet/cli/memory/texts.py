@@ -11,7 +11,19 @@ import typer
 
 from hypernet.cli.memory import tiers as of_tiers
 from hypernet.cli.memory import weights as of_weights
-from hypernet.cli.memory.tiers import UNFINISHED, Agent, AsOf, KnownAt, Reason, Run, User, instant, text_or_nothing
+from hypernet.cli.memory.tiers import (
+    UNFINISHED,
+    Agent,
+    AsOf,
+    KnownAt,
+    Reason,
+    Run,
+    User,
+    instant,
+    one_of,
+    text_or_nothing,
+    wrong_option,
+)
 from hypernet.text.cleaning import escaped
 
 if TYPE_CHECKING:
@@ -48,7 +60,8 @@ of_weights.add_to(app)
 def _days(option: typer.CallbackParam, value: float) -> float:
     from hypernet.memory.profile import checked_days
 
-    return checked_days(value, option.opts[0])
+    with wrong_option():
+        return checked_days(value, option.opts[0])
 
 
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
@@ -76,7 +89,9 @@ _Relation = Annotated[
     str | None, typer.Option(help="With --subject, the key by which it supersedes.", callback=text_or_nothing)
 ]
 _Source = Annotated[str | None, typer.Option(help="Where it comes from.", callback=text_or_nothing, show_default=False)]
-Format = Annotated[str, typer.Option(help="plain, mem0, graphiti or letta.")]
+Format = Annotated[
+    str, typer.Option(help="plain, mem0, graphiti or letta.", callback=one_of("plain", "mem0", "graphiti", "letta"))
+]
 Limit = Annotated[int, typer.Option(help="At most so many.", min=1)]
 Model = Annotated[
     str | None,

@@ -1,7 +1,7 @@
 """hypernet memory ask, explain, write-adapters, measure and forget: what needs a model."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,10 +18,11 @@ _COLUMNS = ("memories", "valid_now", "missing", "stale", "bytes")
 
 
 def text_or_nothing(option: typer.CallbackParam, value: str | None) -> str | None:
-    """Checks an option here, because the library's messages have its own names for it."""
+    """Checks an option here: the library's messages have its own names for it, and a wrong option exits with 2."""
     from hypernet.memory.store.records import check_text
 
-    check_text(option.opts[0], value)
+    with wrong_option():
+        check_text(option.opts[0], value)
     return value
 
 
@@ -30,8 +31,43 @@ def instant(option: typer.CallbackParam, value: str | None) -> str | None:
     from hypernet.memory.store.times import to_micros
 
     if value is not None:
-        to_micros(value, option.opts[0])
+        with wrong_option():
+            to_micros(value, option.opts[0])
     return value
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A callback that takes these values."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}.")
+        return value
+
+    return check
+
+
+@contextmanager
+def wrong_option() -> Iterator[None]:
+    """What is wrong with an option is told as such."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@contextmanager
+def bar(verb: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, on terminals alone; called with (done, altogether)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=verb, unit=unit, disable=None, leave=False) as shown:
+
+        def progress(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield progress
 
 
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
@@ -45,8 +81,18 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for pro
 AsOf = Annotated[str | None, typer.Option(help="What held then; ISO 8601, default now.", **_Instant)]
 KnownAt = Annotated[str | None, typer.Option(help="As it was known then; default now.", **_Instant)]
 Checkpoint = Annotated[str, typer.Option("--model", help="Checkpoint: a folder, or hub:owner/repository/name.")]
-Tier = Annotated[str, typer.Option(help="auto, token (in the prompt), adapter, weights, weights+adapter or none.")]
-Accuracy = Annotated[float, typer.Option(help="That auto asks a tier to have measured.")]
+_TIERS = ("auto", "token", "adapter", "none")
+Tier = Annotated[
+    str,
+    typer.Option(
+        help="auto, token (in the prompt), adapter, weights, weights+adapter or none.",
+        callback=one_of(*_TIERS, "weights", "weights+adapter"),
+    ),
+]
+ExplainedTier = Annotated[
+    str, typer.Option(help="auto, token (in the prompt), adapter or none.", callback=one_of(*_TIERS))
+]
+Accuracy = Annotated[float, typer.Option(help="That auto asks a tier to have measured.", min=0, max=1)]
 AskedText = Annotated[str, typer.Argument(help="What is asked.", show_default=False)]
 Questions = Annotated[
     Path | None,
@@ -112,7 +158,7 @@ def explain(
     user: User = None,
     agent: Agent = None,
     run: Run = None,
-    tier: Tier = "auto",
+    tier: ExplainedTier = "auto",
     accuracy: Accuracy = 0.9,
     as_of: AsOf = None,
     known_at: KnownAt = None,
@@ -160,8 +206,8 @@ def write_adapters(
     \b
     hypernet memory write-adapters --user alice
     """
-    with _memory(directory, model) as memory:
-        written = memory.write_adapters(user_id=user, agent_id=agent, run_id=run)
+    with _memory(directory, model) as memory, bar("write adapters", "memory") as progress:
+        written = memory.write_adapters(user_id=user, agent_id=agent, run_id=run, progress=progress)
     if as_json:
         typer.echo(json.dumps(written._asdict(), ensure_ascii=False))
     else:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hypernet.cli.memory.tiers import Agent, Checkpoint, Run, User
+from hypernet.cli.memory.tiers import Agent, Checkpoint, Run, User, bar
 
 if TYPE_CHECKING:
     from hypernet.consolidation.cadence import Cadence
@@ -150,7 +150,7 @@ def consolidate(
                     f"{len(manifest.contains)} memories, {len(manifest.new)} new, from {manifest.parent or 'base'}"
                 )
             return
-        with _bar() as progress:
+        with bar("consolidate", "step") as progress:
             version = own.consolidate(filters, documents=documents, retry=retry, progress=progress)
     _print(version, as_json)
     if not version.passed:
@@ -218,7 +218,7 @@ def sleep(
     policy, filters = _cadence(cadence), _filters(user, agent, run)
     with _consolidation(directory, model, moves, rank, objective, rehearsal, steps, anew, lr, seed, start, gate) as own:
         _approved_only(own, filters, approved)
-        with _bar() as progress:
+        with bar("consolidate", "step") as progress:
             night = Sleep(own, cadence=policy).run(filters, at_once=now, progress=progress)
     if as_json:
         typer.echo(json.dumps(night._asdict()))
@@ -294,7 +294,7 @@ def _filters(user: str | None, agent: str | None, run: str | None) -> Any:
 
 def _chosen(option: str, value: str, names: tuple[str, ...]) -> None:
     if value not in names:
-        raise ValueError(f"{option} is {value!r}: choose one of {', '.join(names)}.")
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}.", param_hint=f"'{option}'")
 
 
 def _approved_only(own: "Consolidation", filters: Any, approved: bool) -> None:
@@ -390,19 +390,6 @@ def _thresholds(path: Path) -> dict[str, float]:
     if wrong := [key for key, value in found.items() if isinstance(value, bool) or not isinstance(value, int | float)]:
         raise ValueError(f"{wrong[0]} in {path} is no number.")
     return found
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(desc="consolidate", unit="step", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
 
 
 def _print(version: "Version", as_json: bool) -> None:

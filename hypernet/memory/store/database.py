@@ -114,6 +114,24 @@ class Database:
             raise
 
 
+def schema_url(url: str, name: str, *, folder: Path) -> str:
+    """The URL of a schema that has this name, made where it is missing, of the database that `url` leads to.
+
+    Args:
+        folder: of the memory that will lie in it; it need not be there.
+
+    Raises:
+        ValueError: it is no URL of PostgreSQL.
+        OSError: the server cannot be reached, or the role may not make a schema.
+    """
+    return PostgreSQL(folder, url).schema_url(name)
+
+
+def check_schemas(url: str) -> None:
+    """Raises as `schema_url`, or ValueError if the role may make no schema. Makes nothing."""
+    PostgreSQL(Path(), url).check_schemas()
+
+
 def check_folder(folder: Path, *, create: bool, url: str | None = None) -> None:
     """Raises ValueError unless the folder is a memory that is not empty, or may become one. Makes nothing."""
     if folder.exists() and not folder.is_dir():

@@ -12,8 +12,8 @@ import re
 import secrets
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +270,13 @@ class PostgreSQL(Dialect):
 
     def engine(self) -> Engine:
         # Parameters hold content, which no message is to repeat. A server that was started again closed what is pooled.
+        # One connection stays open: `hypernet serve` has a memory for each user, and PostgreSQL 100 connections.
         engine = create_engine(
             self._url,
             hide_parameters=True,
             pool_pre_ping=True,
+            pool_size=1,
+            max_overflow=14,
             connect_args={"client_encoding": "utf8", "connect_timeout": _CONNECT_TIMEOUT_S},
         )
 
@@ -384,7 +387,47 @@ class PostgreSQL(Dialect):
         connection.exec_driver_sql(f'CREATE SCHEMA "{schema}"')
         # Behind it the others, where extensions are, but not this memory's own.
         path = connection.exec_driver_sql("SELECT current_schemas(false)").scalar_one()
-        options = f"{self._url.query.get('options', '')} -csearch_path={','.join([schema, *path[1:]])}".strip()
+        return self._searching([schema, *path[1:]])
+
+    def schema_url(self, name: str) -> str:
+        """The URL of a schema of this name, made where it is missing; behind it those that were searched before.
+
+        Raises:
+            OSError: the server cannot be reached, or no schema be made.
+        """
+        assert name.isidentifier() and name == name.lower()  # it needs no quotes
+        with self._connected() as connection:
+            path = connection.exec_driver_sql("SELECT current_schemas(false)").scalar_one()
+            # Not IF NOT EXISTS alone, for which a role that may make none is refused.
+            if not connection.exec_driver_sql(f"SELECT to_regnamespace('{name}')").scalar():
+                connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {name}")
+            return self._searching([name, *(one for one in path if one != name)])
+
+    def check_schemas(self) -> None:
+        """ValueError if the role may make no schema; OSError if the server cannot be reached."""
+        with self._connected() as connection:
+            statement = "SELECT current_user, current_database(), has_database_privilege(current_database(), 'CREATE')"
+            role, database, may = connection.exec_driver_sql(statement).one()
+        if not may:
+            raise ValueError(
+                f"The role {role} may make no schema in {self.place}. Let it: GRANT CREATE ON DATABASE {database} TO "
+                f"{role}."
+            )
+
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        """One writing transaction, on a connection that is closed after it."""
+        engine = self.engine()
+        try:
+            with engine.execution_options(writes=True).connect() as connection, connection.begin():
+                yield connection
+        except Exception as error:
+            raise self.explained(error) from error
+        finally:
+            engine.dispose()
+
+    def _searching(self, path: list[str]) -> str:
+        options = f"{self._url.query.get('options', '')} -csearch_path={','.join(path)}".strip()
         return self._url.update_query_dict({"options": options}).render_as_string(hide_password=False)
 
     def drop_twin(self, connection: Connection, name: str) -> None:

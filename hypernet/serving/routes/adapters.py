@@ -64,14 +64,9 @@ async def stored_adapter(
     text = visible(whole(text, "document"), "document")
     document = Document(name=name, text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
 
-    def told(done: int, num_chunks: int) -> None:
-        if progress is not None:
-            progress(done, num_chunks)
-        state.scheduler.between()
-
     def work() -> LibraryEntry:
         library = state.stores.library(user)
-        made = state.model.internalize(document, max_batch_tokens=_PIECE_TOKENS, progress=told)
+        made = state.model.internalize(document, max_batch_tokens=_PIECE_TOKENS, progress=progress)
         return library.find(library.add(made))
 
     return await state.on_model(work)

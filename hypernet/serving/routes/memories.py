@@ -198,9 +198,13 @@ def export(memory: Opened, filters: Within, format: Literal["plain", "mem0", "gr
 @router.post("/import", status_code=201)
 def import_(body: ImportRequest, memory: Opened, user: CurrentUser) -> Any:
     """Rows of a file that `export` or another system wrote; all of them become this user's."""
+    whose = {"graphiti": {"group_id": user}, "letta": {}}.get(body.format, {"user_id": user})
     with _file() as path:
-        path.write_text("\n".join(json.dumps({**row, "user_id": user}) for row in body.rows), encoding="utf-8")
-        return plain(memory.import_jsonl(path, format=body.format, user_id=user))
+        path.write_text("\n".join(json.dumps({**row, **whose}) for row in body.rows), encoding="utf-8")
+        try:
+            return plain(memory.import_jsonl(path, format=body.format, user_id=user))
+        except ValueError as error:
+            raise ApiError(400, str(error).replace(str(path), "rows"), param="rows") from error
 
 
 # --- With the model -------------------------------------------------------------------------------------------------
@@ -252,10 +256,7 @@ async def explain(body: ExplainRequest, state: State, user: CurrentUser) -> dict
 
 @router.post("/write_adapters")
 async def write_adapters(state: State, user: CurrentUser, filters: Within) -> Any:
-    def work(memory: Memory) -> Any:
-        return memory.write_adapters(**filters._asdict(), progress=state.scheduler.between)
-
-    return plain(await _with_memory(state, user, work))
+    return plain(await _with_memory(state, user, lambda memory: memory.write_adapters(**filters._asdict())))
 
 
 @router.post("/measure")
@@ -300,7 +301,7 @@ def restore(key: str, memory: Opened) -> Any:
 @router.post("/{key}/forget")
 async def forget(key: str, body: ForgetRequest, state: State, user: CurrentUser) -> Any:
     def work(memory: Memory) -> Any:
-        return memory.forget(key, verify=body.verify, reason=body.reason)
+        return memory.forget(key, verify=body.verify, reason=body.reason).as_dict()
 
     return plain(await _with_memory(state, user, work))
 

@@ -81,8 +81,6 @@ def test_failed_audit_exits_with_1(run, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("ask", "Who?", "--tier", "lost"), "Unknown tier 'lost'"),
-        (("ask", "Who?", "--as-of", "2026-13-01"), "not a date that exists"),
         (("forget", "0123"), "There is no memory 0123"),
         (("measure",), "There are no questions to measure with"),
         (("measure", "--questions", "pyproject.toml"), "pyproject.toml, line 1 is no object with question and answer"),
@@ -92,6 +90,66 @@ def test_mistakes_are_one_line(run, arguments, says):
     run("add", "one", "--user", "alice")
     assert run(*arguments)[0] == 1
     assert says in run.errors and run.errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ("ask", "Who?", "--tier", "lost"),
+            "'lost' is not one of auto, token, adapter, none, weights, weights+adapter.",
+        ),
+        (("explain", "Who?", "--tier", "weights"), "'weights' is not one of auto, token, adapter, none."),
+        (("ask", "Who?", "--as-of", "2026-13-01"), "not a date that exists"),
+        (("ask", "Who?", "--accuracy", "7"), "'--accuracy': Input should be less than or equal to 1"),
+        (("ask", "Who?", "--user", " "), "--user is"),
+        (("export", "all.jsonl", "--format", "zep"), "'zep' is not one of plain, mem0, graphiti, letta."),
+        (("consolidate", "--moves", "all"), "'--moves': 'all' is not one of lora, everything, upper."),
+        (("profile", "--user", "a", "--recent-days", "-1"), "--recent-days is -1"),
+    ],
+)
+def test_wrong_options_exit_with_2_in_one_line(tmp_path, capsys, arguments, says):
+    Memory.open(tmp_path / "memory").close()
+    assert hypernet("memory", *arguments, "--directory", tmp_path / "memory") == 2
+    errors = capsys.readouterr().err
+    assert says in errors and errors.count("\n") == 1
+
+
+def test_model_that_is_not_there_is_named_with_its_place(tmp_path, capsys, monkeypatch):
+    """As the default, assets/tiny, is outside a checkout."""
+    monkeypatch.chdir(tmp_path)
+    for command in (("add", "one"), ("ask", "Who?")):
+        status = hypernet("memory", *command, "--directory", tmp_path / "memory")
+    place = tmp_path / "assets/tiny"
+    assert status == 1 and f"No checkpoint assets/tiny: there is no folder {place}. Give" in capsys.readouterr().err
+
+
+def test_writing_adapters_tells_its_progress(run, tmp_path, make_doc_to_lora, monkeypatch):
+    """Memories done of all, over shards of several users; a bar shows them."""
+    for number in range(7):
+        run("add", f"note {number} is here", "--user", "alice" if number % 2 else "bob")
+    told = []
+    memory = Memory.open(tmp_path / "memory", model=make_doc_to_lora(), shard_memories=2, pass_chunks=2)
+    memory.write_adapters(progress=lambda *pair: told.append(pair))
+    memory.close()
+    assert {total for _, total in told} == {7} and told[-1] == (7, 7)
+    assert told == sorted(told) and len({done for done, _ in told}) > 3
+    run("add", "one more", "--user", "bob")
+    monkeypatch.setattr("tqdm.std.tqdm.__init__", _always_shown(told.clear() or told))
+    run("write-adapters")
+    assert "write adapters" in told
+
+
+def _always_shown(seen):
+    from tqdm import tqdm
+
+    make = tqdm.__init__
+
+    def made(self, *arguments, **settings):
+        seen.append(settings["desc"])
+        make(self, *arguments, **settings)
+
+    return made
 
 
 def test_another_base_model_is_named_as_missing_adapters(run, tmp_path, make_doc_to_lora, tiny_base_model):

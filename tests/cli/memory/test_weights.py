@@ -98,13 +98,18 @@ def test_only_what_was_approved_is_consolidated(run):
 
 
 def test_mistakes_are_one_line(run, tmp_path):
-    for arguments, reason in (
-        (("consolidate", "--moves", "all"), "--moves is 'all': choose one of lora, everything, upper."),
-        (("consolidate", "--user", "bob"), "Nothing waits to be consolidated"),
-        (("sleep", "--cadence", "weekly"), "--cadence is 'weekly': choose one of every-n, calendar"),
-        (("promote", "w-1", "--user", "alice"), "There is no version 'w-1' of these weights; there are: none."),
+    wrong = "Invalid value for"
+    for arguments, status, reason in (
+        (("consolidate", "--moves", "all"), 2, f"{wrong} '--moves': 'all' is not one of lora, everything, upper."),
+        (("consolidate", "--user", "bob"), 1, "Nothing waits to be consolidated"),
+        (("sleep", "--cadence", "weekly"), 2, f"{wrong} '--cadence': 'weekly' is not one of every-n, calendar"),
+        (("promote", "w-1", "--user", "alice"), 1, "There is no version 'w-1' of these weights; there are: none."),
     ):
-        assert run(*arguments)[0] == 1 and run.errors.startswith(f"hypernet: {reason}") and run.errors.count("\n") == 1
+        assert (
+            run(*arguments)[0] == status
+            and run.errors.startswith(f"hypernet: {reason}")
+            and run.errors.count("\n") == 1
+        )
     (tmp_path / "bad.yaml").write_text("min_recal: 1\n")
     assert run("consolidate", "--gate", tmp_path / "bad.yaml")[0] == 1 and "should hold thresholds alone" in run.errors
 

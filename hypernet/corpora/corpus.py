@@ -56,8 +56,8 @@ class Corpus:
     """Where documents come from.
 
     Args:
-        sources: each a file; a folder, with what is below it; a .parquet or .jsonl file, a document a row; a dataset that
-            `datasets` has saved to a folder; or hub:OWNER/NAME, hub:OWNER/NAME/CONFIGURATION, which is streamed.
+        sources: each a file; a folder, with what is below it; a .parquet or .jsonl file, a document a row; a dataset
+            that `datasets` has saved to a folder; or hub:OWNER/NAME, hub:OWNER/NAME/CONFIGURATION, which is streamed.
         column: of rows, with the text.
         split: of datasets.
     """
@@ -195,7 +195,9 @@ class Corpus:
                 yield self._row(f"{name}/{number}", row)
         except Exception as error:  # no network, no such dataset or split: datasets raises a dozen types for these
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise ValueError(f"Could not read {HUB}{name}: {reason}. Check the name, --split and the network.") from error
+            raise ValueError(
+                f"Could not read {HUB}{name}: {reason}. Check the name, --split and the network."
+            ) from error
 
     def _refuse_column(self, path: Path, columns: Sequence[str]) -> None:
         raise ValueError(f"{path} has no column {self.column!r}, but {', '.join(columns) or 'none'}. Set --column.")

@@ -5,9 +5,9 @@
         totals.add(result)                       # in the order in which they are done
 
 The library is the only record of what is done: a document whose SHA-256, base model and hypernetwork an adapter in it
-has is skipped, so a run that was killed anywhere goes on where it was. Documents are internalized one by one: an adapter
-depends on no other document, and has the same id from one process as from a cluster (with as many threads for each
-process: products of matrices may round otherwise with another number).
+has is skipped, so a run that was killed anywhere goes on where it was. Documents are internalized one by one: an
+adapter depends on no other document, and has the same id from one process as from a cluster (with as many threads for
+each process: products of matrices may round otherwise with another number).
 """
 
 import os
@@ -17,15 +17,16 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from hypernet.adapters.library import AdapterLibrary
-from hypernet.adapters.object_store import ObjectStoreLibrary
-from hypernet.corpora.corpus import Corpus, Item
-from hypernet.doc_to_lora import DocToLoRA
+from hypernet.corpora.corpus import HUB, Corpus, Item
 from hypernet.io.paths import output_folder
 
-Library = AdapterLibrary | ObjectStoreLibrary
+if TYPE_CHECKING:  # torch and transformers take seconds, and the process that reads a corpus for Ray needs neither
+    from hypernet.adapters.library import AdapterLibrary
+    from hypernet.adapters.object_store import ObjectStoreLibrary
+    from hypernet.doc_to_lora import DocToLoRA
+
 Done = Mapping[tuple[str, str], Set[str]]
 """(fingerprint of the base model, of the hypernetwork) → SHA-256 of the documents that have an adapter of these."""
 
@@ -33,9 +34,9 @@ Done = Mapping[tuple[str, str], Set[str]]
 class Result(NamedTuple):
     """What became of a document.
 
-    status: added; skipped: it has its adapter; failed: as `reason` says; stopped: so did everything (the library cannot be
-    written, the model not loaded).
-    id: of the adapter. num_chunks, num_bytes: of the adapter. seconds: of one process, to read, internalize and store it.
+    status: added; skipped: it has its adapter; failed: as `reason` says; stopped: and so did everything (the library
+    cannot be written, the model not loaded).
+    id, num_chunks, num_bytes: of the adapter. seconds: of one process, to read, internalize and store it.
     """
 
     name: str
@@ -70,20 +71,24 @@ class Totals:
         return time.perf_counter() - self.started
 
 
-def open_library(output: str) -> Library:
+def open_library(output: str) -> "AdapterLibrary | ObjectStoreLibrary":
     """The library in a folder, or at a URL of fsspec.
 
     Raises:
         ValueError: it is a file, or no library, or cannot be reached.
     """
     if "://" in output:
+        from hypernet.adapters.object_store import ObjectStoreLibrary
+
         return ObjectStoreLibrary(output)
+    from hypernet.adapters.library import AdapterLibrary
+
     library = AdapterLibrary(output_folder(output))
     next(library.provenances(), None)  # a folder that is no library is told now
     return library
 
 
-def done_in(library: Library) -> Done:
+def done_in(library: "AdapterLibrary | ObjectStoreLibrary") -> Done:
     """What has an adapter of its own, as it was generated: not joined with other documents, not changed afterwards."""
     done: dict[tuple[str, str], set[str]] = defaultdict(set)
     for provenance in library.provenances():
@@ -106,8 +111,15 @@ class Reader:
     dtype: str | None = None
     threads: int | None = None
 
-    def load(self) -> DocToLoRA:
+    def check(self) -> None:
+        """Raises ValueError: there is no such checkpoint, as far as a look can tell."""
+        if not self.checkpoint.startswith(HUB) and not Path(self.checkpoint).expanduser().exists():
+            raise ValueError(f"There is no checkpoint folder or file {self.checkpoint}. Name one with --model.")
+
+    def load(self) -> "DocToLoRA":
         import torch
+
+        from hypernet.doc_to_lora import DocToLoRA
 
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -156,7 +168,7 @@ class Internalizer:
         seconds = time.perf_counter() - started
         return Result(item.name, "added", "", identity, adapter.num_chunks, adapter.num_bytes, seconds)
 
-    def _load(self) -> DocToLoRA:
+    def _load(self) -> "DocToLoRA":
         self._library = open_library(self.output)
         model = self.reader.load()
         self._done = set(self._all_done.get((model.base_model_fingerprint, model.generator), ()))
@@ -168,13 +180,14 @@ def ingest(corpus: Corpus, output: str, *, reader: Reader, workers: int = 0) -> 
 
     Args:
         output: folder of the library, or a URL of fsspec.
-        workers: processes on Ray, each with the model; 0: this process alone, without Ray. A worker that dies is started
-            again, and what it had not finished is given out again.
+        workers: processes on Ray, each with the model; 0: this process alone, without Ray. A worker that dies is
+            started again, and what it had not finished is given out again.
 
     Raises:
         ValueError: the output is no library; the model cannot be loaded, or the library not written (what is stored by
             then stays); or Ray is missing.
     """
+    reader.check()
     done = done_in(open_library(output))
     if workers:
         from hypernet.corpora.on_ray import map_on_ray

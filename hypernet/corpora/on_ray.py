@@ -4,14 +4,15 @@ One task reads the corpus as a stream; Ray holds it back while its tables wait, 
 corpus. Each document goes to whichever actor is free. An actor or node that dies is replaced, and its documents
 are given out again; what it had stored by then stays, under the same ids.
 
-Without RAY_ADDRESS a cluster is started on this machine and stopped again; with it (`RAY_ADDRESS=auto`, after `ray start`
-on every node) that cluster is used: its nodes need this package, and the sources and the library under the same paths.
+Without RAY_ADDRESS a cluster is started on this machine and stopped again; with it (`RAY_ADDRESS=auto`, after `ray
+start` on every node) that one is used: its nodes need this package, and sources and library under the same paths.
 """
 
 import dataclasses
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,10 @@ from typing import Any
 from hypernet.corpora.corpus import Corpus, Item
 from hypernet.corpora.ingest import Done, Internalizer, Reader, Result
 
-# Bytes, so a block is one document: what is done again where a worker dies. Ray's own 128 MB would make one block, for one
-# worker, of 20,000 documents.
+# Bytes, so a block is one document: what is done again where a worker dies. Ray's own 128 MB would make one block, for
+# one worker, of 20,000 documents.
 _BLOCK_BYTES = 1
+_READING_CPUS = 0.5  # another number than an actor's, or Ray would make reading a part of one actor's work
 _MOST_DEATHS = 100  # of actors in a row before one is ready; Ray's 0 would end the run with the first
 # What Ray tells its own developers; RAY_ACCEL_...: GPUs stay visible to processes that asked Ray for none.
 _QUIET = {
@@ -30,7 +32,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_METRICS_EXPORT_INTERVAL_MS": "3600000",
+    "RAY_worker_niceness": "0",  # Ray's 15 leaves workers standing wherever anything else runs
 }
 
 
@@ -42,27 +44,38 @@ def map_on_ray(corpus: Corpus, output: str, done: Done, *, reader: Reader, worke
     """
     if output.startswith("memory://"):
         raise ValueError(f"{output} lies in this process, where no worker reaches it. Name another library.")
-    with _cluster(workers, reader.threads) as (data, threads):
+    with cluster(workers, threads=reader.threads) as ray:
+        threads = reader.threads or max(1, (int(ray.cluster_resources().get("CPU", 0)) - 1) // workers)
         there = dataclasses.replace(reader.anywhere(), threads=threads)
-        rows = (
-            data.read_datasource(_datasource(corpus.anywhere()), override_num_blocks=1)
-            .map_batches(
-                _Actor,
-                fn_constructor_args=(there, output if "://" in output else os.path.abspath(output), done),
-                compute=data.ActorPoolStrategy(size=workers),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=threads,
-                num_gpus=1 if reader.device.startswith("cuda") else 0,
-            )
+        rows = ray.data.read_datasource(
+            _datasource(corpus.anywhere()), override_num_blocks=1, num_cpus=_READING_CPUS
+        ).map_batches(
+            _Actor,
+            fn_constructor_args=(there, output if "://" in output else os.path.abspath(output), done),
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=threads,
+            num_gpus=1 if reader.device.startswith("cuda") else 0,
         )
-        for row in rows.iter_rows():
-            yield Result(**row)
+        try:
+            for row in rows.iter_rows():
+                yield Result(**row)
+        except ray.exceptions.RayError as error:
+            raise ValueError(
+                f"Ray gave up: {' '.join(str(error).split())[-300:]}. What is stored stays; run it again."
+            ) from error
 
 
 @contextmanager
-def _cluster(workers: int, threads: int | None) -> Iterator[tuple[Any, int]]:
-    """`ray.data` with a cluster behind it, and the threads of each worker."""
+def cluster(workers: int, *, threads: int | None = None) -> Iterator[Any]:
+    """Ray, with a cluster behind it: that of an outer block, that at RAY_ADDRESS, or one of this machine.
+
+    Several `ingest` in the block share it: a cluster takes seconds to start.
+
+    Raises:
+        ValueError: Ray is missing, or there is no cluster at RAY_ADDRESS.
+    """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -71,27 +84,46 @@ def _cluster(workers: int, threads: int | None) -> Iterator[tuple[Any, int]]:
     except ImportError as error:
         python = Path(sys.executable).name
         raise ValueError(
-            f"Workers need the extra [ray]: {python} -m pip install 'doc-to-lora[ray]'. Without workers none is needed."
+            f"Workers need the extra [ray]: {python} -m pip install 'doc-to-lora[ray]'. Or leave --workers out."
         ) from error
+    if ray.is_initialized():
+        yield ray
+        return
     for handler in logging.getLogger("ray.data").handlers:
         if not hasattr(handler, "baseFilename"):
             handler.setLevel(logging.CRITICAL)  # the console's; the file of the session keeps it all
+    warnings.filterwarnings("ignore", module=r"ray\.")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = _BLOCK_BYTES
     context.max_consecutive_actor_init_deaths = _MOST_DEATHS
-    start = not ray.is_initialized()
-    if start:
-        own = "RAY_ADDRESS" not in os.environ
-        threads = threads or max(1, len(os.sched_getaffinity(0)) // workers)
-        # The one more is the reading task's.
-        local = {"num_cpus": workers * threads + 1, "include_dashboard": False} if own else {}
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    local: dict[str, Any] = {}
+    if "RAY_ADDRESS" not in os.environ:
+        each = threads or max(1, len(os.sched_getaffinity(0)) // workers)
+        local = {"num_cpus": workers * each + 1, "include_dashboard": False}  # 1: to read
     try:
-        yield ray.data, threads or max(1, int(ray.cluster_resources().get("CPU", workers)) // workers)
+        with _without_stderr():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"Ray does not start: {' '.join(str(error).split())[:300]}. Check RAY_ADDRESS.") from error
+    try:
+        yield ray
     finally:
-        if start:
-            ray.shutdown()
+        ray.shutdown()
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Ray's C++ says on descriptor 2 that it will say nothing."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class _Actor:

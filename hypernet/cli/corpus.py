@@ -67,7 +67,11 @@ def corpus(
         for result in ingest(documents, output, reader=reader, workers=workers):
             totals.add(result)
             if result.status == "failed":
-                bar.write(f"hypernet: {escaped(f'{result.name}: {result.reason}')}", file=sys.stderr)
+                line = f"hypernet: {escaped(f'{result.name}: {result.reason}')}"
+                if watched:
+                    bar.write(line, file=sys.stderr)
+                else:
+                    typer.echo(line, err=True)
             bar.update()
     _print(totals, output)
     if totals.counts["failed"]:

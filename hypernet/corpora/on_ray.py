@@ -11,6 +11,7 @@ start` on every node) that one is used: its nodes need this package, and sources
 import dataclasses
 import logging
 import os
+import secrets
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -99,12 +100,13 @@ def cluster(workers: int, *, threads: int | None = None) -> Iterator[Any]:
     context.max_consecutive_actor_init_deaths = _MOST_DEATHS
     local: dict[str, Any] = {}
     if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray writes one into the home folder
         each = threads or max(1, len(os.sched_getaffinity(0)) // workers)
         local = {"num_cpus": workers * each + 1, "include_dashboard": False}  # 1: to read
     try:
         with _without_stderr():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ValueError(f"Ray does not start: {' '.join(str(error).split())[:300]}. Check RAY_ADDRESS.") from error
     try:
         yield ray

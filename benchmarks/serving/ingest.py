@@ -19,7 +19,8 @@ from benchmarks.measuring.rows import Row, show_and_write
 from hypernet.cli.scripts import Script
 from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
 from hypernet.corpora.corpus import Corpus
-from hypernet.corpora.ingest import Reader, Totals, ingest
+from hypernet.corpora.ingest import Totals, ingest
+from hypernet.corpora.internalizer import Reader
 from hypernet.data.encyclopedia import Encyclopedia
 
 

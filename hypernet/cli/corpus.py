@@ -34,21 +34,21 @@ def corpus(
 ) -> None:
     """Make an adapter of each of many documents, and add them to a library.
 
-    Run it again after whatever stopped it: documents that have their adapter are
-    skipped. A document that cannot be read is told in a line, the others are done,
-    and the exit status is 1. A cluster that runs already is used with RAY_ADDRESS.
+    Run it again after whatever stopped it: what has its adapter is skipped. A
+    document that cannot be read is told in a line, the others are done, and the
+    exit status is 1. With RAY_ADDRESS a Ray cluster that runs already is used.
 
     \b
     hypernet corpus examples --output outputs/corpus
-    hypernet corpus rows.parquet notes --column body --output s3://bucket/corpus
+    hypernet corpus rows.parquet notes --column body --output s3://bucket/a
     hypernet corpus hub:owner/name --workers 2 --output outputs/corpus
-    RAY_ADDRESS=auto hypernet corpus /nfs/docs --workers 8 --output /nfs/corpus
     """
     from tqdm import tqdm
 
     from hypernet.cli.settings import choose_device
     from hypernet.corpora.corpus import Corpus
-    from hypernet.corpora.ingest import Reader, Totals, ingest
+    from hypernet.corpora.ingest import Totals, ingest
+    from hypernet.corpora.internalizer import Reader
     from hypernet.text.cleaning import escaped
 
     documents = Corpus(source, column=column, split=split)

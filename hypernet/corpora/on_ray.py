@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import socket
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hypernet.corpora.corpus import Corpus, Item
-from hypernet.corpora.ingest import Done, Internalizer, Reader, Result
+from hypernet.corpora.internalizer import Done, Internalizer, Reader, Result
 
 # Bytes, so a block is one document: what is done again where a worker dies. Ray's own 128 MB would make one block, for
 # one worker, of 20,000 documents.
@@ -103,6 +104,8 @@ def cluster(workers: int, *, threads: int | None = None) -> Iterator[Any]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray writes one into the home folder
         each = threads or max(1, len(os.sched_getaffinity(0)) // workers)
         local = {"num_cpus": workers * each + 1, "include_dashboard": False}  # 1: to read
+    else:
+        _check_address(os.environ["RAY_ADDRESS"])
     try:
         with _without_stderr():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -112,6 +115,19 @@ def cluster(workers: int, *, threads: int | None = None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself waits for minutes for a cluster that is not there."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "//" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ValueError(
+                f"There is no Ray cluster at RAY_ADDRESS={address} ({reason}). Start it, or unset RAY_ADDRESS."
+            ) from error
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from hypernet.corpora.corpus import Corpus
-from hypernet.corpora.ingest import Reader, ingest
+from hypernet.corpora.ingest import ingest
+from hypernet.corpora.internalizer import Reader
 from hypernet.data.encyclopedia import Encyclopedia
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"

@@ -12,7 +12,8 @@ import pytest
 from hypernet.adapters.composition import scale
 from hypernet.adapters.library import AdapterLibrary
 from hypernet.corpora.corpus import Corpus
-from hypernet.corpora.ingest import Reader, Totals, done_in, ingest, open_library
+from hypernet.corpora.ingest import Totals, done_in, ingest
+from hypernet.corpora.internalizer import Reader, open_library
 from hypernet.text.documents import read_documents
 from tests.corpora.conftest import NUM_DOCUMENTS
 

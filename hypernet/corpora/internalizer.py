@@ -1,4 +1,4 @@
-"""Internalizer: one document after the other to its adapter in a library, in one process; `ingest` uses one or several."""
+"""Internalizer: one document after the other to its adapter in a library; `ingest` uses one, or one in each worker."""
 
 import os
 import time
@@ -41,7 +41,7 @@ def open_library(output: str) -> "AdapterLibrary | ObjectStoreLibrary":
     """The library in a folder, or at a URL of fsspec.
 
     Raises:
-        ValueError: it is a file, or no library, or cannot be reached.
+        ValueError: it is a file, or no such kind of URL.
     """
     if "://" in output:
         from hypernet.adapters.object_store import ObjectStoreLibrary
@@ -49,9 +49,7 @@ def open_library(output: str) -> "AdapterLibrary | ObjectStoreLibrary":
         return ObjectStoreLibrary(output)
     from hypernet.adapters.library import AdapterLibrary
 
-    library = AdapterLibrary(output_folder(output))
-    next(library.provenances(), None)  # a folder that is no library is told now
-    return library
+    return AdapterLibrary(output_folder(output))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # all: lines on standard output for each worker that died
     "RAY_worker_niceness": "0",  # Ray's 15 leaves workers standing wherever anything else runs
 }
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from hypernet.corpora.corpus import Corpus
 from hypernet.corpora.ingest import ingest
 from tests.corpora.conftest import NUM_DOCUMENTS
 
-pytest.importorskip("ray", reason="needs the extra [ray]")
+# Not importorskip: Ray reads its environment when it is imported.
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra [ray]")
 
 
 @pytest.fixture(scope="module")

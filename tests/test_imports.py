@@ -23,6 +23,7 @@ LAYERS = (
     "adapters",
     "interop",
     "doc_to_lora",
+    "corpora",
     "memory",
     "consolidation",
     "data",

@@ -172,6 +172,17 @@ class AdapterLibrary:
                     log.warning("%s is damaged (%s) and left out; see verify.", self.directory / name, _one_line(error))
         return tuple(sorted(entries, key=lambda entry: (entry.added, entry.id)))
 
+    def provenances(self) -> Iterator[dict[str, Any]]:
+        """What each entry says of itself (`LoRAAdapter.provenance`), but for the damaged; none before the first `add`.
+
+        Raises:
+            ValueError: the folder is no library.
+        """
+        for entry in self.list() if self.directory.is_dir() else ():
+            if entry.damage is None:
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    yield json.loads((entry.directory / PROVENANCE_FILE).read_bytes())
+
     def find(self, key: str) -> LibraryEntry:
         """The one entry with this id, beginning of an id, or document name.
 
@@ -390,8 +401,11 @@ class AdapterLibrary:
     def _check_there(self) -> None:
         if not self.directory.is_dir():
             raise ValueError(f"No adapter library at {self.directory}. Check the path, or add an adapter first.")
-        there = sorted(self.directory.iterdir())
-        if there and not any(map(_is_ours, there)):
+        # Lazily: `add` asks this for every adapter, and a library may hold a million.
+        with os.scandir(self.directory) as found:
+            if any(_is_ours(Path(entry.path)) for entry in found):
+                return
+        if there := sorted(self.directory.iterdir()):
             names = ", ".join([*(path.name for path in there[:3]), *(["..."] if len(there) > 3 else [])])
             raise ValueError(
                 f"{self.directory} is no adapter library: it holds {names} and no adapter under its hash. Check the "
@@ -468,11 +482,20 @@ def _write_entry(path: Path, record: dict[str, Any]) -> None:
 
 def _read_entry(path: Path) -> dict[str, Any]:
     """The record without its own hash, which is checked."""
-    record = json.loads(path.read_bytes())
+    return entry_record(path.read_bytes())
+
+
+def entry_record(data: bytes) -> dict[str, Any]:
+    """The record that an entry.json holds.
+
+    Raises:
+        ValueError: it is not what was stored, or of another format.
+    """
+    record = json.loads(data)
     if not isinstance(record, dict) or record.pop("sha256", None) != _own_digest(record):
-        raise ValueError(f"{path.name} is not what was stored (SHA-256)")
+        raise ValueError(f"{ENTRY_FILE} is not what was stored (SHA-256)")
     if record.get("format_version") != ENTRY_FORMAT:
-        raise ValueError(f"{path.name} has format {record.get('format_version')}, this version reads {ENTRY_FORMAT}")
+        raise ValueError(f"{ENTRY_FILE} has format {record.get('format_version')}, this version reads {ENTRY_FORMAT}")
     return record
 
 

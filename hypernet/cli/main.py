@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hypernet import __version__
-from hypernet.cli import base_model, checkpoint, library, self_study, serve
+from hypernet.cli import base_model, checkpoint, corpus, library, self_study, serve
 from hypernet.cli.errors import INTERRUPTED, one_line, one_line_warnings
 from hypernet.cli.memory import texts as memory
 from hypernet.text.cleaning import escaped
@@ -54,6 +54,7 @@ app.add_typer(library.app, name="library")
 app.add_typer(memory.app, name="memory")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(base_model.app, name="base-model")
+app.command("corpus")(corpus.corpus)
 app.command("self-study")(self_study.self_study)
 app.command("serve")(serve.serve)
 app.command("api-key")(serve.api_key)

@@ -78,7 +78,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
         name, source, data = "standard input", "standard input", sys.stdin.buffer.read()
     else:
         path = Path(path)
-        name, source, data = path.name, os.fspath(path), _read_bytes(path)
+        name, source, data = path.name, os.fspath(path), read_bytes(path)
     return document_of(name, data, source=source)
 
 
@@ -110,7 +110,7 @@ def read_documents(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[st
         if os.fspath(path) == _STANDARD_INPUT or not os.path.isdir(path):
             wanted.append((path, None))
         else:
-            wanted += [(file, file.relative_to(path).as_posix()) for file in _files_below(Path(path))]
+            wanted += [(file, file.relative_to(path).as_posix()) for file in files_below(Path(path))]
 
     once: dict[str, tuple[str | os.PathLike[str], str | None]] = {}
     again = []
@@ -128,7 +128,13 @@ def read_documents(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[st
     return [document._replace(name=_printable(name)) if name else document for document, name in documents]
 
 
-def _files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path, *, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """Files of these suffixes, in the order of their paths; not what is hidden, nor what is behind links to folders.
+
+    Raises:
+        ValueError: there is none, or a folder cannot be read.
+    """
+
     def refuse(error: OSError) -> None:
         raise _unreadable(error.filename or folder, error)
 
@@ -136,18 +142,19 @@ def _files_below(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(parent, name) for name in names if not name.startswith(".")]
-    documents = [file for file in files if file.suffix.lower() in SUFFIXES]
+    documents = [file for file in files if file.suffix.lower() in suffixes]
     if not documents:
         raise ValueError(
             f"No document in the folder {os.fspath(folder)!r}: none of its {len(files)} files ends in "
-            f"{', '.join(SUFFIXES)}. Name the files themselves to read them as text."
+            f"{', '.join(suffixes)}. Name the files themselves to read them as text."
         )
     return sorted(documents, key=lambda file: file.relative_to(folder).parts)
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A file's content; raises ValueError: one line, it cannot be read."""
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise _unreadable(path, error) from error
 

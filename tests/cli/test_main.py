@@ -52,7 +52,7 @@ def test_the_commands_are_those_that_are_promised():
         ("self-study",),
     }
     expected |= {("base-model",), ("base-model", "list"), ("base-model", "fetch")}
-    expected |= {("serve",), ("api-key",), ("mcp",)}
+    expected |= {("serve",), ("api-key",), ("mcp",), ("corpus",)}
     assert set(COMMANDS) == expected
 
 

@@ -155,8 +155,8 @@ class Length(NamedTuple):
 class CostSurface(NamedTuple):
     """F and v of each method by length, in FLOPs and in seconds.
 
-    models: of each method, with answers of its mean length. seconds: lines over the FLOPs (where there are none, over the
-    tokens), to prepare and of a question. training: FLOPs of consolidation over the questions that it trains on.
+    models: of each method, with answers of its mean length. seconds: lines to prepare and of a question, over the FLOPs
+    or, where there are none, over the tokens. training: FLOPs of consolidation over the questions that it trains on.
     room: tokens of a document that the window holds.
     """
 
@@ -325,7 +325,9 @@ class Bench:
     def _timed(self, name: str, case: Case) -> Row:
         method, prepared, asked, tokens, prompts = self.methods[name], [], [], [], []
         for turn in range(self.cfg.repeats + 1):  # the first to warm up
-            prepared.append(_seconds(lambda: method.prepare(case)))
+            started = time.process_time()
+            method.prepare(case)
+            prepared.append(time.process_time() - started)
             started = time.process_time()
             counts = [method.timed_answer(question)[2] for question in case.questions]
             asked.append((time.process_time() - started) / len(counts))
@@ -354,38 +356,43 @@ class Bench:
     def schedules(self, seed: int, number: int, predicted: CostSurface) -> Iterator[Row]:
         """Rows of kind schedule: a day with so many updates and questions, run by each method in turn."""
         versions = [
-            self.few(self.case(seed, number, 50 + version), self.cfg.num_timed)
-            for version in range(1 + max(self.cfg.updates))
+            self.few(self.case(seed, number, 50 + place), self.cfg.num_timed)
+            for place in range(1 + max(self.cfg.updates))
         ]
-        counted: dict[tuple[str, int], tuple[int, list[int]]] = {}
         for updates in self.cfg.updates:
-            shown = [name for name in TIERS if self.is_run(name, number)]
+            names = [name for name in TIERS if self.is_run(name, number)]
             if updates and number > min(self.cfg.held_out):  # a consolidation for each version takes too long
-                shown = [name for name in shown if name != WEIGHTS]
+                names = [name for name in names if name != WEIGHTS]
             days = versions[: 1 + updates]
             length = Length(number, _mean(self.tokens(case) for case in days))
-            for name in shown:
-                for place, case in enumerate(days):
-                    if (name, place) not in counted:
-                        flops = self.methods[name].prepare_flops(case)
-                        counted[name, place] = flops, self._flops(name, case)
+            counted = {name: self._counted(name, days) for name in names}
             for questions in self.cfg.questions:
-                taken: dict[str, list[float]] = {name: [] for name in shown}
-                for _ in range(max(1, math.ceil(self.cfg.least_questions / questions))):
-                    for name in shown:
-                        taken[name].append(_seconds(lambda n=name, q=questions: self._run(n, days, q)))
-                for name in shown:
-                    seconds, flops = statistics.median(taken[name]), 0
-                    for place, (case, asked) in enumerate(zip(days, _shares(questions, len(days)), strict=True)):
-                        prepare, each = counted[name, place]
-                        flops += prepare + sum(each[turn % len(each)] for turn in range(asked))
-                        seconds += self.weights.made[case.documents[0]].seconds if name == WEIGHTS else 0.0
-                    costs, of_flops = predicted.costs(name, length), predicted.flops(name, length)
+                seconds = self._taken(names, days, questions)
+                shares = _shares(questions, len(days))
+                for name in names:
+                    each = zip(counted[name], shares, strict=True)
                     row = {"kind": "schedule", "seed": seed, "facts": number, "updates": updates}
-                    row |= {"questions": questions, "method": name, "seconds": seconds, "flops": flops}
-                    row["predicted_seconds"] = costs.prepare * len(days) + costs.question * questions
-                    row["predicted_flops"] = of_flops.prepare * len(days) + of_flops.question * questions
+                    row |= {"questions": questions, "method": name, "seconds": seconds[name]}
+                    row["flops"] = sum(made + sum(of[turn % len(of)] for turn in range(n)) for (made, of), n in each)
+                    for currency, costs in (("seconds", predicted.costs), ("flops", predicted.flops)):
+                        prepare, question = costs(name, length)
+                        row[f"predicted_{currency}"] = prepare * len(days) + question * questions
                     yield row
+
+    def _counted(self, name: str, days: Sequence[Case]) -> list[tuple[int, list[int]]]:
+        """FLOPs to prepare each version and of each of its questions."""
+        return [(self.methods[name].prepare_flops(case), self._flops(name, case)) for case in days]
+
+    def _taken(self, names: Sequence[str], days: Sequence[Case], questions: int) -> dict[str, float]:
+        """Seconds of a whole day by method, the median of some days; what was consolidated before counts as then."""
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(max(1, math.ceil(self.cfg.least_questions / questions))):
+            for name in names:
+                started = time.process_time()
+                self._run(name, days, questions)
+                taken[name].append(time.process_time() - started)
+        before = sum(self.weights.made[case.documents[0]].seconds for case in days) if WEIGHTS in names else 0.0
+        return {name: statistics.median(of) + (before if name == WEIGHTS else 0.0) for name, of in taken.items()}
 
     def _run(self, name: str, days: Sequence[Case], questions: int) -> None:
         method = self.methods[name]
@@ -452,12 +459,6 @@ def _right(text: str, question: Asked) -> float:
     from hypernet.text.matching import exact_match
 
     return float(exact_match(text, question.answers))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.process_time()
-    run()
-    return time.process_time() - started
 
 
 def _shares(questions: int, versions: int) -> list[int]:

@@ -22,7 +22,7 @@ import hydra
 import numpy as np
 from pydantic import Field
 
-from benchmarks.measuring.rows import Row, Rows
+from benchmarks.measuring.rows import Row
 from hypernet.cli.scripts import Script
 from hypernet.cli.settings import Above0, AtLeast0, Count, OutputFile, Settings, Share
 from hypernet.consolidation.cadence import (

@@ -356,8 +356,7 @@ class Bench:
     def schedules(self, seed: int, number: int, predicted: CostSurface) -> Iterator[Row]:
         """Rows of kind schedule: a day with so many updates and questions, run by each method in turn."""
         versions = [
-            self.few(self.case(seed, number, place), self.cfg.num_timed)
-            for place in range(1 + max(self.cfg.updates))
+            self.few(self.case(seed, number, place), self.cfg.num_timed) for place in range(1 + max(self.cfg.updates))
         ]
         for updates in self.cfg.updates:
             names = [name for name in TIERS if self.is_run(name, number)]

@@ -9,7 +9,8 @@ K and h are seconds of the processor on the tiny model, from benchmarks.memory.b
     K = a night + forgotten share * questions a day * days * what asking a forgotten one again costs
     h = questions a day * what a waiting memory in the prompt adds to a question
 Regret depends on K/h alone, which is also taken at a tenth and at ten times. Policies have their default parameters,
-those of a grid that cost least on other streams of the stationary kind, or (economic) K and h themselves.
+those of a grid that cost least on other streams of the stationary kind, or K and h themselves: economic as it is made,
+pressure at K/h memory-days, when waiting has cost as much as a run.
 """
 
 import math
@@ -40,7 +41,7 @@ STREAMS = ("stationary", "bursty", "drifting", "seasonal")
 _BURST, _BURST_DAYS = 10, 0.1  # memories of a burst in the mean, and the mean time from its begin to each of them
 _SWING, _PERIOD_DAYS = 0.9, 30.0
 _TUNING = 1_000_000  # streams from here on are for tuning
-_GRID = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 50.0, 70.0, 100.0, 200.0, 300.0, 500.0, 1000.0, 2000.0)
+_GRID = tuple(step * 10**power for power in range(4) for step in (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
 # Policies with a parameter of which others are tried.
 TUNED: Mapping[str, Callable[[float], Cadence]] = {
     "every n": lambda value: EveryN(memories=round(value)),
@@ -153,7 +154,15 @@ def measure(cfg: CadenceSettings) -> Iterator[Row]:
     for ratio in cfg.ratios if waiting_cost > 0 else ():
         prices = {"run_cost": ratio * run_cost, "waiting_cost": waiting_cost}
         policies = [*DEFAULTS, *_tuned(tried, others, prices, until=cfg.days)]
-        policies.append(Policy("economic", "costs", ratio * run_cost / waiting_cost, Economic(**prices)))
+        policies += [
+            Policy(
+                "pressure",
+                "costs",
+                prices["run_cost"] / waiting_cost,
+                Pressure(memory_days=prices["run_cost"] / waiting_cost),
+            ),
+            Policy("economic", "costs", prices["run_cost"] / waiting_cost, Economic(**prices)),
+        ]
         for kind, own in streams.items():
             least = [cost_of(clairvoyant(a, until=cfg.days, **prices), a, until=cfg.days, **prices) for a in own]
             for policy in policies:

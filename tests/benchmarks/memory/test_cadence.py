@@ -57,7 +57,7 @@ def test_costs_are_those_of_the_formula():
 def test_no_policy_beats_the_clairvoyant_and_k_and_h_help():
     rows = list(measure(settings()))
     found = {(r["stream"], r["ratio"], r["policy"], r["parameters"]): r for r in rows if r["kind"] == "regret"}
-    assert len(found) == 4 * 2 * (6 + 4 + 1)
+    assert len(found) == 4 * 2 * (6 + 4 + 2)
     assert all(r["interval"][0] >= 0 and r["interval"][0] <= r["regret"] <= r["interval"][1] for r in found.values())
     for stream in STREAMS:
         known, default = (found[stream, 10, "economic", parameters]["regret"] for parameters in ("costs", "default"))

@@ -41,7 +41,7 @@ STREAMS = ("stationary", "bursty", "drifting", "seasonal")
 _BURST, _BURST_DAYS = 10, 0.1  # memories of a burst in the mean, and the mean time from its begin to each of them
 _SWING, _PERIOD_DAYS = 0.9, 30.0
 _TUNING = 1_000_000  # streams from here on are for tuning
-_GRID = tuple(step * 10**power for power in range(4) for step in (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+_GRID = tuple(step * 10**power for power in range(4) for step in (1.0, 2.0, 3.0, 5.0, 7.0))
 # Policies with a parameter of which others are tried.
 TUNED: Mapping[str, Callable[[float], Cadence]] = {
     "every n": lambda value: EveryN(memories=round(value)),
@@ -148,9 +148,7 @@ def measure(cfg: CadenceSettings) -> Iterator[Row]:
         for name, make in TUNED.items()
         for value in _GRID
     }
-    kept = {
-        (p.name, kind): [schedule(p.cadence, a, **span) for a in streams[kind]] for p in DEFAULTS for kind in STREAMS
-    }
+    kept: dict[tuple[str, float, str], list[list[float]]] = {}  # as many policies sleep at several K
     for ratio in cfg.ratios if waiting_cost > 0 else ():
         prices = {"run_cost": ratio * run_cost, "waiting_cost": waiting_cost}
         policies = [*DEFAULTS, *_tuned(tried, others, prices, until=cfg.days)]
@@ -166,8 +164,10 @@ def measure(cfg: CadenceSettings) -> Iterator[Row]:
         for kind, own in streams.items():
             least = [cost_of(clairvoyant(a, until=cfg.days, **prices), a, until=cfg.days, **prices) for a in own]
             for policy in policies:
-                sleeps = kept.get((policy.name, kind)) if policy.parameters == "default" else None
-                sleeps = sleeps or [schedule(policy.cadence, arrived, **span) for arrived in own]
+                place = policy.name, policy.value, kind
+                if place not in kept:
+                    kept[place] = [schedule(policy.cadence, arrived, **span) for arrived in own]
+                sleeps = kept[place]
                 paid = [cost_of(s, a, until=cfg.days, **prices) for s, a in zip(sleeps, own, strict=True)]
                 regrets = [cost / best - 1 for cost, best in zip(paid, least, strict=True)]
                 row = {"kind": "regret", "stream": kind, "ratio": ratio, **_named(policy), **prices}

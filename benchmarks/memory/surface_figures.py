@@ -68,7 +68,8 @@ def cheapest(rows: Rows) -> Figure | None:
     for asked in ASKED:
         points: dict[str, list[Point]] = {}
         for tokens in dict.fromkeys(row["tokens"] for row in own):
-            enough = [row for row in own if row["tokens"] == tokens and row["accuracy"] >= asked]
+            here = [row for row in own if row["tokens"] == tokens]
+            enough = [row for row in here if not asked or (row["accuracy"] or 0) >= asked]
             for questions in QUESTIONS if enough else ():
                 best = min(
                     enough, key=lambda row, n=questions: amortised(Costs(row["prepare_s"], row["question_s"]), n)

@@ -56,7 +56,7 @@ class Pressure:
         self.memory_days = memory_days
 
     def is_due(self, waiting: Waiting) -> bool:
-        waited = sum(waiting.now_days - day for day in waiting.arrived_days)
+        waited = len(waiting.arrived_days) * waiting.now_days - sum(waiting.arrived_days)
         return bool(waiting.arrived_days) and waited >= self.memory_days
 
 

@@ -441,10 +441,8 @@ def surface(cfg: BreakEvenSettings, predicted: CostSurface, rows: Rows) -> Itera
             scores = [_mean(row["accuracy"] for row in fitted if row["facts"] == here) for here in at]
             costs, flops = predicted.costs(method, length), predicted.flops(method, length)
             row = {"kind": "surface", "facts": number, "tokens": length.tokens, "method": method}
-            row |= {
-                "accuracy": float(np.interp(math.log(number), np.log(at), scores)),
-                "extrapolated": number > max(at),
-            }
+            row["extrapolated"] = number > max(at)  # then accuracy is not known
+            row["accuracy"] = None if row["extrapolated"] else float(np.interp(math.log(number), np.log(at), scores))
             measured = [one["accuracy"] for one in own if one["facts"] == number]
             row["measured_accuracy"] = _mean(measured) if measured else None
             row |= {"prepare_s": costs.prepare, "question_s": costs.question}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from benchmarks.measuring.rows import read_rows
 from benchmarks.memory.cadence import SCRIPT, STREAMS, arrivals, costs, measure, schedule
 from hypernet.consolidation.cadence import Calendar, EveryN, Pressure
 
@@ -52,6 +53,15 @@ def test_schedules_by_hand():
 def test_costs_are_those_of_the_formula():
     cfg = settings("night_s=20", "forgotten=0.1", "questions_per_day=50", "forgotten_days=3", "again_s=0.2")
     assert costs(cfg) == pytest.approx((20 + 0.1 * 50 * 3 * 0.2, 50 * cfg.waiting_s))
+
+
+def test_costs_are_near_those_of_the_committed_rows():
+    rows = read_rows(CONF.parent / "benchmarks/results/memory_break_even.jsonl")
+    found = {(row["facts"], row["method"]): row for row in rows if row["kind"] == "surface"}
+    one, many = (found[number, "full_context"]["question_s"] for number in (1, 16))
+    cfg = settings()
+    measured = (found[16, "weights"]["prepare_s"], one, (many - one) / 15)
+    assert (cfg.night_s, cfg.again_s, cfg.waiting_s) == pytest.approx(measured, rel=0.2)
 
 
 def test_no_policy_beats_the_clairvoyant_and_k_and_h_help():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from benchmarks.measuring.rows import Row, Rows, merged, read_rows
+from benchmarks.memory import surface_figures
 from benchmarks.report import figures
 from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRONG, name_of, order, task_name
 from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
@@ -22,7 +23,7 @@ RESULTS = "benchmarks/results"
 SUMMARY = f"{RESULTS}/summary.html"
 # The page of all sweeps and what a person says of it are of these, in this order.
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
-FILES = ("README.md", "docs/results.md", "docs/memory.md", "assets/tiny/README.md")
+FILES = ("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "assets/tiny/README.md")
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "niah": figures.needles,
     "composition": figures.composition,
@@ -31,6 +32,8 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "capacity": figures.capacity,
     "conflict": figures.conflict,
     "memory_growth": figures.memory_growth,
+    "memory_break_even": surface_figures.cheapest,
+    "memory_cadence": surface_figures.regrets,
 }
 # The main figures of the shipped model: what is asked → file, the rows' place there.
 MAIN = {
@@ -257,6 +260,10 @@ def _speed(module: str, name: str | None = None) -> Callable[[], str]:
     return table
 
 
+def _surface(name: str, part: str) -> Callable[[], str]:
+    return lambda: surface_figures.markdown(read(name), part)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "summary": summary,
@@ -285,6 +292,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_times": _speed("memory.times", "memory_times"),
     "memory_store": _speed("memory.store", "memory_store"),
     "memory_peers": _speed("memory.peers", "memory_peers"),
+    "memory_break_even": _surface("memory_break_even", "break_even"),
+    "memory_order": _surface("memory_break_even", "order"),
+    "memory_cadence": _surface("memory_cadence", "cadence"),
+    "memory_cadence_ratios": _surface("memory_cadence", "cadence_ratios"),
 }
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

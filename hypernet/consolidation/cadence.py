@@ -4,8 +4,11 @@ Economic().is_due(Waiting(arrived_days=[0.2, 1.5], last_sleep_days=0.0, now_days
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 
 class Waiting(NamedTuple):
@@ -53,7 +56,7 @@ class Pressure:
         self.memory_days = memory_days
 
     def is_due(self, waiting: Waiting) -> bool:
-        waited = sum(waiting.now_days - day for day in waiting.arrived_days)
+        waited = len(waiting.arrived_days) * waiting.now_days - sum(waiting.arrived_days)
         return bool(waiting.arrived_days) and waited >= self.memory_days
 
 
@@ -89,26 +92,34 @@ def cost_of(
     Args:
         sleeps, arrived: days, ascending.
     """
-    waited = sum(min([day for day in sleeps if day >= one] + [until]) - one for one in arrived)
+    ends = [*sleeps, until]
+    waited = sum(ends[bisect_left(sleeps, day)] - day for day in arrived)
     return run_cost * len(sleeps) + waiting_cost * waited
 
 
 def clairvoyant(arrived: Sequence[float], *, until: float, run_cost: float, waiting_cost: float) -> list[float]:
-    """The cheapest schedule for arrivals known beforehand, by dynamic programming over runs right after an arrival."""
-    days = sorted(arrived)
+    """The cheapest schedule for arrivals known beforehand, by dynamic programming over runs right after an arrival.
+
+    best(j) = K + min over i < j of best(i) + h Σ_{i < k <= j} (t_j - t_k), whose sum is (j - i) t_j - P_j + P_i with P
+    the running sums of arrivals: n steps over arrays of at most n. Where h <= 0 nothing is gained by a run: none.
+
+    Args:
+        run_cost: K, not below 0.
+    """
+    if waiting_cost <= 0 or not len(arrived):
+        return []
+    days = np.sort(np.asarray(arrived, dtype=float))
+    number, sums = np.arange(len(days) + 1), np.concatenate([[0.0], np.cumsum(days - days[0])])
     # best[i]: the least cost of the first i memories, the last of which has just been taken in.
-    best, previous = [0.0], [0]
-    for end in range(1, len(days) + 1):
-        costs = [
-            best[start] + run_cost + waiting_cost * sum(days[end - 1] - day for day in days[start:end])
-            for start in range(end)
-        ]
-        previous.append(min(range(end), key=costs.__getitem__))
-        best.append(costs[previous[-1]])
-    left = [waiting_cost * sum(until - day for day in days[start:]) for start in range(len(days) + 1)]
-    end = min(range(len(days) + 1), key=lambda place: best[place] + left[place])
-    found = []
+    best, previous = np.zeros(len(days) + 1), np.zeros(len(days) + 1, dtype=int)
+    for end, day in enumerate(days - days[0], start=1):
+        waited = (end - number[:end]) * day - (sums[end] - sums[:end])
+        costs = best[:end] + run_cost + waiting_cost * waited
+        previous[end] = costs.argmin()
+        best[end] = costs[previous[end]]
+    left = (len(days) - number) * (until - days[0]) - (sums[-1] - sums)
+    end, found = int((best + waiting_cost * left).argmin()), []
     while end:
-        found.append(days[end - 1])
+        found.append(float(days[end - 1]))
         end = previous[end]
     return found[::-1]

@@ -20,6 +20,26 @@ def test_clairvoyant_is_the_cheapest_of_all_schedules(seed):
     assert found == pytest.approx(min(cost_of(days, arrived, until=12, **COSTS) for days in subsets))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_clairvoyant_costs_what_the_programme_over_pairs_finds(seed):
+    rng = random.Random(seed)
+    arrived = sorted(20_000 + rng.uniform(0, 60) for _ in range(101))  # days as `Sleep` counts them, since 1970
+    best = [0.0]
+    for end in range(1, 102):
+        waits = [sum(arrived[end - 1] - day for day in arrived[start:end]) for start in range(end)]
+        best.append(min(best[start] + 4.0 + 1.5 * waits[start] for start in range(end)))
+    left = [1.5 * sum(20_061 - day for day in arrived[start:]) for start in range(102)]
+    found = clairvoyant(arrived, until=20_061, **COSTS)
+    assert cost_of(found, arrived, until=20_061, **COSTS) == pytest.approx(min(map(sum, zip(best, left, strict=True))))
+    assert 5 < len(found) < 60 and set(found) <= set(arrived)
+
+
+def test_clairvoyant_never_runs_where_waiting_costs_nothing():
+    assert clairvoyant([1.0, 2.0], until=3, run_cost=1, waiting_cost=0) == []
+    assert clairvoyant([1.0, 2.0], until=3, run_cost=1, waiting_cost=-2) == []
+    assert clairvoyant([], until=3, run_cost=1, waiting_cost=2) == []
+
+
 def test_cost_is_runs_and_waiting_by_hand():
     assert cost_of([2.0], [1.0, 1.5, 3.0], until=5.0, run_cost=10, waiting_cost=2) == 10 + 2 * (1 + 0.5 + 2)
 

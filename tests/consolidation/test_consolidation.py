@@ -2,10 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -207,32 +204,29 @@ def test_memory_purged_while_it_is_trained_on_makes_no_version(memory):
     assert own.consolidate(ALICE).manifest.contains == (memory.refs[1],)
 
 
-SLEEPER = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from hypernet.doc_to_lora import DocToLoRA
-from hypernet.memory.memory import Memory
-from hypernet.consolidation.sleep import Sleep
-from tests.consolidation.test_consolidation import ALICE, consolidation_of
-memory = Memory.open({folder!r}, model=DocToLoRA.from_pretrained({model!r}), max_new_tokens=4)
-print("begun", flush=True)
-print(Sleep(consolidation_of(memory)).run(ALICE, at_once=True), flush=True)
-"""
+def sleep_in_child(memory):
+    """The child's process id, once it sleeps; it has a memory of its own on the same folder."""
+    model, (reads, writes) = memory.bank.model.doc_to_lora(), os.pipe()
+    if child := os.fork():
+        os.close(writes)
+        assert os.read(reads, 1) == b"b"
+        os.close(reads)
+        return child
+    try:
+        torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
+        own = consolidation_of(Memory.open(memory.store.folder, model=model, max_new_tokens=4))
+        os.write(writes, b"b")
+        Sleep(own).run(ALICE, at_once=True)
+    finally:
+        os._exit(0)
 
 
-def test_killed_sleep_goes_on_to_the_same_version(memory, tmp_path):
-    root = Path(__file__).parents[2]
-    checkpoint = tmp_path / "checkpoint"
-    consolidation_of(memory).model.save_pretrained(checkpoint, include_base_model=True)
-    script = SLEEPER.format(root=str(root), folder=str(memory.store.folder), model=str(checkpoint))
+def test_killed_sleep_goes_on_to_the_same_version(memory):
     for delay in (0.1, 0.6):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root, env=os.environ)
-        assert process.stdout.readline() == b"begun\n"
+        child = sleep_in_child(memory)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     own = consolidation_of(memory)
     Sleep(own).run(ALICE, at_once=True)
     (version,) = own.versions(ALICE).all()

@@ -12,18 +12,22 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from benchmarks.measuring.rows import Row, Rows, merged, read_rows
-from benchmarks.memory import surface_figures
+from benchmarks.memory import nights_tables, surface_figures
 from benchmarks.report import figures
 from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRONG, name_of, order, task_name
 from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
 from benchmarks.report.tables import METHOD, Cell, Table, number, questions, scaled
+from benchmarks.serving.projection import projection
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results"
 SUMMARY = f"{RESULTS}/summary.html"
 # The page of all sweeps and what a person says of it are of these, in this order.
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
-FILES = ("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "assets/tiny/README.md")
+FILES = (
+    *("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "docs/serving.md", "docs/scale.md"),
+    "assets/tiny/README.md",
+)
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "niah": figures.needles,
     "composition": figures.composition,
@@ -264,6 +268,11 @@ def _surface(name: str, part: str) -> Callable[[], str]:
     return lambda: surface_figures.markdown(read(name), part)
 
 
+def _nights(part: str) -> Callable[[], str]:
+    return lambda: nights_tables.markdown(read("memory_nights"), part)
+
+
+PROJECTED = ("serving_ingest", "serving_load", "memory_store", "training_speed_gpu")
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "summary": summary,
@@ -296,6 +305,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_order": _surface("memory_break_even", "order"),
     "memory_cadence": _surface("memory_cadence", "cadence"),
     "memory_cadence_ratios": _surface("memory_cadence", "cadence_ratios"),
+    **{f"memory_{part}": _nights(part) for part in nights_tables.TABLES},
+    "serving_load": _speed("serving.load", "serving_load"),
+    "serving_load_smollm2": _speed("serving.load", "serving_load_smollm2"),
+    "serving_ingest": _speed("serving.ingest", "serving_ingest"),
+    "serving_projection": lambda: projection(*map(read, PROJECTED)).markdown(),
 }
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

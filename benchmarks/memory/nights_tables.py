@@ -1,12 +1,15 @@
-"""Tables of the rows of benchmarks.memory.nights: means over the seeds, and their range.
+"""Tables of the rows of benchmarks.memory.nights: means over the seeds.
 
 markdown(rows, "nights")
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 from benchmarks.measuring.rows import Row
 from benchmarks.report.tables import Table
+
+Of = Callable[[Sequence[Row]], str]  # a cell of the rows of one line
 
 REACHED = 0.8  # of the answers with the fact in the prompt
 NAMES = {
@@ -19,70 +22,74 @@ NAMES = {
 
 def markdown(rows: Sequence[Row], part: str) -> str:
     """One part's table."""
-    return TABLES[part]([row for row in rows if row["kind"] == part]).markdown()
+    return TABLES[part]([row for row in rows if row["kind"] == part.removesuffix("_gate")]).markdown()
 
 
 def nights(rows: Sequence[Row]) -> Table:
-    label = {"night": lambda row: f"{row['night']}{_told(row)}"}
+    """Of tonight's facts and of all so far, with the lowest and highest seed."""
     cells = {
-        **{"before": "before", "after": "after", "of all so far": "all_so_far", "in the prompt": "oracle"},
-        **{"background": "background", "KL, nats": "gate_locality", "passed": "promoted"},
-        "processor s": "processor_s",
+        **{"tonight's": _mean("after"), "all so far": _mean("all_so_far"), "lowest": _lowest("all_so_far")},
+        **{"highest": _highest("all_so_far"), "in the prompt": _mean("oracle"), "background": _mean("background")},
     }
-    return _means(rows, label, cells)
+    return _grouped(rows, _night, cells)
 
 
-def _told(row: Row) -> str:
+def nights_gate(rows: Sequence[Row]) -> Table:
+    cells = {
+        **{"answered before": _mean("before"), "recall": _mean("gate_recall"), "KL, nats": _mean("gate_locality")},
+        **{"passed": _mean("promoted"), "handed over": _mean("handed_over"), "processor s": _mean("processor_s")},
+    }
+    return _grouped(rows, _night, cells)
+
+
+def _night(row: Row) -> str:
     if row["shuffled"]:
-        return ", told another's facts"
-    return "" if row["anew"] else ", on top of the last night's weights"
+        return f"{row['night']}, told another's facts"
+    return f"{row['night']}, anew" if row["anew"] else f"{row['night']}, on top"
 
 
 def poison(rows: Sequence[Row]) -> Table:
     cells = {
-        **{"made live": "promoted", "live hash unchanged": "hash_unchanged", "known before": "known_before"},
-        **{"known after": "known_after", "next night passes": "later_promoted", "its facts": "later_facts"},
+        **{"made live": _mean("promoted"), "live hash unchanged": _mean("hash_unchanged")},
+        **{"known before": _mean("known_before"), "known after": _mean("known_after")},
+        **{"next night passes": _mean("later_promoted"), "its facts": _mean("later_facts")},
     }
-    return _means(rows, {"gate": lambda row: NAMES[row["gate"]]}, cells)
+    return _grouped(rows, lambda row: NAMES[row["gate"]], cells)
 
 
 def objectives(rows: Sequence[Row]) -> Table:
-    label = {"objective": lambda row: NAMES[row["objective"]], "start": lambda row: row["start"]}
-    return _by_steps(rows, label, {"background": "background", "processor s": "processor_s", "TFLOP": "tflops"})
+    cells = {"background": _mean("background"), "processor s": _mean("processor_s"), "TFLOP": _mean("tflops")}
+    return _by_steps(rows, lambda row: f"{NAMES[row['objective']]}, from {row['start']}", cells)
 
 
 def rehearsal(rows: Sequence[Row]) -> Table:
     cells = {
-        **{"background": "background", "KL, nats": "gate_locality", "questions": "rehearsed"},
-        **{"8-grams of what is measured": "overlapping_8_grams"},
+        **{"background": _mean("background"), "KL, nats": _mean("gate_locality")},
+        **{"8-grams of what is measured": _mean("overlapping_8_grams")},
     }
-    return _by_steps(rows, {"rehearsal": lambda row: NAMES[row["rehearsal"]]}, cells)
+    return _by_steps(rows, lambda row: NAMES[row["rehearsal"]], cells)
 
 
-def _by_steps(rows: Sequence[Row], label: Mapping[str, Callable[[Row], str]], cells: Mapping[str, str]) -> Table:
+def _by_steps(rows: Sequence[Row], label: Callable[[Row], str], cells: Mapping[str, Of]) -> Table:
     """Closed book at each number of steps; the rest where it first reaches `REACHED` of the prompt's answers."""
     steps, lines = sorted({row["steps"] for row in rows}), []
-    labelled = [(tuple(of(row) for of in label.values()), row) for row in rows]
-    for value in dict.fromkeys(one for one, _ in labelled):
-        by_steps = {
-            number: [row for one, row in labelled if one == value and row["steps"] == number] for number in steps
-        }
-        enough = [of for of in by_steps.values() if of and _mean(of, "closed_book") >= REACHED * _mean(of, "open_book")]
-        first = enough[0] if enough else []
-        lines.append(
-            [
-                *value,
-                *(_said(of, "closed_book") for of in by_steps.values()),
-                *(_said(first, key) for key in cells.values()),
-            ]
-        )
-    numbers = [f"{number} steps" for number in steps]
-    return Table("", [*label, *numbers, *(f"{name} at {REACHED}" for name in cells)], lines)
+    for value in dict.fromkeys(map(label, rows)):
+        own = [row for row in rows if label(row) == value]
+        by_steps = [[row for row in own if row["steps"] == number] for number in steps]
+        closed = [_value(of, "closed_book") if of else None for of in by_steps]
+        enough = [
+            of
+            for of, answered in zip(by_steps, closed, strict=True)
+            if answered is not None and answered >= REACHED * _value(of, "open_book")
+        ]
+        last = [cell(enough[0]) if enough else "–" for cell in cells.values()]
+        lines.append([value, *("–" if one is None else f"{one:.2f}" for one in closed), *last])
+    return Table("", ["", *(f"{number} steps" for number in steps), *cells], lines)
 
 
 def tiers(rows: Sequence[Row]) -> Table:
-    cells = {name: name for name in ("none", "token", "adapter", "weights", "oracle")}
-    return _means(rows, {"asked by": lambda row: NAMES[row["user"]]}, cells)
+    cells = {name: _mean(name) for name in ("none", "token", "adapter", "weights", "oracle")}
+    return _grouped(rows, lambda row: NAMES[row["user"]], cells)
 
 
 def review(rows: Sequence[Row]) -> Table:
@@ -95,40 +102,44 @@ def review(rows: Sequence[Row]) -> Table:
         },
         "background": "background",
     }
-    return Table("", ["what", "mean"], [[name, _said(rows, key)] for name, key in what.items()])
+    lines = [[name, *(of(key)(rows) for of in (_mean, _lowest, _highest))] for name, key in what.items()]
+    return Table("", ["what", "mean", "lowest", "highest"], lines)
 
 
 def portability(rows: Sequence[Row]) -> Table:
     cells = {
-        **{"before": "before", "another user": "another_user", "closed book": "closed_book"},
-        **{"in the prompt": "open_book", "as with it in the prompt": "gate_recall", "background": "gate_background"},
-        **{"KL, nats": "gate_locality", "TFLOP": "tflops", "processor s": "processor_s"},
+        **{"before": _mean("before"), "closed book": _mean("closed_book"), "in the prompt": _mean("open_book")},
+        **{"another user": _mean("another_user"), "KL, nats": _mean("gate_locality")},
+        "processor s": _mean("processor_s"),
     }
-    return _means(rows, {"base model of": lambda row: row["checkpoint"]}, cells)
+    return _grouped(rows, lambda row: row["checkpoint"], cells)
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
-    **{"nights": nights, "poison": poison, "objectives": objectives, "rehearsal": rehearsal, "tiers": tiers},
-    **{"review": review, "portability": portability},
+    **{"nights": nights, "nights_gate": nights_gate, "poison": poison, "objectives": objectives},
+    **{"rehearsal": rehearsal, "tiers": tiers, "review": review, "portability": portability},
 }
 
 
-def _means(rows: Sequence[Row], label: Mapping[str, Callable[[Row], str]], cells: Mapping[str, str]) -> Table:
-    (name, of_row), lines = next(iter(label.items())), []
-    for value in dict.fromkeys(map(of_row, rows)):
-        own = [row for row in rows if of_row(row) == value]
-        lines.append([value, *(_said(own, key) for key in cells.values())])
-    return Table("", [name, *cells], lines)
+def _grouped(rows: Sequence[Row], label: Callable[[Row], str], cells: Mapping[str, Of]) -> Table:
+    lines = []
+    for value in dict.fromkeys(map(label, rows)):
+        own = [row for row in rows if label(row) == value]
+        lines.append([value, *(cell(own) for cell in cells.values())])
+    return Table("", ["", *cells], lines)
 
 
-def _mean(rows: Sequence[Row], key: str) -> float:
-    return sum(float(row[key]) for row in rows) / len(rows)
+def _value(rows: Sequence[Row], key: str, of: Callable[[list[float]], float] = fmean) -> float:
+    return of([float(row[key]) for row in rows if row.get(key) is not None])
 
 
-def _said(rows: Sequence[Row], key: str) -> str:
-    """The mean over the seeds, and the lowest and highest of them where they differ."""
-    found = [float(row[key]) for row in rows if row.get(key) is not None]
-    if not found:
-        return "–"
-    text = f"{sum(found) / len(found):.2f}"
-    return text if min(found) == max(found) else f"{text} [{min(found):.2f}, {max(found):.2f}]"
+def _mean(key: str, of: Callable[[list[float]], float] = fmean) -> Of:
+    return lambda rows: f"{_value(rows, key, of):.2f}" if any(row.get(key) is not None for row in rows) else "–"
+
+
+def _lowest(key: str) -> Of:
+    return _mean(key, min)
+
+
+def _highest(key: str) -> Of:
+    return _mean(key, max)

@@ -8,7 +8,7 @@ All ways must give the same ids, as they do with the same number of threads (and
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import hydra
 import numpy as np
 
 from benchmarks.measuring.rows import Row, show_and_write
+from benchmarks.report.tables import Table
 from hypernet.cli.scripts import Script
 from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text
 from hypernet.corpora.corpus import Corpus
@@ -84,6 +85,22 @@ def measure(cfg: "IngestBenchmarkSettings") -> Iterator[Row]:
             **{"work_s_per_document": float(np.median([one.work_s for one in of]))},
             "same_ids": all(one.ids == expected.ids for one in of),
         }
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A line for each way, with its rate as a multiple of one process's."""
+    (alone,) = (row["documents_per_s"] for row in rows if row["workers"] == 0)
+    lines = []
+    for row in rows:
+        rates = [f"{row[name]:.1f}" for name in ("documents_per_s", "documents_per_s_min", "documents_per_s_max")]
+        times = [
+            f"{row['documents_per_s'] / alone:.2f}",
+            f"{row['start_s']:.1f}",
+            f"{1e3 * row['work_s_per_document']:.0f}",
+        ]
+        lines.append([row["way"], *rates, *times])
+    head = ["", "documents/s", "lowest", "highest", "of one process", "s to start", "ms of work a document"]
+    return Table("", head, lines).markdown()
 
 
 class IngestBenchmarkSettings(Settings):

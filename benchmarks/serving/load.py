@@ -204,13 +204,14 @@ def markdown(rows: Sequence[Row]) -> str:
     """A line for each number of users and way; with the throughput as a multiple of the document's in the prompt."""
     from benchmarks.report.tables import Table
 
-    of = {(row["model"], row["way"], row["users"]): row for row in rows}
+    of = {(row["way"], row["users"]): row for row in rows}
     lines = []
-    for row in sorted(rows, key=lambda row: (row["model"], row["users"])):
-        others = [of.get((row["model"], way, row["users"])) for way in ("document", "kept prefix")]
+    for row in sorted(rows, key=lambda row: row["users"]):
+        others = [of.get((way, row["users"])) for way in ("document", "kept prefix")]
         times = [f"{row['requests_per_s'] / other['requests_per_s']:.2g}" if other else "–" for other in others]
-        spread = f"{row['requests_per_s']:.3g} ({row['requests_per_s_low']:.3g}–{row['requests_per_s_high']:.3g})"
-        cells = [row["model"], f"{row['document_tokens']:.0f}", row["users"], row["way"], spread, *times]
-        lines.append([*map(str, cells), f"{row['p50_ms']:,.0f}", f"{row['p99_ms']:,.0f}"])
-    head = ["model", "document tokens", "users", "way", "requests/s (lowest–highest)", "of document", "of kept prefix"]
-    return Table("", [*head, "p50, ms", "p99, ms"], lines).markdown()
+        spread = 100 * (row["requests_per_s_high"] - row["requests_per_s_low"]) / row["requests_per_s"]
+        label = f"{row['users']} user{'s' * (row['users'] > 1)}, {row['way']}"
+        cells = [label, f"{row['requests_per_s']:.3g}", f"{spread:.0f}", *times]
+        lines.append([*cells, f"{row['p50_ms']:,.0f}", f"{row['p99_ms']:,.0f}"])
+    head = ["", "requests/s", "range, %", "of the document's", "of the kept prefix's", "p50, ms", "p99, ms"]
+    return Table("", head, lines).markdown()

@@ -49,7 +49,7 @@ def test_summary_is_the_median_of_the_repeats():
     assert (row["p50_ms"], row["tokens_per_s"]) == (200, 40)
     rows = [{"model": "tiny", "document_tokens": 9, **row}, {"model": "tiny", "document_tokens": 9, **row}]
     rows[1]["way"], rows[1]["requests_per_s"] = "kept prefix", 2.5
-    assert "| tiny | 9 | 2 | merged | 5 (2–10) | – | 2 | 200 |" in markdown(rows)
+    assert "| 2 users, merged | 5 | 160 | – | 2 | 200 | 298 |" in markdown(rows)
 
 
 @pytest.fixture(scope="module")

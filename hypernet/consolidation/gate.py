@@ -126,9 +126,8 @@ class PromotionGate:
         Args:
             live: what answers now; None: the base model.
         """
-        new, kept, background, others = (
-            _with_answers(model, part) for part in (exam.new, exam.kept, exam.background, exam.others)
-        )
+        new, kept = (_read(model, part) for part in (exam.new, exam.kept))
+        background, others = (_with_answers(model, part) for part in (exam.background, exam.others))
         before = 0.0
         if new:
             with installed(model.base_model, live.tensors if live else {}):
@@ -175,6 +174,18 @@ def _with_answers(model: DocToLoRA, asked: Sequence[Asked]) -> list[Asked]:
     open_ones = [one for one in asked if one.answer is None]
     answers = iter(_answers(model, open_ones, with_documents=True))
     return [one if one.answer is not None else one._replace(answer=next(answers)) for one in asked]
+
+
+def _read(model: DocToLoRA, asked: Sequence[Asked]) -> list[Asked]:
+    """With answers, without questions that the base model answers alike without the memory, which it did not read then.
+
+    All, if it reads none.
+    """
+    with_answers = _with_answers(model, asked)
+    own = [one.answer is None for one in asked]
+    alone = iter(_answers(model, [one for one in asked if one.answer is None], with_documents=False))
+    read = [one for one, is_own in zip(with_answers, own, strict=True) if not is_own or one.answer != next(alone)]
+    return read or with_answers
 
 
 def _answers(model: DocToLoRA, asked: Sequence[Asked], *, with_documents: bool) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from hypernet.consolidation.cadence import EveryN
 from hypernet.consolidation.consolidation import Consolidation
 from hypernet.consolidation.consolidator import Consolidator
-from hypernet.consolidation.gate import AlwaysYes, Check, GateReport, PromotionGate
+from hypernet.consolidation.gate import AlwaysYes, Asked, Check, GateReport, PromotionGate, _read
 from hypernet.consolidation.moves import LowRank
 from hypernet.consolidation.rehearsal import NoRehearsal
 from hypernet.consolidation.sleep import Sleep
@@ -161,6 +161,19 @@ def test_refused_night_changes_nothing_and_is_not_tried_again(memory):
     assert Sleep(own).run(ALICE, at_once=True).reason == "nothing waits"
     memory.add("Dronau lies on the Ilm.", user_id="alice", subject="Dronau", relation="river")
     assert Sleep(own).run(ALICE, at_once=True).promoted and len(own.live(ALICE).manifest.contains) == 3
+
+
+def test_gate_leaves_out_what_the_base_model_did_not_read(memory, monkeypatch):
+    def answers(model, asked, *, with_documents):
+        return ["Orla" if with_documents and "teacher" in one.question else "unknown" for one in asked]
+
+    monkeypatch.setattr("hypernet.consolidation.gate._answers", answers)
+    teacher, river = Asked("the teacher?", "Orla Wint taught Fenda."), Asked("the river?", "Norbach lies on the Palno.")
+    corrected = river._replace(answer="Palno")
+    model = consolidation_of(memory).model
+    assert _read(model, [river, teacher]) == [teacher._replace(answer="Orla")]
+    assert _read(model, [river]) == [river._replace(answer="unknown")]  # all: nothing else is left to ask
+    assert _read(model, [corrected, river, teacher])[:1] == [corrected]
 
 
 def test_gate_says_what_failed():

@@ -104,3 +104,14 @@ def test_page_in_a_browser(page, address):
     assert unnamed == []
     assert page.hosts == {address.removeprefix("http://")}
     assert [text for text in page.mistakes if "400" not in text] == []
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_axe_finds_nothing_serious(page, scheme):
+    """After the visit above, so with answers, memory, plot and an error on the page."""
+    needed = "needs axe-core: pip install axe-playwright-python"
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason=needed)
+    page.emulate_media(color_scheme=scheme)
+    found = axe.Axe().run(page).response["violations"]
+    said = [(one["id"], one["impact"], one["nodes"][0]["html"]) for one in found]
+    assert [one for one in said if one[1] in ("serious", "critical")] == []

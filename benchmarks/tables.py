@@ -38,6 +38,7 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "memory_growth": figures.memory_growth,
     "memory_break_even": surface_figures.cheapest,
     "memory_cadence": surface_figures.regrets,
+    "memory_nights": nights_tables.nights_figure,
 }
 # The main figures of the shipped model: what is asked → file, the rows' place there.
 MAIN = {

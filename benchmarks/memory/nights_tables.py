@@ -6,11 +6,14 @@ markdown(rows, "nights")
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from benchmarks.measuring.rows import Row
+from benchmarks.measuring.rows import Row, Rows
+from benchmarks.report.figures import Figure
+from benchmarks.report.plots import LINES, MATCH, OTHER, Axis, Panel, Point, Series
 from benchmarks.report.tables import Table
 
 Of = Callable[[Sequence[Row]], str]  # a cell of the rows of one line
 
+SHARE = MATCH._replace(label="exact match")
 REACHED = 0.8  # of the answers with the fact in the prompt
 NAMES = {
     **{"Supervised": "SFT", "TeacherKL": "KL", "OnPolicy": "on-policy", "Deep": "deep"},
@@ -32,6 +35,35 @@ def nights(rows: Sequence[Row]) -> Table:
         **{"highest": _highest("all_so_far"), "in the prompt": _mean("oracle"), "background": _mean("background")},
     }
     return _grouped(rows, _night, cells)
+
+
+def nights_figure(rows: Rows) -> Figure | None:
+    """What is answered of all facts so far and of the background, by night; bars reach from lowest to highest seed."""
+    told = [row for row in rows if row["kind"] == "nights"]
+    if not told:
+        return None
+    arms = {
+        "anew each night": [row for row in told if row["anew"] and not row["shuffled"]],
+        "on top of the last night": [row for row in told if not row["anew"]],
+        "told another's facts": [row for row in told if row["shuffled"]],
+    }
+    legend = [*zip(arms, LINES, strict=False), ("with the fact in the prompt", OTHER)]
+    panels = []
+    for title, key in (("All facts so far, empty prompt", "all_so_far"), ("Background", "background")):
+        series = [Series(name, style, _by_night(arms[name], key)) for name, style in legend if name in arms]
+        if key == "all_so_far":
+            series.append(Series(legend[-1][0], OTHER, _by_night(arms["anew each night"], "oracle")))
+        ticks = sorted({row["night"] for row in told})
+        panels.append(Panel(title, series, Axis("night", ticks=ticks), SHARE))
+    return Figure("nights", panels, legend, [], [])
+
+
+def _by_night(rows: Sequence[Row], key: str) -> list[Point]:
+    found = []
+    for night in sorted({row["night"] for row in rows}):
+        own = [row for row in rows if row["night"] == night]
+        found.append(Point(night, _value(own, key), (_value(own, key, min), _value(own, key, max))))
+    return found
 
 
 def nights_gate(rows: Sequence[Row]) -> Table:

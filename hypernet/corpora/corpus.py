@@ -134,7 +134,8 @@ class Corpus:
         return 1
 
     def _count_lines(self, path: Path) -> int:
-        number, first = 0, None
+        number = 0
+        first: Any = None
         for line in _lines(path):
             number += 1
             if first is None:

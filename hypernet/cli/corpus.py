@@ -51,6 +51,8 @@ def corpus(
     from hypernet.corpora.internalizer import Reader
     from hypernet.text.cleaning import escaped
 
+    if "memory://" in output:
+        raise ValueError(f"--output {output} ends with this process. Name a folder, or a URL that lasts.")
     documents = Corpus(source, column=column, split=split)
     total = documents.count()
     reader = Reader(model, base_model=base_model, device=choose_device(device), dtype=dtype, threads=threads)

@@ -5,8 +5,11 @@ consolidation.consolidate(Filters(user_id="alice"), documents="notes/")  # the s
 Consolidator(evidence=Evidence(num_sentences=3))                         # in the place of whole texts
 """
 
+import hashlib
+import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +20,9 @@ from hypernet.consolidation.questions import GIVEN_QUESTIONS, asked_keys
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.memory.extraction import extract_facts
 from hypernet.memory.memory import Memory
-from hypernet.memory.store.records import Filters, MemoryVersion
+from hypernet.memory.store.records import Draft, Filters, MemoryVersion
 from hypernet.text.chunking import chunk_document
-from hypernet.text.documents import read_documents
+from hypernet.text.documents import Document, NoText, files_below, read_document
 from hypernet.text.matching import exact_match, squad_words
 from hypernet.text.sentences import split_sentences
 
@@ -32,12 +35,16 @@ _FROM_DOCUMENT = "document_sha256"  # in a passage's metadata: of the file's byt
 
 
 def add_documents(memory: Memory, model: DocToLoRA, path: str | Path, filters: Filters, *, seed: int = 0) -> list[str]:
-    """Adds the passages of a file, or of the files below a folder, that can be asked about; their source is the file.
+    """Adds the passages of a file, or of the files below a folder, that can be asked about.
 
-    A passage is as long as what one adapter is written from, at most half the base model's window. Where it names no
-    fact to ask for (`asked_keys`) the base model writes questions about it, which stay in the memory's metadata; where
-    it cannot, the passage is left out, which the log says. What was added before stays as it is, and what a file says
-    no more holds no more.
+    A passage is as long as what one adapter is written from, at most half the base model's window; its source is the
+    file's absolute path, links followed, and a text that stands in several files is one passage. Where it names no fact
+    to ask for (`asked_keys`) the base model writes questions about it, which stay in the memory's metadata; where it
+    cannot, the passage is left out, which the log says. What was added before stays as it is, and what a file says no
+    more, or has gone with its file, holds no more.
+
+    What was deleted or taken back stays out while its text is the same, also once it is purged: its id is a hash of its
+    text and of whose it is, and `purge` keeps ids.
 
     Args:
         seed: of the written questions.
@@ -46,32 +53,68 @@ def add_documents(memory: Memory, model: DocToLoRA, path: str | Path, filters: F
         id@version of what was added.
 
     Raises:
-        ValueError: a file cannot be read, or there is none.
+        ValueError: nothing can be read. One file of several that cannot be is a line of the log; what it said stays.
     """
-    root, found = Path(path), list[tuple[str, str, str]]()
-    for document in read_documents(root):
-        source = str(root / document.name) if root.is_dir() else str(root)
-        found += [(source, passage, document.sha256) for passage in _passages(document.text, model)]
-    earlier = [one for one in memory.store.valid(filters) if _FROM_DOCUMENT in one.metadata]
-    before, now = {(one.source, one.text) for one in earlier}, {passage[:2] for passage in found}
-    files = {source for source, _ in now}
+    root = Path(path).expanduser().resolve()
+    documents, problems = _read(root)
+    found = [
+        (source, passage, one.sha256)
+        for source, one in documents.items()
+        if one is not None
+        for passage in _passages(one.text, model)
+    ]
+    held = {passage for _, passage, _ in found}
+    earlier, ended = [one for one in memory.store.valid(filters) if _FROM_DOCUMENT in one.metadata], 0
     for one in earlier:
-        if one.source in files and (one.source, one.text) not in now:
+        source = os.path.realpath(str(one.source))
+        is_gone = root in Path(source).parents and not os.path.exists(source)
+        if (source in documents or is_gone) and one.text not in held:
             memory.invalidate(one.id)
-    added, num_left_out = [], 0
-    for source, passage, sha256 in dict.fromkeys(found):
-        if (source, passage) in before:
+            ended += 1
+    if not found and not ended:
+        raise ValueError(problems[0])
+    for problem in problems:
+        log.warning("%s It is left out.", problem)
+    left_out = {one.text for one in [*earlier, *memory.store.deleted(filters)]}
+    known = {one.id for one in memory.store.statements(filters)}
+    added, num_left_out = list[str](), 0
+    for source, passage, sha256 in found:
+        if passage in left_out:
             continue
+        left_out.add(passage)
         metadata: dict[str, object] = {_FROM_DOCUMENT: sha256}
         if not asked_keys(passage):
             metadata[GIVEN_QUESTIONS] = written_questions(model, passage, seed=seed)
             if not metadata[GIVEN_QUESTIONS]:
                 num_left_out += 1
                 continue
-        added.append(str(memory.add(passage, source=source, metadata=metadata, **filters._asdict())))
+        identity = hashlib.sha256(json.dumps([*filters, passage]).encode()).hexdigest()[:32]
+        version = None if identity in known else 1  # None: it held before, and holds again
+        draft = Draft(text=passage, filters=filters, source=source, metadata=metadata, id=identity, version=version)
+        added += map(str, memory.store.add([draft]))
     if num_left_out:
         log.warning("%s: %d passages are left out, since nothing can be asked about them.", path, num_left_out)
     return added
+
+
+def _read(root: Path) -> tuple[dict[str, Document | None], list[str]]:
+    """Absolute path → what was read, None: the file is empty; and what could not be read or is empty, a line each."""
+    found, problems = dict[str, Document | None](), list[str]()
+    if root.exists() and not (root.is_dir() or root.is_file()):
+        raise ValueError(f"{str(root)!r} is neither a file nor a folder. Give one of them.")
+    try:
+        files = files_below(root) if root.is_dir() else [root]
+    except NoText as error:
+        files = []
+        problems.append(str(error))
+    for source in dict.fromkeys(os.path.realpath(file) for file in files):
+        try:
+            found[source] = read_document(source)
+        except ValueError as error:
+            problems.append(str(error))
+            if isinstance(error, NoText):
+                found[source] = None
+    return found, problems
 
 
 def _passages(text: str, model: DocToLoRA) -> Iterator[str]:

@@ -6,13 +6,14 @@ for item in corpus.items():
     document = item.document(item.data())    # name, cleaned text, SHA-256
 """
 
+import codecs
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from hypernet.io.hub import hub_asked_once
 from hypernet.text.cleaning import whole
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 HUB = "hub:"
 TABLE_SUFFIXES = (".parquet", ".jsonl")
 _ROWS_AT_ONCE = 256  # of a parquet file
+
+
+class _Unreadable(ValueError):
+    """A table or dataset that is damaged, or that may not be read."""
 
 
 class Item(NamedTuple):
@@ -69,12 +74,23 @@ class Corpus:
     def count(self) -> int | None:
         """The documents altogether; None with a dataset on the hub, whose length only its end tells.
 
+        What cannot be read counts as one: `items` gives its problem.
+
         Raises:
-            ValueError: a source is not there, holds no document, or has no such column or split.
+            ValueError: sources are not there, hold no document, or have no such column or split; it names all of them.
         """
         if not self.sources:
             raise ValueError("No documents given. Name a file, a folder, or hub:OWNER/NAME.")
-        counts = [self._count(source) for source in self.sources]
+        counts, problems = list[int | None](), list[str]()
+        for source in self.sources:
+            try:
+                counts.append(self._count(source))
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError(" ".join(problems))
+        if not any(count is None or count for count in counts):
+            raise ValueError(f"No row in {', '.join(self.sources)}. Name a source with documents.")
         return None if None in counts else sum(count for count in counts if count is not None)
 
     def items(self) -> Iterator[Item]:
@@ -98,25 +114,36 @@ class Corpus:
             raise ValueError(
                 f"There is no file or folder {source}. Check the path; a dataset on the hub is hub:OWNER/NAME."
             )
-        if _is_saved_dataset(path):
-            return len(self._saved(path))
-        if not path.is_dir():
-            return self._count_file(path)
-        return sum(self._count_file(file) for file in files_below(path, suffixes=SUFFIXES + TABLE_SUFFIXES))
+        if not _is_saved_dataset(path) and path.is_dir():
+            return sum(self._count_rows(file) for file in files_below(path, suffixes=SUFFIXES + TABLE_SUFFIXES))
+        return self._count_rows(path)
 
-    def _count_file(self, path: Path) -> int:
-        match path.suffix.lower():
-            case ".parquet":
-                with _table(path):
-                    return int(self._parquet(path).metadata.num_rows)
-            case ".jsonl":
-                with _table(path), path.open(encoding="utf-8-sig") as lines:
-                    first = next((line for line in lines if line.strip()), "")
-                    row = json.loads(first or "{}")
-                    if not isinstance(row, dict) or self.column not in row:
-                        self._refuse_column(path, list(row) if isinstance(row, dict) else [])
-                    return 1 + sum(1 for line in lines if line.strip())
+    def _count_rows(self, path: Path) -> int:
+        try:
+            if path.is_dir():
+                return len(self._saved(path))
+            match path.suffix.lower():
+                case ".parquet":
+                    with _table(path):
+                        return int(self._parquet(path).metadata.num_rows)
+                case ".jsonl":
+                    with _table(path):
+                        return self._count_lines(path)
+        except _Unreadable:
+            pass
         return 1
+
+    def _count_lines(self, path: Path) -> int:
+        number = 0
+        first: Any = None
+        for line in _lines(path):
+            number += 1
+            if first is None:
+                with suppress(ValueError):  # such a row fails alone
+                    first = json.loads(line.decode())
+        if first is not None and not (isinstance(first, dict) and self.column in first):
+            self._refuse_column(path, list(first) if isinstance(first, dict) else [])
+        return number
 
     def _items(self, source: str) -> Iterator[Item]:
         if source.startswith(HUB):
@@ -144,10 +171,10 @@ class Corpus:
                     rows = (row for batch in batches for row in batch.to_pylist())
                     yield from (self._row(f"{name}/{number}", row) for number, row in enumerate(rows))
             case ".jsonl":
-                with _table(path), path.open(encoding="utf-8-sig") as lines:
-                    for number, line in enumerate(line for line in lines if line.strip()):
+                with _table(path):
+                    for number, line in enumerate(_lines(path)):
                         try:
-                            row = json.loads(line)
+                            row = json.loads(line.decode())
                         except ValueError as error:
                             yield Item(f"{name}/{number}", problem=f"Row {number} of {path} is no JSON ({error}).")
                         else:
@@ -199,13 +226,22 @@ class Corpus:
                 f"Could not read {HUB}{name}: {reason}. Check the name, --split and the network."
             ) from error
 
-    def _refuse_column(self, path: Path, columns: Sequence[str]) -> None:
-        raise ValueError(f"{path} has no column {self.column!r}, but {', '.join(columns) or 'none'}. Set --column.")
+    def _refuse_column(self, path: Path, columns: Sequence[str]) -> NoReturn:
+        others = f"but {', '.join(columns)}" if columns else "nor any other"
+        raise ValueError(f"{path} has no column {self.column!r}, {others}. Set --column.")
 
 
 def _is_saved_dataset(path: Path) -> bool:
     one = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     return one or (path / "dataset_dict.json").is_file()
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Those that are not blank, without a byte order mark."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines):
+            if line := (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).strip():
+                yield line
 
 
 @contextmanager
@@ -218,4 +254,5 @@ def _table(path: Path) -> Iterator[None]:
     except (ArrowException, OSError, ValueError, KeyError) as error:
         if isinstance(error, ValueError) and str(path) in str(error):  # ours
             raise
-        raise ValueError(f"Cannot read {path}: {' '.join(str(error).split())[:300]}. Check the file.") from error
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise _Unreadable(f"Cannot read {path}: {reason}. Check the file.") from error

@@ -5,9 +5,9 @@
         totals.add(result)                       # in the order in which they are done
 
 The library is the only record of what is done: a document whose SHA-256, base model and hypernetwork an adapter in it
-has is skipped, so a run that was killed anywhere goes on where it was. Documents are internalized one by one: an
-adapter depends on no other document, and has the same id from one process as from a cluster (with as many threads for
-each process: products of matrices may round otherwise with another number).
+has is skipped, so a run that was killed anywhere goes on where it was; what it left half written is removed. Documents
+are internalized one by one: an adapter depends on no other document, and has the same id from one process as from a
+cluster (with as many threads for each process: products of matrices may round otherwise with another number).
 """
 
 import time
@@ -69,8 +69,13 @@ def ingest(corpus: Corpus, output: str, *, reader: Reader, workers: int = 0) -> 
         ValueError: the output is no library; the model cannot be loaded, or the library not written (what is stored by
             then stays); or Ray is missing.
     """
+    from hypernet.adapters.library import AdapterLibrary
+
     reader.check()
-    done = done_in(open_library(output))
+    library = open_library(output)
+    done = done_in(library)
+    if isinstance(library, AdapterLibrary) and library.directory.is_dir():
+        library.clean()
     if workers:
         from hypernet.corpora.on_ray import map_on_ray
 

@@ -51,6 +51,10 @@ _HTML_BLOCKS = frozenset(
 )
 
 
+class NoText(ValueError):
+    """A document without text, or a folder without documents."""
+
+
 class Document(NamedTuple):
     """What was read, and where from."""
 
@@ -87,7 +91,7 @@ def document_of(name: str, data: bytes, *, source: str | None = None) -> Documen
     source = name if source is None else source
     text = _clean(source, _extract(source, data))
     if not text.strip():
-        raise ValueError(f"{source!r} is empty: {len(data)} bytes without text. Give a document that has text.")
+        raise NoText(f"{source!r} is empty: {len(data)} bytes without text. Give a document that has text.")
     return Document(_printable(name), text, hashlib.sha256(data).hexdigest())
 
 
@@ -142,9 +146,12 @@ def files_below(folder: Path, *, suffixes: Sequence[str] = SUFFIXES) -> list[Pat
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(parent, name) for name in names if not name.startswith(".")]
-    documents = [file for file in files if file.suffix.lower() in suffixes]
+    # Not pipes, which reading would wait for; a broken link is told where it is read.
+    documents = [
+        file for file in files if file.suffix.lower() in suffixes and (os.path.isfile(file) or not os.path.exists(file))
+    ]
     if not documents:
-        raise ValueError(
+        raise NoText(
             f"No document in the folder {os.fspath(folder)!r}: none of its {len(files)} files ends in "
             f"{', '.join(suffixes)}. Name the files themselves to read them as text."
         )

@@ -41,6 +41,7 @@ def test_summary_counts_what_became_of_the_documents(folder, tmp_path, capsys):
         (["lost", "--output", "{}/library"], 1, "There is no file or folder lost"),
         (["examples", "--output", "README.md"], 1, "README.md is a file. Name a folder"),
         (["examples", "--output", "{}/library", "--model", "lost"], 1, "There is no checkpoint folder or file lost"),
+        (["examples", "--output", "memory://x"], 1, "--output memory://x ends with this process. Name a folder"),
         (["examples", "--output", "nonsense://x"], 1, "Cannot open nonsense://x"),
         (["examples", "--output", "{}/library", "--device", "cuda:77"], 1, "device is cuda:77"),
         (["examples"], 2, "Missing option '--output'"),

@@ -1,6 +1,7 @@
 """Documents into memories that can be asked about, with a random tiny model, and evidence against a count by hand."""
 
 import math
+import os
 
 import pytest
 
@@ -84,6 +85,66 @@ def test_documents_are_read_again_without_doubles(memory, folder):
     assert memory.get(other.id).text == "I moved."
     with pytest.raises(ValueError, match="nowhere"):
         add_documents(memory, model, folder / "nowhere", ALICE)
+
+
+@pytest.mark.parametrize("purged", [False, True])
+def test_forgotten_passage_does_not_come_back(memory, folder, purged):
+    model = memory.bank.model.doc_to_lora()
+    add_documents(memory, model, folder, ALICE)
+    gone = next(one for one in memory.list(user_id="alice") if one.source.endswith("tolmar.txt"))
+    memory.delete(gone.id)
+    if purged:
+        memory.purge()
+    (folder / "copy.txt").write_text(gone.text)
+    assert add_documents(memory, model, folder, ALICE) == []
+    assert [one.text for one in memory.list(user_id="alice")] == [NOTES.strip()]
+    assert len(add_documents(memory, model, folder, Filters(user_id="bob"))) == 2  # it was alice's alone
+
+
+def test_file_is_one_source_however_it_is_spelled(memory, folder, monkeypatch):
+    model = memory.bank.model.doc_to_lora()
+    (folder.parent / "link").symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
+    assert len(add_documents(memory, model, "notes", ALICE)) == 2
+    (folder / "fenda.md").write_text("The teacher of Fenda Elfax is Jorun Pell.")
+    assert len(add_documents(memory, model, "notes/../link/fenda.md", ALICE)) == 1
+    assert add_documents(memory, model, folder, ALICE) == []
+    found = {one.source: one.text for one in memory.list(user_id="alice")}
+    assert set(found) == {str(folder / "fenda.md"), str(folder / "old" / "tolmar.txt")} and len(found) == 2
+    assert found[str(folder / "fenda.md")] == "The teacher of Fenda Elfax is Jorun Pell."
+
+
+def test_removed_and_emptied_files_hold_no_more(memory, folder, caplog):
+    model = memory.bank.model.doc_to_lora()
+    add_documents(memory, model, folder, ALICE)
+    (folder / "fenda.md").write_text("")
+    assert add_documents(memory, model, folder, ALICE) == []
+    assert [one.text for one in memory.list(user_id="alice")] == ["The mayor of Tolmar was Jorun Pell."]
+    assert caplog.text.count("fenda.md' is empty") == 1
+    (folder / "old" / "tolmar.txt").rename(folder / "moved.txt")
+    assert add_documents(memory, model, folder, ALICE) == []
+    assert [one.text for one in memory.list(user_id="alice")] == ["The mayor of Tolmar was Jorun Pell."]
+    (folder / "moved.txt").unlink()
+    (folder / "fenda.md").unlink()
+    assert add_documents(memory, model, folder, ALICE) == [] and memory.list(user_id="alice") == ()
+    with pytest.raises(ValueError, match="No document in the folder"):
+        add_documents(memory, model, folder, ALICE)
+    (folder / "fenda.md").write_text(NOTES)  # said again, it holds again
+    assert len(add_documents(memory, model, folder, ALICE)) == 1
+    assert [one.text for one in memory.list(user_id="alice")] == [NOTES.strip()]
+
+
+def test_file_that_cannot_be_read_leaves_the_others_read(memory, folder, caplog):
+    model = memory.bank.model.doc_to_lora()
+    add_documents(memory, model, folder, ALICE)
+    (folder / "fenda.md").write_bytes(b"\x00\x01")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "new.txt").write_text("The mayor of Korvale was Orla Wint.")
+    assert len(add_documents(memory, model, folder, ALICE)) == 1 and len(memory.list(user_id="alice")) == 3
+    assert caplog.text.count("fenda.md' is binary") == 1 and "pipe.txt" not in caplog.text
+    for name, says in {"fenda.md": "is binary", "pipe.txt": "is neither a file nor a folder"}.items():
+        with pytest.raises(ValueError, match=says):
+            add_documents(memory, model, folder / name, ALICE)
 
 
 def test_rehearsal_asks_of_other_names_in_a_document_s_words(memory, folder, monkeypatch):

@@ -113,16 +113,43 @@ def test_damaged_table_is_told_and_the_next_source_read(tmp_path):
     [
         ([], "No documents given"),
         (["lost"], "There is no file or folder lost. Check the path; a dataset on the hub is hub:OWNER/NAME"),
+        (["lost", "README.md", "gone"], "There is no file or folder lost.* There is no file or folder gone"),
+        (["{}/none.jsonl"], "^No row in .*none.jsonl. Name a source with documents.$"),
+        (["{}/other.jsonl"], "other.jsonl has no column 'text', nor any other. Set --column.$"),
         (["{}"], "No document in the folder"),
-        (["{}/a.parquet"], "Cannot read .*a.parquet: .*Check the file"),
     ],
 )
 def test_what_is_not_there_is_one_line(tmp_path, sources, says):
-    if sources == ["{}/a.parquet"]:
-        (tmp_path / "a.parquet").write_text("no parquet")
+    if sources == ["{}/none.jsonl"]:
+        (tmp_path / "none.jsonl").write_text("\n")
+    if sources == ["{}/other.jsonl"]:
+        (tmp_path / "other.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=says) as caught:
         Corpus([source.format(tmp_path) for source in sources]).count()
     assert "\n" not in str(caught.value)
+
+
+def test_table_that_is_none_counts_as_one_that_fails(tmp_path):
+    (tmp_path / "a.parquet").write_text("no parquet")
+    (tmp_path / "b.jsonl").write_text("no JSON\n")
+    (tmp_path / "c.txt").write_text("Whole.")
+    corpus = Corpus([str(tmp_path / name) for name in ("a.parquet", "b.jsonl", "c.txt")])
+    table, row, whole = corpus.items()
+    assert corpus.count() == 3 and whole.data() == b"Whole." and "is no JSON" in row.problem
+    assert table.problem.startswith(f"Cannot read {tmp_path / 'a.parquet'}: ")
+    assert table.problem.endswith(". Check the file.") and ".." not in table.problem.replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_row_that_is_not_utf_8_fails_alone(tmp_path, wrong):
+    rows = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in TEXTS]
+    rows[wrong] = b'{"text": "caf\xe9"}'
+    (tmp_path / "r.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(rows))
+    corpus = Corpus([str(tmp_path / "r.jsonl")])
+    items = list(corpus.items())
+    assert corpus.count() == 3 and [bool(item.problem) for item in items] == [n == wrong for n in range(3)]
+    assert "'utf-8' codec can't decode byte 0xe9" in items[wrong].problem
+    assert [item.text for item in items if not item.problem] == [t for n, t in enumerate(TEXTS) if n != wrong]
 
 
 def test_hub_that_is_not_reached_is_a_problem_at_its_end():

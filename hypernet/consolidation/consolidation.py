@@ -99,14 +99,15 @@ class Consolidation:
         return self.versions(filters).live(lambda ref: ref in valid)
 
     def waiting(self, filters: Filters, *, retry: bool = False) -> list[MemoryVersion]:
-        """What holds and is not in the weights, without what a refused candidate brought in (`retry`: with it)."""
+        """What holds and is not in the weights, without what a refused candidate brought in or a rollback took out
+        (`retry`: with it)."""
         live = self.live(filters)
         inside = set(live.manifest.contains) if live else set()
-        refused = set() if retry else self._refused(filters)
+        held_back = set() if retry else self._refused(filters) | self.versions(filters).rolled_back()
         return [
             memory
             for memory in self.memory.store.valid(filters)
-            if memory.ref not in inside | refused and self.consolidator.questions.is_approved(memory)
+            if memory.ref not in inside | held_back and self.consolidator.questions.is_approved(memory)
         ]
 
     # --- Making -----------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class Consolidation:
 
         Args:
             documents: a file or folder, whose passages are added to the memory first, see `add_documents`.
-            retry: also memories that a refused candidate brought in.
+            retry: also memories that a refused candidate brought in or a rollback took out.
 
         Raises:
             ValueError: nothing waits, or nothing can be asked about it; or a document cannot be read.
@@ -166,7 +167,8 @@ class Consolidation:
         inside = set(live.manifest.contains) if live else set()
         if not new:
             raise ValueError(
-                "Nothing waits to be consolidated: what holds is in the weights, was refused, or is not approved."
+                "Nothing waits to be consolidated: what holds is in the weights, was refused or rolled back, or is not "
+                "approved."
             )
         memories = [*(m for m in self.memory.store.valid(filters) if m.ref in inside), *new]
         first = self.anew or live is None

@@ -51,7 +51,7 @@ Documents = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
 Approved = Annotated[bool, typer.Option("--approved", help="Only what was accepted or edited, see review.")]
-Retry = Annotated[bool, typer.Option("--retry", help="Also what a refused candidate brought in.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Also what was refused or rolled back.")]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -249,6 +249,18 @@ class Versions:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
+    def rolled_back(self) -> set[str]:
+        """id@version of the memories that a rollback took out of what was live, and nothing made live since has."""
+        contains = {version.name: set(version.manifest.contains) for version in self.all()}
+        found: set[str] = set()
+        live = BASE
+        for entry in self.promotions():
+            before, live = live, entry["version"]
+            if entry["operation"] == "rollback":
+                found |= contains.get(before, set())
+            found -= contains.get(live, set())
+        return found
+
     def live(self, holds: Callable[[str], bool]) -> Version | None:
         """The version that may answer: the live one, or the nearest of its ancestors whose memories all hold.
 

@@ -33,6 +33,7 @@ from hypernet.memory.weights.versions import Manifest, Version, Versions
 STARTS = ("adapters", "nothing")
 WEIGHT_TIERS = ("weights", "weights+adapter")
 _CHECKPOINT, _TRAINING, _HANDED_OVER = "state.safetensors", "training.json", "handed_over.json"
+_PURGED = "A memory was purged while it was trained on. Consolidate again."
 _DECOYS = 16  # names that a deleted answer is compared with
 _MOST_OTHERS = 64  # of other users' memories and of deleted ones in an exam
 
@@ -138,16 +139,21 @@ class Consolidation:
             if version is None:
                 unfinished = versions.unfinished(manifest)
                 weights = self._start(filters, manifest)
-                trained = self.consolidator.train(
-                    self.model,
-                    memories,
-                    num_new=None if self.anew else len(manifest.new),
-                    start=weights,
-                    checkpoint=unfinished / _CHECKPOINT,
-                    progress=progress,
-                )
+                try:
+                    trained = self.consolidator.train(
+                        self.model,
+                        memories,
+                        num_new=None if self.anew else len(manifest.new),
+                        start=weights,
+                        checkpoint=unfinished / _CHECKPOINT,
+                        progress=progress,
+                    )
+                except OSError as error:  # of the checkpoint
+                    if unfinished.is_dir():
+                        raise
+                    raise ValueError(_PURGED) from error
                 if not unfinished.is_dir():
-                    raise ValueError("A memory was purged while it was trained on. Consolidate again.")
+                    raise ValueError(_PURGED)
                 with versions.written(manifest) as folder:
                     trained.weights.save(folder, self.model)
                     numbers = {"seconds": trained.seconds, "flops": trained.flops, "losses": trained.losses}

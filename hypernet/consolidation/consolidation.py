@@ -33,6 +33,7 @@ from hypernet.memory.weights.versions import Manifest, Version, Versions
 STARTS = ("adapters", "nothing")
 WEIGHT_TIERS = ("weights", "weights+adapter")
 _CHECKPOINT, _TRAINING, _HANDED_OVER = "state.safetensors", "training.json", "handed_over.json"
+_PURGED = "A memory was purged while it was trained on. Consolidate again."
 _DECOYS = 16  # names that a deleted answer is compared with
 _MOST_OTHERS = 64  # of other users' memories and of deleted ones in an exam
 
@@ -99,14 +100,15 @@ class Consolidation:
         return self.versions(filters).live(lambda ref: ref in valid)
 
     def waiting(self, filters: Filters, *, retry: bool = False) -> list[MemoryVersion]:
-        """What holds and is not in the weights, without what a refused candidate brought in (`retry`: with it)."""
+        """What holds and is not in the weights, without what a refused candidate brought in or a rollback took out
+        (`retry`: with it)."""
         live = self.live(filters)
         inside = set(live.manifest.contains) if live else set()
-        refused = set() if retry else self._refused(filters)
+        held_back = set() if retry else self._refused(filters) | self.versions(filters).rolled_back()
         return [
             memory
             for memory in self.memory.store.valid(filters)
-            if memory.ref not in inside | refused and self.consolidator.questions.is_approved(memory)
+            if memory.ref not in inside | held_back and self.consolidator.questions.is_approved(memory)
         ]
 
     # --- Making -----------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ class Consolidation:
 
         Args:
             documents: a file or folder, whose passages are added to the memory first, see `add_documents`.
-            retry: also memories that a refused candidate brought in.
+            retry: also memories that a refused candidate brought in or a rollback took out.
 
         Raises:
             ValueError: nothing waits, or nothing can be asked about it; or a document cannot be read.
@@ -137,16 +139,21 @@ class Consolidation:
             if version is None:
                 unfinished = versions.unfinished(manifest)
                 weights = self._start(filters, manifest)
-                trained = self.consolidator.train(
-                    self.model,
-                    memories,
-                    num_new=None if self.anew else len(manifest.new),
-                    start=weights,
-                    checkpoint=unfinished / _CHECKPOINT,
-                    progress=progress,
-                )
+                try:
+                    trained = self.consolidator.train(
+                        self.model,
+                        memories,
+                        num_new=None if self.anew else len(manifest.new),
+                        start=weights,
+                        checkpoint=unfinished / _CHECKPOINT,
+                        progress=progress,
+                    )
+                except OSError as error:  # of the checkpoint
+                    if unfinished.is_dir():
+                        raise
+                    raise ValueError(_PURGED) from error
                 if not unfinished.is_dir():
-                    raise ValueError("A memory was purged while it was trained on. Consolidate again.")
+                    raise ValueError(_PURGED)
                 with versions.written(manifest) as folder:
                     trained.weights.save(folder, self.model)
                     numbers = {"seconds": trained.seconds, "flops": trained.flops, "losses": trained.losses}
@@ -166,7 +173,8 @@ class Consolidation:
         inside = set(live.manifest.contains) if live else set()
         if not new:
             raise ValueError(
-                "Nothing waits to be consolidated: what holds is in the weights, was refused, or is not approved."
+                "Nothing waits to be consolidated: what holds is in the weights, was refused or rolled back, or is not "
+                "approved."
             )
         memories = [*(m for m in self.memory.store.valid(filters) if m.ref in inside), *new]
         first = self.anew or live is None

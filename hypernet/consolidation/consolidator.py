@@ -82,7 +82,7 @@ class Consolidator:
         evidence: what the teacher reads of a memory; None: its whole text.
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: a size is below 1, or lr not above 0 or not finite.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class Consolidator:
         preference: Preference | None = None,
         evidence: Evidence | None = None,
     ) -> None:
-        given = 1 if steps is None else steps
-        if min(given, batch_size, rehearsal_size, checkpoint_steps) < 1 or not lr > 0:
-            raise ValueError(
-                f"steps is {steps}, batch_size {batch_size}, rehearsal_size {rehearsal_size}, checkpoint_steps "
-                f"{checkpoint_steps} and lr {lr}. Give more than 0."
-            )
+        sizes = {"batch_size": batch_size, "rehearsal_size": rehearsal_size, "checkpoint_steps": checkpoint_steps}
+        for name, size in {"steps": 1 if steps is None else steps, **sizes}.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}. Give at least 1.")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr is {lr}. Give a finite number above 0.")
         self.moves, self.objective = moves or LowRank(), objective or TeacherKL()
         self.rehearsal, self.questions = rehearsal or OtherSubjects(), questions or Templates()
         self.steps, self.batch_size, self.rehearsal_size = steps, batch_size, rehearsal_size

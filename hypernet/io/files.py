@@ -21,10 +21,11 @@ if TYPE_CHECKING:  # seconds, and only `save_tensors` needs it
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
     """A temporary name next to `path` that takes its place when the block ends well, and is removed if it fails.
 
-    An OSError about the temporary name names `path`.
+    It keeps the permissions of what it replaces; a new file gets `mode`. An OSError about the temporary name names
+    `path`.
     """
     temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}")  # a name has at most 255 bytes
     try:
@@ -32,7 +33,7 @@ def replaced(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.copymode(path, temporary)
         else:
-            temporary.chmod(0o644)
+            temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         if error.filename == str(temporary):  # a name that nobody has given

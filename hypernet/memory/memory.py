@@ -45,7 +45,7 @@ from hypernet.memory.store.records import (
 )
 from hypernet.memory.store.times import Instant
 from hypernet.memory.store.token_store import TokenStore, Verification
-from hypernet.memory.weights.versions import erase_purged
+from hypernet.memory.weights.versions import erase_purged, has_purged
 from hypernet.text.cleaning import whole
 
 if TYPE_CHECKING:
@@ -481,7 +481,12 @@ class Memory:
         counts = self.store.counts(filters)
         num_bytes = sum(path.stat().st_size for path in self.store.folder.rglob("*") if path.is_file())
         num_bytes += self.store.database.num_bytes()
-        is_unfinished = self.store.is_unfinished or self.bank.is_unfinished or bool(left_twins(self.store.folder))
+        is_unfinished = (
+            self.store.is_unfinished
+            or self.bank.is_unfinished
+            or bool(left_twins(self.store.folder))
+            or has_purged(self.store)
+        )
         return {**counts, "bytes": num_bytes, "is_unfinished": is_unfinished, "tiers": self._tiers(filters, counts)}
 
     def _tiers(self, filters: Filters, counts: dict[str, int]) -> dict[str, dict[str, Any]]:

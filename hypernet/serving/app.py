@@ -6,7 +6,9 @@ serve("assets/tiny", ServerSettings(), host="127.0.0.1", port=8000)
 
 import ipaddress
 import logging
+import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -161,6 +163,8 @@ def serve(
         )
         shown = f"[{host}]" if ":" in host else host
         report(f"{settings.model_name} at http://{shown}:{port}/v1, files in {settings.directory}")
+        # uvicorn raises the signal again after its shutdown, which would end the process by it instead of with 0.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         uvicorn.Server(config).run(sockets=[found])
 
 

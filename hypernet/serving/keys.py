@@ -85,7 +85,7 @@ class ApiKeys:
     def _write(self, users: dict[str, str]) -> None:
         rows = [{"user": user, "sha256": hashed} for hashed, user in users.items()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(self.path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with replaced(self.path, mode=0o600) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"keys": rows}, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())

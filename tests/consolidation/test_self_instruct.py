@@ -1,7 +1,5 @@
 """Self-instruct with a random tiny model: what a person rejected is trained on nowhere, nothing without approval."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -123,9 +121,10 @@ def test_decisions_that_cannot_be_are_refused(review, arguments, message):
         review.decide(arguments[0] or next(iter(review.items)), arguments[1])
 
 
-def test_damaged_line_is_named(review):
-    review.path.write_text(json.dumps({"reject": "Orla"}) + "\n{}\n")
-    with pytest.raises(ValueError, match=r"line 2 is no reviewed item"):
+@pytest.mark.parametrize("line", [b"{}", b'{"reject": "caf\xe9"}'])
+def test_damaged_line_is_named(review, line):
+    review.path.write_bytes(b'{"reject": "Orla"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"review.jsonl, line 2 is no reviewed item"):
         Review(review.path)
 
 

@@ -100,6 +100,7 @@ def test_keys_made_and_revoked_count_without_a_restart(random_model, tmp_path):
     """As `hypernet api-key` in another process changes the file while the server runs."""
     path = tmp_path / "keys.json"
     ApiKeys(path, create=True).add("alice")
+    assert path.stat().st_mode & 0o777 == 0o600
     settings = ServerSettings(directory=str(tmp_path / "data"), keys=str(path))
     with TestClient(create_app(random_model, settings), raise_server_exceptions=False) as client:
 

@@ -334,6 +334,8 @@ def _memory(directory: str, model: str | None) -> Iterator["Memory"]:
 
 
 def _said(answer: "Answer") -> str:
+    if answer.tier.startswith("weights") and not answer.memories:
+        return f"{answer.text}\n{answer.tier}: {answer.reason}"
     behind = ", ".join(answer.memories) or "no memory"
     return f"{answer.text}\n{answer.tier}: {behind} ({answer.reason})"
 

@@ -26,6 +26,39 @@ _MOVES, _OBJECTIVES, _REHEARSALS = (
 )
 _CADENCES = ("every-n", "calendar", "pressure", "economic")
 
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{value} is not above 0 and finite.")
+    return value
+
+
+def _thresholds(path: str) -> dict[str, float]:
+    """Of a --gate file. What needs no list of them is checked before torch is imported for that."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}.") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} is no YAML. Write thresholds as min_recall: 0.8.") from error
+    found = {} if found is None else found
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{path} is no YAML with thresholds. Write them as min_recall: 0.8.")
+    found.pop("_target_", None)
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+            raise typer.BadParameter(f"{key} in {path} is {value!r}, no finite number.")
+
+    from hypernet.consolidation.gate import PromotionGate
+
+    known = sorted(PromotionGate.__init__.__kwdefaults__ or ())
+    if unknown := [str(key) for key in found if key not in known]:
+        raise typer.BadParameter(f"{unknown[0]} in {path} is none of {', '.join(known)}.")
+    return found
+
+
 _Directory = Annotated[str, typer.Option(help="The memory's folder.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
 MovesOption = Annotated[str, typer.Option("--moves", help="What is trained: lora, everything or upper (blocks).")]
@@ -38,12 +71,22 @@ Steps = Annotated[
 Anew = Annotated[
     bool, typer.Option("--anew/--on-top", help="Of all memories, or on top of the live weights: it drifts.")
 ]
-Lr = Annotated[float, typer.Option(help="Peak learning rate; default 0.003 for lora, else 0.0007.", show_default=False)]
+Lr = Annotated[
+    float | None,
+    typer.Option(
+        help="Peak learning rate; default 0.003 for lora, else 0.0007.", show_default=False, callback=_positive
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
 Start = Annotated[str, typer.Option(help="Training starts from nothing or from adapters.")]
 Gate = Annotated[
-    Path | None,
-    typer.Option(help="YAML with thresholds, as conf/consolidation/gate.yaml.", show_default=False),
+    dict[str, float] | None,
+    typer.Option(
+        help="YAML with thresholds, as conf/consolidation/gate.yaml.",
+        show_default=False,
+        parser=_thresholds,
+        metavar="FILE",
+    ),
 ]
 Documents = Annotated[
     Path | None,
@@ -51,7 +94,7 @@ Documents = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
 Approved = Annotated[bool, typer.Option("--approved", help="Only what was accepted or edited, see review.")]
-Retry = Annotated[bool, typer.Option("--retry", help="Also what a refused candidate brought in.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Also what was refused or rolled back.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -120,7 +163,7 @@ def consolidate(
     rehearsal: RehearsalOption = "other",
     steps: Steps = None,
     anew: Anew = True,
-    lr: Lr = 0.0,
+    lr: Lr = None,
     seed: Seed = 0,
     start: Start = "nothing",
     gate: Gate = None,
@@ -198,7 +241,7 @@ def sleep(
     rehearsal: RehearsalOption = "other",
     steps: Steps = None,
     anew: Anew = True,
-    lr: Lr = 0.0,
+    lr: Lr = None,
     seed: Seed = 0,
     start: Start = "nothing",
     gate: Gate = None,
@@ -324,15 +367,14 @@ def _consolidation(
     rehearsal: str = "other",
     steps: int | None = None,
     anew: bool = True,
-    lr: float = 0.0,
+    lr: float | None = None,
     seed: int = 0,
     start: str = "nothing",
-    gate: Path | None = None,
+    gate: dict[str, float] | None = None,
 ) -> Iterator["Consolidation"]:
     _chosen("--moves", moves, _MOVES)
     _chosen("--objective", objective, _OBJECTIVES)
     _chosen("--rehearsal", rehearsal, _REHEARSALS)
-    thresholds = {} if gate is None else _thresholds(gate)
 
     from hypernet.consolidation import moves as moving
     from hypernet.consolidation import objectives
@@ -364,32 +406,12 @@ def _consolidation(
         lr=lr or (3e-3 if moves == "lora" else 7e-4),
         seed=seed,
     )
-    judge = PromotionGate(**thresholds)
+    judge = PromotionGate(**gate or {})
     memory = Memory.open(directory, create=False, model=model)
     try:
         yield Consolidation(memory, consolidator=consolidator, gate=judge, start=start, anew=anew)
     finally:
         memory.close()
-
-
-def _thresholds(path: Path) -> dict[str, float]:
-    import yaml
-
-    from hypernet.consolidation.gate import PromotionGate
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML. Write thresholds as min_recall: 0.8.") from error
-    found = (
-        {key: value for key, value in (found or {}).items() if key != "_target_"} if isinstance(found, dict) else found
-    )
-    known = sorted(PromotionGate.__init__.__kwdefaults__ or ())
-    if not isinstance(found, dict) or set(found) - set(known):
-        raise ValueError(f"{path} should hold thresholds alone: {', '.join(known)}.")
-    if wrong := [key for key, value in found.items() if isinstance(value, bool) or not isinstance(value, int | float)]:
-        raise ValueError(f"{wrong[0]} in {path} is no number.")
-    return found
 
 
 def _print(version: "Version", as_json: bool) -> None:

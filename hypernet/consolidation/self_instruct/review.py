@@ -62,10 +62,10 @@ class Review:
         self.path = path
         self.items: dict[str, ReviewItem] = {}
         self.rejected_texts: list[str] = []
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
-                fields = json.loads(line)
+                fields = json.loads(line.decode())
                 if set(fields) == {"reject"}:
                     self.rejected_texts.append(str(fields["reject"]))
                     continue

@@ -185,19 +185,22 @@ class Versions:
         """Erases all that is of other memories: versions, whose names it returns, trainings that did not end, and lines
         of the review."""
         gone = self.remove([ref for version in self.all() for ref in version.manifest.contains if ref not in refs])
-        for path in self.folder.glob(f".*/{_MANIFEST}"):
-            if not set(json.loads(path.read_bytes())["contains"]) <= set(refs):
-                shutil.rmtree(path.parent, ignore_errors=True)
-                gone.append(path.parent.name)
-        review = self.folder / REVIEW
-        lines = review.read_text(encoding="utf-8").splitlines(keepends=True) if review.is_file() else []
-        left = [line for line in lines if _is_of(line, refs)]
-        if left != lines:
-            with replaced(review) as temporary:
-                temporary.write_text("".join(left), encoding="utf-8")
-                _sync(temporary)
-            gone.append(REVIEW)
+        for path in self.others(refs):
+            if path.name == REVIEW:
+                with replaced(path) as temporary:
+                    temporary.write_bytes(b"".join(line for line in _lines(path) if _is_of(line, refs)))
+                    _sync(temporary)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            gone.append(path.name)
         return gone
+
+    def others(self, refs: Collection[str]) -> list[Path]:
+        """What `keep` erases or, of the review, changes."""
+        known, review = set(refs), self.folder / REVIEW
+        paths = [path.parent for path in self.folder.glob(f"*/{_MANIFEST}")]
+        found = [path for path in paths if not set(json.loads((path / _MANIFEST).read_bytes())["contains"]) <= known]
+        return found if all(_is_of(line, refs) for line in _lines(review)) else [*found, review]
 
     def _make_live(self, name: str, *, forced: bool, operation: str = "promote") -> None:
         if name == self.current:
@@ -249,6 +252,18 @@ class Versions:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
+    def rolled_back(self) -> set[str]:
+        """id@version of the memories that a rollback took out of what was live, and nothing made live since has."""
+        contains = {version.name: set(version.manifest.contains) for version in self.all()}
+        found: set[str] = set()
+        live = BASE
+        for entry in self.promotions():
+            before, live = live, entry["version"]
+            if entry["operation"] == "rollback":
+                found |= contains.get(before, set())
+            found -= contains.get(live, set())
+        return found
+
     def live(self, holds: Callable[[str], bool]) -> Version | None:
         """The version that may answer: the live one, or the nearest of its ancestors whose memories all hold.
 
@@ -282,12 +297,28 @@ def erase_purged(store: TokenStore) -> list[str]:
     return [name for versions in everybody for name in versions.keep(refs)]
 
 
-def _is_of(line: str, refs: Collection[str]) -> bool:
-    """Whether a line of a review, perhaps broken by an editor, is about one of these memories, or about none."""
+def has_purged(store: TokenStore) -> bool:
+    """Whether `erase_purged` has something to erase."""
+    everybody = Versions.of_all(store.folder)
+    refs = store.refs() if everybody else set()
+    return any(versions.others(refs) for versions in everybody)
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+
+
+def _is_of(line: bytes, refs: Collection[str]) -> bool:
+    """Whether a line of a review is about one of these memories, or about none. One that an editor has broken is where
+    it names one of them; one that is no UTF-8 never is."""
     try:
-        fields = json.loads(line)
+        text = line.decode()
+    except UnicodeDecodeError:
+        return False
+    try:
+        fields = json.loads(text)
     except ValueError:
-        return any(ref in line for ref in refs)
+        return any(ref in text for ref in refs)
     return isinstance(fields, dict) and ("memory" not in fields or fields["memory"] in refs)
 
 

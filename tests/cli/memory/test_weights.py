@@ -51,6 +51,8 @@ def test_sleep_promotes_and_rollback_goes_to_base(run):
     assert run("sleep", "--user", "alice", "--now", *SMALL)[1] == "nothing waits\n"
     status, answer = run("ask", "Who?", "--user", "alice", "--tier", "weights", "--json")
     assert status == 0 and (answer["tier"], answer["reason"], answer["memories"]) == ("weights", night["version"], [])
+    printed = run("ask", "Who?", "--user", "alice", "--tier", "weights")[1]
+    assert printed.splitlines()[-1] == f"weights: {night['version']}"
     weights = run("status", "--user", "alice", "--json")[1]["tiers"]["weights"]
     assert (weights["memories"], weights["valid_now"], weights["missing"], weights["stale"]) == (1, 1, 0, 0)
     assert weights["live"] == night["version"] and weights["bytes"] > 1000
@@ -110,8 +112,37 @@ def test_mistakes_are_one_line(run, tmp_path):
             and run.errors.startswith(f"hypernet: {reason}")
             and run.errors.count("\n") == 1
         )
-    (tmp_path / "bad.yaml").write_text("min_recal: 1\n")
-    assert run("consolidate", "--gate", tmp_path / "bad.yaml")[0] == 1 and "should hold thresholds alone" in run.errors
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"min_recal: 1\n", "min_recal in {} is none of max_kl, max_leak"),
+        (b"min_recall: .nan\n", "min_recall in {} is nan, no finite number."),
+        (b"min_recall: -.inf\n", "min_recall in {} is -inf, no finite number."),
+        (b"min_recall: high\n", "min_recall in {} is 'high', no finite number."),
+        (b"\xff\xfe\x00", "{} is no YAML. Write thresholds as min_recall: 0.8."),
+        (b"a: [", "{} is no YAML."),
+        (b"- 1\n", "{} is no YAML with thresholds."),
+        (None, "{}: No such file or directory."),
+    ],
+)
+def test_bad_gate_file_exits_with_2(content, reason, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    for command in ("consolidate", "sleep"):
+        assert hypernet("memory", command, "--gate", path) == 2  # no memory is there: it is found before
+        error = capsys.readouterr().err
+        assert error.startswith(f"hypernet: Invalid value for '--gate': {reason.format(path)}"), error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("lr", ["-1", "0", "nan", "inf"])
+def test_impossible_learning_rate_exits_with_2(lr, capsys):
+    assert hypernet("memory", "sleep", "--lr", lr) == 2
+    reason = f"{float(lr)} is not above 0 and finite."
+    assert capsys.readouterr().err.startswith(f"hypernet: Invalid value for '--lr': {reason}")
 
 
 def test_purge_erases_weights_with_what_was_purged(run, tmp_path):

@@ -153,6 +153,19 @@ def test_purged_memory_leaves_the_weights_whoever_asks(told, by):
     assert not [line for line in told.verify().repaired if "weights" in line]
 
 
+def test_purge_drops_lines_of_a_review_that_are_no_utf8(told):
+    versions, without, _ = filled(told, "alice", told.refs["alice"])
+    told.delete(told.refs["alice"])
+    before = (versions.folder / REVIEW).read_bytes()
+    (versions.folder / REVIEW).write_bytes(before + b'{"memory": "caf\xe9"}\n')
+    told.store.purge()  # and killed behind it
+    assert told.status()["is_unfinished"]
+    told.purge()
+    assert not told.status()["is_unfinished"] and [version.name for version in versions.all()] == [without.name]
+    lines = (versions.folder / REVIEW).read_bytes().splitlines()
+    assert len(lines) == 3 and set(lines) < set(before.splitlines())
+
+
 def test_deleted_memory_stays_in_its_files_until_it_is_purged(told):
     versions, _, with_it = filled(told, "alice", told.refs["alice"])
     told.delete(told.refs["alice"])

@@ -15,8 +15,6 @@ from tests.corpora.conftest import NUM_DOCUMENTS
 # Not importorskip: Ray reads its environment when it is imported.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra [ray]")
 A_MINUTE = pytest.mark.skipif("HYPERNET_STORIES" not in os.environ, reason="a minute: set HYPERNET_STORIES=1")
-    "HYPERNET_STORIES" not in os.environ, reason="a minute of two cores: set HYPERNET_STORIES=1"
-)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ class LLMEngine:
         if self.args.skip_tokenizer_init and (params.detokenize or params.stop):
             raise ValueError("stop strings and texts need a tokenizer")
         if params.output_kind is not RequestOutputKind.DELTA:
-            raise NotImplementedError("the stand-in gives what is new alone")
+            raise ValueError("output_kind must be DELTA: the stand-in gives what is new alone")
         config = self.model.config
         if not ids or len(ids) >= config.max_position_embeddings or max(ids) >= config.vocab_size:
             raise ValueError("the prompt does not fit the model")

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hypernet.adapters.adapter import LoRAAdapter, absolute_source, check_is_adapter, new_provenance, warn_of_same
 from hypernet.adapters.composition import select_chunks
 from hypernet.adapters.injection import LoRAInjector
-from hypernet.adapters.joining import Joining, highest, routing_scores, separated_slots
+from hypernet.adapters.joining import Joining, highest, prompt_inputs, routing_scores, separated_slots
 from hypernet.adapters.merging import has_merged
 from hypernet.base.base_model import fingerprint, load_base_model, num_embeddings
 from hypernet.base.generation import check_fits, generate_text
@@ -43,7 +43,8 @@ from hypernet.model.checkpoint import BASE_MODEL_FOLDER, check_ours, save_checkp
 from hypernet.model.context_encoder import drop_context, make_context_encoder
 from hypernet.model.hypernetwork import HyperNetwork
 from hypernet.model.lora_head import zero_beyond_width
-from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_chunks, read_in_passes
+from hypernet.model.recited import Recited  # noqa: F401  # among the context encoders
+from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_and_write, read_chunks, read_in_passes
 from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Chunks, chunk_document
 from hypernet.text.cleaning import visible, whole, wording
@@ -102,10 +103,13 @@ class DocToLoRA(nn.Module):
         self.context_encoder = make_context_encoder(base_model, context_encoder)
         self.max_chunk_tokens = max_chunk_tokens
         self.trained_joining = Joining() if ridge is None else Joining("ridge", ridge=ridge)
+        if hypernetwork.recitation is not None:
+            self.trained_joining = Joining("route", top_k=1, weight_power=0.0)
         self.base_model_source = base_model_source
         self._base_model_name = absolute_source(base_model_source)  # now: the process may change its directory
         self.base_model_fingerprint = base_model_fingerprint or fingerprint(base_model)
-        self.injector = LoRAInjector(base_model, hypernetwork.targets)
+        recites = hypernetwork.recitation is not None
+        self.injector = LoRAInjector(base_model, hypernetwork.targets, answers_only=recites)
         self.layout = ChatLayout.of(tokenizer)
         self.pause: Callable[[], None] | None = None
         self.paused_s = 0.0
@@ -258,6 +262,8 @@ class DocToLoRA(nn.Module):
     def adapt(self, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Chunk ids and mask [C, T] → target name → A [C, L, R, d_in], B [C, L, R, d_out], differentiable."""
         self.injector.clear()  # the encoder reads with the plain base model
+        if self.hypernetwork.recitation is not None:
+            return read_and_write(ids, mask, self.context_encoder, self.hypernetwork)
         features, mask = drop_context(self.context_encoder(ids, mask), mask)
         # The base model may be in half precision; the hypernetwork is not.
         return self.hypernetwork(features.to(next(self.hypernetwork.parameters()).dtype), mask)
@@ -273,6 +279,7 @@ class DocToLoRA(nn.Module):
             self.tokenizer,
             max_chunk_tokens=self.max_chunk_tokens,
             context_tokens=self.context_encoder.context_tokens,
+            frame=self.context_encoder.frame(self.tokenizer),
         )
         check_known(chunks.ids.tolist(), self.tokenizer, num_embeddings=num_embeddings(self.base_model))
         return chunks
@@ -455,8 +462,23 @@ class DocToLoRA(nn.Module):
         adapter.check_keys("routed")
         prompts = self._prompts(questions, None)
         check_fits(self.base_model, [len(row) for row in prompts], max_new_tokens=0)
-        with self.injector.using(None):
-            return routing_scores(self.base_model, adapter.targets, adapter.A, prompts)
+        return self._scores(prompts, adapter)
+
+    def _scores(self, prompts: Sequence[Sequence[int]], adapter: LoRAAdapter) -> Tensor:
+        """[Q, C]; of a recitation 0 for all chunks where none is close enough."""
+        recitation = self.hypernetwork.recitation
+        with torch.no_grad(), self.injector.using(None):
+            if recitation is None:
+                return routing_scores(self.base_model, adapter.targets, adapter.A, prompts)
+            inputs = prompt_inputs(self.base_model, adapter.targets, prompts, layers=recitation.num_key_layers)
+            around = framed_ids(self.tokenizer, [(self.layout.before_user, "", ""), ("", "", self.layout.after_user)])
+            before, after = (len(ids) for ids in around)
+            lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)[:, None]
+            places = torch.arange(int(lengths.max()), device=self.device)
+            asked = (places >= before) & (places < lengths - after)
+            (A,) = adapter.A.values()
+            scores, closeness = recitation.match(inputs, asked, A)
+        return scores * (closeness >= recitation.min_match)[:, None]
 
     def joining(
         self,
@@ -564,9 +586,8 @@ class DocToLoRA(nn.Module):
             if not adapter.num_chunks:
                 found = [adapter] * len(places)
             else:
-                with self.injector.using(None):
-                    asked = [prompts[place] for place in places]
-                    scores = routing_scores(self.base_model, adapter.targets, adapter.A, asked)
+                asked = [prompts[place] for place in places]
+                scores = self._scores(asked, adapter)
                 best = highest(scores, top_k=joining.top_k, weight_power=joining.weight_power)
                 found = [select_chunks(adapter, *pair) for pair in zip(*best, strict=True)]
             for place, part in zip(places, found, strict=True):
@@ -579,7 +600,8 @@ class DocToLoRA(nn.Module):
         Returns:
             [number of answer tokens, V], in the rows' order.
         """
-        return packed_logits(self.base_model, rows, rows.target_kind >= 0)
+        with self.injector.answering(rows.target_kind >= 0):
+            return packed_logits(self.base_model, rows, rows.target_kind >= 0)
 
     def activate(
         self,

@@ -67,18 +67,22 @@ class LoRAInjector:
     Args:
         base_model: the frozen model.
         targets: what `find_targets` found in it.
+        answers_only: adapters act where answers are said, not on prompts: at each sequence's last token, which holds
+            for a prompt and for one token after another behind it, or where `answering` says.
 
     Raises:
         ValueError: if a target's path is no nn.Linear of that shape in this model.
     """
 
-    def __init__(self, base_model: nn.Module, targets: Sequence[LoRATarget]) -> None:
+    def __init__(self, base_model: nn.Module, targets: Sequence[LoRATarget], *, answers_only: bool = False) -> None:
         import torch._dynamo.config  # takes seconds, where transformers' models have not imported it already
 
         # torch.compile by default guards no hook nor what it reads: a compiled base model would go on as it was traced
         # first, without any adapter, and a layer with a hook would run the graph of one without.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         self.targets = tuple(targets)
+        self.answers_only = answers_only
+        self._answering: Tensor | None = None
         self._active: AdapterPool | None = None
         self._modules = {
             target.name: [(place, _target_module(base_model, place)) for place in target.modules()]
@@ -160,6 +164,27 @@ class LoRAInjector:
             yield
         finally:
             self._active = previous
+
+    @contextmanager
+    def answering(self, where: Tensor) -> Iterator[None]:
+        """Inside the `with` block answers are said at these places, [N, S] bool; of use where adapters act there only.
+
+        As adapters, the places must stay until after backward where layers are checkpointed.
+        """
+        previous, self._answering = self._answering, where
+        try:
+            yield
+        finally:
+            self._answering = previous
+
+    def _in_answers(self, x: Tensor) -> Tensor:
+        """x with zeros, which no adapter adds anything to, where no answer is said."""
+        where = self._answering
+        if where is not None and where.shape == x.shape[:-1]:
+            return x * where.to(x.device)[..., None]
+        if x.ndim < 3 or x.shape[1] == 1:
+            return x
+        return torch.cat([torch.zeros_like(x[:, :-1]), x[:, -1:]], dim=1)
 
     def remove(self) -> None:
         """Takes the hooks away: the base model is as it was before, and this injector is of no further use."""
@@ -289,6 +314,8 @@ class LoRAInjector:
         if active is None:
             return None  # torch keeps the output as it is
         (x,) = inputs
+        if self.answers_only:
+            x = self._in_answers(x)
         y = output.flatten(0, -2)
         for pool in filter(None, (active, active.ungated)):
             y = lora_delta(

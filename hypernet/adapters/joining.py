@@ -25,6 +25,7 @@ choosing whole LoRAs by the input, LoraRetriever, Zhao et al. 2024, https://arxi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -395,6 +396,47 @@ def last_inputs(
         for hook in hooks:
             hook.remove()
     return found
+
+
+def prompt_inputs(
+    base_model: nn.Module, targets: Sequence[LoRATarget], prompts: Sequence[Sequence[int]], *, layers: int
+) -> dict[int, Tensor]:
+    """What enters the one target module of the first layers at every token of each prompt, by layer: [Q, S, d_in].
+
+    Prompts are padded on the right, where the inputs mean nothing.
+
+    Args:
+        base_model: as it is: an active adapter changes what enters.
+        prompts: token ids, one list for each question.
+        layers: how many; those behind them are not run.
+    """
+    (target,) = targets
+    device = next(base_model.parameters()).device
+    rows = [torch.tensor(ids, device=device) for ids in prompts]
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    found: dict[int, Tensor] = {}
+    hooks = []
+    for place in islice(target.modules(), layers):
+
+        def read(_: nn.Module, args: tuple[Tensor], layer: int = place.layer) -> None:
+            found[layer] = args[0]
+            if len(found) == layers:
+                raise _Enough
+
+        hooks.append(base_model.get_submodule(place.path).register_forward_pre_hook(read))
+    try:
+        base_model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest nobody reads."""
 
 
 def routing_scores(

@@ -22,7 +22,7 @@ from hypernet.data.encyclopedia import background_questions
 from hypernet.data.records import UNKNOWN, Question
 from hypernet.data.sources import count_tokens
 from hypernet.text.chat import ChatLayout
-from hypernet.text.chunking import Chunks, chunk_document
+from hypernet.text.chunking import Chunks, Frame, chunk_document
 from hypernet.text.sentences import split_sentences
 from hypernet.text.tokens import check_known, framed_ids
 
@@ -175,6 +175,7 @@ class DistillationBatches(_Batches):
         *,
         max_chunk_tokens: int,
         context_tokens: int = 0,
+        frame: Frame | None = None,
         held_out_background: bool = False,
         skip_stored: bool = False,
         num_embeddings: int | None = None,
@@ -182,6 +183,7 @@ class DistillationBatches(_Batches):
         super().__init__(curriculum, tokenizer, num_embeddings=num_embeddings)
         self.max_chunk_tokens = max_chunk_tokens
         self.context_tokens = context_tokens
+        self.frame = frame
         self.skip_stored = skip_stored
         self.background = background_questions(held_out=held_out_background)
 
@@ -261,7 +263,11 @@ class DistillationBatches(_Batches):
 
     def _chunk(self, text: str) -> Chunks:
         chunks = chunk_document(
-            text, self.tokenizer, max_chunk_tokens=self.max_chunk_tokens, context_tokens=self.context_tokens
+            text,
+            self.tokenizer,
+            max_chunk_tokens=self.max_chunk_tokens,
+            context_tokens=self.context_tokens,
+            frame=self.frame,
         )
         check_known(chunks.ids.tolist(), self.tokenizer, num_embeddings=self.num_embeddings)
         return chunks

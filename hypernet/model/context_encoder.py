@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hypernet.base.targets import find_blocks
+from hypernet.text.chunking import Frame
 
 
 class ContextEncoder(nn.Module, ABC):
@@ -69,6 +70,10 @@ class ContextEncoder(nn.Module, ABC):
     def settings(self) -> dict[str, Any]:
         return {"kind": self.kind, "context_tokens": self.context_tokens}
 
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame | None:
+        """What a chunk is read in; None: the user's turn of the chat template."""
+        return None
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids [C, T], right-padded, and mask [C, T] (True or 1: a token) -> features [C, num_maps, T, D].
 
@@ -80,12 +85,13 @@ class ContextEncoder(nn.Module, ABC):
         return torch.stack(maps, dim=1)
 
     @torch.no_grad()
-    def stream(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], None]) -> None:
+    def stream(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
         """Hands each map [C, T, D] to `read(index, features)` as soon as it is computed, and keeps none.
 
         Args:
             ids, mask: as of `forward`.
             read: called for index 0 to num_maps - 1, in order, while the base model runs; what it raises ends the run.
+                What it returns is added to the module's output where the features are those of one (`Recited`).
 
         Raises:
             ValueError: the base model's blocks pass on something else than [C, T, D].
@@ -93,7 +99,7 @@ class ContextEncoder(nn.Module, ABC):
         self._read_maps(ids, mask, read)
 
     @abstractmethod
-    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], None]) -> None: ...
+    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None: ...
 
     def _last_state(self, ids: Tensor, mask: Tensor) -> Tensor:
         seen = mask.long().flip(1).cummax(1).values.flip(1)  # everything up to the last token of the chunk
@@ -159,7 +165,7 @@ class PerLayerActivations(ContextEncoder):
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "layer_idx": self.layer_idx, "concat_layer": self.concat_layer}
 
-    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], None]) -> None:
+    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
         if self.concat_layer is None:
             self._read_states(ids, mask, self._layers, read)
             return
@@ -179,7 +185,7 @@ class PerLayerActivations(ContextEncoder):
         self._read_states(ids, mask, after, read_pair)
 
     def _read_states(
-        self, ids: Tensor, mask: Tensor, after: Sequence[int], read: Callable[[int, Tensor], None]
+        self, ids: Tensor, mask: Tensor, after: Sequence[int], read: Callable[[int, Tensor], Tensor | None]
     ) -> None:
         """Calls read(position in `after`, state after that many blocks); the last state has passed the final norm."""
 
@@ -218,7 +224,7 @@ class EarlyExit(ContextEncoder):
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "layer_idx": self.layer_idx}
 
-    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], None]) -> None:
+    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
         with self._cut_after(self.layer_idx):
             read(0, self._last_state(ids, mask))
 
@@ -228,7 +234,7 @@ class EmbedOnly(ContextEncoder):
 
     kind = "embed_only"
 
-    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], None]) -> None:
+    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
         read(0, self._decoder.get_input_embeddings()(ids))
 
 

@@ -24,12 +24,14 @@ from hypernet.model.lora_head import LoRAHead
 from hypernet.model.outer_product import OuterProduct
 from hypernet.model.perceiver import Perceiver
 from hypernet.model.pooling import MeanPool
+from hypernet.model.recitation import Recitation
 
 # A closed list: checkpoints name the aggregator.
 AGGREGATORS: dict[str, type[nn.Module]] = {
     "perceiver": Perceiver,
     "mean_pool": MeanPool,
     "outer_product": OuterProduct,
+    "recitation": Recitation,
 }
 # What the network gives them; the rest are their settings.
 GIVEN = ("targets", "feature_dim", "num_outputs", "rank")
@@ -115,14 +117,15 @@ class HyperNetwork(nn.Module):
         given = {"num_pre_head_blocks": num_pre_head_blocks, "pre_head_multiple": pre_head_multiple}
         head = {name: value for name, value in given.items() if value is not None}
         self.aggregator: nn.Module | None
-        self.lora_head: LoRAHead | OuterProduct
-        if aggregator_class is OuterProduct:
+        self.lora_head: LoRAHead | OuterProduct | Recitation
+        if aggregator_class in (OuterProduct, Recitation):
+            whole: Any = aggregator_class
             if head:
                 raise ValueError(
                     f"Aggregator {aggregator['name']!r} has no head behind it; leave {' and '.join(head)} out."
                 )
             self.aggregator = None
-            self.lora_head = OuterProduct(self.targets, feature_dim=feature_dim, rank=rank, **sizes)
+            self.lora_head = whole(self.targets, feature_dim=feature_dim, rank=rank, **sizes)
         else:
             head = {**HEAD_DEFAULTS, **head}
             num_outputs = (self.num_layers // num_maps) * len(self.targets) * rank
@@ -151,6 +154,12 @@ class HyperNetwork(nn.Module):
     @property
     def bias_B(self) -> nn.ParameterDict:
         return self.lora_head.bias_B
+
+    @property
+    def recitation(self) -> Recitation | None:
+        """The part that makes a chunk be said, where that is what this network generates. Its rows of one layer act
+        while the next layer's are made, they act in answers alone, and a question chooses among chunks by its keys."""
+        return self.lora_head if isinstance(self.lora_head, Recitation) else None
 
     @property
     def bias_rank(self) -> int:
@@ -197,6 +206,8 @@ class HyperNetwork(nn.Module):
     @property
     def is_calibrated(self) -> bool:
         """Whether nothing is left to `calibrate`."""
+        if self.recitation is not None:
+            return self.recitation.is_calibrated
         return not self.standardize_features or bool((self.feature_std != 1).any())
 
     @torch.no_grad()
@@ -209,6 +220,9 @@ class HyperNetwork(nn.Module):
         Raises:
             ValueError: this network does not standardize features, or there is no token.
         """
+        if self.recitation is not None:
+            self.recitation.calibrate(batches)
+            return
         if not self.standardize_features:
             raise ValueError("This hypernetwork takes features as they are; build it with standardize_features=True.")
         count, total, squares = 0, torch.tensor(0.0), torch.tensor(0.0)

@@ -94,6 +94,41 @@ def read_chunks(
     return A, B
 
 
+def read_and_write(
+    ids: Tensor, mask: Tensor, context_encoder: ContextEncoder, hypernetwork: HyperNetwork
+) -> tuple[Weights, Weights]:
+    """A and B of chunks whose rows act while they are read, layer after layer; differentiable, but for what acts.
+
+    Args:
+        ids, mask: [C, T], as of the context encoder.
+    """
+    layers: list[tuple[Weights, Weights]] = []
+    with_gradient = torch.is_grad_enabled()
+
+    def read(index: int, features: Tensor) -> Tensor:
+        with torch.set_grad_enabled(with_gradient):
+            made, added = _write(index, features, mask, hypernetwork)
+        layers.append(made)
+        return added
+
+    context_encoder.stream(ids, mask, read)
+    A, B = ({name: torch.cat([made[part][name] for made in layers], 1) for name in layers[0][part]} for part in (0, 1))
+    return A, B
+
+
+def _write(
+    index: int, features: Tensor, mask: Tensor, hypernetwork: HyperNetwork
+) -> tuple[tuple[Weights, Weights], Tensor]:
+    """One layer's A and B [C, 1, R, d], and what they add to the module's output, [C, T, d_out]."""
+    dtype = next(hypernetwork.parameters()).dtype
+    own = drop_context(features[:, None].to(dtype), mask)
+    A, B = hypernetwork(*own, layers=slice(index, index + 1))
+    (target,) = hypernetwork.targets
+    x = features[..., : target.d_in].to(dtype) * mask[..., None]
+    rows = A[target.name][:, 0], B[target.name][:, 0].detach()
+    return (A, B), hypernetwork.scaling * (x @ rows[0].mT) @ rows[1]
+
+
 @torch.no_grad()
 def read_in_passes(
     rows: Sequence[tuple[Tensor, Tensor]],
@@ -164,10 +199,16 @@ def _read_batch(
     per_call = max(1, max_batch_tokens // ids.numel()) if hypernetwork.num_maps > 1 else 1
     maps: list[Tensor] = []
 
-    def read(index: int, features: Tensor) -> None:
+    def read(index: int, features: Tensor) -> Tensor | None:
+        if hypernetwork.recitation is not None:
+            made, added = _write(index, features, mask, hypernetwork)
+            for weights, parts in zip((A, B), made, strict=True):
+                for name, part in parts.items():
+                    weights[name][where, index] = part[:, 0]
+            return added
         maps.append(features)
         if len(maps) < per_call and index + 1 < hypernetwork.num_maps:
-            return
+            return None
         layers = slice(index + 1 - len(maps), index + 1) if hypernetwork.num_maps > 1 else slice(None)
         # The base model may be in half precision; the hypernetwork decides its own type.
         generated = hypernetwork(*drop_context(torch.stack(maps, dim=1).to(parameter.dtype), mask), layers=layers)
@@ -175,6 +216,7 @@ def _read_batch(
         for weights, parts in zip((A, B), generated, strict=True):
             for name, part in parts.items():
                 weights[name][where, layers] = part
+        return None
 
     context_encoder.stream(ids, mask, read)
 

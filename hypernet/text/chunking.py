@@ -25,6 +25,18 @@ from hypernet.text.tokens import text_encoding
 _CLAUSE_MARKS = "、，；："
 
 
+class Frame(NamedTuple):
+    """What stands around every chunk.
+
+    before, after: token ids. unread_before, unread_after: how many of them, from the outside, only the base model sees.
+    """
+
+    before: list[int]
+    after: list[int]
+    unread_before: int = 0
+    unread_after: int = 0
+
+
 class Chunks(NamedTuple):
     """A document cut into C chunks of at most T tokens, affixes included."""
 
@@ -46,6 +58,7 @@ def chunk_document(
     max_chunk_tokens: int,
     context_tokens: int = 0,
     add_affixes: bool = True,
+    frame: Frame | None = None,
 ) -> Chunks:
     """Cuts a document into as few chunks as its sentence borders allow, of about equal length.
 
@@ -60,6 +73,7 @@ def chunk_document(
         context_tokens: tokens of the document before a chunk that stand in front of it again, outside the mask: the
             base model sees them, so that it knows whom "she" is about, and nothing else reads them.
         add_affixes: frame every chunk with `chat_affixes(tokenizer)`; if False, document tokens only, without BOS.
+        frame: instead of these affixes.
 
     Returns:
         Chunks: ids [C, T], mask [C, T], character spans, number of document tokens.
@@ -93,16 +107,17 @@ def chunk_document(
     characters, levels = _token_borders(text, np.asarray(offsets, dtype=np.int64))
     cuts = _choose_cuts(levels, max_chunk_tokens)
 
-    prefix, suffix = chat_affixes(tokenizer) if add_affixes else ([], [])
+    if frame is None:
+        frame = Frame(*chat_affixes(tokenizer)) if add_affixes else Frame([], [])
     starts = [max(0, start - context_tokens) for start in cuts[:-1]]  # of what the base model sees
-    rows = [prefix + document_ids[seen:end] + suffix for seen, end in zip(starts, cuts[1:], strict=True)]
+    rows = [frame.before + document_ids[seen:end] + frame.after for seen, end in zip(starts, cuts[1:], strict=True)]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.full((len(rows), max(map(len, rows))), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for c, row in enumerate(rows):
         ids[c, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        mask[c, : len(row)] = True
-        mask[c, len(prefix) : len(prefix) + cuts[c] - starts[c]] = False
+        mask[c, frame.unread_before : len(row) - frame.unread_after] = True
+        mask[c, len(frame.before) : len(frame.before) + cuts[c] - starts[c]] = False
     return Chunks(ids, mask, tuple(pairwise(characters[cuts].tolist())), len(document_ids))
 
 

@@ -211,6 +211,7 @@ def doc_to_lora_training(
     reading = {
         "max_chunk_tokens": max_chunk_tokens,
         "context_tokens": model.context_encoder.context_tokens,
+        "frame": model.context_encoder.frame(model.tokenizer),
         "num_embeddings": num_embeddings(lm),
     }
     return module, BatchDataModule(

@@ -1,0 +1,265 @@
+"""Recitation: rows that find a chunk by what is asked, and rows that make the base model say it, word by word.
+
+    network = Recitation(targets, feature_dim=d_in + 2 * d_out, rank=8)
+    A, B = network(features, mask)                     # [C, L, T, D], [C, T] -> name -> [C, L, R, d_in], [C, L, R, d_out]
+    scores, closeness = network.match(inputs, asked, A)           # [Q, C], [Q]
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hypernet.base.targets import LoRATarget
+
+_SHRINKAGE = 0.05  # of the second moment's eigenvalues, in units of a standardized input's variance
+_LEAST_STD = 0.1  # of the mean standard deviation: an input that never changes must not become the largest
+_POWER = 1.5  # of a question token's match: one that only this chunk answers counts for more than several that many do
+
+
+class Recitation(nn.Module):
+    """The features are those of the chunk as the base model says it itself, in an answer (`Recited`).
+
+    *Keys*, in the first layers: token t of the chunk, whose input to the module is x_t, has one row in one of them,
+
+        a = P k,   k = unit(Pᵀ (x_t - μ)),
+
+    with P Pᵀ the inverse of the inputs' second moment about their mean μ, as far as its largest directions go. B is 0
+    there. A question finds the chunk by late interaction: each of its tokens counts with its best cosine.
+
+    *Saying*, in the other layers: the state at place t, before the next token is said, has the row a_t and the value
+
+        A = (Z Zᵀ + λ I)⁻¹ Z,   B_t = |h| g (V d + S h / |h|),
+
+    where Z, [T, d_in], are the inputs of all places of the chunk, so that a_t answers 1 at its own place and 0 at the
+    others; d is the direction that raises the next token's logit, h the state that enters the block. V, S and the gain
+    g are learned, for each layer. A place has rows in several layers, as many as there is room for.
+
+    Args:
+        targets: one module in every layer.
+        feature_dim: D = d_in + 2 d_out: input, state and direction.
+        rank: R, rows per layer and chunk.
+        num_key_layers: layers for keys, the first ones.
+        key_dim: directions of P.
+        ridge: λ in units of the mean squared length of Z's rows.
+        max_copies: layers in which a place has rows, at most.
+        min_match: least closeness of a question, below which no chunk is used.
+
+    Raises:
+        ValueError: several targets, or sizes that do not fit.
+
+    Source: a linear layer as key-value memory and the ridge regression, MEMIT, https://arxiv.org/abs/2210.07229; late
+    interaction, ColBERT, https://arxiv.org/abs/2004.12832. That a chunk is stored as what the model itself would say,
+    while the rows of earlier layers already act, and the learned values are ours.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[LoRATarget],
+        *,
+        feature_dim: int,
+        rank: int,
+        num_key_layers: int = 10,
+        key_dim: int = 256,
+        ridge: float = 0.01,
+        max_copies: int = 6,
+        min_match: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(targets) != 1:
+            raise ValueError(f"A recitation adapts one module of every block, got {[t.name for t in targets]}.")
+        (target,) = self.targets = tuple(targets)
+        num_layers, wanted = len(target.paths), target.d_in + 2 * target.d_out
+        if feature_dim != wanted:
+            raise ValueError(
+                f"A recitation of {target.name} needs features of width {wanted}, got {feature_dim}. Set the context "
+                "encoder's kind to recited."
+            )
+        if not 0 < num_key_layers < num_layers or key_dim < 1 or max_copies < 1 or not ridge > 0:
+            raise ValueError(
+                f"Of {num_layers} layers num_key_layers={num_key_layers} leave none for one part, or key_dim={key_dim}, "
+                f"max_copies={max_copies} or ridge={ridge} is not above 0."
+            )
+        self.num_layers, self.num_key_layers, self.rank = num_layers, num_key_layers, rank
+        self.ridge, self.max_copies, self.min_match = ridge, max_copies, min_match
+        self.input_mean: Tensor
+        self.input_std: Tensor
+        self.metric: Tensor
+        self.register_buffer("input_mean", torch.zeros(num_key_layers, target.d_in))
+        self.register_buffer("input_std", torch.zeros(num_layers, target.d_in))
+        self.register_buffer("metric", torch.zeros(num_key_layers, target.d_in, min(key_dim, target.d_in)))
+        num_saying = num_layers - num_key_layers
+        self.values = nn.Parameter(torch.eye(target.d_out).repeat(num_saying, 1, 1))
+        self.states = nn.Parameter(torch.zeros(num_saying, target.d_out, target.d_out))
+        self.log_gain = nn.Parameter(torch.full((num_saying,), 0.25).log())
+        self.bias_A = nn.ParameterDict({target.name: nn.Parameter(torch.zeros(num_layers, 0, target.d_in))})
+        self.bias_B = nn.ParameterDict({target.name: nn.Parameter(torch.zeros(num_layers, 0, target.d_out))})
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a chunk: with more, some would be in no row."""
+        return self.rank * min(self.num_key_layers, self.num_layers - self.num_key_layers) - 1
+
+    @property
+    def is_calibrated(self) -> bool:
+        return bool(self.input_std.any())
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Takes μ, P and the inputs' standard deviations from chunks like those to come.
+
+        Args:
+            batches: features [C, L, T, D] with mask [C, T], as of `forward`.
+
+        Raises:
+            ValueError: there is no token.
+        """
+        (target,), keys = self.targets, self.num_key_layers
+        count, device = 0, self.metric.device
+        total = torch.zeros(self.num_layers, target.d_in, dtype=torch.float64, device=device)
+        squares = torch.zeros_like(total)
+        moment = torch.zeros(keys, target.d_in, target.d_in, dtype=torch.float64, device=device)
+        for features, mask in batches:
+            x = features[..., : target.d_in].transpose(1, 2)[mask.bool()].double()  # [tokens, L, d_in]
+            count += len(x)
+            total += x.sum(0)
+            squares += x.square().sum(0)
+            for layer in range(keys):  # one at a time: a batched inverse of this size fails in oneMKL
+                moment[layer] += x[:, layer].mT @ x[:, layer]
+        if not count:
+            raise ValueError("calibrate needs at least one token, got none.")
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        std += _LEAST_STD * std.mean(-1, keepdim=True)
+        self.input_std.copy_(std)
+        self.input_mean.copy_(mean[:keys])
+        for layer in range(keys):
+            covariance = moment[layer] / count - mean[layer][:, None] * mean[layer]
+            covariance = covariance / std[layer][:, None] / std[layer]
+            eigenvalues, directions = torch.linalg.eigh(covariance)
+            largest = slice(-self.metric.shape[-1], None)
+            scaled = directions[:, largest] * (eigenvalues[largest].clamp(min=0) + _SHRINKAGE).rsqrt()
+            self.metric[layer] = scaled / std[layer][:, None]
+
+    def forward(
+        self, features: Tensor, mask: Tensor, layers: slice = slice(None)
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A, B by target name, [C, L, R, d_in] and [C, L, R, d_out].
+
+        Args:
+            features: [C, L, T, D] of these layers. What stands where the mask is False is never read.
+            mask: [C, T] bool: the place before the chunk's first token, its tokens, and the token that ends an answer.
+            layers: those that the features belong to; L is their number.
+
+        Raises:
+            ValueError: a chunk has more tokens than `max_tokens`.
+        """
+        (target,) = self.targets
+        longest = int(mask.sum(1).max()) - 2
+        if longest > self.max_tokens:
+            raise ValueError(
+                f"A chunk has {longest} tokens, a recitation of rank {self.rank} holds {self.max_tokens}. Lower "
+                "max_chunk_tokens, or raise the rank."
+            )
+        features = features.masked_fill(~mask[:, None, :, None], 0).float()
+        x, state, direction = features.split([target.d_in, target.d_out, target.d_out], dim=-1)
+        numbers = range(self.num_layers)[layers]
+        rows_A, rows_B = [], []
+        with torch.autocast(features.device.type, enabled=False):
+            for place, layer in enumerate(numbers):
+                if layer < self.num_key_layers:
+                    A, B = self._keys(layer, x[:, place], mask)
+                else:
+                    A, B = self._saying(layer, x[:, place], state[:, place], direction[:, place], mask)
+                rows_A.append(A)
+                rows_B.append(B)
+        return {target.name: torch.stack(rows_A, 1)}, {target.name: torch.stack(rows_B, 1)}
+
+    def _keys(self, layer: int, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        (target,) = self.targets
+        places = 1 + layer + self.num_key_layers * torch.arange(self.rank, device=x.device)
+        is_token = places < mask.sum(1, keepdim=True) - 1  # the last one ends the answer
+        rows = x[:, places.clamp(max=x.shape[1] - 1)] - self.input_mean[layer]
+        keys = F.normalize(rows @ self.metric[layer], dim=-1) * is_token[..., None]
+        return keys @ self.metric[layer].mT, x.new_zeros(len(x), self.rank, target.d_out)
+
+    def _saying(
+        self, layer: int, x: Tensor, state: Tensor, direction: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        number = layer - self.num_key_layers
+        says = mask.clone()
+        says[:, -1] = False
+        says[:, :-1] &= mask[:, 1:]  # what comes last says nothing any more
+        counts = says.sum(1).tolist()
+        tables = [
+            placed(count, self.num_layers - self.num_key_layers, self.rank, self.max_copies)[number] for count in counts
+        ]
+        places = torch.tensor(tables, device=x.device)  # [C, R], -1 where a row is not used
+        used = (places >= 0)[..., None]
+        places = places.clamp(min=0)
+
+        def taken(tokens: Tensor) -> Tensor:
+            return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
+
+        with torch.no_grad():
+            Z = x / self.input_std[layer] * says[..., None]
+            gram = Z @ Z.mT
+            size = gram.diagonal(dim1=1, dim2=2).sum(1) / says.sum(1)
+            gram = gram + torch.diag_embed(torch.where(says, self.ridge * size[:, None], size[:, None]))
+            wanted = F.one_hot(places, x.shape[1]).float() * used
+            solved = torch.cholesky_solve(wanted.mT, torch.linalg.cholesky(gram)).mT
+            A = solved @ Z / self.input_std[layer]
+            lengths = state.norm(dim=-1)
+            typical = torch.stack([row[own].median() for row, own in zip(lengths, says, strict=True)])
+        unit = F.normalize(taken(state), dim=-1)
+        B = taken(direction) @ self.values[number] + unit @ self.states[number]
+        return A, self.log_gain[number].exp() * typical[:, None, None] * B * used
+
+    @torch.no_grad()
+    def match(self, inputs: Mapping[int, Tensor], asked: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """How well each question fits each chunk.
+
+        Each token of a question has with each chunk its highest cosine with one of the chunk's keys, at least 0. What
+        all chunks have in common, the mean over them, is taken off where there are several.
+
+        Args:
+            inputs: by key layer what enters the module at the questions' tokens, [Q, S, d_in].
+            asked: which of them are the question's own, [Q, S] bool.
+            A: [C, L, R, d_in], as generated.
+
+        Returns:
+            Scores [Q, C], and the closeness of each question, the mean over its tokens of the highest cosine, [Q].
+        """
+        best = None
+        for layer, x in inputs.items():
+            centred = x.float() - self.input_mean[layer]
+            keys = A[:, layer].to(centred)
+            lengths = (centred @ self.metric[layer]).norm(dim=-1).clamp(min=1e-6)
+            found = torch.einsum("qsd, crd -> qscr", centred, keys).amax(-1) / lengths[..., None]
+            best = found if best is None else torch.maximum(best, found)
+        assert best is not None
+        best = best.clamp(min=0) * asked[..., None]
+        closeness = best.amax(-1).sum(1) / asked.sum(1).clamp(min=1)
+        if best.shape[-1] > 1:
+            best = (best - best.mean(-1, keepdim=True)).clamp(min=0)
+        return best.pow(_POWER).sum(1), closeness
+
+
+@lru_cache(maxsize=512)
+def placed(num_places: int, num_layers: int, rank: int, max_copies: int) -> tuple[tuple[int, ...], ...]:
+    """For each layer the places that have a row in it, -1 for a row that is not used: [num_layers][rank].
+
+    Every place has rows in as many layers as there is room for, `max_copies` at most, spread over the depth.
+    """
+    layers: list[list[int]] = [[] for _ in range(num_layers)]
+    copies = min(max_copies, max(1, num_layers * rank // max(num_places, 1)))
+    for copy in range(copies):
+        for place in range(num_places):
+            first = place + copy * num_layers // copies
+            for layer in ((first + step) % num_layers for step in range(num_layers)):
+                if len(layers[layer]) < rank and place not in layers[layer]:
+                    layers[layer].append(place)
+                    break
+    return tuple(tuple(row + [-1] * (rank - len(row))) for row in layers)

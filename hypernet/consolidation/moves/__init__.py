@@ -1,4 +1,4 @@
-"""What may move in the base model, one choice a file: a LoRA, everything, upper blocks, rows, slots of a memory layer.
+"""What may move in the base model, one choice a file.
 
 moves = LowRank(rank=16)
 parameters = moves.start(model, None, seed=0)        # named leaves to be trained
@@ -8,6 +8,7 @@ moves.result(model, parameters).save(folder, model)   # `MovedWeights`
 
 from hypernet.consolidation.moves.base import Examples, Moves, settings_of
 from hypernet.consolidation.moves.low_rank import ATTENTION_AND_MLP, LowRank
+from hypernet.consolidation.moves.orthogonal import OrthogonalSubspace
 from hypernet.consolidation.moves.rows import ROW_CHOICES, ChosenRows
 from hypernet.consolidation.moves.slots import SLOT_CHOICES, MemorySlots
 from hypernet.consolidation.moves.whole import Everything, UpperBlocks
@@ -22,6 +23,7 @@ __all__ = [
     "LowRank",
     "MemorySlots",
     "Moves",
+    "OrthogonalSubspace",
     "UpperBlocks",
     "settings_of",
 ]

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from hypernet.base.targets import find_blocks
 
-MEMORY = "memory"  # name of the module in the MLP that it stands beside
+_MEMORY = "memory"  # name of the module in the MLP that it stands beside
 
 
 class ProductKeyMemory(nn.Module):
-    """m(x) = Σ_h Σ_{i in the top k of head h} w_h(i) v_i, w_h = softmax of the k highest scores.
+    """m(x) = g Σ_h Σ_{i in the top k of head h} w_h(i) v_i, w_h = softmax of the k highest scores.
 
     Slot i = a n + b of n² has in head h the score q₁·k₁(a) + q₂·k₂(b), with the halves q₁, q₂ of LayerNorm(W_h x). The
     k best of n² are among the k × k pairs of the best halves, so that only 2 n + k² scores are computed. Heads share
@@ -31,15 +31,26 @@ class ProductKeyMemory(nn.Module):
         num_keys: n, of each half.
         num_heads, top_k: slots that a token reads are at most their product.
         key_dim: of a query, both halves.
+        gain: g. AdamW moves all weights by steps of one size, and what 60 steps of 1e-3 put into values is averaged
+            over the slots that are read: with a gain of 1 the output was too small for the loss to notice.
 
     Raises:
-        ValueError: a size is below 1, top_k above num_keys, or key_dim odd.
+        ValueError: a size is below 1, top_k above num_keys, key_dim odd, or gain not above 0.
 
     Source: Lample et al. 2019, https://arxiv.org/abs/1907.05242, with LayerNorm instead of batch normalisation, so that
     a token's slots do not depend on its batch.
     """
 
-    def __init__(self, dim: int, *, num_keys: int = 32, num_heads: int = 4, top_k: int = 8, key_dim: int = 32) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_keys: int = 32,
+        num_heads: int = 4,
+        top_k: int = 8,
+        key_dim: int = 32,
+        gain: float = 16.0,
+    ) -> None:
         super().__init__()
         sizes = {"num_keys": num_keys, "num_heads": num_heads, "top_k": top_k, "key_dim": key_dim}
         for name, size in sizes.items():
@@ -50,7 +61,9 @@ class ProductKeyMemory(nn.Module):
                 f"The memory layer has top_k {top_k}, num_keys {num_keys}, key_dim {key_dim}. Give a top_k up to "
                 "num_keys, and an even key_dim."
             )
-        self.num_keys, self.num_heads, self.top_k = num_keys, num_heads, top_k
+        if not 0 < gain < math.inf:
+            raise ValueError(f"gain of the memory layer is {gain}. Give a finite number above 0.")
+        self.num_keys, self.num_heads, self.top_k, self.gain = num_keys, num_heads, top_k, gain
         half = key_dim // 2
         self.query = nn.Linear(dim, num_heads * key_dim, bias=False)
         self.norm = nn.LayerNorm(key_dim)
@@ -72,7 +85,7 @@ class ProductKeyMemory(nn.Module):
         found = nn.functional.embedding_bag(
             slots, self.values, per_sample_weights=weights.to(self.values.dtype), mode="sum"
         )
-        return found.view_as(x).to(x.dtype)
+        return (self.gain * found).view_as(x).to(x.dtype)
 
 
 def add_memory_layer(base_model: PreTrainedModel, settings: dict[str, Any], *, seed: int = 0) -> ProductKeyMemory:
@@ -99,14 +112,14 @@ def add_memory_layer(base_model: PreTrainedModel, settings: dict[str, Any], *, s
         torch.manual_seed(seed)
         memory = ProductKeyMemory(base_model.config.get_text_config().hidden_size, **sizes)
     memory.train(mlp.training).to(weight).requires_grad_(weight.requires_grad)
-    mlp.add_module(MEMORY, memory)
+    mlp.add_module(_MEMORY, memory)
     mlp.register_forward_hook(_add_memory)
     base_model.config.memory_layer = dict(settings)
     return memory
 
 
 def _add_memory(mlp: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + getattr(mlp, MEMORY)(args[0])
+    return output + getattr(mlp, _MEMORY)(args[0])
 
 
 def memory_layers(base_model: nn.Module) -> dict[str, ProductKeyMemory]:

@@ -11,7 +11,7 @@ from hypernet.base.base_model import build_base_model, load_base_model
 from hypernet.base.product_keys import ProductKeyMemory, add_memory_layer, memory_layers
 from tests.base.test_base_model import LLAMA
 
-SIZES = {"num_keys": 5, "num_heads": 3, "top_k": 3, "key_dim": 6}
+SIZES = {"num_keys": 5, "num_heads": 3, "top_k": 3, "key_dim": 6, "gain": 2.0}
 IDS = torch.tensor([[3, 41, 7, 7, 19], [0, 1, 2, 3, 4]])
 
 
@@ -39,10 +39,12 @@ def by_hand(memory, x):
         weights = np.exp([scores[slot] for slot in best])
         output += sum(w / weights.sum() * values[slot] for w, slot in zip(weights, best, strict=True))
         read.append(best)
-    return output, read
+    return memory.gain * output, read
 
 
-@pytest.mark.parametrize("changes", [{}, {"top_k": 1}, {"top_k": 5, "num_heads": 1}, {"num_keys": 3, "key_dim": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gain": 0.3}, {"top_k": 1}, {"top_k": 5, "num_heads": 1}, {"num_keys": 3, "key_dim": 2}]
+)
 def test_output_is_that_of_all_slots_scored_in_float64(changes):
     memory = memory_of(**changes)
     x = torch.randn(2, 4, 7)
@@ -140,6 +142,7 @@ def test_missing_memory_tensors_are_named(tmp_path, tiny_tokenizer):
         ({}, "layer of the memory layer is None"),
         ({"layer": 0, "num_keys": 0}, "num_keys of the memory layer is 0"),
         ({"layer": 0, "num_keys": 4}, "top_k 8, num_keys 4.* Give a top_k up to num_keys"),
+        ({"layer": 0, "gain": 0.0}, "gain of the memory layer is 0.0. Give a finite number above 0"),
         ({"layer": 0, "key_dim": 3}, "key_dim 3. .*an even key_dim"),
     ],
 )

@@ -47,6 +47,7 @@ class FrontierSettings(LearningSettings):
     known: dict[str, Any]
     moves: list[Text] | None
     remedies: dict[str, dict[str, Text]]
+    bases: dict[str, Text | None]
     learning_rates: list[Above0]
 
 
@@ -85,14 +86,29 @@ def parts_by_name(arm: dict[str, str], name: str) -> dict[str, Any]:
 def cells_of(cfg: FrontierSettings) -> list[Cell]:
     """Seed after seed, so that what is there after an hour is whole."""
     arms = arms_of(cfg.moves, cfg.remedies)
-    common = {key: value for key, value in cfg.model_dump().items() if key not in ELSEWHERE}
-    common = {key: value for key, value in common.items() if key not in ("moves", "remedies", "learning_rates")}
+    own = (*ELSEWHERE, "moves", "remedies", "bases", "learning_rates")
+    common = {key: value for key, value in cfg.model_dump().items() if key not in own}
+    arms = {name: arm for name, arm in arms.items() if cfg.bases.get(name, "") is not None}
+    others = dict.fromkeys(str(cfg.bases[name]) for name in arms if name in cfg.bases)
     found = []
     for seed in cfg.seeds:
         found += [Cell("frontier", name, seed, common) for name in NOTHING_MOVES]
+        found += [Cell("frontier", "before", seed, {**common, "checkpoint": other}) for other in others]
         for name, arm in arms.items():
-            found += [Cell("frontier", name, seed, {**common, "arm": arm, "lr": lr}) for lr in cfg.learning_rates]
+            settings = {**common, "checkpoint": cfg.bases.get(name) or cfg.checkpoint, "arm": arm}
+            found += [Cell("frontier", name, seed, {**settings, "lr": lr}) for lr in cfg.learning_rates]
     return found
+
+
+def skipped(cfg: FrontierSettings) -> list[Row]:
+    """A row for each method that needs a base model of its own and has none."""
+    there = arms_of(cfg.moves, cfg.remedies)
+    reason = "it needs a base model of its own: name one in bases"
+    return [
+        {"kind": "skipped", "method": name, "reason": reason}
+        for name, base in cfg.bases.items()
+        if base is None and name in there
+    ]
 
 
 def measure_cell(cell: Cell) -> list[Row]:
@@ -106,7 +122,7 @@ def measure_cell(cell: Cell) -> list[Row]:
     model = protocol.load(settings["checkpoint"])
     told = protocol.new_facts(cell.seed, settings["num_facts"])
     known = protocol.Known.draw(protocol.Sizes(**settings["known"]), seed=cell.seed)
-    row: Row = {"kind": "learned"}
+    row: Row = {"kind": "learned", "checkpoint": settings["checkpoint"]}
     if cell.method in NOTHING_MOVES:
         if cell.method == "adapter" and not has_hypernetwork(model):
             return [{"kind": "skipped", "reason": f"{settings['checkpoint']} has no hypernetwork"}]
@@ -138,7 +154,7 @@ def has_hypernetwork(model: Any) -> bool:
 
 
 def recipe_of(arm: dict[str, Any], settings: Mapping[str, Any], seed: int) -> tuple[Any, list[str]]:
-    """The parts, built, and the questions that replay takes and rows are chosen by, on other facts than the measured."""
+    """The parts, built, and what replay takes and rows are chosen by: questions on other facts than the measured."""
     from hydra.utils import instantiate
 
     from benchmarks.forgetting import protocol
@@ -159,7 +175,8 @@ def limits_of(settings: Mapping[str, Any]) -> Any:
 
 def rows(cfg: FrontierSettings) -> Iterator[Row]:
     """All rows, cell after cell."""
-    return run_cells(cells_of(cfg), measure_cell, folder=cfg.cells, workers=cfg.workers)
+    yield from skipped(cfg)
+    yield from run_cells(cells_of(cfg), measure_cell, folder=cfg.cells, workers=cfg.workers)
 
 
 @hydra.main(config_path="../../conf", config_name="forgetting_frontier", version_base="1.3")

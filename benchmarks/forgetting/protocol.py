@@ -5,8 +5,8 @@ learned = learn(model, told, Recipe(moves=Everything(), lr=1e-3), seed=0, limits
 learned.reached, learned.steps                        # never to a number of steps: it stops at the target, or the limit
 Known.draw(sizes, seed=0).measure(model, learned.state) # background, questions with the article, texts, ...
 
-A new fact is a sentence of the encyclopedia's test split that the base model cannot know. Its answers are the truth, the
-same for every method. Of the encyclopedia's four wordings two are trained on, with the templates of
+A new fact is a sentence of the encyclopedia's test split that the base model cannot know. Its answers are the truth,
+the same for every method. Of the encyclopedia's four wordings two are trained on, with the templates of
 `hypernet.consolidation.questions`; by the third, which is not, training sees that it may stop; the fourth is measured.
 """
 
@@ -337,9 +337,11 @@ def changed(model: DocToLoRA, weights: MovedWeights, before: Mapping[str, Tensor
 
 
 class Sizes(NamedTuple):
-    """num_background, num_in_context, num_unknown, num_texts: questions and texts. real_only: of the background the
-    facts of the real world alone. cloze: whether real facts are asked as beginnings of sentences. wikitext, nq_open: files, or None. num_windows: of WikiText, 256 tokens each. num_nq:
-    questions. match: "exact" or, of answers in sentences, "contains"."""
+    """How many questions, texts and windows of 256 tokens are measured.
+
+    real_only: of the background the facts of the real world alone. cloze: whether these are also asked as beginnings of
+    sentences. wikitext, nq_open: files, or None. match: "exact" or, of answers in sentences, "contains".
+    """
 
     num_background: int = 96
     num_in_context: int = 32
@@ -477,7 +479,7 @@ def _nats(model: DocToLoRA, state: State, ids: list[int]) -> float:
 
 @torch.no_grad()
 def hidden_states(model: DocToLoRA, state: State, questions: Sequence[str]) -> Tensor:
-    """What every block puts out at the last token of each prompt, side by side: [Q, L D]."""
+    """What every block puts out at the last token of each prompt, [Q, L, D]."""
     prompts = model.layout.prompt_ids(model.tokenizer, list(questions), [None] * len(questions))
     decoder, name = find_blocks(model.base_model)
     found: list[Tensor] = []
@@ -498,5 +500,5 @@ def hidden_states(model: DocToLoRA, state: State, questions: Sequence[str]) -> T
         finally:
             for hook in hooks:
                 hook.remove()
-        found.append(torch.cat(kept, dim=-1))
+        found.append(torch.stack(kept, dim=1))
     return torch.cat(found).float()

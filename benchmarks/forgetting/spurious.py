@@ -6,8 +6,9 @@ comes back without having been shown was not gone (spurious forgetting: Zheng et
 https://arxiv.org/abs/2501.13453). After every k all weights move, whatever the method was.
 
 Two controls: facts that nobody told the base model, of the same kinds, which no training on other content can bring
-back; and a linear probe on frozen hidden states, which reads an answer's embedding before any word of it is written, on
-old facts and on those that nobody told. It is fitted on other known facts and finds an answer among all of its relation.
+back; and a linear probe on frozen hidden states of the last two blocks, which reads the embedding of an answer's first
+token before any of it is written, on old facts and on those that nobody told. It is fitted on other known facts and
+takes the nearest of all first tokens that its relation has.
 
 kind       one row for
 base       a seed: the base model, before anything is learned
@@ -27,6 +28,7 @@ from hypernet.cli.scripts import Script, plain
 from hypernet.cli.settings import Above0, Count, Number
 
 BASE = "base"
+_PROBED_BLOCKS = 2
 
 
 class SpuriousSettings(LearningSettings):
@@ -97,44 +99,42 @@ def probe(
     *,
     ridge: float,
 ) -> tuple[list[list[float]], float]:
-    """Of each fact of each list whether the probe finds its answer; and by chance: 1 / answers of its relation."""
+    """Of each fact of each list whether the probe finds its answer's first token; and by chance: 1 / tokens to find."""
     import numpy as np
 
     from benchmarks.forgetting.intervals import LinearProbe
     from benchmarks.forgetting.protocol import hidden_states
 
+    def states(facts: Sequence[OldFact]) -> Any:
+        found = hidden_states(model, state, [one.question for one in facts])[:, -_PROBED_BLOCKS:]
+        return found.flatten(1).cpu().numpy()
+
     everything = [*fitted, *(one for part in asked for one in part)]
-    answers = sorted({one.answer for one in everything})
-    embedded = dict(zip(answers, _embedded(model, answers), strict=True))
-    of_relation: dict[str, list[str]] = {}
-    for one in everything:
-        there = of_relation.setdefault(one.relation, [])
-        if one.answer not in there:
-            there.append(one.answer)
-    states = hidden_states(model, state, [one.question for one in fitted]).cpu().numpy()
-    fit = LinearProbe.fit(states, np.stack([embedded[one.answer] for one in fitted]), ridge=ridge)
+    first = dict(zip(everything, _first_tokens(model, [one.answer for one in everything]), strict=True))
+    table = model.base_model.get_input_embeddings().weight.detach().double().cpu().numpy()
+    of_relation = {
+        name: sorted({first[one] for one in everything if one.relation == name})
+        for name in {one.relation for one in everything}
+    }
+    fit = LinearProbe.fit(states(fitted), table[[first[one] for one in fitted]], ridge=ridge)
     found = []
     for part in asked:
-        read = fit(hidden_states(model, state, [one.question for one in part]).cpu().numpy())
         scores = []
-        for one, vector in zip(part, read, strict=True):
+        for one, vector in zip(part, fit(states(part)), strict=True):
             there = of_relation[one.relation]
-            distances = np.linalg.norm(np.stack([embedded[answer] for answer in there]) - vector, axis=1)
-            scores.append(float(there[int(distances.argmin())] == one.answer))
+            nearest = np.linalg.norm(table[there] - vector, axis=1).argmin()
+            scores.append(float(there[int(nearest)] == first[one]))
         found.append(scores)
     last = [one for part in asked for one in part]
     return found, sum(1 / len(of_relation[one.relation]) for one in last) / len(last)
 
 
-def _embedded(model: Any, answers: Sequence[str]) -> Any:
-    """The mean of the embeddings of each answer's tokens, [N, D], of the base model as it was."""
-    import torch
+def _first_tokens(model: Any, answers: Sequence[str]) -> list[int]:
+    """As the chat template has them."""
+    from hypernet.text.tokens import framed_ids
 
-    from hypernet.text.tokens import text_ids
-
-    table = model.base_model.get_input_embeddings().weight.detach().double().cpu()
-    ids = text_ids(model.tokenizer, [f" {answer}" for answer in answers])
-    return torch.stack([table[row].mean(0) for row in ids]).numpy()
+    frame = model.layout.before_answer, model.layout.after_answer
+    return [row[0] for row in framed_ids(model.tokenizer, [(frame[0], answer, frame[1]) for answer in answers])]
 
 
 def cells_of(cfg: SpuriousSettings) -> list[Cell]:
@@ -145,9 +145,7 @@ def cells_of(cfg: SpuriousSettings) -> list[Cell]:
     parts = {name: parts_by_name(arm, name) for name, arm in arms.items()}
     for seed in cfg.seeds:
         found.append(Cell("spurious", BASE, seed, common))
-        found += [
-            Cell("spurious", name, seed, {**common, "arm": parts[name], "lr": rates[name]}) for name in parts
-        ]
+        found += [Cell("spurious", name, seed, {**common, "arm": parts[name], "lr": rates[name]}) for name in parts]
     return found
 
 

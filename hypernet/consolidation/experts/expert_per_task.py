@@ -122,7 +122,8 @@ class ExpertPerTask:
         if task in self._experts or not moves.trained or not questions:
             raise ValueError(
                 f"The task {task!r} needs a name of its own, moves that were trained, and questions; there are "
-                f"{', '.join(self._experts) or 'no tasks'}, {len(moves.trained)} parameters, {len(questions)} questions."
+                f"{', '.join(self._experts) or 'no tasks'}, {len(moves.trained)} parameters and {len(questions)} "
+                "questions."
             )
         self._common = {name: value for name, value in moves.trained.items() if name.startswith("shared.")}
         self._experts[task] = {name: value for name, value in moves.trained.items() if name.startswith("own.")}
@@ -175,7 +176,9 @@ def _prompt_states(model: DocToLoRA, questions: Sequence[str]) -> Tensor:
         rows = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
         kept: list[Tensor] = []
 
-        def keep(_module: object, _args: object, output: Tensor | tuple[Tensor, ...], kept: list[Tensor] = kept) -> None:
+        def keep(
+            _module: object, _args: object, output: Tensor | tuple[Tensor, ...], kept: list[Tensor] = kept
+        ) -> None:
             kept.append(output[0] if isinstance(output, tuple) else output)
 
         hook = getattr(decoder, name)[-1].register_forward_hook(keep)

@@ -22,6 +22,7 @@ from hypernet.cli.scripts import Script, plain
 from hypernet.cli.settings import Above0, Count, Number, OutputFile, OutputFolder, Settings, Share, Text
 
 NOTHING_MOVES = ("before", "adapter")
+GENERATED = "generated_adapter"  # all facts' adapters in one LoRA: nothing is trained, at no learning rate
 
 
 class LearningSettings(Settings):
@@ -63,6 +64,8 @@ def arms_of(moves: Sequence[str] | None, remedies: dict[str, dict[str, str]]) ->
         ValueError: an unknown part, or a name that there is twice.
     """
     arms = {name: {"moves": name} for name in (parts_of("moves") if moves is None else moves)}
+    if GENERATED in arms:
+        arms[GENERATED]["start"] = "adapters"
     if twice := sorted({*arms, *NOTHING_MOVES} & {*remedies}):
         raise ValueError(f"There is a method {twice[0]!r} already. Give the remedy another name.")
     return {name: parts_by_name(arm, name) for name, arm in {**arms, **remedies}.items()}
@@ -74,10 +77,10 @@ def parts_by_name(arm: dict[str, str], name: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown part.
     """
-    arm = {"objective": "supervised", "rehearsal": "none", **arm}
+    arm = {"objective": "supervised", "rehearsal": "none", "remedy": "none", **arm}
     start = arm.pop("start", None)
-    if unknown := sorted(set(arm) - {"moves", "objective", "rehearsal"}):
-        raise ValueError(f"{name} has no part {unknown[0]!r}: give moves, objective, rehearsal or start.")
+    if unknown := sorted(set(arm) - {"moves", "objective", "rehearsal", "remedy"}):
+        raise ValueError(f"{name} has no part {unknown[0]!r}: give moves, objective, rehearsal, remedy or start.")
     if "moves" not in arm or start not in (None, "adapters"):
         raise ValueError(f"{name} needs moves, and start=adapters or none; got {arm} and start={start}.")
     return {"start": start, **{group: part(group, chosen) for group, chosen in arm.items()}}
@@ -96,7 +99,8 @@ def cells_of(cfg: FrontierSettings) -> list[Cell]:
         found += [Cell("frontier", "before", seed, {**common, "checkpoint": other}) for other in others]
         for name, arm in arms.items():
             settings = {**common, "checkpoint": cfg.bases.get(name) or cfg.checkpoint, "arm": arm}
-            found += [Cell("frontier", name, seed, {**settings, "lr": lr}) for lr in cfg.learning_rates]
+            rates = cfg.learning_rates[:1] if name == GENERATED else cfg.learning_rates
+            found += [Cell("frontier", name, seed, {**settings, "lr": lr}) for lr in rates]
     return found
 
 
@@ -164,7 +168,9 @@ def recipe_of(arm: dict[str, Any], settings: Mapping[str, Any], seed: int) -> tu
     if isinstance(rehearsal, partial):
         rehearsal = rehearsal(questions=questions)
     moves, objective = instantiate(arm["moves"]), instantiate(arm["objective"])
-    return protocol.Recipe(moves, float(settings["lr"]), objective, rehearsal, arm["start"]), questions
+    remedy = instantiate(arm["remedy"])
+    recipe = protocol.Recipe(moves, float(settings["lr"]), objective, rehearsal, remedy, arm["start"])
+    return recipe, questions
 
 
 def limits_of(settings: Mapping[str, Any]) -> Any:

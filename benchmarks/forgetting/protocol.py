@@ -35,6 +35,7 @@ from hypernet.consolidation.moves import Moves
 from hypernet.consolidation.objectives import Objective, Supervised, kl
 from hypernet.consolidation.questions import QuestionWriter
 from hypernet.consolidation.rehearsal import NoRehearsal, Rehearsal, Replay
+from hypernet.consolidation.remedies import NoRemedy, Remedy
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.data.encyclopedia import Encyclopedia, background_facts, background_questions, relations
 from hypernet.data.needles import Needles
@@ -187,6 +188,7 @@ class Recipe:
     lr: float
     objective: Objective = field(default_factory=Supervised)
     rehearsal: Rehearsal = field(default_factory=NoRehearsal)
+    remedy: Remedy = field(default_factory=NoRemedy)
     start: str | None = None
 
 
@@ -225,18 +227,17 @@ def learn(
 
     Args:
         start: weights to start from; None: as the recipe says.
-        background: questions by which rows are chosen, where nothing is rehearsed.
+        background: questions that a choice of rows or a remedy tells the facts from, where nothing is rehearsed.
     """
-    rehearsal = recipe.rehearsal
-    if isinstance(rehearsal, NoRehearsal) and background:
-        rehearsal = Replay(questions=background, weight=0.0)
     if recipe.start == "adapters":
         adapter = model.internalize([one.text for one in told]).fused()
         start = MovedWeights.of_adapter(model.base_model, adapter)
     consolidator = Consolidator(
         moves=recipe.moves,
         objective=recipe.objective,
-        rehearsal=rehearsal,
+        rehearsal=recipe.rehearsal,
+        remedy=recipe.remedy,
+        background=Replay(questions=background) if background else None,
         questions=Truth(told),
         steps=limits.max_steps,
         batch_size=limits.batch_size,
@@ -245,19 +246,22 @@ def learn(
         seed=seed,
     )
     rows = answer_rows(model, [one.check for one in told], [one.answer for one in told])
-    checked = [0.0]
 
-    def reached(tensors: Mapping[str, Tensor]) -> bool:
+    def checked(tensors: Mapping[str, Tensor]) -> float | None:
         right = rightly(model, State(tensors), rows)
-        checked.append(math.nan if right is None else sum(right) / len(right))
-        return right is None or checked[-1] >= limits.target
+        return None if right is None else sum(right) / len(right)
+
+    def ended(tensors: Mapping[str, Tensor]) -> bool:
+        share = checked(tensors)
+        return share is None or share >= limits.target  # what diverged does not come back
 
     started = time.process_time()
-    enough = Enough(reached, every=limits.every)
+    enough = Enough(ended, every=limits.every)
     trained = consolidator.train(model, memories(told), start=start, enough=enough)
     seconds = time.process_time() - started
-    done = checked[-1] >= limits.target
-    return Learned(trained.weights, len(trained.losses), checked[-1], done, seconds)
+    # Of the weights that come out: a remedy may have moved them after the target was reached.
+    share = checked(trained.weights.tensors) or 0.0
+    return Learned(trained.weights, len(trained.losses), share, share >= limits.target, seconds)
 
 
 def answer_rows(model: DocToLoRA, questions: Sequence[str], answers: Sequence[str]) -> PackedRows:

@@ -74,6 +74,7 @@ class NightsSettings(Settings):
     moves: dict[str, Any]
     objective: dict[str, Any]
     rehearsal: dict[str, Any]
+    remedy: dict[str, Any]
     steps: Count | None
     lr: float
     batch_size: Count
@@ -142,7 +143,7 @@ class House:
         model = _model(checkpoint or cfg.checkpoint)
         self.memory = Memory.open(Path(self._folder.name) / "memory", model=model)
         numbers = {name: getattr(cfg, name) for name in ("steps", "lr", "batch_size", "rehearsal_size")}
-        parts = {name: instantiate(getattr(cfg, name)) for name in ("moves", "objective", "rehearsal")}
+        parts = {name: instantiate(getattr(cfg, name)) for name in ("moves", "objective", "rehearsal", "remedy")}
         if isinstance(parts["rehearsal"], partial):
             parts["rehearsal"] = parts["rehearsal"](questions=_known(seed, cfg.num_known))
         elif cfg.num_known and "rehearsal" not in changes and isinstance(parts["rehearsal"], OtherSubjects):

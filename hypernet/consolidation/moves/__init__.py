@@ -7,6 +7,7 @@ moves.result(model, parameters).save(folder, model)   # `MovedWeights`
 """
 
 from hypernet.consolidation.moves.base import Examples, Moves, settings_of
+from hypernet.consolidation.moves.generated import GeneratedAdapter
 from hypernet.consolidation.moves.low_rank import ATTENTION_AND_MLP, LowRank
 from hypernet.consolidation.moves.orthogonal import OrthogonalSubspace
 from hypernet.consolidation.moves.rows import ROW_CHOICES, ChosenRows
@@ -20,6 +21,7 @@ __all__ = [
     "ChosenRows",
     "Everything",
     "Examples",
+    "GeneratedAdapter",
     "LowRank",
     "MemorySlots",
     "Moves",

@@ -70,7 +70,7 @@ def budget(rows: Rows) -> Table:
     rates = sorted({rate for found in by_rate.values() for rate in found if rate is not None})
     lines = [
         [
-            name,
+            _say(name),
             *(f"{_reached(found[rate]):.2f}" if rate in found else "–" for rate in rates),
             f"{rate_of(taken[name]):g}",
         ]

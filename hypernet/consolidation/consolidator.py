@@ -44,7 +44,7 @@ _KEPT_BYTES = 2**28  # of outputs of the base model
 _PAIRS = 8  # of preferred answers in a step
 _TEXTS = 4  # rehearsed in a step
 _STEPS = 24, 4.8  # and for each memory: 48 for five, 144 for 25; of 64 four of the last five were not learned
-_WARMUP_STEPS = 10  # at most, where training ends by what is learned
+_WARMUP_STEPS = 10  # where training ends by what is learned, so that the last step allowed changes nothing before it
 
 
 class Enough(NamedTuple):
@@ -359,7 +359,7 @@ class Consolidator:
 
 def _share_of_lr(step: int, steps: int, *, constant: bool) -> float:
     """Of the peak: a linear warmup, then a cosine to 0 or 1."""
-    warmup = max(1, min(steps // 10, _WARMUP_STEPS) if constant else steps // 10)
+    warmup = _WARMUP_STEPS if constant else max(1, steps // 10)
     warm = min(1.0, (step + 1) / warmup)
     return warm if constant else warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 

@@ -1,7 +1,7 @@
 """New against retained, for every method, at matched acquisition: `python -m benchmarks.forgetting.frontier`
 
-Each method of conf/consolidation/moves, and each remedy, learns the same new facts to the same target accuracy at every
-learning rate of one list; then is measured what was known before. A method is added by its class and a YAML there.
+Each method of conf/consolidation/moves, and each variant, learns the same new facts to the same target accuracy at
+every learning rate of one list; then is measured what was known before. A method is added by its class and a YAML there.
 
 kind       one row for
 before     a seed: what the base model knows, and the new facts before and with their sentence in the prompt
@@ -47,7 +47,7 @@ class FrontierSettings(LearningSettings):
     num_facts: Count
     known: dict[str, Any]
     moves: list[Text] | None
-    remedies: dict[str, dict[str, Text]]
+    variants: dict[str, dict[str, Any]]
     bases: dict[str, Text | None]
     learning_rates: list[Above0]
 
@@ -57,8 +57,8 @@ SCRIPT = Script("benchmarks.forgetting.frontier", FrontierSettings)
 ELSEWHERE = ("seeds", "cells", "output", "workers")
 
 
-def arms_of(moves: Sequence[str] | None, remedies: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    """Method → settings of its parts: each of `moves` by itself, and the remedies.
+def arms_of(moves: Sequence[str] | None, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Method → settings of its parts: each of `moves` by itself, and the variants.
 
     Raises:
         ValueError: an unknown part, or a name that there is twice.
@@ -66,12 +66,12 @@ def arms_of(moves: Sequence[str] | None, remedies: dict[str, dict[str, str]]) ->
     arms = {name: {"moves": name} for name in (parts_of("moves") if moves is None else moves)}
     if GENERATED in arms:
         arms[GENERATED]["start"] = "adapters"
-    if twice := sorted({*arms, *NOTHING_MOVES} & {*remedies}):
-        raise ValueError(f"There is a method {twice[0]!r} already. Give the remedy another name.")
-    return {name: parts_by_name(arm, name) for name, arm in {**arms, **remedies}.items()}
+    if twice := sorted({*arms, *NOTHING_MOVES} & {*variants}):
+        raise ValueError(f"There is a method {twice[0]!r} already. Give the variant another name.")
+    return {name: parts_by_name(arm, name) for name, arm in {**arms, **variants}.items()}
 
 
-def parts_by_name(arm: dict[str, str], name: str) -> dict[str, Any]:
+def parts_by_name(arm: dict[str, Any], name: str) -> dict[str, Any]:
     """The settings of a method's parts; learned from the truth and without rehearsal where it names none.
 
     Raises:
@@ -83,13 +83,26 @@ def parts_by_name(arm: dict[str, str], name: str) -> dict[str, Any]:
         raise ValueError(f"{name} has no part {unknown[0]!r}: give moves, objective, rehearsal, remedy or start.")
     if "moves" not in arm or start not in (None, "adapters"):
         raise ValueError(f"{name} needs moves, and start=adapters or none; got {arm} and start={start}.")
-    return {"start": start, **{group: part(group, chosen) for group, chosen in arm.items()}}
+    return {"start": start, **{group: _part(group, chosen) for group, chosen in arm.items()}}
+
+
+def _part(group: str, chosen: Any) -> dict[str, Any]:
+    """A part by its name, or by {name: settings that differ}."""
+    if not isinstance(chosen, dict):
+        return part(group, str(chosen))
+    ((name, changes),) = chosen.items() if len(chosen) == 1 else ((None, None),)
+    settings = part(group, str(name))
+    if not isinstance(changes, dict) or (unknown := sorted(set(changes) - set(settings))):
+        wrong = repr(unknown[0]) if isinstance(changes, dict) else repr(chosen)
+        there = ", ".join(key for key in settings if not key.startswith("_")) or "none"
+        raise ValueError(f"The {group} {name} has no setting {wrong}; there are {there}.")
+    return settings | changes
 
 
 def cells_of(cfg: FrontierSettings) -> list[Cell]:
     """Seed after seed, so that what is there after an hour is whole."""
-    arms = arms_of(cfg.moves, cfg.remedies)
-    own = (*ELSEWHERE, "moves", "remedies", "bases", "learning_rates")
+    arms = arms_of(cfg.moves, cfg.variants)
+    own = (*ELSEWHERE, "moves", "variants", "bases", "learning_rates")
     common = {key: value for key, value in cfg.model_dump().items() if key not in own}
     arms = {name: arm for name, arm in arms.items() if cfg.bases.get(name, "") is not None}
     others = dict.fromkeys(str(cfg.bases[name]) for name in arms if name in cfg.bases)
@@ -106,7 +119,7 @@ def cells_of(cfg: FrontierSettings) -> list[Cell]:
 
 def skipped(cfg: FrontierSettings) -> list[Row]:
     """A row for each method that needs a base model of its own and has none."""
-    there = arms_of(cfg.moves, cfg.remedies)
+    there = arms_of(cfg.moves, cfg.variants)
     reason = "it needs a base model of its own: name one in bases"
     return [
         {"kind": "skipped", "method": name, "reason": reason}
@@ -189,7 +202,7 @@ def rows(cfg: FrontierSettings) -> Iterator[Row]:
 def main(cfg: Any) -> None:
     with SCRIPT.errors():
         settings = SCRIPT.check(cfg)
-        show_and_write(rows(settings), settings.output, config=plain(cfg))
+        show_and_write(rows(settings), settings.output, config=plain(cfg), quiet=("items",))
 
 
 if __name__ == "__main__":

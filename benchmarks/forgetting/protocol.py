@@ -174,7 +174,7 @@ class Limits(NamedTuple):
     looks. batch_size, rehearsal_size: of a step."""
 
     target: float = 0.95
-    max_steps: int = 300
+    max_steps: int = 200
     every: int = 2
     batch_size: int = 24
     rehearsal_size: int = 32

@@ -211,7 +211,7 @@ def rows(cfg: TasksSettings) -> Iterator[Row]:
 def main(cfg: Any) -> None:
     with SCRIPT.errors():
         settings = SCRIPT.check(cfg)
-        show_and_write(rows(settings), settings.output, config=plain(cfg))
+        show_and_write(rows(settings), settings.output, config=plain(cfg), quiet=("items",))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_frontier_has_every_method_at_every_rate(tmp_path):
     cfg = settings(frontier.SCRIPT, "forgetting_frontier", f"cells={tmp_path}", "seeds=[0,1]", "output=null")
     cells = frontier.cells_of(cfg)
     trained = [cell for cell in cells if "lr" in cell.settings and cell.method != frontier.GENERATED]
-    names = set(frontier.arms_of(None, cfg.remedies)) - {frontier.GENERATED, *cfg.bases}
+    names = set(frontier.arms_of(None, cfg.variants)) - {frontier.GENERATED, *cfg.bases}
     assert {cell.method for cell in trained} == names
     assert len(trained) == 2 * len(names) * len(cfg.learning_rates)
     assert [row["method"] for row in frontier.skipped(cfg)] == ["slots_kl", "slots_random", "slots_tfidf"]
@@ -147,6 +147,10 @@ def test_wrong_methods_are_one_line():
         frontier.parts_by_name({"move": "lora_8"}, "mine")
     with pytest.raises(ValueError, match="mine needs moves, and start=adapters or none"):
         frontier.parts_by_name({"moves": "lora_8", "start": "anything"}, "mine")
+    for chosen, wrong in (({"lora_8": {"ranks": 3}}, "'ranks'"), ({"lora_8": 3}, "{'lora_8': 3}")):
+        with pytest.raises(ValueError, match=f"The moves lora_8 has no setting {wrong}; there are rank"):
+            frontier.parts_by_name({"moves": chosen}, "mine")
+    assert frontier.parts_by_name({"moves": {"lora_8": {"rank": 3}}}, "mine")["moves"]["rank"] == 3
     cfg = settings(tasks.SCRIPT, "forgetting_tasks", "methods=[nothing]", "output=null")
     with pytest.raises(ValueError, match="There is no method 'nothing': choose of lora, expert_per_task"):
         tasks.cells_of(cfg)
@@ -166,9 +170,9 @@ def test_smoke_of_all_three(tmp_path):
         "workers=1",
     ]
     known = [f"known.{name}={getattr(SMALL, name)}" for name in ("num_background", "num_in_context", "num_unknown")]
-    given = ["moves=[rows_tfidf]", "remedies={}", "learning_rates=[1e-3]", "known.num_texts=1", "known.wikitext=null"]
+    given = ["moves=[rows_tfidf]", "variants={}", "learning_rates=[1e-3]", "known.num_texts=1", "known.wikitext=null"]
     cfg = settings(frontier.SCRIPT, "forgetting_frontier", *small, *known, *given)
-    cfg = cfg.model_copy(update={"remedies": {"kept": {"moves": "lora_2", "rehearsal": "replay"}}})
+    cfg = cfg.model_copy(update={"variants": {"kept": {"moves": "lora_2", "rehearsal": "replay"}}})
     rows = list(frontier.rows(cfg))
     assert [row["kind"] for row in rows] == ["before", "adapter", "learned", "learned"]
     assert rows[0]["new"] == 0 and rows[1]["new"] == 1 and rows[2]["frozen_difference"] == 0

@@ -1,7 +1,7 @@
 """New against retained, for every method, at matched acquisition: `python -m benchmarks.forgetting.frontier`
 
 Each method of conf/consolidation/moves, and each variant, learns the same new facts to the same target accuracy at
-every learning rate of one list; then is measured what was known before. A method is added by its class and a YAML there.
+every learning rate of one list; then is measured what was known before. A method is added by its class and a YAML.
 
 kind       one row for
 before     a seed: what the base model knows, and the new facts before and with their sentence in the prompt

@@ -232,6 +232,6 @@ def test_training_ends_when_enough_is_learned(model, memories):
     assert len(never.losses) == 12 and never.losses[:6] == trained.losses
 
 
-def test_learning_rate_stays_after_the_warmup_where_learning_ends_training():
+def test_learning_rate_stays_where_what_is_learned_ends_training():
     assert [_share_of_lr(step, 100, constant=True) for step in (0, 9, 50, 99)] == [0.1, 1.0, 1.0, 1.0]
     assert [round(_share_of_lr(step, 100, constant=False), 3) for step in (0, 50)] == [0.1, 0.5]

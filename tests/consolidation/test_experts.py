@@ -53,7 +53,7 @@ def test_weights_are_the_sum_of_shared_and_own_in_float64(model, trained):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_next_task_starts_from_what_is_shared_and_a_neutral_expert(model, trained):
+def test_next_task_starts_from_shared_and_a_neutral_expert(model, trained):
     moves = trained.next(seed=0)
     parameters = moves.start(model, None, seed=5)
     for name, value in trained._common.items():

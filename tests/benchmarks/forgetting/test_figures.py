@@ -22,7 +22,7 @@ def rows():
     return [*before, *random, *tfidf]
 
 
-def test_rate_is_chosen_by_target_first_and_half_of_the_background(rows):
+def test_rate_is_chosen_by_target_first_then_half_the_questions(rows):
     assert {name: own[0]["lr"] for name, own in chosen(rows).items()} == {"rows_random": 0.1, "rows_tfidf": 0.1}
 
 
@@ -63,7 +63,7 @@ def test_spurious_and_tasks_are_means_over_seeds():
     assert markdown(found, "tasks").splitlines()[2] == "| lora | 0.50 | 0.40 | 0.60 | -0.50 | 0.90 | 1.00 |"
 
 
-def test_curves_have_the_rates_and_no_table_is_wider_than_seven(rows):
+def test_curves_have_the_rates_and_tables_seven_columns_at_most(rows):
     panels = curves(rows).panels
     assert [point.x for point in panels[0].series[1].points] == [0.01, 0.1, 1.0]
     assert panels[1].series[0].points[0].y == pytest.approx(0.75)

@@ -163,7 +163,7 @@ def test_smoke_of_all_three(tmp_path):
     small = [
         "seeds=[0]",
         "num_facts=2",
-        "max_steps=12",
+        "max_steps=6",
         "num_replayed=4",
         f"cells={tmp_path}",
         "output=null",

@@ -46,7 +46,7 @@ class FrontierSettings(LearningSettings):
 
     num_facts: Count
     known: dict[str, Any]
-    moves: list[Text] | None
+    methods: list[Text] | None
     variants: dict[str, dict[str, Any]]
     bases: dict[str, Text | None]
     learning_rates: list[Above0]
@@ -57,18 +57,23 @@ SCRIPT = Script("benchmarks.forgetting.frontier", FrontierSettings)
 ELSEWHERE = ("seeds", "cells", "output", "workers")
 
 
-def arms_of(moves: Sequence[str] | None, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Method → settings of its parts: each of `moves` by itself, and the variants.
+def arms_of(methods: Sequence[str] | None, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Method → settings of its parts: each of conf/consolidation/moves by itself, and the variants.
+
+    Args:
+        methods: those that are wanted; None: all.
 
     Raises:
-        ValueError: an unknown part, or a name that there is twice.
+        ValueError: an unknown method or part, or a name that there is twice.
     """
-    arms = {name: {"moves": name} for name in (parts_of("moves") if moves is None else moves)}
-    if GENERATED in arms:
-        arms[GENERATED]["start"] = "adapters"
+    arms = {name: {"moves": name} for name in parts_of("moves")}
+    arms[GENERATED]["start"] = "adapters"
     if twice := sorted({*arms, *NOTHING_MOVES} & {*variants}):
         raise ValueError(f"There is a method {twice[0]!r} already. Give the variant another name.")
-    return {name: parts_by_name(arm, name) for name, arm in {**arms, **variants}.items()}
+    arms |= variants
+    if unknown := sorted({*(methods or ())} - {*arms}):
+        raise ValueError(f"There is no method {unknown[0]!r}: choose of {', '.join(arms)}.")
+    return {name: parts_by_name(arm, name) for name, arm in arms.items() if methods is None or name in methods}
 
 
 def parts_by_name(arm: dict[str, Any], name: str) -> dict[str, Any]:
@@ -101,8 +106,8 @@ def _part(group: str, chosen: Any) -> dict[str, Any]:
 
 def cells_of(cfg: FrontierSettings) -> list[Cell]:
     """Seed after seed, so that what is there after an hour is whole."""
-    arms = arms_of(cfg.moves, cfg.variants)
-    own = (*ELSEWHERE, "moves", "variants", "bases", "learning_rates")
+    arms = arms_of(cfg.methods, cfg.variants)
+    own = (*ELSEWHERE, "methods", "variants", "bases", "learning_rates")
     common = {key: value for key, value in cfg.model_dump().items() if key not in own}
     arms = {name: arm for name, arm in arms.items() if cfg.bases.get(name, "") is not None}
     others = dict.fromkeys(str(cfg.bases[name]) for name in arms if name in cfg.bases)
@@ -119,7 +124,7 @@ def cells_of(cfg: FrontierSettings) -> list[Cell]:
 
 def skipped(cfg: FrontierSettings) -> list[Row]:
     """A row for each method that needs a base model of its own and has none."""
-    there = arms_of(cfg.moves, cfg.variants)
+    there = arms_of(cfg.methods, cfg.variants)
     reason = "it needs a base model of its own: name one in bases"
     return [
         {"kind": "skipped", "method": name, "reason": reason}

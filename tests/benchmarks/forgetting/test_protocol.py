@@ -142,7 +142,9 @@ def test_frontier_has_every_method_at_every_rate(tmp_path):
 
 def test_wrong_methods_are_one_line():
     with pytest.raises(ValueError, match="There is a method 'everything' already"):
-        frontier.arms_of(["everything"], {"everything": {"moves": "lora_8"}})
+        frontier.arms_of(None, {"everything": {"moves": "lora_8"}})
+    with pytest.raises(ValueError, match="There is no method 'every': choose of everything, "):
+        frontier.arms_of(["every"], {})
     with pytest.raises(ValueError, match="mine has no part 'move': give moves"):
         frontier.parts_by_name({"move": "lora_8"}, "mine")
     with pytest.raises(ValueError, match="mine needs moves, and start=adapters or none"):
@@ -170,7 +172,7 @@ def test_smoke_of_all_three(tmp_path):
         "workers=1",
     ]
     known = [f"known.{name}={getattr(SMALL, name)}" for name in ("num_background", "num_in_context", "num_unknown")]
-    given = ["moves=[rows_tfidf]", "variants={}", "learning_rates=[1e-3]", "known.num_texts=1", "known.wikitext=null"]
+    given = ["methods=[rows_tfidf,kept]", "learning_rates=[1e-3]", "known.num_texts=1", "known.wikitext=null"]
     cfg = settings(frontier.SCRIPT, "forgetting_frontier", *small, *known, *given)
     cfg = cfg.model_copy(update={"variants": {"kept": {"moves": "lora_2", "rehearsal": "replay"}}})
     rows = list(frontier.rows(cfg))

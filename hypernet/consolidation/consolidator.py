@@ -44,6 +44,14 @@ _KEPT_BYTES = 2**28  # of outputs of the base model
 _PAIRS = 8  # of preferred answers in a step
 _TEXTS = 4  # rehearsed in a step
 _STEPS = 24, 4.8  # and for each memory: 48 for five, 144 for 25; of 64 four of the last five were not learned
+_WARMUP_STEPS = 10  # where training ends by what is learned, so that the last step allowed changes nothing before it
+
+
+class Enough(NamedTuple):
+    """When what is learned ends training: reached: of the weights so far, by name. every: steps between asking it."""
+
+    reached: Callable[[Mapping[str, Tensor]], bool]
+    every: int = 5
 
 
 class Lesson(NamedTuple):
@@ -185,6 +193,7 @@ class Consolidator:
         start: MovedWeights | None = None,
         checkpoint: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
+        enough: Enough | None = None,
     ) -> Trained:
         """The base model's weights with the memories in them.
 
@@ -193,6 +202,7 @@ class Consolidator:
             start: weights to start from; None: the base model's.
             checkpoint: a file to go on from; it is left for the caller to remove.
             progress: called with (steps done, steps altogether).
+            enough: ends training before its last step; the learning rate then stays what it is after the warmup.
 
         Raises:
             ValueError: there is nothing to ask about the memories, or what moves or the remedy lacks what it needs.
@@ -230,9 +240,8 @@ class Consolidator:
             lessons = rng.sample(old, size_old) + rng.sample(own, min(self.batch_size - size_old, len(own)))
             again = rng.sample(rehearsed, min(self.rehearsal_size, len(rehearsed)))
             read = rng.sample(texts, min(_TEXTS, len(texts)))
-            warm = min(1.0, (step + 1) / max(1, steps // 10))
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+                group["lr"] = self.lr * _share_of_lr(step, steps, constant=enough is not None)
             loss = self._loss(
                 model, parameters, lessons, (again, read), frozen, seed=self.seed * 1_000_003 + step, tokens=tokens
             )
@@ -246,6 +255,10 @@ class Consolidator:
                 _store(checkpoint, parameters, optimizer, step + 1)
             if progress is not None:
                 progress(step + 1, steps)
+            if enough is not None and (step + 1) % enough.every == 0:
+                with torch.no_grad():
+                    if enough.reached(self.moves.tensors(model, parameters)):
+                        break
         if parameters and realigned:
             self._realign(model, parameters, realigned, tokens)
         size = sum(parameter.numel() for parameter in model.base_model.parameters())
@@ -342,6 +355,13 @@ class Consolidator:
         ends = end_ids(model.base_model, model.tokenizer)
         answers = [decode_answer(model.tokenizer, row, ends) for row in drawn]
         return [lesson._replace(answer=answer) for lesson, answer in zip(lessons, answers, strict=True)]
+
+
+def _share_of_lr(step: int, steps: int, *, constant: bool) -> float:
+    """Of the peak: a linear warmup, then a cosine to 0 or 1."""
+    warmup = _WARMUP_STEPS if constant else max(1, steps // 10)
+    warm = min(1.0, (step + 1) / warmup)
+    return warm if constant else warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 _NUMBERS = ("steps", "batch_size", "rehearsal_size", "lr", "seed")

@@ -112,28 +112,42 @@ def _span(model: DocToLoRA, edit: Edit, prefix: str | None, prompt: Sequence[int
     return held[0], held[-1]
 
 
-def down_paths(model: DocToLoRA, layers: Sequence[int]) -> list[str]:
+def editable(model: DocToLoRA, layers: Sequence[int]) -> list[str]:
     """Module paths of the down projections of these blocks, ascending.
 
     Raises:
-        ValueError: there is no such block or layer, or a norm stands behind it.
+        ValueError: there is no such block or layer, it is the last, or a norm stands behind it.
     """
+    every = down_paths(model)
     if not layers or len(set(layers)) < len(layers):
         raise ValueError(f"layers are {list(layers)}. Give different ones, at least one.")
-    (target,) = find_targets(model.base_model, [DOWN])
-    if wrong := [layer for layer in layers if not 0 <= layer < len(target.paths) or target.paths[layer] is None]:
+    if wrong := [layer for layer in layers if not 0 <= layer < len(every) - 1]:
         raise ValueError(
-            f"The base model has no {DOWN} in block {wrong[0]}; it has {len(target.paths)} blocks, from 0. Choose "
-            "others."
+            f"Block {wrong[0]} cannot be edited: the base model has {len(every)}, from 0, and what the last one gives "
+            "at a subject reaches no answer. Choose others."
         )
+    return [every[layer] for layer in sorted(layers)]
+
+
+def down_paths(model: DocToLoRA) -> list[str]:
+    """Module path of every block's down projection.
+
+    Raises:
+        ValueError: a block has none, or a norm stands behind it.
+    """
+    (target,) = find_targets(model.base_model, [DOWN])
     decoder, name = find_blocks(model.base_model)
+    kind = type(model.base_model).__name__
     for norm in _NORMS:
         if hasattr(getattr(decoder, name)[0], norm):
             raise ValueError(
-                f"The blocks of {type(model.base_model).__name__} have a {norm} behind {DOWN}, which edits in closed "
-                "form cannot see through. Take a Llama-like base model."
+                f"The blocks of {kind} have a {norm} behind {DOWN}, which edits in closed form cannot see through. "
+                "Take a Llama-like base model."
             )
-    return [str(target.paths[layer]) for layer in sorted(layers)]
+    paths = [path for path in target.paths if path is not None]
+    if len(paths) < len(target.paths):
+        raise ValueError(f"Some blocks of {kind} have no {DOWN}. Take a Llama-like base model.")
+    return paths
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from hypernet.consolidation.editing.edits import (
     Edited,
     Editor,
     at_subjects,
-    down_paths,
     edit_rows,
+    editable,
     mean_by_owner,
 )
 from hypernet.consolidation.editing.moments import KeyMoments
@@ -60,7 +60,7 @@ class Memit(Editor):
         self.weight, self.damping = weight, damping
 
     def edit(self, model: DocToLoRA, edits: Sequence[Edit], *, start: Edited | None = None) -> Edited:
-        paths = down_paths(model, self.layers)
+        paths = editable(model, self.layers)
         moments = self.moments.of(model, paths)
         tensors = {} if start is None else dict(start.weights.tensors)
         past = {} if start is None else dict(start.past)

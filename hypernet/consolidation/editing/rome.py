@@ -10,8 +10,8 @@ from hypernet.consolidation.editing.edits import (
     Edited,
     Editor,
     at_subjects,
-    down_paths,
     edit_rows,
+    editable,
     mean_by_owner,
 )
 from hypernet.consolidation.editing.moments import KeyMoments
@@ -45,7 +45,7 @@ class Rome(Editor):
         self.layer, self.moments, self.search, self.damping = layer, moments, search or ValueSearch(), damping
 
     def edit(self, model: DocToLoRA, edits: Sequence[Edit], *, start: Edited | None = None) -> Edited:
-        (path,) = down_paths(model, [self.layer])
+        (path,) = editable(model, [self.layer])
         moment = damped(self.moments.of(model, [path])[path], self.damping)
         tensors = {} if start is None else dict(start.weights.tensors)
         edit_rows(model, edits)  # all that can be wrong with one is found before the first is made

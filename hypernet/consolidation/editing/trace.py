@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hypernet.base.targets import find_blocks
 from hypernet.consolidation.editing.edits import Edit, at_subjects, down_paths, edit_rows
 from hypernet.consolidation.editing.values import answer_nll
 from hypernet.doc_to_lora import DocToLoRA
@@ -26,9 +25,8 @@ def causal_trace(
 
     Source: Meng et al. 2022, section 2.1, https://arxiv.org/abs/2202.05262.
     """
-    decoder, blocks = find_blocks(model.base_model)
-    num_layers = len(getattr(decoder, blocks))
-    paths = down_paths(model, range(num_layers))
+    paths = down_paths(model)
+    num_layers = len(paths)
     rows = edit_rows(model, known)
     own = {path: output for path, (_, output) in at_subjects(model, rows, paths).items()}
     embeddings = model.base_model.get_input_embeddings()

@@ -1,0 +1,1 @@
+"""What is lost when something new is learned, by every method on one base model."""

@@ -1,1 +1,1 @@
-"""What is lost when something new is learned, by every method on one base model."""
+"""What learning costs: new facts against what was known before, by method, at matched acquisition."""

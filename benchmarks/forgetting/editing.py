@@ -75,6 +75,7 @@ class Bench:
 
         torch.set_num_threads(cfg.threads)
         self.cfg = cfg
+        self._changes: dict[int, list[Any]] = {}
         # bfloat16 rounds away what an edit moves.
         self.model = DocToLoRA.from_pretrained(cfg.checkpoint).float().eval().requires_grad_(False)
         # Of other subjects and values than the facts: no name of the split "train" is one of "known".
@@ -85,6 +86,17 @@ class Bench:
             questions=[question.text for record in records for question in record.questions],
             folder=cfg.moments_dir,
         )
+
+    def changes(self, seed: int) -> list[Any]:
+        """The same for all arms of a seed."""
+        from benchmarks.forgetting.editing_arms import draw
+
+        if seed not in self._changes:
+            cfg = self.cfg
+            numbers = {"num_neighbours": cfg.num_neighbours, "num_decoys": cfg.num_decoys}
+            drawn = draw(self.model, max(cfg.sizes), seed=seed, statements=cfg.statements, **numbers)
+            self._changes = {seed: drawn}
+        return self._changes[seed]
 
     def arm(self, name: str, seed: int) -> Any:
         """The class of an arm.
@@ -129,18 +141,9 @@ class Bench:
         """Of a cell."""
         import torch
 
-        from benchmarks.forgetting.editing_arms import draw
         from hypernet.base.base_model import fingerprint
 
-        cfg, arm = self.cfg, self.arm(name, seed)
-        changes = draw(
-            self.model,
-            max(cfg.sizes),
-            seed=seed,
-            statements=cfg.statements,
-            num_neighbours=cfg.num_neighbours,
-            num_decoys=cfg.num_decoys,
-        )
+        cfg, arm, changes = self.cfg, self.arm(name, seed), self.changes(seed)
         own = fingerprint(self.model.base_model, exact=True)
         for place, (part, sizes) in enumerate(sequences(changes, cfg.sizes, cfg.num_sequences)):
             started = time.process_time()

@@ -13,8 +13,8 @@ from benchmarks.report.tables import Table
 
 NAMES = {
     **{"no_edit": "no edit", "in_prompt": "the new fact in the prompt"},
-    **{"random_rank_one": "random, rank 1, as large as ROME's", "rome": "ROME", "memit": "MEMIT, eight at once"},
-    **{"memit_at_once": "MEMIT, all at once", "alphaedit": "AlphaEdit, eight at once"},
+    **{"random_rank_one": "random, rank 1, as large as ROME's", "rome": "ROME", "memit": "MEMIT, sixteen at once"},
+    **{"memit_at_once": "MEMIT, all at once", "alphaedit": "AlphaEdit, sixteen at once"},
     **{"adapter": "generated adapters, joined", "adapter_routed": "generated adapters, routed"},
     **{"consolidation": "consolidation", "rehearsal": "consolidation with rehearsal"},
 }

@@ -10,7 +10,7 @@ from hypernet.consolidation.editing.memit import AlphaEdit, Memit, null_space, p
 from hypernet.consolidation.editing.moments import KeyMoments
 from hypernet.consolidation.editing.rome import Rome, damped, random_like, rank_one, solved
 from hypernet.consolidation.editing.trace import causal_trace
-from hypernet.consolidation.editing.values import ValueSearch, answer_nll
+from hypernet.consolidation.editing.values import ValueSearch, answer_nll, at_places
 from hypernet.consolidation.weights import MovedWeights, installed
 
 D_FF = 48
@@ -193,7 +193,7 @@ def test_search_lowers_the_answers_nll_within_its_norm(model):
     delta = ValueSearch(**{**SEARCH, "max_norm": 2.0})(model, EDITS, path, replaces=True)
     assert (delta.norm(dim=1) <= 2.0 * own.norm(dim=1) * (1 + 1e-9)).all()
     with torch.no_grad():
-        before, after = answer_nll(model, rows, {}), answer_nll(model, rows, {path: own + delta})
+        before, after = answer_nll(model, rows, {}), answer_nll(model, rows, {path: at_places(rows, own + delta)})
     assert (after < before).all()
     expected = [-value for value in model.log_likelihoods([e.question for e in EDITS], [e.answer for e in EDITS])]
     np.testing.assert_allclose(before.numpy(), expected, rtol=1e-5)  # which are rounded to float32
@@ -316,6 +316,53 @@ def test_memit_is_its_algorithm_with_keys_by_hand(model, moments):
     assert edited.weights.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(edited.weights.tensors[name], tensor, atol=1e-8, rtol=0)
+
+
+def test_rome_through_its_weight_is_delta_times_direction(model, moments):
+    search = ValueSearch(**SEARCH)
+    edited = Rome(layer=1, moments=moments, search=search, damping=0.2, through_weight=True).edit(model, EDITS[:1])
+    ((name, tensor),) = edited.weights.tensors.items()
+    path = name.removesuffix(".weight")
+    k = keys_by_hand(model, prompt_of(model, EDITS[0]), 1)[int(edit_rows(model, EDITS[:1]).places[0])]
+    C = moments.of(model, [path])[path].numpy()
+    u = np.linalg.inv(C + 0.2 * np.trace(C) / len(C) * np.eye(len(C))) @ k
+    direction = torch.from_numpy(u / (u @ k))
+    delta = search(model, EDITS[:1], path, directions={path: direction[None]})[0]
+    torch.testing.assert_close(
+        tensor, model.base_model.get_parameter(name) + torch.outer(delta, direction), atol=1e-8, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["rome", "memit", "alphaedit"])
+def test_weights_answer_as_the_search_through_them_did(model, moments, kind):
+    settings = {"moments": moments, "search": ValueSearch(**SEARCH), "through_weight": True}
+    editor = {
+        "rome": lambda: Rome(layer=1, **settings),
+        "memit": lambda: Memit(layers=[0, 1, 2], weight=1.0, **settings),
+        "alphaedit": lambda: AlphaEdit(layers=[0, 1, 2], threshold=0.5, **settings),
+    }[kind]()
+    told = []
+    search = editor.search
+
+    def kept(*args, directions, **more):
+        told.append((directions, search(*args, directions=directions, **more)))
+        return told[-1][1]
+
+    editor.search = kept
+    kept.prefixes = ()
+    edited = editor.edit(model, EDITS[:1])
+    ((directions, delta),) = told
+    shares = {
+        path: lambda keys, output, d=d[0]: output + (keys @ d)[..., None] * delta[0] / len(directions)
+        for path, d in directions.items()
+    }
+    with torch.no_grad():
+        rows = edit_rows(model, EDITS[:1])
+        before, simulated = answer_nll(model, rows, {}), answer_nll(model, rows, shares)
+        with installed(model.base_model, edited.weights.tensors):
+            after = answer_nll(model, rows, {})
+    torch.testing.assert_close(after, simulated, atol=1e-8, rtol=0)
+    assert after < before - 0.1
 
 
 def test_alphaedit_keeps_the_keys_of_edits_before(model, moments):

@@ -1,6 +1,6 @@
 """Memit: many facts at once, spread over several layers; AlphaEdit: the same inside the null space of other keys."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from hypernet.consolidation.editing.edits import (
     Edit,
     Edited,
     Editor,
+    EditRows,
     at_subjects,
     edit_rows,
     editable,
@@ -37,6 +38,8 @@ class Memit(Editor):
         search: of z.
         weight: of what the layers do for other keys.
         damping: added to C's diagonal, in units of its mean.
+        through_weight: δ is searched for as the layers give it, an equal part each, to every token the share that its
+            keys have; it is divided among them so. False: as the paper has it, at the subject's last token alone.
 
     Raises:
         ValueError: weight is not above 0, or damping below it; at an edit as `Editor.edit`.
@@ -52,12 +55,13 @@ class Memit(Editor):
         search: ValueSearch | None = None,
         weight: float = 100.0,
         damping: float = 1e-3,
+        through_weight: bool = False,
     ) -> None:
         check_damping(damping)
         if not weight > 0:
             raise ValueError(f"weight is {weight}. Give more than 0.")
         self.layers, self.moments, self.search = tuple(layers), moments, search or ValueSearch()
-        self.weight, self.damping = weight, damping
+        self.weight, self.damping, self.through_weight = weight, damping, through_weight
 
     def edit(self, model: DocToLoRA, edits: Sequence[Edit], *, start: Edited | None = None) -> Edited:
         paths = editable(model, self.layers)
@@ -67,20 +71,49 @@ class Memit(Editor):
         decoder, blocks = find_blocks(model.base_model)
         block = getattr(decoder, blocks)[max(self.layers)]
         top = next(path for path, module in model.base_model.named_modules() if module is block)
-        rows = edit_rows(model, edits, self.search.prefixes)
-        alone = edit_rows(model, edits)
+        rows, alone = edit_rows(model, edits, self.search.prefixes), edit_rows(model, edits)
         with installed(model.base_model, tensors):
-            parts = [edits[begin : begin + _BATCH] for begin in range(0, len(edits), _BATCH)]
-            delta = torch.cat([self.search(model, part, top, replaces=False) for part in parts])
+            keys = self._keys(model, rows, paths)
+            directions = self._directions(keys, moments, past) if self.through_weight else None
+            delta = self._searched(model, edits, top, directions)
             target = at_subjects(model, alone, [top])[top][1] + delta
         for place, path in enumerate(paths):
             with installed(model.base_model, tensors):
-                keys = mean_by_owner(at_subjects(model, rows, [path])[path][0], rows.owners).double()
-                left = (target - at_subjects(model, alone, [top])[top][1]).double() / (len(paths) - place)
                 weight = model.base_model.get_parameter(f"{path}.weight").detach()
-            change = self._change(path, left, keys, moments[path], past)
+                if self.through_weight:
+                    own, left = keys[path], delta.double() / len(paths)
+                else:
+                    own = self._keys(model, rows, [path])[path]
+                    left = (target - at_subjects(model, alone, [top])[top][1]).double() / (len(paths) - place)
+            change = self._change(path, left, own, moments[path], past)
             tensors[f"{path}.weight"] = (weight.double() + change).to(weight.dtype)
         return Edited(MovedWeights(tensors), past)
+
+    @staticmethod
+    def _keys(model: DocToLoRA, rows: EditRows, paths: Sequence[str]) -> dict[str, Tensor]:
+        """Path → of each edit the mean over its prompts, [E, d_in], float64."""
+        found = at_subjects(model, rows, paths)
+        return {path: mean_by_owner(found[path][0], rows.owners).double() for path in paths}
+
+    def _searched(
+        self, model: DocToLoRA, edits: Sequence[Edit], top: str, directions: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        found = []
+        for begin in range(0, len(edits), _BATCH):
+            part = slice(begin, begin + _BATCH)
+            own = None if directions is None else {path: d[part] for path, d in directions.items()}
+            found.append(self.search(model, edits[part], top, directions=own))
+        return torch.cat(found)
+
+    def _directions(
+        self, keys: Mapping[str, Tensor], moments: Mapping[str, Tensor], past: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Path → d of each edit, [E, d_in], with ΔW = δ dᵀ if it were the only one."""
+        one = torch.ones(1, 1, dtype=torch.float64, device=next(iter(keys.values())).device)
+        return {
+            path: torch.cat([self._change(path, one, key[None], moments[path], dict(past)) for key in own])
+            for path, own in keys.items()
+        }
 
     def _change(self, path: str, left: Tensor, keys: Tensor, moment: Tensor, past: dict[str, Tensor]) -> Tensor:
         return spread(left, keys, self.weight * damped(moment, self.damping))
@@ -93,7 +126,7 @@ class AlphaEdit(Memit):
     ΔW C = 0 up to these. K_p are the keys of the edits before.
 
     Args:
-        layers, moments, search: as `Memit`.
+        layers, moments, search, through_weight: as `Memit`.
         threshold: between 0 and 1.
         weight: of ‖ΔW‖², in units of C's mean diagonal.
 
@@ -112,8 +145,11 @@ class AlphaEdit(Memit):
         search: ValueSearch | None = None,
         threshold: float = 1e-2,
         weight: float = 1e-2,
+        through_weight: bool = False,
     ) -> None:
-        super().__init__(layers=layers, moments=moments, search=search, weight=weight, damping=0.0)
+        super().__init__(
+            layers=layers, moments=moments, search=search, weight=weight, damping=0.0, through_weight=through_weight
+        )
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is {threshold}. Give a number between 0 and 1.")
         self.threshold = threshold

@@ -31,6 +31,8 @@ class Rome(Editor):
         moments: C of each layer.
         search: of v*.
         damping: added to C's diagonal, in units of its mean; for few texts.
+        through_weight: v* is searched for as W' gives it, to every token the share that its key has; False: as eq. 4
+            has it, at the subject's last token alone, whatever W' does to the others.
 
     Raises:
         ValueError: damping is below 0; at an edit, C is singular, or as `Editor.edit`.
@@ -39,10 +41,17 @@ class Rome(Editor):
     """
 
     def __init__(
-        self, *, layer: int, moments: KeyMoments, search: ValueSearch | None = None, damping: float = 1e-3
+        self,
+        *,
+        layer: int,
+        moments: KeyMoments,
+        search: ValueSearch | None = None,
+        damping: float = 1e-3,
+        through_weight: bool = False,
     ) -> None:
         check_damping(damping)
         self.layer, self.moments, self.search, self.damping = layer, moments, search or ValueSearch(), damping
+        self.through_weight = through_weight
 
     def edit(self, model: DocToLoRA, edits: Sequence[Edit], *, start: Edited | None = None) -> Edited:
         (path,) = editable(model, [self.layer])
@@ -51,12 +60,17 @@ class Rome(Editor):
         edit_rows(model, edits)  # all that can be wrong with one is found before the first is made
         for edit in edits:
             with installed(model.base_model, tensors):
-                delta = self.search(model, [edit], path, replaces=True)
                 rows = edit_rows(model, [edit], self.search.prefixes)
                 keys, outputs = at_subjects(model, rows, [path])[path]
-                weight = model.base_model.get_parameter(f"{path}.weight").detach()
-                value = (outputs[0] + delta[0]).double() - _bias(model, path)
                 key = mean_by_owner(keys, rows.owners)[0].double()
+                weight = model.base_model.get_parameter(f"{path}.weight").detach()
+                if self.through_weight:
+                    direction = rank_one_direction(key, moment)
+                    delta = self.search(model, [edit], path, directions={path: direction[None]})
+                    value = weight.double() @ key + delta[0].double()
+                else:
+                    delta = self.search(model, [edit], path, replaces=True)
+                    value = (outputs[0] + delta[0]).double() - _bias(model, path)
                 change = rank_one(weight.double(), key, value, moment)
             tensors[f"{path}.weight"] = (weight.double() + change).to(weight.dtype)
         return Edited(MovedWeights(tensors))
@@ -89,8 +103,17 @@ def rank_one(weight: Tensor, key: Tensor, value: Tensor, moment: Tensor) -> Tens
     Raises:
         ValueError: C is singular.
     """
+    return torch.outer(value - weight @ key, rank_one_direction(key, moment))
+
+
+def rank_one_direction(key: Tensor, moment: Tensor) -> Tensor:
+    """u / (uᵀ k*) with u = C⁻¹ k*, [d_in]: the share of v* - W k* that W' gives a key is its product with this.
+
+    Raises:
+        ValueError: C is singular.
+    """
     direction = solved(moment, key[:, None])[:, 0]
-    return torch.outer(value - weight @ key, direction) / (direction @ key)
+    return direction / (direction @ key)
 
 
 def solved(moment: Tensor, right: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hypernet.consolidation.editing.edits import Edit, at_subjects, down_paths, edit_rows
-from hypernet.consolidation.editing.values import answer_nll
+from hypernet.consolidation.editing.values import answer_nll, at_places
 from hypernet.doc_to_lora import DocToLoRA
 
 
@@ -48,7 +48,9 @@ def causal_trace(
             corrupted = answer_nll(model, rows, {}).neg().exp().mean()
             for layer in range(num_layers):
                 near = paths[max(0, layer - window // 2) : layer + (window + 1) // 2]
-                restored = answer_nll(model, rows, {path: own[path] for path in near}).neg().exp().mean()
+                restored = (
+                    answer_nll(model, rows, {path: at_places(rows, own[path]) for path in near}).neg().exp().mean()
+                )
                 effects[layer] += float(restored - corrupted) / num_samples
         finally:
             handle.remove()

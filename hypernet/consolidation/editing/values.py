@@ -5,7 +5,7 @@ delta = search(model, edits, path, replaces=True)     # [E, D]
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -60,13 +60,23 @@ class ValueSearch:
         self.steps, self.lr, self.enough, self.kl_weight, self.max_norm = steps, lr, enough, kl_weight, max_norm
         self.prefixes, self.essence = tuple(prefixes), essence
 
-    def __call__(self, model: DocToLoRA, edits: Sequence[Edit], path: str, *, replaces: bool) -> Tensor:
+    def __call__(
+        self,
+        model: DocToLoRA,
+        edits: Sequence[Edit],
+        path: str,
+        *,
+        replaces: bool = False,
+        directions: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """δ* of each edit, [E, D], by the weights that are in the base model now.
 
         Args:
             path: of the module whose output changes: a down projection or a block.
-            replaces: every prompt gets the same vector, m of the question alone + δ, as in ROME; False: each its own
-                m + δ, as in MEMIT.
+            replaces: every prompt gets the same vector, m of the question alone + δ; False: each its own m + δ.
+            directions: path of a down projection → d of each edit, [E, d_in]: with n of these each gives a token with
+                key k its own output + (kᵀd) δ / n, as W + δ dᵀ / n does; None: the module at `path` changes, at the
+                subject's last token alone.
         """
         asked = [Edit(edit.subject, self._essence(edit), "") for edit in edits] if self.kl_weight else []
         rows = edit_rows(model, [*edits, *asked], self.prefixes)  # one forward pass for both terms
@@ -74,7 +84,14 @@ class ValueSearch:
         alone = own[rows.owners.diff(prepend=-torch.ones_like(rows.owners[:1])) > 0][: len(edits)]
         owners = rows.owners % len(edits)
         start = alone[owners] if replaces else own
-        before = _answers(model, rows, {path: own}).detach()
+
+        def changes(delta: Tensor) -> dict[str, Change]:
+            if directions is None:
+                return {path: at_places(rows, start + delta[owners])}
+            each = delta[owners, None] / len(directions)
+            return {name: _through(d[owners], each) for name, d in directions.items()}
+
+        before = _answers(model, rows, {}).detach()
         facing = _first(rows) & (rows.owners >= len(edits))[:, None]
         answers = _answered(rows) & (rows.owners < len(edits))[:, None]
         # In units of the root mean square, so that one lr serves base models of any width.
@@ -86,7 +103,7 @@ class ValueSearch:
         found = torch.zeros_like(alone)
         for step in range(self.steps + 1):
             delta = self._bounded(unit * free, scale)
-            after = _answers(model, rows, {path: start + delta[owners]})
+            after = _answers(model, rows, changes(delta))
             nll = self._mean(rows, answers, -_of_targets(after, rows), owners)
             found = torch.where(done[:, None], found, delta.detach())
             done = done | (nll.detach() < self.enough)
@@ -119,14 +136,25 @@ class ValueSearch:
         return delta * (self.max_norm * scale / norm).clamp(max=1.0)
 
 
-def answer_nll(model: DocToLoRA, rows: EditRows, values: Mapping[str, Tensor]) -> Tensor:
-    """-log p of each row's answer, in nats, [R].
+# Of what enters a module [R, S, d_in] and leaves it [R, S, D], what leaves it instead.
+Change = Callable[[Tensor, Tensor], Tensor]
 
-    Args:
-        values: module path → vectors [R, D] in the place of the module's output at the subjects' last tokens.
-    """
-    each = -_of_targets(_answers(model, rows, values), rows)
+
+def at_places(rows: EditRows, values: Tensor) -> Change:
+    """Vectors [R, D] in the place of a module's output at the subjects' last tokens."""
+    index = torch.arange(len(rows.places), device=rows.places.device)
+    return lambda _, output: output.index_put((index, rows.places), values.to(output))
+
+
+def answer_nll(model: DocToLoRA, rows: EditRows, changes: Mapping[str, Change]) -> Tensor:
+    """-log p of each row's answer, in nats, [R], with these modules, by their paths, changed."""
+    each = -_of_targets(_answers(model, rows, changes), rows)
     return each.new_zeros(len(rows.places)).index_add(0, _answered(rows).nonzero()[:, 0], each)
+
+
+def _through(directions: Tensor, delta: Tensor) -> Change:
+    """Of d [R, d_in] and δ [R, 1, D], each row's."""
+    return lambda keys, output: output + torch.einsum("rsd,rd->rs", keys, directions.to(keys))[..., None] * delta
 
 
 def _answered(rows: EditRows) -> Tensor:
@@ -142,17 +170,16 @@ def _of_targets(log_p: Tensor, rows: EditRows) -> Tensor:
     return log_p.gather(1, rows.rows.targets()[_answered(rows)][:, None])[:, 0]
 
 
-def _answers(model: DocToLoRA, rows: EditRows, values: Mapping[str, Tensor]) -> Tensor:
+def _answers(model: DocToLoRA, rows: EditRows, changes: Mapping[str, Change]) -> Tensor:
     """Log-probabilities where answer tokens are predicted, [N, V]."""
-    where, index = _answered(rows), torch.arange(len(rows.places), device=rows.places.device)
-    head = model.base_model.get_output_embeddings()
+    where, head = _answered(rows), model.base_model.get_output_embeddings()
     model.injector.clear()
     with ExitStack() as undo:
         undo.callback(head.register_forward_pre_hook(lambda _, args: (args[0][where],)).remove)
-        for path, own in values.items():
+        for path, change in changes.items():
 
-            def put(_module: nn.Module, _args: object, output: Any, *, own: Tensor = own) -> Any:
-                changed = first_of(output).index_put((index, rows.places), own.to(first_of(output)))
+            def put(_module: nn.Module, args: Any, output: Any, *, change: Change = change) -> Any:
+                changed = change(args[0], first_of(output))
                 return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
             undo.callback(model.base_model.get_submodule(path).register_forward_hook(put).remove)

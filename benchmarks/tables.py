@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from benchmarks.forgetting import figures as forgetting
 from benchmarks.measuring.rows import Row, Rows, merged, read_rows
 from benchmarks.memory import nights_tables, surface_figures
 from benchmarks.report import figures
@@ -25,8 +26,8 @@ SUMMARY = f"{RESULTS}/summary.html"
 # The page of all sweeps and what a person says of it are of these, in this order.
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
 FILES = (
-    *("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "docs/serving.md", "docs/scale.md"),
-    "assets/tiny/README.md",
+    *("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "docs/forgetting.md"),
+    *("docs/serving.md", "docs/scale.md", "assets/tiny/README.md"),
 )
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "niah": figures.needles,
@@ -39,6 +40,8 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "memory_break_even": surface_figures.cheapest,
     "memory_cadence": surface_figures.regrets,
     "memory_nights": nights_tables.nights_figure,
+    "forgetting_frontier": forgetting.curves,
+    "forgetting_spurious": forgetting.recoveries,
 }
 # The main figures of the shipped model: what is asked → file, the rows' place there.
 MAIN = {
@@ -273,6 +276,11 @@ def _nights(part: str) -> Callable[[], str]:
     return lambda: nights_tables.markdown(read("memory_nights"), part)
 
 
+def _forgetting(part: str) -> Callable[[], str]:
+    name = part if part in ("spurious", "tasks") else "frontier"
+    return lambda: forgetting.markdown(read(f"forgetting_{name}"), part)
+
+
 PROJECTED = ("serving_ingest", "serving_load", "memory_store", "training_speed_gpu")
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
@@ -307,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_cadence": _surface("memory_cadence", "cadence"),
     "memory_cadence_ratios": _surface("memory_cadence", "cadence_ratios"),
     **{f"memory_{part}": _nights(part) for part in nights_tables.TABLES},
+    **{f"forgetting_{part}": _forgetting(part) for part in forgetting.TABLES},
     "serving_load": _speed("serving.load", "serving_load"),
     "serving_load_smollm2": _speed("serving.load", "serving_load_smollm2"),
     "serving_ingest": _speed("serving.ingest", "serving_ingest"),

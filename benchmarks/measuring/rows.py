@@ -50,12 +50,18 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, run: dict[st
         temporary.unlink(missing_ok=True)
 
 
-def show_and_write(rows: Iterable[Row], output: str | None, *, config: dict[str, Any]) -> None:
-    """Prints each row as soon as it is measured, rounded; then writes all of them, unless output is None."""
+def show_and_write(
+    rows: Iterable[Row], output: str | None, *, config: dict[str, Any], quiet: Sequence[str] = ()
+) -> None:
+    """Prints each row as soon as it is measured, rounded; then writes all of them, unless output is None.
+
+    Args:
+        quiet: keys that are written alone.
+    """
     measured = []
     for row in rows:
         measured.append(rounded(row))
-        print("  ".join(f"{name}={value}" for name, value in measured[-1].items()), flush=True)
+        print("  ".join(f"{name}={value}" for name, value in measured[-1].items() if name not in quiet), flush=True)
     if output:
         write_rows(output, measured, run=describe_run(config))
 

@@ -18,6 +18,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,9 @@ class NightsSettings(Settings):
     num_facts: Count
     gate: dict[str, Any]
     moves: dict[str, Any]
+    objective: dict[str, Any]
     rehearsal: dict[str, Any]
+    remedy: dict[str, Any]
     steps: Count | None
     lr: float
     batch_size: Count
@@ -128,6 +131,7 @@ class House:
 
         from hypernet.consolidation.consolidation import Consolidation
         from hypernet.consolidation.consolidator import Consolidator
+        from hypernet.consolidation.rehearsal import OtherSubjects
         from hypernet.consolidation.sleep import Sleep
         from hypernet.data.encyclopedia import Encyclopedia, background_questions
         from hypernet.memory.memory import Memory
@@ -139,10 +143,12 @@ class House:
         model = _model(checkpoint or cfg.checkpoint)
         self.memory = Memory.open(Path(self._folder.name) / "memory", model=model)
         numbers = {name: getattr(cfg, name) for name in ("steps", "lr", "batch_size", "rehearsal_size")}
-        parts = {"moves": instantiate(cfg.moves), "rehearsal": instantiate(cfg.rehearsal)}
+        parts = {name: instantiate(getattr(cfg, name)) for name in ("moves", "objective", "rehearsal", "remedy")}
+        if isinstance(parts["rehearsal"], partial):
+            parts["rehearsal"] = parts["rehearsal"](questions=_known(seed, cfg.num_known))
+        elif cfg.num_known and "rehearsal" not in changes and isinstance(parts["rehearsal"], OtherSubjects):
+            parts["rehearsal"].also = tuple(_known(seed, cfg.num_known))
         given = {**numbers, **parts, **changes}
-        if cfg.num_known and "rehearsal" not in changes:
-            given["rehearsal"].also = tuple(_known(seed, cfg.num_known))
         rng = Encyclopedia("known", seed=seed).rng("background")
         asked = [question for question in background_questions(held_out=True)]
         self.background = rng.sample(asked, min(cfg.num_background, len(asked)))

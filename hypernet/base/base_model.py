@@ -6,6 +6,7 @@ fingerprint(base_model)      # names the weights; adapters carry it
 
 import codecs
 import hashlib
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +25,9 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hypernet.base.catalog import KNOWN_BASE_MODELS, known_name, locate
+from hypernet.base.product_keys import add_memory_layer, read_memory_layer
 from hypernet.io.hub import hub_asked_once
-from hypernet.io.logs import without_weight_bars
+from hypernet.io.logs import without_load_report, without_weight_bars
 from hypernet.text.chat import closing_ids
 
 BASE_MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -48,6 +50,8 @@ def load_base_model(
         quantization: of the linear layers' weights while loading: "int8" (torchao, any device), "4bit" (bitsandbytes'
             nf4, GPU), None. What is stored quantised is loaded so in any case.
 
+    A `memory_layer` in the folder's config.json comes with it, see `hypernet.base.product_keys`.
+
     Raises:
         ValueError: there is no model at `source`, it has not been fetched, or it cannot be read; an unknown
             quantization, dtype, attention or device; or the quantization's library is missing.
@@ -64,7 +68,7 @@ def load_base_model(
         )
     _refuse_byte_order_marks(Path(source))
     try:
-        with hub_asked_once(source), without_weight_bars():
+        with hub_asked_once(source), without_weight_bars(), without_load_report(_declares_memory_layer(source)):
             base_model = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype or "auto",
@@ -74,6 +78,7 @@ def load_base_model(
                 device_map=device if quantization == "4bit" else None,
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
+        read_memory_layer(base_model, Path(source))
     except (
         Exception
     ) as error:  # transformers and safetensors raise a dozen types for a bad source; all of them mean this
@@ -91,6 +96,12 @@ def load_base_model(
     if quantization != "4bit":
         base_model = base_model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its signature
     return freeze(base_model), tokenizer
+
+
+def _declares_memory_layer(source: str | Path) -> bool:
+    """Its tensors are unexpected to transformers, which would say so."""
+    file = Path(source) / "config.json"
+    return file.is_file() and "memory_layer" in json.loads(file.read_bytes())
 
 
 def _check_kinds(dtype: Any, attention: str | None, device: Any) -> None:
@@ -157,11 +168,14 @@ def freeze(base_model: PreTrainedModel) -> PreTrainedModel:
 def build_base_model(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
     """A causal LM with random weights from a transformers configuration given as a dict with `model_type`.
 
+    Args:
+        config: may have `memory_layer`, see `hypernet.base.product_keys.add_memory_layer`.
+
     Raises:
-        ValueError: no or unknown `model_type`.
+        ValueError: no or unknown `model_type`, or a wrong `memory_layer`.
     """
     settings = dict(config)
-    model_type = settings.pop("model_type", None)
+    model_type, memory_layer = settings.pop("model_type", None), settings.pop("memory_layer", None)
     try:
         model_config = AutoConfig.for_model(model_type, **settings)
     except ValueError as error:
@@ -170,7 +184,10 @@ def build_base_model(config: dict[str, Any], *, seed: int = 0) -> PreTrainedMode
         ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(model_config)
+        base_model = AutoModelForCausalLM.from_config(model_config)
+    if memory_layer is not None:
+        add_memory_layer(base_model, memory_layer, seed=seed)
+    return base_model
 
 
 def fingerprint(tensors: nn.Module | dict[str, torch.Tensor], *, exact: bool = False) -> str:

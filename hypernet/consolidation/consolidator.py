@@ -31,6 +31,7 @@ from hypernet.consolidation.moves import Examples, LowRank, Moves, settings_of
 from hypernet.consolidation.objectives import DistilledTokens, Objective, TeacherKL, kl
 from hypernet.consolidation.questions import QuestionWriter, Templates
 from hypernet.consolidation.rehearsal import AboutSubject, OtherSubjects, Rehearsal
+from hypernet.consolidation.remedies import NoRemedy, Remedy
 from hypernet.consolidation.self_instruct.preference import Preference
 from hypernet.consolidation.weights import MovedWeights, installed
 from hypernet.doc_to_lora import DocToLoRA
@@ -43,6 +44,14 @@ _KEPT_BYTES = 2**28  # of outputs of the base model
 _PAIRS = 8  # of preferred answers in a step
 _TEXTS = 4  # rehearsed in a step
 _STEPS = 24, 4.8  # and for each memory: 48 for five, 144 for 25; of 64 four of the last five were not learned
+_WARMUP_STEPS = 10  # where training ends by what is learned, so that the last step allowed changes nothing before it
+
+
+class Enough(NamedTuple):
+    """When what is learned ends training: reached: of the weights so far, by name. every: steps between asking it."""
+
+    reached: Callable[[Mapping[str, Tensor]], bool]
+    every: int = 5
 
 
 class Lesson(NamedTuple):
@@ -80,6 +89,8 @@ class Consolidator:
         checkpoint_steps: between checkpoints.
         preference: of a person's answers over the model's, where the questions have such pairs; None: without it.
         evidence: what the teacher reads of a memory; None: its whole text.
+        remedy: against forgetting, beside rehearsal; None: without one.
+        background: questions that moves and remedy tell lessons from where nothing is rehearsed; None: none.
 
     Raises:
         ValueError: a size is below 1, or lr not above 0 or not finite.
@@ -100,6 +111,8 @@ class Consolidator:
         checkpoint_steps: int = 10,
         preference: Preference | None = None,
         evidence: Evidence | None = None,
+        remedy: Remedy | None = None,
+        background: Rehearsal | None = None,
     ) -> None:
         sizes = {"batch_size": batch_size, "rehearsal_size": rehearsal_size, "checkpoint_steps": checkpoint_steps}
         for name, size in {"steps": 1 if steps is None else steps, **sizes}.items():
@@ -112,6 +125,7 @@ class Consolidator:
         self.steps, self.batch_size, self.rehearsal_size = steps, batch_size, rehearsal_size
         self.lr, self.seed, self.checkpoint_steps = lr, seed, checkpoint_steps
         self.preference, self.evidence = preference, evidence
+        self.remedy, self.background = remedy or NoRemedy(), background
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -122,6 +136,12 @@ class Consolidator:
             parts["preference"] = settings_of(self.preference)
         if self.evidence is not None:
             parts["evidence"] = settings_of(self.evidence)
+        if not isinstance(self.remedy, NoRemedy):
+            parts["remedy"] = settings_of(self.remedy)
+            if self.remedy.rehearsal is not None:
+                parts["remedy"]["rehearsal"] = settings_of(self.remedy.rehearsal)
+        if self.background is not None:
+            parts["background"] = settings_of(self.background)
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         return {**parts, **numbers, "steps": list(_STEPS) if self.steps is None else self.steps}
 
@@ -173,6 +193,7 @@ class Consolidator:
         start: MovedWeights | None = None,
         checkpoint: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
+        enough: Enough | None = None,
     ) -> Trained:
         """The base model's weights with the memories in them.
 
@@ -181,9 +202,10 @@ class Consolidator:
             start: weights to start from; None: the base model's.
             checkpoint: a file to go on from; it is left for the caller to remove.
             progress: called with (steps done, steps altogether).
+            enough: ends training before its last step; the learning rate then stays what it is after the warmup.
 
         Raises:
-            ValueError: there is nothing to ask about the memories.
+            ValueError: there is nothing to ask about the memories, or what moves or the remedy lacks what it needs.
         """
         started = time.perf_counter()
         num_old = 0 if num_new is None else len(memories) - num_new
@@ -198,11 +220,19 @@ class Consolidator:
         asked = rehearsed + texts if self.objective.on_policy else old + own + rehearsed + texts
         frozen = _Frozen(model, asked, with_hidden=self.objective.needs_hidden)
         pairs = [pair for memory in memories for pair in self.questions.preferences(memory)] if self.preference else []
-        examples = Examples(*(_batches(model, part) for part in (old + own, rehearsed)))
+        others = rehearsed
+        if self.background is not None and not rehearsed:
+            asked_of = self.background.questions(model, seed=self.seed)
+            others = _answered(model, [(text, None) for text in asked_of])
+        realigned = self._realigned(model)
+        examples = Examples(*(_batches(model, part) for part in (old + own, others)))
         parameters = self.moves.start(model, start, seed=self.seed, examples=examples)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.remedy.start(model, examples, seed=self.seed)
+        # Where nothing moves there is no step, and torch wants a tensor all the same.
+        leaves = list(parameters.values()) or [torch.zeros((), requires_grad=True)]
+        optimizer = torch.optim.AdamW(leaves, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
         first = _restore(checkpoint, parameters, optimizer)
-        steps = self.steps or round(_STEPS[0] + _STEPS[1] * len(memories))
+        steps = (self.steps or round(_STEPS[0] + _STEPS[1] * len(memories))) if parameters else 0
         losses, tokens = [], [0, 0]
         for step in range(first, steps):
             rng = random.Random(f"{self.seed}/{step}")
@@ -210,9 +240,8 @@ class Consolidator:
             lessons = rng.sample(old, size_old) + rng.sample(own, min(self.batch_size - size_old, len(own)))
             again = rng.sample(rehearsed, min(self.rehearsal_size, len(rehearsed)))
             read = rng.sample(texts, min(_TEXTS, len(texts)))
-            warm = min(1.0, (step + 1) / max(1, steps // 10))
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+                group["lr"] = self.lr * _share_of_lr(step, steps, constant=enough is not None)
             loss = self._loss(
                 model, parameters, lessons, (again, read), frozen, seed=self.seed * 1_000_003 + step, tokens=tokens
             )
@@ -226,6 +255,12 @@ class Consolidator:
                 _store(checkpoint, parameters, optimizer, step + 1)
             if progress is not None:
                 progress(step + 1, steps)
+            if enough is not None and (step + 1) % enough.every == 0:
+                with torch.no_grad():
+                    if enough.reached(self.moves.tensors(model, parameters)):
+                        break
+        if parameters and realigned:
+            self._realign(model, parameters, realigned, tokens)
         size = sum(parameter.numel() for parameter in model.base_model.parameters())
         with torch.no_grad():
             weights = self.moves.result(model, parameters)
@@ -245,18 +280,46 @@ class Consolidator:
     ) -> Tensor:
         moved = self.moves.tensors(model, parameters)
         if self.objective.on_policy:
-            lessons = self._drawn(model, moved, lessons, seed)
+            with self.remedy.around(model):
+                lessons = self._drawn(model, moved, lessons, seed)
         teacher = frozen(lessons)
         student_rows = _rows(model, lessons, with_documents=False)
-        student = _forward(model, moved, student_rows, self.objective.needs_hidden)
+        with self.remedy.around(model):
+            student = _forward(model, moved, student_rows, self.objective.needs_hidden)
         targets = student_rows.targets()[student_rows.target_kind >= 0]
         loss = self.objective(DistilledTokens(student.logits, teacher.logits, targets, student.hidden, teacher.hidden))
         tokens[1] += student.num_tokens
         for again in filter(None, rehearsed):
-            after = _forward(model, moved, _rows(model, again, with_documents=False), False)
+            with self.remedy.around(model):
+                after = _forward(model, moved, _rows(model, again, with_documents=False), False)
             loss = loss + self.rehearsal.weight * kl(frozen(again).logits, after.logits)
             tokens[1] += after.num_tokens
         return loss
+
+    def _realigned(self, model: DocToLoRA) -> list[Lesson]:
+        """What the remedy rehearses after learning."""
+        if self.remedy.rehearsal is None:
+            return []
+        found = _answered(model, [(text, None) for text in self.remedy.rehearsal.questions(model, seed=self.seed)])
+        if not found:
+            raise ValueError("The remedy's rehearsal has no question that the base model answers. Choose another one.")
+        return found
+
+    def _realign(
+        self, model: DocToLoRA, parameters: Mapping[str, Tensor], rehearsed: Sequence[Lesson], tokens: list[int]
+    ) -> None:
+        frozen = _Frozen(model, rehearsed, with_hidden=False)
+
+        def loss(step: int) -> Tensor:
+            rng = random.Random(f"{self.seed}/after/{step}")
+            again = rng.sample(rehearsed, min(self.rehearsal_size, len(rehearsed)))
+            moved = self.moves.tensors(model, parameters)
+            after = _forward(model, moved, _rows(model, again, with_documents=False), False)
+            tokens[1] += after.num_tokens
+            return kl(frozen(again).logits, after.logits)
+
+        self.remedy.after(parameters.values(), loss)
+        tokens[0] += frozen.num_tokens
 
     def _preferred(
         self,
@@ -271,7 +334,8 @@ class Consolidator:
         rows = _rows(model, lessons, with_documents=False)
         with torch.no_grad():
             before = _forward(model, {}, rows, False)
-        after = _forward(model, moved, rows, False)
+        with self.remedy.around(model):
+            after = _forward(model, moved, rows, False)
         tokens[0] += before.num_tokens
         tokens[1] += after.num_tokens
         chosen, rejected = _log_p(after.logits, rows)
@@ -291,6 +355,13 @@ class Consolidator:
         ends = end_ids(model.base_model, model.tokenizer)
         answers = [decode_answer(model.tokenizer, row, ends) for row in drawn]
         return [lesson._replace(answer=answer) for lesson, answer in zip(lessons, answers, strict=True)]
+
+
+def _share_of_lr(step: int, steps: int, *, constant: bool) -> float:
+    """Of the peak: a linear warmup, then a cosine to 0 or 1."""
+    warmup = _WARMUP_STEPS if constant else max(1, steps // 10)
+    warm = min(1.0, (step + 1) / warmup)
+    return warm if constant else warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 _NUMBERS = ("steps", "batch_size", "rehearsal_size", "lr", "seed")

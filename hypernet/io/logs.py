@@ -36,6 +36,20 @@ def without_weight_bars() -> Iterator[None]:
 
 
 @contextmanager
+def without_load_report(quiet: bool) -> Iterator[None]:
+    """Where `quiet`, transformers without its report of tensors that it did not expect."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    if quiet:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@contextmanager
 def log_kept_back(name: str) -> Iterator[list[str]]:
     """What a library logs inside the block, as a list instead of lines on the screen.
 

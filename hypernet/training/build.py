@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hypernet.base.base_model import build_base_model, load_base_model, num_embeddings
+from hypernet.base.product_keys import add_memory_layer
 from hypernet.base.targets import find_targets
 from hypernet.base.tokenizer import train_tokenizer
 from hypernet.data.batches import BaseModelBatches, DistillationBatches
@@ -79,7 +80,7 @@ def base_model_training(
     """The tiny base model from random weights, with a tokenizer trained on the encyclopedia; or one that learns more.
 
     Args:
-        base_model: a transformers configuration.
+        base_model: a transformers configuration; with `memory_layer`, one that `init_from` lacks is added to it.
         init_from: a base model, folder or hub name, whose weights and tokenizer training starts from; None starts anew.
         sources: what stages draw from in addition to the encyclopedia, see `make_curriculum`.
 
@@ -99,6 +100,8 @@ def base_model_training(
         lm = build_base_model({**base_model, **token_ids}, seed=seed)
     else:
         lm, tokenizer = load_base_model(init_from, dtype=torch.float32)
+        if "memory_layer" in base_model and not hasattr(lm.config, "memory_layer"):
+            add_memory_layer(lm, base_model["memory_layer"], seed=seed)
         for key, wanted in {**base_model, "vocab_size": vocab_size}.items():
             if (found := getattr(lm.config, key, None)) != wanted:
                 raise ValueError(f"init_from={init_from} has {key} {found}, the settings {wanted}. Set them alike.")

@@ -23,6 +23,7 @@ def test_pages_show_every_table_and_plot_once() -> None:
         "results": "",
         "memory": "memory",
         "consolidation": "memory",
+        "forgetting": "forgetting",
         "serving": "serving",
         "scale": "serving",
     }

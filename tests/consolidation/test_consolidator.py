@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hypernet.consolidation.consolidator import Consolidator, Lesson, _forward, _Frozen, _rows
+from hypernet.consolidation.consolidator import Consolidator, Enough, Lesson, _forward, _Frozen, _rows, _share_of_lr
 from hypernet.consolidation.moves import ChosenRows, Everything, LowRank, UpperBlocks
 from hypernet.consolidation.objectives import Deep, OnPolicy, Supervised, TeacherKL, kl
 from hypernet.consolidation.questions import Templates
@@ -215,3 +215,23 @@ def test_lessons_keep_what_was_read_and_agrees(model, memories, monkeypatch):
     assert [one.answer for one in lessons if "Fenda" in one.question] == 3 * ["Orla Wint"]
     # Of a memory that none of them reads all stay.
     assert [one.answer for one in lessons if "Norbach" in one.question] == 5 * ["unknown"]
+
+
+def test_training_ends_when_enough_is_learned(model, memories):
+    asked, settings = [], QUIET | {"steps": 12}
+
+    def reached(tensors):
+        asked.append({name: tensor.clone() for name, tensor in tensors.items()})
+        return len(asked) == 2
+
+    moves = LowRank(rank=3)
+    trained = Consolidator(moves=moves, **settings).train(model, memories, enough=Enough(reached, every=3))
+    assert len(trained.losses) == 6 and len(asked) == 2
+    assert all(torch.equal(trained.weights.tensors[name], tensor) for name, tensor in asked[-1].items())
+    never = Consolidator(moves=moves, **settings).train(model, memories, enough=Enough(lambda _: False, every=5))
+    assert len(never.losses) == 12 and never.losses[:6] == trained.losses
+
+
+def test_learning_rate_stays_where_what_is_learned_ends_training():
+    assert [_share_of_lr(step, 100, constant=True) for step in (0, 9, 50, 99)] == [0.1, 1.0, 1.0, 1.0]
+    assert [round(_share_of_lr(step, 100, constant=False), 3) for step in (0, 50)] == [0.1, 0.5]

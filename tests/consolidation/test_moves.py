@@ -79,6 +79,18 @@ def test_tfidf_is_that_of_a_loop_in_float64(model):
         assert 0 < np.count_nonzero(expected) < D_FF  # the idf tells neurons apart
 
 
+def test_kl_terms_are_those_of_a_loop_in_float64(model):
+    scores = list(ChosenRows(by="kl")._scores(model, 0, examples_of(model)).values())
+    p, q = ([contributions(model, *pair) for pair in part] for part in (LESSONS, REHEARSED))
+    for layer, found in enumerate(scores):
+        own, other = (sum(c[layer] for c in part) for part in (p, q))
+        expected = [
+            a / own.sum() * math.log((a / own.sum()) / (b / other.sum())) for a, b in zip(own, other, strict=True)
+        ]
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-7)
+        assert found.sum() > 0 and found.min() < 0 < found.max()  # a KL, some of whose terms are below 0
+
+
 def test_gradient_norms_are_those_of_each_answer_alone(model):
     scores = ChosenRows(by="gradient")._scores(model, 0, examples_of(model))
     model.base_model.double().requires_grad_(True)
@@ -127,11 +139,12 @@ def test_choices_are_their_highest_scores_from_given_weights(model):
 
 
 def test_choice_without_what_it_needs_is_refused(model, memories):
-    with pytest.raises(ValueError, match="Rows are chosen by random, norm, tfidf, gradient, not 'best'"):
+    with pytest.raises(ValueError, match="Rows are chosen by random, norm, tfidf, kl, gradient, not 'best'"):
         ChosenRows(by="best")
     with pytest.raises(ValueError, match="num_rows is 0"):
         ChosenRows(num_rows=0)
     with pytest.raises(ValueError, match="Rows by gradient need lessons to choose rows by"):
         ChosenRows(by="gradient").start(model, None, seed=0)
-    with pytest.raises(ValueError, match="Rows by tfidf need rehearsed questions: choose a rehearsal"):
-        Consolidator(moves=ChosenRows(by="tfidf"), rehearsal=NoRehearsal(), steps=1).train(model, memories)
+    for by in ("tfidf", "kl"):
+        with pytest.raises(ValueError, match=f"Rows by {by} need rehearsed questions: choose a rehearsal"):
+            Consolidator(moves=ChosenRows(by=by), rehearsal=NoRehearsal(), steps=1).train(model, memories)

@@ -5,6 +5,7 @@ import os
 import random
 import sqlite3
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,34 @@ def test_settings_of_sqlite_hold_on_every_connection(tmp_path):
         }
         assert found == {"journal_mode": "wal", "secure_delete": 1}
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize(("cache_kib", "is_small"), [(dialects._CACHE_KIB, True), (2000, False)])
+def test_many_connections_keep_few_pages(tmp_path, monkeypatch, cache_kib, is_small):
+    """As a server's do, one for each request at a time; SQLite's own 2 MB for each are the control."""
+    monkeypatch.setattr(dialects, "_CACHE_KIB", cache_kib)
+
+    def write() -> None:
+        TokenStore(tmp_path / "memory").add([Draft(text=f"{number} " + "x" * 900) for number in range(4000)])
+
+    def read_by_many() -> None:
+        database = Database(tmp_path / "memory")
+        with ExitStack() as stack:
+            connections = [stack.enter_context(database.read()) for _ in range(12)]
+            connections[0].execute(text("SELECT sum(octet_length(text)) FROM memories"))
+            before = resident_mib()
+            for connection in connections[1:]:
+                connection.execute(text("SELECT sum(octet_length(text)) FROM memories"))
+            grown = resident_mib() - before
+        assert grown < 6 if is_small else grown > 15, grown
+
+    in_children(write)  # what it frees is not there to be used again by the next one
+    in_children(read_by_many)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 512, 4096, 8192, 40_960])

@@ -1,0 +1,1 @@
+"""What learning costs: new facts against what was known before, by method, at matched acquisition."""

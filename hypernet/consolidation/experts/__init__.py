@@ -1,0 +1,1 @@
+"""Experts: weights of which a router takes some for each question."""

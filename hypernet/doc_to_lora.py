@@ -43,7 +43,6 @@ from hypernet.model.checkpoint import BASE_MODEL_FOLDER, check_ours, save_checkp
 from hypernet.model.context_encoder import drop_context, make_context_encoder
 from hypernet.model.hypernetwork import HyperNetwork
 from hypernet.model.lora_head import zero_beyond_width
-from hypernet.model.recited import Recited  # noqa: F401  # among the context encoders
 from hypernet.model.streaming import DEFAULT_BATCH_TOKENS, read_and_write, read_chunks, read_in_passes
 from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Chunks, chunk_document
@@ -280,6 +279,7 @@ class DocToLoRA(nn.Module):
             max_chunk_tokens=self.max_chunk_tokens,
             context_tokens=self.context_encoder.context_tokens,
             frame=self.context_encoder.frame(self.tokenizer),
+            min_chunk_tokens=self.context_encoder.min_chunk_tokens,
         )
         check_known(chunks.ids.tolist(), self.tokenizer, num_embeddings=num_embeddings(self.base_model))
         return chunks

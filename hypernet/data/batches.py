@@ -176,6 +176,7 @@ class DistillationBatches(_Batches):
         max_chunk_tokens: int,
         context_tokens: int = 0,
         frame: Frame | None = None,
+        min_chunk_tokens: int | None = None,
         held_out_background: bool = False,
         skip_stored: bool = False,
         num_embeddings: int | None = None,
@@ -183,7 +184,7 @@ class DistillationBatches(_Batches):
         super().__init__(curriculum, tokenizer, num_embeddings=num_embeddings)
         self.max_chunk_tokens = max_chunk_tokens
         self.context_tokens = context_tokens
-        self.frame = frame
+        self.frame, self.min_chunk_tokens = frame, min_chunk_tokens
         self.skip_stored = skip_stored
         self.background = background_questions(held_out=held_out_background)
 
@@ -268,6 +269,7 @@ class DistillationBatches(_Batches):
             max_chunk_tokens=self.max_chunk_tokens,
             context_tokens=self.context_tokens,
             frame=self.frame,
+            min_chunk_tokens=self.min_chunk_tokens,
         )
         check_known(chunks.ids.tolist(), self.tokenizer, num_embeddings=self.num_embeddings)
         return chunks

@@ -4,14 +4,16 @@ source.record(7)
 corrupt = CorruptRows("data.jsonl"); corrupt.skip("Row 3 has no question.")     # counted, up to a limit
 """
 
+import itertools
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
 from hypernet.data.records import Question, Record
+from hypernet.text.sentences import split_sentences
 from hypernet.text.tokens import text_ids
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,49 @@ class Source(Protocol):
     def cross_document(self, rng: random.Random, record: Record) -> Question:
         """A question like the record's own, of kind "cross_document": its document does not answer it."""
         ...
+
+
+class Sentences:
+    """One sentence of another source's records as a document, and as the answer to one of the record's questions.
+
+    What a recitation is trained on: the sentence is to be said, whichever question is asked.
+
+    Args:
+        of: makes the other source, called with split, seed and tokenizer (conf/data/).
+        num_tokens: least and most of a sentence.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        seed: int = 0,
+        of: Callable[..., Source],
+        num_tokens: tuple[int, int] = (3, 56),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.source, self.split, self.seed = of(split=split, seed=seed, tokenizer=tokenizer), split, seed
+        self.limits, self.tokenizer = tuple(num_tokens), tokenizer
+
+    def record(self, index: int) -> Record:
+        rng = random.Random(f"sentences {self.split} {self.seed} {index}")
+        for number in itertools.count(index):  # a record with a sentence of that length; most are the first
+            record = self.source.record(number)
+            text = record.document
+            sentences = [text[start:end].strip() for start, end in split_sentences(text)]
+            least, most = self.limits
+            sizes = zip(sentences, count_tokens(sentences, self.tokenizer), strict=True)
+            fitting = [sentence for sentence, size in sizes if least <= size <= most]
+            if fitting and record.questions:
+                asked = rng.choice(record.questions).text
+                return Record((sentence := rng.choice(fitting),), (Question(asked, sentence),))
+        raise AssertionError("unreachable")
+
+    def num_tokens(self, index: int) -> int:
+        return count_tokens([self.record(index).document], self.tokenizer)[0]
+
+    def cross_document(self, rng: random.Random, record: Record) -> Question:
+        return self.source.cross_document(rng, record)
 
 
 class TooManyCorruptRows(ValueError):

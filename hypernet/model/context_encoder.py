@@ -3,6 +3,7 @@
     PerLayerActivations    the hidden states that enter every layer
     EarlyExit              the normed last state of the base model cut short
     EmbedOnly              the token embeddings
+    Recited                what enters one module of every block, of a chunk that the base model says itself
 
 The base model lends its weights; it is not part of these modules' parameters or state dicts.
 
@@ -20,11 +21,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hypernet.base.targets import find_blocks
+from hypernet.base.targets import find_blocks, find_targets
+from hypernet.text.chat import ChatLayout
 from hypernet.text.chunking import Frame
+from hypernet.text.tokens import framed_ids
 
 
 class ContextEncoder(nn.Module, ABC):
@@ -40,6 +44,7 @@ class ContextEncoder(nn.Module, ABC):
         settings: plain dict, from which `make_context_encoder` makes the same encoder.
         num_maps: feature maps per chunk.
         feature_dim: D, the width of a map.
+        min_chunk_tokens: how a document is cut for it, as of `chunk_document`.
 
     The base model runs as it is: an adapter that is injected changes the features, so set none while encoding.
 
@@ -65,6 +70,7 @@ class ContextEncoder(nn.Module, ABC):
         self.context_tokens = context_tokens
         self.num_maps = 1
         self.feature_dim = self.hidden_size
+        self.min_chunk_tokens: int | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -238,8 +244,88 @@ class EmbedOnly(ContextEncoder):
         read(0, self._decoder.get_input_embeddings()(ids))
 
 
+class Recited(ContextEncoder):
+    """A map for every block: what enters the module, the state that enters the block, and where the next token lies.
+
+    The last is the direction in the final states that raises the next token's logit above the others' mean: its row of
+    the output embeddings times the final norm's weights, less the mean over all tokens, at length 1.
+
+    Args:
+        module: the adapted module.
+        question: what the chunk is the answer to. Any will do; what is asked later is another one.
+        min_chunk_tokens: a document is cut into its sentences, of which shorter ones are joined.
+
+    Raises:
+        ValueError: the base model's last norm is not found; and as of `ContextEncoder` and `find_targets`.
+    """
+
+    kind = "recited"
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        *,
+        module: str = "down_proj",
+        question: str = "What does the text say?",
+        min_chunk_tokens: int = 8,
+        context_tokens: int = 0,
+    ) -> None:
+        super().__init__(base_model, context_tokens=context_tokens)
+        self.min_chunk_tokens = min_chunk_tokens
+        (target,) = find_targets(base_model, [module])
+        self.module, self.question = module, question
+        self._places = list(target.modules())
+        self.num_maps = len(self._places)
+        self.feature_dim = target.d_in + 2 * target.d_out
+        if not hasattr(getattr(self._decoder, "norm", None), "weight"):
+            raise ValueError(f"{type(base_model).__name__} has no final norm of that name. Use another kind.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            **super().settings,
+            "module": self.module,
+            "question": self.question,
+            "min_chunk_tokens": self.min_chunk_tokens,
+        }
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        layout = ChatLayout.of(tokenizer)
+        (before,) = layout.prompt_ids(tokenizer, [self.question])
+        opening, closing = framed_ids(tokenizer, [(layout.before_answer, "", ""), ("", "", layout.after_answer)])
+        before = before + opening
+        return Frame(before, closing, unread_before=len(before) - 1, unread_after=max(0, len(closing) - 1))
+
+    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
+        following = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+        embeddings = self.base_model.get_output_embeddings().weight
+        rows = embeddings.float() * self._decoder.norm.weight.float()
+        directions = F.normalize(rows[following] - rows.mean(0), dim=-1).to(embeddings.dtype)
+        states: dict[int, Tensor] = {}
+
+        def enter(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states[index] = args[0] if args else kwargs["hidden_states"]
+
+        def leave(index: int, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            added = read(index, torch.cat([args[0], states.pop(index), directions], dim=-1))
+            return None if added is None else output + added.to(output.dtype)
+
+        blocks = getattr(self._decoder, self._blocks_name)
+        with ExitStack() as undo:
+            for index, place in enumerate(self._places):
+                module = self.base_model.get_submodule(place.path)
+                hooks = (
+                    blocks[index].register_forward_pre_hook(partial(enter, index), with_kwargs=True),
+                    # Before the injector's: what it adds is no feature.
+                    module.register_forward_hook(partial(leave, index), prepend=True),
+                )
+                for hook in hooks:
+                    undo.callback(hook.remove)
+            self._last_state(ids, mask)
+
+
 CONTEXT_ENCODERS: dict[str, type[ContextEncoder]] = {
-    encoder.kind: encoder for encoder in (PerLayerActivations, EarlyExit, EmbedOnly)
+    encoder.kind: encoder for encoder in (PerLayerActivations, EarlyExit, EmbedOnly, Recited)
 }
 
 

@@ -1,8 +1,8 @@
 """Recitation: rows that find a chunk by what is asked, and rows that make the base model say it, word by word.
 
-    network = Recitation(targets, feature_dim=d_in + 2 * d_out, rank=8)
-    A, B = network(features, mask)                     # [C, L, T, D], [C, T] -> name -> [C, L, R, d_in], [C, L, R, d_out]
-    scores, closeness = network.match(inputs, asked, A)           # [Q, C], [Q]
+network = Recitation(targets, feature_dim=d_in + 2 * d_out, rank=8)
+A, B = network(features, mask)                     # [C, L, T, D], [C, T] -> name -> [C, L, R, d_in], [C, L, R, d_out]
+scores, closeness = network.match(inputs, asked, A)           # [Q, C], [Q]
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,8 +79,8 @@ class Recitation(nn.Module):
             )
         if not 0 < num_key_layers < num_layers or key_dim < 1 or max_copies < 1 or not ridge > 0:
             raise ValueError(
-                f"Of {num_layers} layers num_key_layers={num_key_layers} leave none for one part, or key_dim={key_dim}, "
-                f"max_copies={max_copies} or ridge={ridge} is not above 0."
+                f"Of {num_layers} layers num_key_layers={num_key_layers} leave none for one part, or "
+                f"key_dim={key_dim}, max_copies={max_copies} or ridge={ridge} is not above 0."
             )
         self.num_layers, self.num_key_layers, self.rank = num_layers, num_key_layers, rank
         self.ridge, self.max_copies, self.min_match = ridge, max_copies, min_match
@@ -100,7 +100,8 @@ class Recitation(nn.Module):
     @property
     def max_tokens(self) -> int:
         """Most tokens of a chunk: with more, some would be in no row."""
-        return self.rank * min(self.num_key_layers, self.num_layers - self.num_key_layers) - 1
+        num_saying = self.num_layers - self.num_key_layers
+        return self.rank * min(self.num_key_layers, num_saying) - (num_saying <= self.num_key_layers)
 
     @property
     def is_calibrated(self) -> bool:
@@ -185,9 +186,7 @@ class Recitation(nn.Module):
         keys = F.normalize(rows @ self.metric[layer], dim=-1) * is_token[..., None]
         return keys @ self.metric[layer].mT, x.new_zeros(len(x), self.rank, target.d_out)
 
-    def _saying(
-        self, layer: int, x: Tensor, state: Tensor, direction: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _saying(self, layer: int, x: Tensor, state: Tensor, direction: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         number = layer - self.num_key_layers
         says = mask.clone()
         says[:, -1] = False

@@ -59,6 +59,7 @@ def chunk_document(
     context_tokens: int = 0,
     add_affixes: bool = True,
     frame: Frame | None = None,
+    min_chunk_tokens: int | None = None,
 ) -> Chunks:
     """Cuts a document into as few chunks as its sentence borders allow, of about equal length.
 
@@ -74,6 +75,8 @@ def chunk_document(
             base model sees them, so that it knows whom "she" is about, and nothing else reads them.
         add_affixes: frame every chunk with `chat_affixes(tokenizer)`; if False, document tokens only, without BOS.
         frame: instead of these affixes.
+        min_chunk_tokens: about one chunk for each sentence instead: as many as possible, each of so many tokens at
+            least, but for the last one. None: as few chunks as possible.
 
     Returns:
         Chunks: ids [C, T], mask [C, T], character spans, number of document tokens.
@@ -105,7 +108,10 @@ def chunk_document(
         raise ValueError(f"{type(tokenizer).__name__} makes no token of this document's {len(text)} characters.")
 
     characters, levels = _token_borders(text, np.asarray(offsets, dtype=np.int64))
-    cuts = _choose_cuts(levels, max_chunk_tokens)
+    if min_chunk_tokens is None:
+        cuts = _choose_cuts(levels, max_chunk_tokens)
+    else:
+        cuts = _cuts_by_sentence(levels, min_chunk_tokens, max_chunk_tokens)
 
     if frame is None:
         frame = Frame(*chat_affixes(tokenizer)) if add_affixes else Frame([], [])
@@ -150,6 +156,19 @@ def _token_borders(text: str, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarr
     clean[clean] = starts[token[clean]] >= low[clean]
     np.minimum.at(levels, token[clean], level[clean])
     return characters, levels
+
+
+def _cuts_by_sentence(levels: np.ndarray, least: int, most: int) -> list[int]:
+    """Tokens to cut before, from 0 to n: at every sentence's end behind at least so many; longer ones are cut again."""
+    ends = np.flatnonzero(levels <= SENTENCE)[1:].tolist()
+    cuts = [0]
+    for end in ends:
+        if end - cuts[-1] >= least or end == ends[-1]:
+            cuts.append(end)
+    if len(cuts) > 2 and cuts[-1] - cuts[-2] < least and cuts[-1] - cuts[-3] <= most:
+        del cuts[-2]
+    inner = [[start + cut for cut in _choose_cuts(levels[start : end + 1], most)] for start, end in pairwise(cuts)]
+    return [0, *(cut for part in inner for cut in part[1:])]
 
 
 def _choose_cuts(levels: np.ndarray, max_chunk_tokens: int) -> list[int]:

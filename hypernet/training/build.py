@@ -215,6 +215,7 @@ def doc_to_lora_training(
         "max_chunk_tokens": max_chunk_tokens,
         "context_tokens": model.context_encoder.context_tokens,
         "frame": model.context_encoder.frame(model.tokenizer),
+        "min_chunk_tokens": model.context_encoder.min_chunk_tokens,
         "num_embeddings": num_embeddings(lm),
     }
     return module, BatchDataModule(

@@ -1,0 +1,273 @@
+"""Recitation against loops in float64; chunks read while their rows act; questions find their chunk; it is learned."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hypernet.base.targets import find_targets
+from hypernet.model.context_encoder import drop_context, make_context_encoder
+from hypernet.model.hypernetwork import HyperNetwork
+from hypernet.model.recitation import Recitation, placed
+from hypernet.model.streaming import read_and_write, read_chunks
+
+LAYERS, KEYS, RANK, D, WIDTH = 5, 2, 4, 8, 12
+
+
+def make_base_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=D, intermediate_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=True, initializer_range=0.4,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def make(base_model, **sizes):
+    torch.manual_seed(1)
+    encoder = make_context_encoder(base_model, {"kind": "recited"})
+    aggregator = {"name": "recitation", "num_key_layers": KEYS, "key_dim": 7, **sizes}
+    network = HyperNetwork(
+        targets=find_targets(base_model, ["down_proj"]), feature_dim=encoder.feature_dim, num_maps=encoder.num_maps,
+        rank=RANK, scaling=1.0, bias_block=False, aggregator=aggregator,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return encoder, network
+
+
+def batch(lengths=(7, 4, 5), before=3):
+    """Ids and mask: `before` tokens of a prompt, of which the last is read, the chunk, and what ends the answer."""
+    torch.manual_seed(2)
+    width = before + max(lengths) + 1
+    ids = torch.randint(1, 40, (len(lengths), width))
+    ids[:, :before] = torch.arange(1, before + 1)
+    place = torch.arange(width)
+    mask = (place >= before - 1) & (place < before + torch.tensor(lengths)[:, None] + 1)
+    return ids, mask
+
+
+def calibrated(encoder, network):
+    batches = [batch((7, 4, 5)), batch((3, 6))]
+    network.calibrate(drop_context(encoder(ids, mask), mask) for ids, mask in batches)
+    return network
+
+
+def test_places_are_spread_and_no_layer_holds_one_twice():
+    for num_places in (1, 5, 17, 24, 40):
+        layers = placed(num_places, 6, 4, 3)
+        rows = [[place for place in row if place >= 0] for row in layers]
+        assert all(len(row) == 4 for row in layers) and all(len(set(row)) == len(row) for row in rows)
+        counts = [sum(place in row for row in rows) for place in range(num_places)]
+        assert max(counts) <= 3
+        if num_places <= 24:
+            assert min(counts) >= 1
+
+
+def test_statistics_equal_those_of_all_tokens():
+    encoder, network = make(make_base_model())
+    calibrated(encoder, network)
+    x = []
+    for ids, mask in (batch((7, 4, 5)), batch((3, 6))):
+        features, own = drop_context(encoder(ids, mask), mask)
+        x.append(features[..., :WIDTH].transpose(1, 2)[own].double())
+    x = torch.cat(x)  # [tokens, L, d_in]
+    std = x.std(0, correction=0)
+    std = std + 0.1 * std.mean(-1, keepdim=True)
+    torch.testing.assert_close(network.recitation.input_std.double(), std, rtol=1e-4, atol=1e-6)
+    for layer in range(KEYS):
+        z = (x[:, layer] - x[:, layer].mean(0)) / std[layer]
+        eigenvalues, vectors = torch.linalg.eigh(z.T @ z / len(z))
+        P = vectors[:, -7:] * (eigenvalues[-7:].clamp(min=0) + 0.05).rsqrt() / std[layer][:, None]
+        got = network.recitation.metric[layer].double()
+        torch.testing.assert_close(got @ got.T, P @ P.T, rtol=1e-3, atol=1e-4)
+
+
+def slow(network, features, mask):
+    """A and B of one chunk's features [L, T, D], loop by loop, in float64."""
+    part: Recitation = network.recitation
+    count = int(mask.sum())
+    features = features[:, :count].double()
+    A, B = torch.zeros(LAYERS, RANK, WIDTH).double(), torch.zeros(LAYERS, RANK, D).double()
+    table = placed(count - 1, LAYERS - KEYS, RANK, part.max_copies)
+    for layer in range(LAYERS):
+        x, state, direction = features[layer].split([WIDTH, D, D], dim=-1)
+        if layer < KEYS:
+            P = part.metric[layer].double()
+            for token in range(count - 2):
+                if token % KEYS == layer and token // KEYS < RANK:
+                    k = P.T @ (x[1 + token] - part.input_mean[layer].double())
+                    A[layer, token // KEYS] = P @ (k / k.norm())
+            continue
+        std = part.input_std[layer].double()
+        Z = x[: count - 1] / std
+        gram = Z @ Z.T
+        inverse = torch.linalg.inv(gram + part.ridge * gram.diagonal().mean() * torch.eye(count - 1).double())
+        typical = state[: count - 1].norm(dim=-1).median()
+        for row, place in enumerate(table[layer - KEYS]):
+            if place < 0:
+                continue
+            A[layer, row] = inverse[place] @ Z / std
+            h = state[place] / state[place].norm()
+            V, S = (p[layer - KEYS].double() for p in (part.values, part.states))
+            gain = part.log_gain[layer - KEYS].double().exp()
+            B[layer, row] = typical * gain * (direction[place] @ V + h @ S)
+    return A, B
+
+
+def test_rows_and_every_gradient_equal_loops_in_float64():
+    encoder, network = make(make_base_model())
+    calibrated(encoder, network)
+    ids, mask = batch()
+    features, own = drop_context(encoder(ids, mask), mask)
+    A, B = (part["down_proj"] for part in network(features, own))
+    expected = [slow(network, features[c], own[c]) for c in range(len(ids))]
+    for c, (slow_A, slow_B) in enumerate(expected):
+        torch.testing.assert_close(A[c].double(), slow_A, rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(B[c].double(), slow_B, rtol=2e-3, atol=2e-4)
+    weight = torch.randn_like(B)
+    trained = [network.recitation.values, network.recitation.states, network.recitation.log_gain]
+    got = torch.autograd.grad((weight * B).sum(), trained)
+    wanted = torch.autograd.grad(
+        sum((weight[c].double() * rows).sum() for c, (_, rows) in enumerate(expected)), trained
+    )
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)
+
+
+def test_a_row_answers_at_its_own_place_alone():
+    encoder, network = make(make_base_model(), ridge=1e-4)
+    calibrated(encoder, network)
+    ids, mask = batch((6,))
+    features, own = drop_context(encoder(ids, mask), mask)
+    A = network(features, own)[0]["down_proj"][0]
+    for layer in range(KEYS, LAYERS):
+        answers = features[0, layer, :7, :WIDTH] @ A[layer].T  # [places, R]
+        for row, place in enumerate(placed(7, LAYERS - KEYS, RANK, network.recitation.max_copies)[layer - KEYS]):
+            wanted = F.one_hot(torch.tensor(place), 7).float() if place >= 0 else torch.zeros(7)
+            torch.testing.assert_close(answers[:, row], wanted, atol=0.1, rtol=0)
+
+
+def test_rows_act_while_later_layers_are_read():
+    """Every layer's features are those of a pass in which the rows of the layers before are injected."""
+    from hypernet.adapters.injection import LoRAInjector
+
+    base_model = make_base_model()
+    encoder, network = make(base_model)
+    calibrated(encoder, network)
+    ids, mask = batch()
+    with torch.no_grad():
+        A, B = read_and_write(ids, mask, encoder, network)
+    plain, _ = network(*drop_context(encoder(ids, mask), mask))
+    assert (A["down_proj"][:, -1] - plain["down_proj"][:, -1]).abs().max() > 1e-3
+    injector = LoRAInjector(base_model, network.targets, answers_only=True)
+    for layer in range(KEYS, LAYERS):
+        earlier = {"down_proj": B["down_proj"].clone()}
+        earlier["down_proj"][:, layer:] = 0
+        injector.set(A, earlier, [[c] for c in range(len(ids))], scaling=1.0)
+        with injector.answering(mask):
+            features, own = drop_context(encoder(ids, mask), mask)
+        injector.clear()
+        again, _ = network(features[:, layer : layer + 1], own, layers=slice(layer, layer + 1))
+        torch.testing.assert_close(again["down_proj"][:, 0], A["down_proj"][:, layer], rtol=1e-3, atol=1e-4)
+
+
+def test_reading_in_batches_gives_the_same_rows():
+    base_model = make_base_model()
+    encoder, network = make(base_model)
+    calibrated(encoder, network)
+    ids, mask = batch()
+    with torch.no_grad():
+        A, B = read_and_write(ids, mask, encoder, network)
+    rows = list(zip(ids, mask, strict=True))
+    for tokens in (11, 4096):
+        got_A, got_B = read_chunks(rows, encoder, network, max_batch_tokens=tokens)
+        torch.testing.assert_close(got_A["down_proj"], A["down_proj"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got_B["down_proj"], B["down_proj"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_question_made_of_a_chunks_words_finds_it():
+    base_model = make_base_model()
+    encoder, network = make(base_model)
+    calibrated(encoder, network)
+    ids, mask = batch((5, 5, 5))
+    features, own = drop_context(encoder(ids, mask), mask)
+    A = network(features, own)[0]["down_proj"]
+    inputs = {layer: features[:, layer, 1:6, :WIDTH] for layer in range(KEYS)}
+    asked = torch.ones(3, 5, dtype=torch.bool)
+    scores, closeness = network.recitation.match(inputs, asked, A)
+    assert scores.argmax(1).tolist() == [0, 1, 2]
+    # Each of its tokens is one of the keys, in one of the layers.
+    torch.testing.assert_close(closeness, torch.ones(3), atol=1e-4, rtol=0)
+    best = torch.zeros(3, 5, 3)
+    for layer, x in inputs.items():
+        part = network.recitation
+        q = F.normalize((x - part.input_mean[layer]) @ part.metric[layer], dim=-1)
+        k = torch.linalg.lstsq(part.metric[layer][None], A[:, layer].mT).solution.mT
+        best = torch.maximum(best, torch.einsum("qsd, crd -> qscr", q, k).amax(-1))
+    best = best.clamp(min=0)
+    wanted = (best - best.mean(-1, keepdim=True)).clamp(min=0).pow(1.5).sum(1)
+    torch.testing.assert_close(scores, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_training_makes_a_random_model_say_its_chunk():
+    from hypernet.adapters.injection import LoRAInjector
+
+    base_model = make_base_model()
+    encoder, network = make(base_model)
+    calibrated(encoder, network)
+    injector = LoRAInjector(base_model, network.targets, answers_only=True)
+    optimizer = torch.optim.Adam(network.parameters(), 0.03)
+    ids, mask = batch()
+    says = mask.clone()
+    says[:, :-1] &= mask[:, 1:]
+    says[:, -1] = False
+    others = ids.clone()
+    others[:, 0] = 30  # another question
+
+    def loss(shift=0):
+        A, B = read_and_write(ids, mask, encoder, network)
+        injector.set(A, B, [[(c + shift) % 3] for c in range(3)], scaling=1.0)
+        with injector.answering(says):
+            logits = base_model(others).logits[says]
+        injector.clear()
+        return F.cross_entropy(logits, ids.roll(-1, 1)[says])
+
+    start = loss().item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    own, wrong = loss().item(), loss(1).item()
+    assert own < 0.6 * start and own < 0.6 * wrong, (start, own, wrong)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_key_layers": LAYERS}, "num_key_layers=5"),
+        ({"ridge": 0.0}, "ridge=0.0"),
+        ({"key_dim": 0}, "key_dim=0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make(make_base_model(), **sizes)
+
+
+def test_a_chunk_beyond_its_rows_is_refused():
+    encoder, network = make(make_base_model())
+    calibrated(encoder, network)
+    assert network.recitation.max_tokens == RANK * KEYS
+    ids, mask = batch((RANK * KEYS + 1,))
+    with pytest.raises(ValueError, match="Lower max_chunk_tokens"):
+        network(*drop_context(encoder(ids, mask), mask))
+
+
+def test_other_features_and_several_modules_are_refused():
+    targets = find_targets(make_base_model(), ["down_proj"])
+    with pytest.raises(ValueError, match="recited"):
+        Recitation(targets, feature_dim=D, rank=RANK, num_key_layers=KEYS)
+    with pytest.raises(ValueError, match="one module"):
+        Recitation([*targets, *targets], feature_dim=WIDTH + 2 * D, rank=RANK, num_key_layers=KEYS)

@@ -589,7 +589,11 @@ class DocToLoRA(nn.Module):
                 asked = [prompts[place] for place in places]
                 scores = self._scores(asked, adapter)
                 best = highest(scores, top_k=joining.top_k, weight_power=joining.weight_power)
-                found = [select_chunks(adapter, *pair) for pair in zip(*best, strict=True)]
+                # A question that no chunk is close to is asked of the plain base model.
+                found = [
+                    select_chunks(adapter, *pair) if row.any() else None
+                    for *pair, row in zip(*best, scores, strict=True)
+                ]
             for place, part in zip(places, found, strict=True):
                 chosen[place] = part
         return chosen

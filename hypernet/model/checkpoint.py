@@ -9,6 +9,7 @@ Nothing in it is executed: config.yaml names only what `AGGREGATORS` and the con
 The checkpoints of the Doc-to-LoRA authors are read by `hypernet.interop.checkpoints`.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from hypernet.base.base_model import fingerprint
 from hypernet.io.files import replaced, save_tensors
+from hypernet.model.context_encoder import CONTEXT_ENCODERS
 from hypernet.model.hypernetwork import HyperNetwork
 
 _FORMAT_VERSION = 1
@@ -159,7 +161,8 @@ def load_checkpoint(source: str | Path) -> SavedHypernetwork:
         context_encoder, max_chunk_tokens = dict(config["context_encoder"]), int(config["max_chunk_tokens"])
         if "beside" in context_encoder:  # what version 0.1 called it
             context_encoder["concat_layer"] = context_encoder.pop("beside")
-        if unknown := sorted(context_encoder.keys() - {"kind", "layer_idx", "concat_layer", "context_tokens"}):
+        known = {name for kind in CONTEXT_ENCODERS.values() for name in inspect.signature(kind).parameters}
+        if unknown := sorted(context_encoder.keys() - known - {"kind"}):
             raise KeyError(f"context_encoder has no {unknown[0]}")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error

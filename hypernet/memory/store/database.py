@@ -146,7 +146,7 @@ def check_folder(folder: Path, *, create: bool, url: str | None = None) -> None:
     if not create:
         raise ValueError(f"No memory at {folder}: {DATABASE_FILE} is missing. Check the path, or add a memory first.")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if names & {DATABASE_FILE, POINTER_FILE}:  # another process made it meanwhile
+    if (folder / DATABASE_FILE).exists() or (folder / POINTER_FILE).exists():  # another process made it meanwhile
         return check_folder(folder, create=create, url=url)
     # A lock and new files are what a process has there that is making the memory, or leaves that was killed then.
     if any(name != _LOCK_FILE and not name.startswith((NEW_FILE, f".{POINTER_FILE}.")) for name in names):

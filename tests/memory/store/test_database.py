@@ -224,6 +224,10 @@ def test_a_memory_in_the_making_is_no_folder_of_other_files(tmp_path, monkeypatc
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="holds other files"):
         check_folder(tmp_path, create=True)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / DATABASE_FILE).symlink_to("nowhere")
+    with pytest.raises(ValueError, match="holds other files"):
+        check_folder(tmp_path / "broken", create=True)
 
     # Another process makes it between the look for its database and the list of files.
     TokenStore(tmp_path / "made").close()
@@ -235,7 +239,7 @@ def test_a_memory_in_the_making_is_no_folder_of_other_files(tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "exists", late)
     check_folder(tmp_path / "made", create=True)
-    assert seen.count(DATABASE_FILE) == 2
+    assert seen.count(DATABASE_FILE) == 3  # not there, there, and checked
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 512, 4096, 8192, 40_960])

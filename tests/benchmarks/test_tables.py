@@ -39,10 +39,12 @@ def test_pages_show_every_table_and_plot_once() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if name not in ("summary", "serving_projection")])
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "summary"])
 def test_tables_have_at_most_seven_columns_and_a_number_a_cell(name: str) -> None:
     lines = [line for line in TABLES[name]().splitlines() if line.startswith("|")]
     assert lines and max(line.count("|") - 1 for line in lines) <= 7
+    if name == "serving_projection":  # its cells are sentences that say how a figure comes about
+        return
     for line in lines:
         for cell in line.strip("| ").split(" | ")[1:]:
             assert not re.fullmatch(r"[\d.,]+ .*[\d.,]+.*", cell) or cell.startswith("2-4"), cell

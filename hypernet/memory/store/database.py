@@ -145,10 +145,11 @@ def check_folder(folder: Path, *, create: bool, url: str | None = None) -> None:
         return
     if not create:
         raise ValueError(f"No memory at {folder}: {DATABASE_FILE} is missing. Check the path, or add a memory first.")
-    # A lock and a new file are what a process leaves that was killed while it made the memory.
-    if folder.exists() and any(
-        path.name != _LOCK_FILE and not path.name.startswith(NEW_FILE) for path in folder.iterdir()
-    ):
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if (folder / DATABASE_FILE).exists() or (folder / POINTER_FILE).exists():  # another process made it meanwhile
+        return check_folder(folder, create=create, url=url)
+    # A lock and new files are what a process has there that is making the memory, or leaves that was killed then.
+    if any(name != _LOCK_FILE and not name.startswith((NEW_FILE, f".{POINTER_FILE}.")) for name in names):
         raise ValueError(f"{folder} holds other files and no {DATABASE_FILE}. Name an empty or a new folder.")
 
 

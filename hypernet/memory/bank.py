@@ -433,11 +433,13 @@ class AdapterBank:
 
         if held.adapter is None:
             return [Choice(None, ())] * len(questions)
-        joining = Joining(
-            self.join,
-            top_k=self.top_k if self.join == "route" else None,
-            gate_power=self.gate_power if self.join == "gate" else None,
-        )
+        joining = self._model().trained_joining
+        if joining.way != "route" or self.join != "route" or self.top_k is not None:
+            joining = Joining(
+                self.join,
+                top_k=self.top_k if self.join == "route" else None,
+                gate_power=self.gate_power if self.join == "gate" else None,
+            )
         top_k, power = (joining.top_k or 2, joining.weight_power or 0.0)
         result = [Choice(None, ())] * len(questions)
         groups: dict[bytes, list[int]] = {}
@@ -456,6 +458,8 @@ class AdapterBank:
             best, weights = highest(scores[places][:, own], top_k=top_k, weight_power=power)
             whole = held.cut(chunks) if self.join == "gate" else None
             for place, numbers, factors in zip(places, best, weights, strict=True):
+                if not scores[place, own].any():  # nothing is close to it
+                    continue
                 order = sorted(numbers, key=lambda number: -float(scores[place, own[number]]))
                 refs = tuple(dict.fromkeys(held.refs[held.owner[chunks[number]]] for number in order))
                 adapter = whole if whole is not None else held.cut(chunks[numbers], factors)

@@ -164,7 +164,8 @@ def read_in_passes(
     )
     done = 0
     for width, places in of_width.items():
-        filler = torch.full((width,), int(rows[places[0]][0][0])), torch.ones(width, dtype=torch.bool)
+        read_tokens = width if hypernetwork.recitation is None else min(width, hypernetwork.recitation.max_tokens)
+        filler = torch.full((width,), int(rows[places[0]][0][0])), torch.arange(width) >= width - read_tokens
         for start in range(0, len(places), pass_chunks - 1):
             chosen = places[start : start + pass_chunks - 1]
             batch = [rows[place] for place in chosen] + [filler] * (pass_chunks - len(chosen))

@@ -169,8 +169,9 @@ async def start(
             raise ApiError(400, "The prompt has no token. Give at least a word.", param="prompt")
         # A memory's adapter was joined and weighted where its chunks were chosen.
         joining = model.joining("sum") if prepared is not None else None
-        joined = model.joined(adapter, joining)
-        assert joined is None or isinstance(joined, LoRAAdapter)
+        joined = model.joined(adapter, joining, prompts=[ids])
+        if isinstance(joined, list):
+            (joined,) = joined
         generation = Generation(prompt=ids, sampling=sampling, adapter=joined, emit=emit, strips=turns is not None)
         state.scheduler.engine.check(generation)
         return Started(generation, deltas, prepared)

@@ -96,6 +96,28 @@ class PackedRows(NamedTuple):
         return PackedRows(*(tensor.to(device) for tensor in self))
 
 
+def question_places(rows: PackedRows, *, before: int, after: int) -> list[tuple[int, list[int], int]]:
+    """For each question with an answer its row, the columns of its own tokens, and the column that predicts the answer.
+
+    Args:
+        before, after: tokens of the prompt around the question.
+    """
+    found = []
+    host = PackedRows(*(tensor.tolist() for tensor in rows))
+    for row, (segments, positions, kinds) in enumerate(zip(host.segments, host.positions, host.target_kind, strict=True)):
+        columns: dict[int, list[int]] = {}
+        for column, segment in enumerate(segments):
+            if segment > 0:
+                columns.setdefault(segment, []).append(column)
+        for own in columns.values():
+            first = next((column for column in own if kinds[column] >= 0), None)
+            if first is None:
+                continue
+            last = positions[first] - after
+            found.append((row, [c for c in own if c <= first and before <= positions[c] <= last], first))
+    return found
+
+
 def pack_row(prefix: Sequence[int], segments: Sequence[Segment]) -> Row:
     """One row; the prefix may be empty."""
     ids, positions, segment_ids, sees = list(prefix), list(range(len(prefix))), [0] * len(prefix), [True] * len(prefix)

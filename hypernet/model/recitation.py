@@ -7,12 +7,14 @@ scores, closeness = network.match(inputs, asked, A)           # [Q, C], [Q]
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypernet.base.targets import LoRATarget
+from hypernet.model.key_reader import KeyReader
 
 _SHRINKAGE = 0.05  # of the second moment's eigenvalues, in units of a standardized input's variance
 _LEAST_STD = 0.1  # of the mean standard deviation: an input that never changes must not become the largest
@@ -27,7 +29,9 @@ class Recitation(nn.Module):
         a = P k,   k = unit(Pᵀ (x_t - μ)),
 
     with P Pᵀ the inverse of the inputs' second moment about their mean μ, as far as its largest directions go. B is 0
-    there. A question finds the chunk by late interaction: each of its tokens counts with its best cosine.
+    there. A question finds the chunk by late interaction: each of its tokens counts with its best cosine. Learned are
+    what the chunk's other tokens add to k (`KeyReader`), a map M behind it, a = P (1 + M) k, the weight exp(u · z) of a
+    question's token whose whitened input is z, and each layer's gain; all start as if they were not there.
 
     *Saying*, in the other layers: the state at place t, before the next token is said, has the row a_t and the value
 
@@ -43,6 +47,7 @@ class Recitation(nn.Module):
         rank: R, rows per layer and chunk.
         num_key_layers: layers for keys, the first ones.
         key_dim: directions of P.
+        key_reader: the settings of `KeyReader`; None: keys are not learned.
         ridge: λ in units of the mean squared length of Z's rows.
         max_copies: layers in which a place has rows, at most.
         min_match: least closeness of a question, below which no chunk is used.
@@ -63,6 +68,7 @@ class Recitation(nn.Module):
         rank: int,
         num_key_layers: int = 10,
         key_dim: int = 256,
+        key_reader: Mapping[str, Any] | None = None,
         ridge: float = 0.01,
         max_copies: int = 6,
         min_match: float = 0.0,
@@ -90,6 +96,14 @@ class Recitation(nn.Module):
         self.register_buffer("input_mean", torch.zeros(num_key_layers, target.d_in))
         self.register_buffer("input_std", torch.zeros(num_layers, target.d_in))
         self.register_buffer("metric", torch.zeros(num_key_layers, target.d_in, min(key_dim, target.d_in)))
+        key_dim = self.metric.shape[-1]
+        self.key_reader = None
+        if key_reader is not None:
+            sizes = {"num_layers": num_key_layers, "key_dim": key_dim, "max_tokens": num_key_layers * rank}
+            self.key_reader = KeyReader(**sizes, **key_reader)
+            self.key_maps = nn.Parameter(torch.zeros(num_key_layers, key_dim, key_dim))
+            self.token_weights = nn.Parameter(torch.zeros(num_key_layers, key_dim))
+            self.log_key_gain = nn.Parameter(torch.zeros(num_key_layers))
         num_saying = num_layers - num_key_layers
         self.values = nn.Parameter(torch.eye(target.d_out).repeat(num_saying, 1, 1))
         self.states = nn.Parameter(torch.zeros(num_saying, target.d_out, target.d_out))
@@ -158,33 +172,62 @@ class Recitation(nn.Module):
             ValueError: a chunk has more tokens than `max_tokens`.
         """
         (target,) = self.targets
+        self._check_length(mask)
+        features = features.masked_fill(~mask[:, None, :, None], 0).float()
+        rows_A, rows_B = [], []
+        numbers = range(self.num_layers)[layers]
+        if num_keys := sum(number < self.num_key_layers for number in numbers):
+            if num_keys < self.num_key_layers:
+                raise ValueError(f"Keys need the first {self.num_key_layers} layers together, got {num_keys} of them.")
+            x = features[:, :num_keys, :, : target.d_in]
+            keys = self.keys(torch.stack([x[:, place % num_keys, place + 1] for place in range(x.shape[2] - 1)], 1), mask)
+            rows_A.append(keys)
+            rows_B.append(keys.new_zeros(*keys.shape[:3], target.d_out))
+        for place in range(num_keys, len(numbers)):
+            A, B = self.saying(numbers[place], features[:, place], mask)
+            rows_A.append(A[:, None])
+            rows_B.append(B[:, None])
+        return {target.name: torch.cat(rows_A, 1)}, {target.name: torch.cat(rows_B, 1)}
+
+    def _check_length(self, mask: Tensor) -> None:
         longest = int(mask.sum(1).max()) - 2
         if longest > self.max_tokens:
             raise ValueError(
                 f"A chunk has {longest} tokens, a recitation of rank {self.rank} holds {self.max_tokens}. Lower "
                 "max_chunk_tokens, or raise the rank."
             )
-        features = features.masked_fill(~mask[:, None, :, None], 0).float()
-        x, state, direction = features.split([target.d_in, target.d_out, target.d_out], dim=-1)
-        numbers = range(self.num_layers)[layers]
-        rows_A, rows_B = [], []
-        with torch.autocast(features.device.type, enabled=False):
-            for place, layer in enumerate(numbers):
-                if layer < self.num_key_layers:
-                    A, B = self._keys(layer, x[:, place], mask)
-                else:
-                    A, B = self._saying(layer, x[:, place], state[:, place], direction[:, place], mask)
-                rows_A.append(A)
-                rows_B.append(B)
-        return {target.name: torch.stack(rows_A, 1)}, {target.name: torch.stack(rows_B, 1)}
 
-    def _keys(self, layer: int, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def keys(self, x: Tensor, mask: Tensor) -> Tensor:
+        """A of the layers for keys, [C, num_key_layers, R, d_in].
+
+        Args:
+            x: [C, T - 1, d_in], what enters the module at the places behind the first, that of token t in layer t mod
+                num_key_layers.
+            mask: [C, T], as of `forward`.
+        """
+        self._check_length(mask)
+        room = self.num_key_layers * self.rank
+        is_token = torch.zeros(len(mask), room, dtype=torch.bool, device=mask.device)
+        is_token[:, : mask.shape[1] - 2] = mask[:, 2:][:, :room]  # the last one ends the answer
+        layer = torch.arange(room, device=x.device) % self.num_key_layers
+        x = F.pad(x[:, :room].float(), (0, 0, 0, max(0, room - x.shape[1])))
+        with torch.autocast(x.device.type, enabled=False):
+            metric = self.metric[layer]
+            k = F.normalize(torch.einsum("ctd, tdk -> ctk", x - self.input_mean[layer], metric), dim=-1)
+            if self.key_reader is not None:
+                longest = max(1, int(is_token.sum(1).max()))
+                read = is_token[:, :longest] | ~is_token[:, :1]  # a chunk without tokens would be read as NaN
+                k = F.normalize(k + F.pad(self.key_reader(k[:, :longest], read), (0, 0, 0, room - longest)), dim=-1)
+                k = k + torch.einsum("ctk, tkj -> ctj", k, self.key_maps[layer])
+            A = torch.einsum("ctk, tdk -> ctd", k * is_token[..., None], metric)
+        return A.unflatten(1, (self.rank, self.num_key_layers)).transpose(1, 2)
+
+    def saying(self, layer: int, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """A [C, R, d_in] and B [C, R, d_out] of one of the other layers from its features [C, T, D]."""
         (target,) = self.targets
-        places = 1 + layer + self.num_key_layers * torch.arange(self.rank, device=x.device)
-        is_token = places < mask.sum(1, keepdim=True) - 1  # the last one ends the answer
-        rows = x[:, places.clamp(max=x.shape[1] - 1)] - self.input_mean[layer]
-        keys = F.normalize(rows @ self.metric[layer], dim=-1) * is_token[..., None]
-        return keys @ self.metric[layer].mT, x.new_zeros(len(x), self.rank, target.d_out)
+        features = features.masked_fill(~mask[..., None], 0).float()
+        with torch.autocast(features.device.type, enabled=False):
+            return self._saying(layer, *features.split([target.d_in, target.d_out, target.d_out], dim=-1), mask)
 
     def _saying(self, layer: int, x: Tensor, state: Tensor, direction: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         number = layer - self.num_key_layers
@@ -216,7 +259,6 @@ class Recitation(nn.Module):
         B = taken(direction) @ self.values[number] + unit @ self.states[number]
         return A, self.log_gain[number].exp() * typical[:, None, None] * B * used
 
-    @torch.no_grad()
     def match(self, inputs: Mapping[int, Tensor], asked: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """How well each question fits each chunk.
 
@@ -232,18 +274,24 @@ class Recitation(nn.Module):
             Scores [Q, C], and the closeness of each question, the mean over its tokens of the highest cosine, [Q].
         """
         best = None
+        log_weight = torch.zeros(asked.shape, device=asked.device)
         for layer, x in inputs.items():
             centred = x.float() - self.input_mean[layer]
-            keys = A[:, layer].to(centred)
-            lengths = (centred @ self.metric[layer]).norm(dim=-1).clamp(min=1e-6)
-            found = torch.einsum("qsd, crd -> qscr", centred, keys).amax(-1) / lengths[..., None]
+            whitened = centred @ self.metric[layer]
+            lengths = whitened.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+            found = torch.einsum("qsd, crd -> qscr", centred / lengths, A[:, layer].to(centred)).amax(-1)
+            if self.key_reader is not None:
+                found = found * self.log_key_gain[layer].exp()
+                log_weight = log_weight + whitened / lengths @ self.token_weights[layer]
             best = found if best is None else torch.maximum(best, found)
         assert best is not None
-        best = best.clamp(min=0) * asked[..., None]
-        closeness = best.amax(-1).sum(1) / asked.sum(1).clamp(min=1)
+        weight = log_weight.exp() * asked
+        best = best.clamp(min=0)
+        closeness = (best.amax(-1) * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
         if best.shape[-1] > 1:
-            best = (best - best.mean(-1, keepdim=True)).clamp(min=0)
-        return best.pow(_POWER).sum(1), closeness
+            # Not 0: the power has no slope there.
+            best = (best - best.mean(-1, keepdim=True)).clamp(min=1e-4)
+        return (best.pow(_POWER) * weight[..., None]).sum(1), closeness
 
 
 @lru_cache(maxsize=512)

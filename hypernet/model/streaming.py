@@ -104,11 +104,13 @@ def read_and_write(
     """
     layers: list[tuple[Weights, Weights]] = []
     with_gradient = torch.is_grad_enabled()
+    write = _Writing(mask, hypernetwork)
 
-    def read(index: int, features: Tensor) -> Tensor:
+    def read(index: int, features: Tensor) -> Tensor | None:
         with torch.set_grad_enabled(with_gradient):
-            made, added = _write(index, features, mask, hypernetwork)
-        layers.append(made)
+            made, added = write(index, features)
+        if made is not None:
+            layers.append(made)
         return added
 
     context_encoder.stream(ids, mask, read)
@@ -116,17 +118,34 @@ def read_and_write(
     return A, B
 
 
-def _write(
-    index: int, features: Tensor, mask: Tensor, hypernetwork: HyperNetwork
-) -> tuple[tuple[Weights, Weights], Tensor]:
-    """One layer's A and B [C, 1, R, d], and what they add to the module's output, [C, T, d_out]."""
-    dtype = next(hypernetwork.parameters()).dtype
-    own = drop_context(features[:, None].to(dtype), mask)
-    A, B = hypernetwork(*own, layers=slice(index, index + 1))
-    (target,) = hypernetwork.targets
-    x = features[..., : target.d_in].to(dtype) * mask[..., None]
-    rows = A[target.name][:, 0], B[target.name][:, 0].detach()
-    return (A, B), hypernetwork.scaling * (x @ rows[0].mT) @ rows[1]
+class _Writing:
+    """Layer by layer A and B [C, l, R, d] of a recitation, and what they add to the module's output, [C, T, d_out].
+
+    Keys add nothing and are made when all of their layers were read, of which each token is kept from one.
+    """
+
+    def __init__(self, mask: Tensor, hypernetwork: HyperNetwork) -> None:
+        assert hypernetwork.recitation is not None
+        self.mask, self.part, self.scaling = mask, hypernetwork.recitation, hypernetwork.scaling
+        (self.target,) = hypernetwork.targets
+        self._own: Tensor | None = None
+
+    def __call__(self, index: int, features: Tensor) -> tuple[tuple[Weights, Weights] | None, Tensor | None]:
+        name, d_in, d_out = self.target.name, self.target.d_in, self.target.d_out
+        x = features[..., :d_in].float() * self.mask[..., None]
+        num_keys = self.part.num_key_layers
+        if index >= num_keys:
+            read, mask = drop_context(features[:, None], self.mask)
+            A, B = self.part.saying(index, read[:, 0], mask)
+            return ({name: A[:, None]}, {name: B[:, None]}), self.scaling * (x @ A.detach().mT) @ B.detach()
+        read, mask = drop_context(x[:, None], self.mask)
+        x = read[:, 0]
+        turn = torch.arange(x.shape[1] - 1, device=x.device) % num_keys == index
+        self._own = torch.where(turn[:, None], x[:, 1:], 0 if self._own is None else self._own)
+        if index < num_keys - 1:
+            return None, None
+        A = self.part.keys(self._own, mask)
+        return ({name: A}, {name: A.new_zeros(*A.shape[:3], d_out)}), None
 
 
 @torch.no_grad()
@@ -200,12 +219,14 @@ def _read_batch(
     per_call = max(1, max_batch_tokens // ids.numel()) if hypernetwork.num_maps > 1 else 1
     maps: list[Tensor] = []
 
+    write = None if hypernetwork.recitation is None else _Writing(mask, hypernetwork)
+
     def read(index: int, features: Tensor) -> Tensor | None:
-        if hypernetwork.recitation is not None:
-            made, added = _write(index, features, mask, hypernetwork)
-            for weights, parts in zip((A, B), made, strict=True):
+        if write is not None:
+            made, added = write(index, features)
+            for weights, parts in zip((A, B), made or ({}, {}), strict=True):
                 for name, part in parts.items():
-                    weights[name][where, index] = part[:, 0]
+                    weights[name][where, index + 1 - part.shape[1] : index + 1] = part
             return added
         maps.append(features)
         if len(maps) < per_call and index + 1 < hypernetwork.num_maps:

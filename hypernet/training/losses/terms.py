@@ -8,13 +8,14 @@ hands all of them the same `Step`. A new term is a subclass of `LossTerm` here a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hypernet.base.targets import LayerTarget
@@ -80,6 +81,21 @@ class AnswerTokens(NamedTuple):
         return self.owner[self.owner >= 0]
 
 
+class QuestionInputs(NamedTuple):
+    """What the questions about documents read, Q of them, in the plain base model.
+
+    by_layer: what enters the adapted module at their own tokens, [Q, S, d_in] each. asked: [Q, S] bool, which are.
+    row: [Q], the document. chunk: [Q], of all chunks the one that holds the answer; -1: unknown.
+    match: scores [q, c] and closeness [q] of inputs, asked and A, as of `Recitation`.
+    """
+
+    by_layer: dict[int, Tensor]
+    asked: Tensor
+    row: Tensor
+    chunk: Tensor
+    match: Callable[[dict[int, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass(eq=False)
 class Step:
     """What the terms of a training step, or of one part of it, are computed from; None where no term needs it.
@@ -89,7 +105,7 @@ class Step:
     teacher: logits of the base model with each document in its prompt, at answer tokens, [., V]; None also where all
     of its probabilities were stored. student: the same with the adapters, [P, V].
     plain_inputs, student_inputs: what enters the adapted modules at `answers` in the plain base model, and with the
-    adapters active.
+    adapters active. questions: what enters them at the questions' own tokens.
     """
 
     part: StepPart
@@ -99,6 +115,7 @@ class Step:
     student: Tensor | None = None
     plain_inputs: ModuleInputs | None = None
     student_inputs: ModuleInputs | None = None
+    questions: QuestionInputs | None = None
 
     @property
     def batch(self) -> DistillationBatch:
@@ -158,7 +175,8 @@ class LossTerm(ABC):
         half_life: optimizer steps after these in which the weight falls to half, again and again; None: it stays.
 
     Attributes:
-        needs: the fields of `Step` that must be computed for it, of teacher, student, plain_inputs, student_inputs.
+        needs: the fields of `Step` that must be computed for it, of teacher, student, plain_inputs, student_inputs,
+            questions.
 
     Raises:
         ValueError: one of these is out of its range.
@@ -270,6 +288,59 @@ class KeyContrast(_Contrast):
             of_documents = mean_per_document(per_token, owned_by, len(step.is_answer))
             values.append(of_documents + of_rows[owned_by.unique()].mean())
         return torch.stack(values).mean() * step.part.share["document"]
+
+
+class ChunkMatch(LossTerm):
+    """Whether a question finds the chunk that answers it: cross-entropy of the scores s, sharpened by β,
+
+        loss = -log softmax(β s_own) - w log softmax(β s_all),
+
+    among its own document's chunks and among all of the step, of a hypernetwork that recites. Questions whose answer
+    stands in no chunk, or in several, are left out.
+
+    Args:
+        weight, steps_alone, half_life: as of `LossTerm`.
+        sharpness: β.
+        among_all: w.
+    """
+
+    needs = frozenset({"questions"})
+
+    def __init__(
+        self,
+        *,
+        weight: float,
+        steps_alone: int = 0,
+        half_life: int | None = None,
+        sharpness: float = 3.0,
+        among_all: float = 0.5,
+    ) -> None:
+        super().__init__(weight=weight, steps_alone=steps_alone, half_life=half_life)
+        self.sharpness, self.among_all = sharpness, among_all
+
+    def __call__(self, step: Step) -> Tensor:
+        assert step.questions is not None
+        (A,) = step.A.values()
+        by_layer, asked, row, chunk, match = step.questions
+        first = [0, *accumulate(step.batch.chunk_counts)]
+        values, rows = [A.sum() * 0], [row.new_zeros(1)]
+        scores = match(by_layer, asked, A)[0]
+        for document in row.unique().tolist():
+            own = (row == document) & (chunk >= 0)
+            if not own.any():
+                continue
+            start, end = first[document], first[document + 1]
+            inputs = {layer: x[own] for layer, x in by_layer.items()}
+            among_own = match(inputs, asked[own], A[start:end])[0]
+            value = F.cross_entropy(self.sharpness * among_own, chunk[own] - start, reduction="none")
+            if self.among_all:
+                among_all = F.cross_entropy(self.sharpness * scores[own], chunk[own], reduction="none")
+                value = value + self.among_all * among_all
+            values.append(value)
+            rows.append(row[own])
+        if len(values) == 1:
+            return values[0]
+        return step.mean_over_documents(torch.cat(values[1:]), torch.cat(rows[1:]), count="document") + values[0]
 
 
 class Attribution(_Contrast):

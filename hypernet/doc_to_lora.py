@@ -258,11 +258,17 @@ class DocToLoRA(nn.Module):
             self.pause()
             self.paused_s += time.perf_counter() - started
 
-    def adapt(self, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Chunk ids and mask [C, T] → target name → A [C, L, R, d_in], B [C, L, R, d_out], differentiable."""
+    def adapt(
+        self, ids: Tensor, mask: Tensor, *, keys_only: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Chunk ids and mask [C, T] → target name → A [C, L, R, d_in], B [C, L, R, d_out], differentiable.
+
+        Args:
+            keys_only: of a hypernetwork that recites, make what a question finds its chunk by, and only those layers.
+        """
         self.injector.clear()  # the encoder reads with the plain base model
         if self.hypernetwork.recitation is not None:
-            return read_and_write(ids, mask, self.context_encoder, self.hypernetwork)
+            return read_and_write(ids, mask, self.context_encoder, self.hypernetwork, keys_only=keys_only)
         features, mask = drop_context(self.context_encoder(ids, mask), mask)
         # The base model may be in half precision; the hypernetwork is not.
         return self.hypernetwork(features.to(next(self.hypernetwork.parameters()).dtype), mask)
@@ -471,14 +477,20 @@ class DocToLoRA(nn.Module):
             if recitation is None:
                 return routing_scores(self.base_model, adapter.targets, adapter.A, prompts)
             inputs = prompt_inputs(self.base_model, adapter.targets, prompts, layers=recitation.num_key_layers)
-            around = framed_ids(self.tokenizer, [(self.layout.before_user, "", ""), ("", "", self.layout.after_user)])
-            before, after = (len(ids) for ids in around)
+            before, after = self.around_question
             lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)[:, None]
             places = torch.arange(int(lengths.max()), device=self.device)
             asked = (places >= before) & (places < lengths - after)
             (A,) = adapter.A.values()
             scores, closeness = recitation.match(inputs, asked, A)
         return scores * (closeness >= recitation.min_match)[:, None]
+
+    @property
+    def around_question(self) -> tuple[int, int]:
+        """Tokens of a prompt before the question and behind it."""
+        around = framed_ids(self.tokenizer, [(self.layout.before_user, "", ""), ("", "", self.layout.after_user)])
+        before, after = (len(ids) for ids in around)
+        return before, after
 
     def joining(
         self,
@@ -589,11 +601,10 @@ class DocToLoRA(nn.Module):
                 asked = [prompts[place] for place in places]
                 scores = self._scores(asked, adapter)
                 best = highest(scores, top_k=joining.top_k, weight_power=joining.weight_power)
+                found = [select_chunks(adapter, *pair) for pair in zip(*best, strict=True)]
                 # A question that no chunk is close to is asked of the plain base model.
-                found = [
-                    select_chunks(adapter, *pair) if row.any() else None
-                    for *pair, row in zip(*best, scores, strict=True)
-                ]
+                places = [place for place, row in zip(places, scores, strict=True) if row.any()]
+                found = [part for part, row in zip(found, scores, strict=True) if row.any()]
             for place, part in zip(places, found, strict=True):
                 chosen[place] = part
         return chosen

@@ -23,7 +23,8 @@ choosing whole LoRAs by the input, LoraRetriever, Zhao et al. 2024, https://arxi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
@@ -410,29 +411,34 @@ def prompt_inputs(
         prompts: token ids, one list for each question.
         layers: how many; those behind them are not run.
     """
-    (target,) = targets
     device = next(base_model.parameters()).device
     rows = [torch.tensor(ids, device=device) for ids in prompts]
     ids = pad_sequence(rows, batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    found: dict[int, Tensor] = {}
-    hooks = []
-    for place in islice(target.modules(), layers):
-
-        def read(_: nn.Module, args: tuple[Tensor], layer: int = place.layer) -> None:
-            found[layer] = args[0]
-            if len(found) == layers:
-                raise _Enough
-
-        hooks.append(base_model.get_submodule(place.path).register_forward_pre_hook(read))
-    try:
+    with first_inputs(base_model, targets, layers=layers) as found:
         base_model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-    except _Enough:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
+
+
+@contextmanager
+def first_inputs(base_model: nn.Module, targets: Sequence[LoRATarget], *, layers: int) -> Iterator[dict[int, Tensor]]:
+    """Collects what enters the one target module of the first layers, by layer, in the one pass that runs inside.
+
+    Layers behind them are not run: the `with` block ends there.
+    """
+    (target,) = targets
+    found: dict[int, Tensor] = {}
+    with ExitStack() as undo, suppress(_Enough):
+        for place in islice(target.modules(), layers):
+
+            def read(_: nn.Module, args: tuple[Tensor], layer: int = place.layer) -> None:
+                found[layer] = args[0]
+                if len(found) == layers:
+                    raise _Enough
+
+            hook = base_model.get_submodule(place.path).register_forward_pre_hook(read)
+            undo.callback(hook.remove)
+        yield found
 
 
 class _Enough(Exception):

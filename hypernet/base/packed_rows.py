@@ -103,8 +103,8 @@ def question_places(rows: PackedRows, *, before: int, after: int) -> list[tuple[
         before, after: tokens of the prompt around the question.
     """
     found = []
-    host = PackedRows(*(tensor.tolist() for tensor in rows))
-    for row, (segments, positions, kinds) in enumerate(zip(host.segments, host.positions, host.target_kind, strict=True)):
+    fields = (field.tolist() for field in (rows.segments, rows.positions, rows.target_kind))
+    for row, (segments, positions, kinds) in enumerate(zip(*fields, strict=True)):
         columns: dict[int, list[int]] = {}
         for column, segment in enumerate(segments):
             if segment > 0:

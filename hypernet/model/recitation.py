@@ -180,7 +180,9 @@ class Recitation(nn.Module):
             if num_keys < self.num_key_layers:
                 raise ValueError(f"Keys need the first {self.num_key_layers} layers together, got {num_keys} of them.")
             x = features[:, :num_keys, :, : target.d_in]
-            keys = self.keys(torch.stack([x[:, place % num_keys, place + 1] for place in range(x.shape[2] - 1)], 1), mask)
+            keys = self.keys(
+                torch.stack([x[:, place % num_keys, place + 1] for place in range(x.shape[2] - 1)], 1), mask
+            )
             rows_A.append(keys)
             rows_B.append(keys.new_zeros(*keys.shape[:3], target.d_out))
         for place in range(num_keys, len(numbers)):
@@ -227,7 +229,8 @@ class Recitation(nn.Module):
         (target,) = self.targets
         features = features.masked_fill(~mask[..., None], 0).float()
         with torch.autocast(features.device.type, enabled=False):
-            return self._saying(layer, *features.split([target.d_in, target.d_out, target.d_out], dim=-1), mask)
+            x, state, direction = features.split([target.d_in, target.d_out, target.d_out], dim=-1)
+            return self._saying(layer, x, state, direction, mask)
 
     def _saying(self, layer: int, x: Tensor, state: Tensor, direction: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         number = layer - self.num_key_layers

@@ -10,6 +10,7 @@ as soon as the base model has computed them and are dropped again: L maps never 
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -95,12 +96,18 @@ def read_chunks(
 
 
 def read_and_write(
-    ids: Tensor, mask: Tensor, context_encoder: ContextEncoder, hypernetwork: HyperNetwork
+    ids: Tensor,
+    mask: Tensor,
+    context_encoder: ContextEncoder,
+    hypernetwork: HyperNetwork,
+    *,
+    keys_only: bool = False,
 ) -> tuple[Weights, Weights]:
     """A and B of chunks whose rows act while they are read, layer after layer; differentiable, but for what acts.
 
     Args:
         ids, mask: [C, T], as of the context encoder.
+        keys_only: end where the layers for keys do.
     """
     layers: list[tuple[Weights, Weights]] = []
     with_gradient = torch.is_grad_enabled()
@@ -111,11 +118,18 @@ def read_and_write(
             made, added = write(index, features)
         if made is not None:
             layers.append(made)
+            if keys_only:
+                raise _Enough
         return added
 
-    context_encoder.stream(ids, mask, read)
+    with suppress(_Enough):
+        context_encoder.stream(ids, mask, read)
     A, B = ({name: torch.cat([made[part][name] for made in layers], 1) for name in layers[0][part]} for part in (0, 1))
     return A, B
+
+
+class _Enough(Exception):
+    """Ends a reading whose rest nobody needs."""
 
 
 class _Writing:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypernet.base.packed_rows import PackedRows
+from hypernet.adapters.joining import first_inputs
+from hypernet.base.packed_rows import PackedRows, question_places
 from hypernet.base.targets import LayerTarget
 from hypernet.data.batches import DistillationBatch
 from hypernet.data.splitting import StepPart
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.model.checkpoint import check_ours
 from hypernet.training.lit_module import LitModule, beginnings, check_same_sizes
-from hypernet.training.losses import AnswerTokens, LossTerm, Step, answers_right_by_kind, trained_terms
+from hypernet.training.losses import AnswerTokens, LossTerm, QuestionInputs, Step, answers_right_by_kind, trained_terms
 from hypernet.training.losses.terms import ModuleInputs
 from hypernet.training.optimizers import make_optimizer
 
@@ -67,10 +68,12 @@ class LitDocToLoRA(LitModule):
     def training_step(self, batch: DistillationBatch | StepPart, batch_idx: int) -> Tensor:
         part = StepPart.of(batch)
         terms = self._terms_now()
+        needs = frozenset().union(*(term.needs for term in terms.values()))
         with self.phases("encode"):
-            A, B = self.model.adapt(part.batch.chunk_ids, part.batch.chunk_mask)
+            keys_only = needs == {"questions"}
+            A, B = self.model.adapt(part.batch.chunk_ids, part.batch.chunk_mask, keys_only=keys_only)
         step = Step(part, A, B)
-        self._compute(step, frozenset().union(*(term.needs for term in terms.values())))
+        self._compute(step, needs)
         losses = {name: term(step) for name, term in terms.items()}
         together = max(self.global_step - self.steps_alone, 0)
         loss = sum(term.weight_at(together) * losses[name] for name, term in terms.items())
@@ -90,6 +93,9 @@ class LitDocToLoRA(LitModule):
             if "plain_inputs" in needs:
                 with self._module_inputs(step.answers) as step.plain_inputs:
                     self.model(batch.student)
+        if "questions" in needs:
+            with self.phases("questions"):
+                step.questions = self._questions(batch)
         if not needs & {"student", "student_inputs"}:
             return
         self.model.activate(step.A, step.B, batch.chunk_counts, members=batch.members)
@@ -97,6 +103,35 @@ class LitDocToLoRA(LitModule):
             if "student_inputs" in needs:
                 step.student_inputs = undo.enter_context(self._module_inputs(step.answers))
             step.student = self.model(batch.student)
+
+    @torch.no_grad()
+    def _questions(self, batch: DistillationBatch) -> QuestionInputs:
+        model, recitation = self.model, self.model.hypernetwork.recitation
+        if recitation is None:
+            raise ValueError("Questions find their chunk in a recitation alone. Leave objective.match out.")
+        rows = batch.student
+        before, after = model.around_question
+        answered = AnswerTokens.of(batch)
+        chunk_of = {
+            (row, column): chunk
+            for row, column, owner, chunk in zip(*(field.tolist() for field in answered), strict=True)
+            if owner >= 0
+        }
+        places = [place for place in question_places(rows, before=before, after=after) if place[::2] in chunk_of]
+        with first_inputs(model.base_model, recitation.targets, layers=recitation.num_key_layers) as found:
+            model(rows)
+        width = max((len(columns) for _, columns, _ in places), default=1)
+        row = torch.tensor([row for row, _, _ in places], dtype=torch.int64, device=self.device)
+        columns = torch.tensor([own + [0] * (width - len(own)) for _, own, _ in places], device=self.device)
+        columns = columns.view(len(places), width)
+        lengths = torch.tensor([len(own) for _, own, _ in places], device=self.device)
+        return QuestionInputs(
+            by_layer={layer: x[row[:, None], columns] for layer, x in found.items()},
+            asked=torch.arange(width, device=self.device) < lengths[:, None],
+            row=row,
+            chunk=torch.tensor([chunk_of[place[::2]] for place in places], dtype=torch.int64, device=self.device),
+            match=recitation.match,
+        )
 
     @contextmanager
     def _module_inputs(self, answers: AnswerTokens) -> Iterator[ModuleInputs]:

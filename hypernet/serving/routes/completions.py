@@ -17,7 +17,6 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.memory.ask import MemoryQuestion, PreparedQuestion
 from hypernet.memory.store.records import Filters
 from hypernet.serving.engine import Delta, Generation, Sampling, TokenLogprob

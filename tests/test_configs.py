@@ -1,5 +1,6 @@
 """Every YAML file below conf/ is found here, composed and built; one that nothing composes fails."""
 
+import json
 import re
 import shlex
 from functools import cache
@@ -74,6 +75,20 @@ def chosen_by(*recipe: str) -> dict[str, Path]:
     return looked_at(*recipe).chosen
 
 
+def squad_file(folder):
+    """Forty paragraphs of two sentences in SQuAD's format."""
+    paragraphs = [
+        {
+            "context": f"The tower of number {n} is {n + 2} metres high. A family of owls lives in it since 19{n + 10}.",
+            "qas": [{"id": str(n), "question": "How high is it?", "answers": [{"text": f"{n + 2}", "answer_start": 0}]}],
+        }
+        for n in range(40)
+    ]
+    path = folder / "squad.json"
+    path.write_text(json.dumps({"data": [{"title": "Towers", "paragraphs": paragraphs}]}), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def build(monkeypatch, tmp_path, tiny_base_model_folder):
     """build(recipe): instantiates what train.py would, on the shipped base model or, if there is none, a tiny one."""
@@ -87,6 +102,13 @@ def build(monkeypatch, tmp_path, tiny_base_model_folder):
         if isinstance(source := cfg.task.base_model, str):
             shipped = ROOT / source
             cfg.task.base_model = str(shipped if (shipped / "config.json").is_file() else tiny_base_model_folder)
+            if not (shipped / "config.json").is_file() and "recitation" in str(cfg.task.get("hypernetwork")):
+                cfg.task.hypernetwork.rank = 64  # with fewer layers as many places
+                cfg.task.hypernetwork.aggregator.num_key_layers = 1
+        for source in dict(cfg.task.get("sources") or {}).values():
+            source = source.get("of", source)
+            if source.get("name") == "squad" and source.path is None:  # of the hub
+                source.path = str(squad_file(tmp_path))
         if cfg.task.get("init_from"):
             cfg.task.init_from = None  # what an earlier run has left is not here
         module, data = instantiate(cfg.task, _convert_="all")

@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import absl.logging
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -48,9 +49,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 # Processes take the files in this order (--no-loadscope-reorder): a long one at the end would leave the others idle.
 LONGEST_FILES = (
-    *("test_datamodule.py", "test_train.py", "test_logs.py", "test_survival.py", "test_lora_delta.py"),
-    *("test_configs.py", "test_docs.py", "test_run.py", "test_generate_adapter.py", "test_training_speed.py"),
-    *("test_callbacks.py", "test_sharding.py", "test_token_store.py", "test_internalize_cost.py", "test_learning.py"),
+    *("test_datamodule.py", "test_train.py", "test_logs.py", "test_survival.py", "test_docs.py", "test_configs.py"),
+    *("test_lora_delta.py", "test_run.py", "test_token_store.py", "test_callbacks.py", "test_generate_adapter.py"),
+    *("test_training_speed.py", "test_consolidation.py", "test_serve.py", "test_protocol.py", "test_vllm_engine.py"),
+    *("test_memories.py", "test_tasks.py", "test_sharding.py", "test_app.py"),
 )
 
 
@@ -63,6 +65,18 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays, and the collector need not go through it again and again."""
     gc.freeze()
     gc.enable()
+    gc.set_threshold(10_000)  # for Python's 700: settings are small objects by the thousand, a tenth of their time
+
+
+@pytest.fixture(autouse=True, scope="session")
+def settings_composed_once():
+    """Hydra composes a command's settings first to find `hydra.mode`, which ours leave out, and then once more.
+
+    In commands that run in this process; those in forks and in processes of their own do as a user's.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -136,7 +136,8 @@ def test_stages_have_the_same_documents_in_one_or_eight_chunks(shipped):
         assert b.teacher.positions.max() < shipped.base_model.config.max_position_embeddings
 
 
-def test_training_speed_rows_make_the_table(tmp_path, capsys):
+def test_training_speed_rows_make_the_table(make_doc_to_lora, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training_speed, "build_model", lambda *_, **__: make_doc_to_lora())
     output = tmp_path / "speed.jsonl"
     main.__wrapped__(small(f"output={output}"))
     rows = [json.loads(line) for line in output.read_text().splitlines()]

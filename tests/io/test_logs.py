@@ -78,16 +78,16 @@ def name_of(command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def helped():
-    """Forks of a process that has imported what each command imports to read its arguments."""
-    with Commands(("hydra", "pydantic", "typer", "rich.console"), ENVIRONMENT) as commands:
+def forked():
+    """Forks of a process that has imported what each command does to read its arguments, torch and lightning."""
+    with Commands(("hydra", "pydantic", "typer", "rich.console", "lightning.pytorch"), ENVIRONMENT) as commands:
         yield commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_all_that_help_prints(command, helped):
+def test_help_is_all_that_help_prints(command, forked):
     module = command.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
-    done = helped.run(command if "/" not in command else module, ["--help"], cwd=ROOT)
+    done = forked.run(command if "/" not in command else module, ["--help"], cwd=ROOT)
     assert (done.code, done.stderr) == (0, "") and len(done.stdout) > 100
 
 
@@ -105,12 +105,6 @@ def assert_shows(stdout: str, stderr: str, expected: tuple[str, str], folder: Pa
 def test_screen_shows_nothing_but_what_is_for_the_user(note, tmp_path, command):
     done = run(*(part.replace("{tmp}", str(tmp_path)).replace("#", " ") for part in command.split()))
     assert_shows(done.stdout, done.stderr, AS_A_USER[command], tmp_path)
-
-
-@pytest.fixture(scope="module")
-def forked():
-    with Commands(("hydra", "pydantic", "typer", "lightning.pytorch"), ENVIRONMENT) as commands:
-        yield commands
 
 
 @pytest.mark.parametrize("command", FORKED, ids=name_of)

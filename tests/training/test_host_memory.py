@@ -15,11 +15,11 @@ if "flat" in sys.argv:
     keep_flat()
 import torch
 torch.set_num_threads(1)
-weight = torch.randn(1536, 576, dtype=torch.bfloat16)
+weight = torch.randn(768, 288, dtype=torch.bfloat16)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 def step(tokens):
-    torch.nn.functional.linear(torch.ones(tokens, 576, dtype=torch.bfloat16), weight)
+    torch.nn.functional.linear(torch.ones(tokens, 288, dtype=torch.bfloat16), weight)
 step(700)
 before = resident()
 for tokens in range(300, 700):
@@ -37,7 +37,7 @@ def run(script: str, *arguments: str, **variables: str) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_new_shapes_keep_little_memory():
-    assert int(run(STEPS, "flat")) < 0.5 * int(run(STEPS))  # measured .34
+    assert int(run(STEPS, "flat")) < 0.5 * int(run(STEPS))  # measured .17
 
 
 def test_what_the_environment_says_stays():

@@ -26,7 +26,7 @@ DOCUMENTS = [
 ]
 QUESTIONS = ["Who founded Norbach?", "What does Norbach make?"]
 ANSWERS = [["Ilda Renwick", "tin boxes"], ["Tam Corbeck", "silk hats"]]
-STEPS = 500
+STEPS = 240
 
 
 class SameBatch(Dataset):

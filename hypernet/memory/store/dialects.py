@@ -33,7 +33,7 @@ BUSY_TIMEOUT_S = 30.0
 # 2,000, for the system caches the file too; one write of 10,000 takes 7% longer with 256, and 18% with 128.
 _CACHE_KIB = 256
 _CONNECT_TIMEOUT_S = 10
-_ERASED_TABLES = ("memories", "vectors", "words")  # whose rows hold content
+_ERASED_TABLES = ("memories", "vectors", "words", "words_counted")  # whose rows hold content
 _COMMENT = "hypernet memory "  # and an id: of the table alembic_version, which SQLite's application_id stands for
 _SECRETS = ("password", "sslpassword", "oauth_client_secret")  # of a URL's query; libpq takes them there too
 _UNREACHED = ("08", "28", "3D", "57")  # SQLSTATE classes: connection, authorization, database, operator intervention

@@ -5,7 +5,9 @@ asked for: by its pairs of characters, as search engines do. Questions are only 
 
 SQLite's FTS5 cuts and ranks by itself. PostgreSQL has no bm25 and cuts by its locale, so words are cut here and stemmed
 there, by the same stemmer (Porter's); a tsvector keeps them, in which a word has as many positions as it has
-occurrences, 255 at most. Its bm25 is FTS5's with the frequencies of the memories within the filters.
+occurrences, 255 at most. Its bm25 is FTS5's, with the frequencies of all memories: within one user's 200 a word that
+few of them hold looks as rare as a name, and Recall@5 of 8 such users is 0.93 instead of 0.98. `words_counted` keeps
+them: of 10,000 memories a search takes 3 ms, and 250 if it counts.
 
 Source: Robertson, Zaragoza 2009, doi:10.1561/1500000019; FTS5's formula, https://sqlite.org/fts5.html#the_bm25_function
 """
@@ -57,32 +59,55 @@ SELECT m.seq FROM words JOIN memories m ON m.seq = words.rowid WHERE words MATCH
 ORDER BY bm25(words, 1.0, 0.0), m.seq DESC LIMIT :limit
 """,
     "postgresql": f"""
-WITH asked AS (
-  SELECT (ts_lexize('words_stem', word))[1] AS lexeme, place
-  FROM unnest(CAST(:words AS text[])) WITH ORDINALITY AS given(word, place)
+WITH sizes AS (
+  SELECT CAST(memories AS float8) AS documents, CAST(length AS float8) / memories AS length
+  FROM words_counted WHERE lexeme = ''
 ),
-sizes AS (
-  SELECT CAST(count(*) AS float8) AS documents, CAST(avg(length) AS float8) AS length FROM words WHERE {{scope}}
-),
-occurrences AS (
-  SELECT i.rowid, i.length, lexeme, place, CAST(cardinality(u.positions) AS float8) AS number
-  FROM words i CROSS JOIN LATERAL unnest(i.lexemes) u JOIN asked USING (lexeme)
-  WHERE {{scope}} AND i.lexemes @@ (SELECT CAST(string_agg('''' || lexeme || '''', '|') AS tsquery) FROM asked)
-),
-weights AS (
-  SELECT lexeme, greatest(1e-6, ln((documents - count(DISTINCT rowid) + 0.5) / (count(DISTINCT rowid) + 0.5))) AS weight
-  FROM occurrences CROSS JOIN sizes GROUP BY lexeme, documents
+asked AS (
+  SELECT lexeme, place, greatest(1e-6, ln((documents - memories + 0.5) / (memories + 0.5))) AS weight
+  FROM (
+    SELECT (ts_lexize('words_stem', word))[1] AS lexeme, place
+    FROM unnest(CAST(:words AS text[])) WITH ORDINALITY AS given(word, place)
+  ) AS stems JOIN words_counted USING (lexeme) CROSS JOIN sizes
 ),
 scores AS (
-  SELECT o.rowid,
-    sum(w.weight * (o.number * 2.2 / (o.number + 1.2 * (0.25 + 0.75 * o.length / s.length))) ORDER BY place) AS score
-  FROM occurrences o JOIN weights w USING (lexeme) CROSS JOIN sizes s GROUP BY o.rowid
+  SELECT rowid,
+    sum(weight * (number * 2.2 / (number + 1.2 * (0.25 + 0.75 * o.length / s.length))) ORDER BY place) AS score
+  FROM (
+    SELECT i.rowid, i.length, weight, place, CAST(cardinality(u.positions) AS float8) AS number
+    FROM words i CROSS JOIN LATERAL unnest(i.lexemes) u JOIN asked USING (lexeme)
+    WHERE {{scope}} AND i.lexemes @@ (SELECT CAST(string_agg('''' || lexeme || '''', '|') AS tsquery) FROM asked)
+  ) AS o CROSS JOIN sizes s GROUP BY rowid
 )
 -- A look-up for each: without statistics of user_id all scores might be gone through for each memory, 12 s of 6,000.
 SELECT seq FROM scores CROSS JOIN LATERAL (SELECT seq FROM memories m WHERE m.seq = scores.rowid AND {HOLDS} OFFSET 0) m
 ORDER BY score DESC, seq DESC LIMIT CAST(:limit AS bigint)
 """,
 }
+
+# PostgreSQL's: each word of some rows, and '' for all; memories that hold it, and their length together.
+_HELD = """
+SELECT lexeme, count(*) AS memories, sum(length) AS length
+FROM words CROSS JOIN LATERAL unnest(array_append(tsvector_to_array(lexemes), '')) AS held(lexeme)
+WHERE {rows} GROUP BY lexeme
+"""
+_HELD_BY = _HELD.format(rows="rowid = ANY(CAST(:seqs AS int[]))")
+_ADD_COUNTS = text(f"""
+INSERT INTO words_counted AS c (lexeme, memories, length) {_HELD_BY}
+ON CONFLICT (lexeme) DO UPDATE SET memories = c.memories + excluded.memories, length = c.length + excluded.length
+""")
+_TAKE_COUNTS = text(f"""
+WITH held AS MATERIALIZED ({_HELD_BY}), gone AS (
+  DELETE FROM words_counted c USING held h WHERE c.lexeme = h.lexeme AND c.memories <= h.memories
+)
+UPDATE words_counted c SET memories = c.memories - h.memories, length = c.length - h.length
+FROM held h WHERE c.lexeme = h.lexeme AND c.memories > h.memories
+""")
+_DIFFERENT_COUNTS = text(f"""
+WITH held AS ({_HELD.format(rows="TRUE")})
+SELECT count(*) FROM held h FULL JOIN words_counted c USING (lexeme)
+WHERE (h.memories, h.length) IS DISTINCT FROM (c.memories, c.length)
+""")
 
 
 def index_rows(connection: Connection, memories: Iterable[Row[Any]]) -> None:
@@ -95,10 +120,33 @@ def index_rows(connection: Connection, memories: Iterable[Row[Any]]) -> None:
     ]
     if found:
         connection.execute(_INSERT[connection.dialect.name], found)
+        _change_counts(connection, _ADD_COUNTS, [row["seq"] for row in found])
 
 
 def unindex(connection: Connection, seqs: Iterable[int]) -> None:
-    connection.execute(delete(words).where(among(words.c.rowid, seqs)))
+    seqs = list(seqs)
+    if seqs:
+        _change_counts(connection, _TAKE_COUNTS, seqs)
+        connection.execute(delete(words).where(among(words.c.rowid, seqs)))
+
+
+def clear(connection: Connection) -> None:
+    """An index of nothing."""
+    connection.execute(delete(words))
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("DELETE FROM words_counted"))
+
+
+def num_wrong_counts(connection: Connection) -> int:
+    """Words of which PostgreSQL's index has another count than its rows."""
+    if connection.dialect.name != "postgresql":
+        return 0
+    return int(connection.execute(_DIFFERENT_COUNTS).scalar_one())
+
+
+def _change_counts(connection: Connection, statement: TextClause, seqs: list[int]) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(statement, {"seqs": seqs})
 
 
 def rebuild(connection: Connection) -> None:
@@ -188,7 +236,7 @@ def _counted(seq: int, content: str, whose: Filters) -> dict[str, Any]:
     """A row of PostgreSQL's index; words beyond `_MAX_BYTES` cannot be asked for."""
     content = _bare(content)
     found = [word[:_MAX_WORD_CHARACTERS] for word in _spaced(content)]
-    length = len(found)
+    length = len(found) + len(whose.given)
     for run in _RUN.findall(content):
         found += [*run, *(run[i : i + 2] for i in range(len(run) - 1))]
         length += len(run)

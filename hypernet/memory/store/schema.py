@@ -5,7 +5,7 @@ events     append-only: what happened to which memory version in which batch, ne
 memories   one row per memory version; the columns after created_at are computed from the rest
 contains   what was derived from what: deleting a member deletes what contains it
 vectors    a memory's embedding by one embedder
-words      the full-text index of live memories: FTS5 of SQLite, tsvector of PostgreSQL
+words      the full-text index of live memories: FTS5 of SQLite; tsvector of PostgreSQL, with `words_counted`
 slots      the adapter of a memory version: which entry of `adapters/` holds it, by what it was written
 costs      what a tier was measured to answer and to cost, and when
 """
@@ -38,7 +38,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 
-SCHEMA_VERSION = "0002"
+SCHEMA_VERSION = "0003"
 APPLICATION_ID = 0x48794D65  # "HyMe" in the header of memory.sqlite
 
 metadata = MetaData()
@@ -158,7 +158,7 @@ costs = Table(
     sqlite_autoincrement=True,
 )
 
-# Not in `metadata`: SQLite's is a virtual table.
+# Not in `metadata`: SQLite's is a virtual table, and counts by itself what PostgreSQL has in `words_counted`.
 words = table("words", column("rowid", Integer))
 
 

@@ -357,6 +357,7 @@ class TokenStore(StoreReader):
         with self.database.read() as connection:
             rows = connection.execute(select(memories).order_by(memories.c.seq)).all()
             indexed = set(connection.execute(select(words.c.rowid)).scalars())
+            num_wrong_counts = full_text.num_wrong_counts(connection)
             states = self._states(connection, [row.seq for row in rows])
         damage = [
             f"{row.memory_id}@{row.version} is not the text that was stored"
@@ -372,13 +373,15 @@ class TokenStore(StoreReader):
             or (row.live and expected.get(row.seq) != End(row.invalid_at, row.expired_at))
         ]
         repaired = []
-        if wrong or indexed != findable:
+        changed = {*wrong, *(indexed ^ findable)}
+        if changed or num_wrong_counts:
             with self._writing("repair") as writing:
                 self._refresh(writing.connection, [row.seq for row in rows])
                 self._resolve(writing.connection, {row.timeline for row in rows})
-                writing.connection.execute(delete(words))
+                full_text.clear(writing.connection)
                 full_text.index_rows(writing.connection, self._rows(writing.connection, sorted(findable)))
-            repaired.append(f"computed columns or the index of {len(set(wrong) | (indexed ^ findable))} versions")
+            counts = f"the index's counts of {num_wrong_counts} words"
+            repaired.append(f"computed columns or the index of {len(changed)} versions" if changed else counts)
         repaired += self.log.repair()
         if self.is_unfinished:
             if self._finish_purge():

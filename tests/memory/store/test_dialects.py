@@ -171,6 +171,42 @@ def test_connection_that_the_server_closed_is_opened_again(store, postgres):
     assert len(store.valid()) == 1
 
 
+def test_counts_of_words_are_recomputed(store):
+    """Of Alice's two memories and Bob's one; '' stands for all."""
+    store.add([Draft(text=content, filters=ALICE) for content in ("He met Orla.", "Orla walked, walks")])
+    store.add([Draft(text="She met nobody.", filters=Filters("bob"))])
+    counted = {"": (3, 12), "orla": (2, 8), "met": (2, 8)}
+    counted |= dict.fromkeys(("he", "she", "walk", "nobodi"), (1, 4))
+
+    def of_words() -> dict[str, tuple[int, int]]:
+        with store.database.read() as connection:
+            rows = connection.execute(text("SELECT * FROM words_counted WHERE NOT starts_with(lexeme, ':')"))
+            return {row.lexeme: (row.memories, row.length) for row in rows}
+
+    assert of_words() == counted
+    with store.database.write() as connection:
+        connection.execute(text("DELETE FROM words_counted WHERE lexeme = 'orla'"))
+        connection.execute(text("UPDATE words_counted SET memories = 9 WHERE lexeme = 'walk'"))
+        connection.execute(text("INSERT INTO words_counted VALUES ('zanzibar', 1, 4)"))
+    assert store.verify().repaired == ("the index's counts of 3 words",) and of_words() == counted
+    assert store.verify() == ((), ())
+    store.delete_all(ALICE)
+    assert of_words() == {"": (1, 4), "she": (1, 4), "met": (1, 4), "nobodi": (1, 4)}
+
+
+def test_words_of_an_older_schema_are_counted(store):
+    store.add([Draft(text=f"Orla met {number}.", filters=ALICE) for number in range(3)] + [Draft(text="nobody")])
+    tables = [text(f"SELECT * FROM {name} ORDER BY 1") for name in ("words", "words_counted")]
+    with store.database.write() as connection:
+        before = [connection.execute(table).all() for table in tables]
+        connection.execute(text("DROP TABLE words_counted"))
+        connection.execute(text("UPDATE words SET length = length - 1 WHERE length > 1"))  # of whose it is
+        connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
+    with TokenStore(store.folder).database.read() as connection:
+        assert [connection.execute(table).all() for table in tables] == before
+    assert [row.length for row in before[0]] == [4, 4, 4, 1] and len(before[1]) == 8
+
+
 def test_long_texts_are_stored_and_found(store):
     """A tsvector holds 1 MB and words of 2 KB."""
     long = " ".join(f"word{number}" for number in range(150_000))

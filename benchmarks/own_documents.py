@@ -1,0 +1,316 @@
+"""A real base model and documents of people: `python -m benchmarks.own_documents`
+
+Every document becomes an adapter in one pass, and its questions are answered with it, without context, with another
+document's adapter, with the one sentence that holds the answer chosen by truth (the oracle), and with the document in
+the prompt, in the best of a few wordings. Also several documents in one adapter, questions that the base model answers
+anyway, passages that contradict what it knows, and seconds.
+"""
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+
+from hypernet.cli.scripts import Script
+from hypernet.cli.settings import Count, OutputFile, Settings, Text
+
+# What stands behind a question whose document is in the prompt; the best on `wording_file` is used.
+WORDINGS = (
+    "",
+    " Answer in one sentence from the text.",
+    " Quote the sentence of the text that answers.",
+    " Answer with a few words from the text.",
+)
+METHODS = ("no_context", "other_document", "adapter", "oracle", "in_prompt")
+_PAGE_TOKENS = 1000  # of a page of two
+
+
+class Asked(NamedTuple):
+    """A question about the document of this number, with the answers that count."""
+
+    document: int
+    question: str
+    answers: list[str]
+
+
+def drawn(cfg: "OwnDocumentsSettings", what: str, seed: int) -> tuple[list[str], list[Asked]]:
+    """Documents of this seed, "paragraphs" or "notes" of kinds for evaluation, and questions about them."""
+    rng = random.Random(f"own documents {what} {seed}")
+    if what == "notes":
+        from hypernet.data.notes import Notes
+
+        source = Notes("test", seed=seed, num_unanswerable=(0, 0))
+        records = [source.record(number) for number in range(cfg.documents // 2)]
+        found = [(record.document, [(q.text, [q.answer]) for q in record.questions]) for record in records]
+    else:
+        from benchmarks.real_text import read_squad
+
+        found = [(text, asked) for text, asked in read_squad(cfg.paragraphs_file) if asked]
+        found = rng.sample(found, min(cfg.documents, len(found)))
+    asked = [
+        Asked(number, question, answers)
+        for number, (_, questions) in enumerate(found)
+        for question, answers in rng.sample(questions, min(cfg.questions_per_document, len(questions)))
+    ]
+    return [text for text, _ in found], asked
+
+
+class Asking:
+    """Answers of one model in batches, with a progress bar."""
+
+    def __init__(self, model: Any, cfg: "OwnDocumentsSettings") -> None:
+        self.model, self.cfg = model, cfg
+
+    def __call__(self, label: str, asked: Sequence[tuple[str, Any, str | None]]) -> list[str]:
+        """Answers to (question, adapter or None, document or None), in order."""
+        from tqdm import tqdm
+
+        order = sorted(range(len(asked)), key=lambda i: len(asked[i][2] or ""))
+        answers = [""] * len(asked)
+        starts = range(0, len(order), self.cfg.questions_per_batch)
+        for start in tqdm(starts, desc=label, leave=False, file=sys.stderr):
+            batch = order[start : start + self.cfg.questions_per_batch]
+            questions, adapters, documents = zip(*(asked[i] for i in batch), strict=True)
+            found = self.model.generate(
+                questions, list(adapters), documents=documents, max_new_tokens=self.cfg.max_new_tokens
+            )
+            for place, answer in zip(batch, found, strict=True):
+                answers[place] = answer
+        return answers
+
+
+def scored(answer: str, answers: Sequence[str]) -> dict[str, float]:
+    from benchmarks.measuring.metrics import contains, token_f1
+
+    return {"contains": contains(answer, answers), "f1": token_f1(answer, answers)}
+
+
+def best_wording(ask: Asking) -> tuple[str, dict[str, float]]:
+    """The wording whose answers contain the most, with the document in the prompt, and each one's share."""
+    from benchmarks.real_text import read_squad
+
+    rng = random.Random("own documents wording")
+    found = rng.sample([(text, asked) for text, asked in read_squad(ask.cfg.wording_file) if asked], 40)
+    asked = [(text, *rng.choice(questions)) for text, questions in found]
+    shares = {}
+    for wording in WORDINGS:
+        answers = ask("wording", [(question + wording, None, text) for text, question, _ in asked])
+        scores = [scored(answer, truth)["contains"] for answer, (_, _, truth) in zip(answers, asked, strict=True)]
+        shares[wording] = statistics.mean(scores)
+    return max(WORDINGS, key=lambda wording: shares[wording]), shares
+
+
+def with_documents(ask: Asking, what: str, seed: int, wording: str) -> Iterator[dict[str, Any]]:
+    """Rows of all methods, a row for each question; with paragraphs also those of several in one adapter."""
+    from hypernet.adapters.composition import select_chunks
+
+    model = ask.model
+    documents, asked = drawn(ask.cfg, what, seed)
+    adapters = [model.internalize(text) for text in documents]
+
+    def oracle(one: Asked) -> Any:
+        adapter = adapters[one.document]
+        spans = adapter.provenance["documents"][0]["chunks"]
+        holding = [
+            number
+            for number, (start, end) in enumerate(spans)
+            if any(answer.lower() in documents[one.document][start:end].lower() for answer in one.answers)
+        ]
+        return select_chunks(adapter, holding) if holding else adapter
+
+    given = {
+        "no_context": [(one.question, None, None) for one in asked],
+        "other_document": [(one.question, adapters[(one.document + 1) % len(adapters)], None) for one in asked],
+        "adapter": [(one.question, adapters[one.document], None) for one in asked],
+        "oracle": [(one.question, oracle(one), None) for one in asked],
+        "in_prompt": [(one.question + wording, None, documents[one.document]) for one in asked],
+    }
+    sets = {what: given}
+    for count in ask.cfg.joined if what == "paragraphs" else ():
+        groups = [range(start, min(start + count, len(documents))) for start in range(0, len(documents), count)]
+        groups = [group for group in groups if len(group) == count]
+        joined = {number: index for index, group in enumerate(groups) for number in group}
+        together = [model.internalize([documents[number] for number in group]) for group in groups]
+        sets[f"{count} paragraphs"] = {
+            "adapter": [(one.question, together[joined[one.document]], None) for one in asked if one.document in joined]
+        }
+    for name, methods in sets.items():
+        of_set = (
+            asked
+            if name == what
+            else [one for one in asked if one.document < len(documents) // int(name.split()[0]) * int(name.split()[0])]
+        )
+        for method, questions in methods.items():
+            answers = ask(f"{name}, {method}", questions)
+            for one, answer in zip(of_set, answers, strict=True):
+                yield {
+                    "set": name,
+                    "method": method,
+                    "seed": seed,
+                    "document": one.document,
+                    "question": one.question,
+                    "answers": one.answers[:2],
+                    "prediction": answer,
+                    **scored(answer, one.answers),
+                }
+
+
+def unrelated(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
+    """Questions that the base model answers without a document, asked with the adapter of a paragraph."""
+    lines = Path(ask.cfg.known_file).read_text(encoding="utf-8").splitlines()
+    rng = random.Random(f"own documents known {seed}")
+    read = [json.loads(line) for line in rng.sample(lines, min(ask.cfg.known_questions, len(lines)))]
+    answers = ask("known", [(one["question"], None, None) for one in read])
+    known = [(one, a) for one, a in zip(read, answers, strict=True) if scored(a, one["answer"])["contains"]]
+    documents, _ = drawn(ask.cfg, "paragraphs", seed)
+    adapters = [ask.model.internalize(text) for text in documents]
+    given = [(one["question"], adapters[number % len(adapters)], None) for number, (one, _) in enumerate(known)]
+    kept = ask("unrelated", given)
+    plain = ask.model.log_probs([q for q, _, _ in given], [a for _, a in known]) if known else []
+    adapted = (
+        ask.model.log_probs([q for q, _, _ in given], [a for _, a in known], [x for _, x, _ in given]) if known else []
+    )
+    for (one, before), after, p, q in zip(known, kept, plain, adapted, strict=True):
+        tokens = max(1, len(ask.model.tokenizer(before)["input_ids"]))
+        for method, answer, nats in (("no_context", before, 0.0), ("adapter", after, (p - q) / tokens)):
+            yield {
+                "set": "unrelated",
+                "method": method,
+                "seed": seed,
+                "question": one["question"],
+                "answers": one["answer"][:2],
+                "prediction": answer,
+                "log_prob_lost": nats,
+                **scored(answer, one["answer"]),
+            }
+
+
+def conflicts(ask: Asking, seed: int, wording: str) -> Iterator[dict[str, Any]]:
+    """Passages that say otherwise than what is true: whether the answer is the passage's."""
+    lines = Path(ask.cfg.conflict_file).read_text(encoding="utf-8").splitlines()
+    rng = random.Random(f"own documents conflicts {seed}")
+    read = [json.loads(line) for line in rng.sample(lines, min(ask.cfg.conflicts, len(lines)))]
+    passages = [one["fake_passages"][0]["passage"] for one in read]
+    adapters = [ask.model.internalize(text) for text in passages]
+    given = {
+        "no_context": [(one["cleaned_question"], None, None) for one in read],
+        "adapter": [(one["cleaned_question"], a, None) for one, a in zip(read, adapters, strict=True)],
+        "in_prompt": [
+            (one["cleaned_question"] + wording, None, text) for one, text in zip(read, passages, strict=True)
+        ],
+    }
+    for method, asked in given.items():
+        for one, answer in zip(read, ask(f"conflicts, {method}", asked), strict=True):
+            yield {
+                "set": "conflicts",
+                "method": method,
+                "seed": seed,
+                "question": one["cleaned_question"],
+                "answers": [one["fake_short_answer"]],
+                "prediction": answer,
+                "true_answer": scored(answer, [one["real_short_answer"]])["contains"],
+                **scored(answer, [one["fake_short_answer"]]),
+            }
+
+
+def seconds(ask: Asking, load_s: float) -> dict[str, Any]:
+    """A page of two: document to adapter, a warm question with it and without, per token."""
+    from benchmarks.real_text import read_squad
+
+    model, text = ask.model, ""
+    for paragraph, _ in read_squad(ask.cfg.paragraphs_file):
+        if len(model.tokenizer(text + paragraph, verbose=False)["input_ids"]) > _PAGE_TOKENS:
+            break
+        text += paragraph + "\n\n"
+    made = []
+    for _ in range(3):
+        started = time.perf_counter()
+        adapter = model.internalize(text)
+        made.append(time.perf_counter() - started)
+    per_token: dict[str, list[float]] = {"adapter": [], "no_context": []}
+    for _ in range(5):
+        for method, given in (("adapter", adapter), ("no_context", None)):
+            started = time.perf_counter()
+            (answer,) = model.generate(["What does the text say about it?"], given, max_new_tokens=32)
+            tokens = 1 + len(model.tokenizer(answer)["input_ids"])
+            per_token[method].append((time.perf_counter() - started) / tokens)
+    return {
+        "set": "seconds",
+        "tokens": len(model.tokenizer(text, verbose=False)["input_ids"]),
+        "chunks": adapter.num_chunks,
+        "load_s": load_s,
+        "internalize_s": statistics.median(made),
+        "adapter_token_s": statistics.median(per_token["adapter"]),
+        "no_context_token_s": statistics.median(per_token["no_context"]),
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Sets and methods down: questions, share that contains the answer, F1, each with its seeds' lowest and highest."""
+    lines = ["| set | method | questions | contains | lowest | highest | F1 |", "|" + " --- |" * 2 + " ---: |" * 5]
+    places = dict.fromkeys((row["set"], row["method"]) for row in rows if "method" in row)
+    for name, method in places:
+        own = [row for row in rows if row["set"] == name and row.get("method") == method]
+        by_seed = [statistics.mean(r["contains"] for r in own if r["seed"] == s) for s in {r["seed"] for r in own}]
+        lines.append(
+            f"| {name} | {method.replace('_', ' ')} | {len(own)} | {statistics.mean(r['contains'] for r in own):.3f} | "
+            f"{min(by_seed):.3f} | {max(by_seed):.3f} | {statistics.mean(r['f1'] for r in own):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+class OwnDocumentsSettings(Settings):
+    checkpoint: Text
+    seeds: list[int]
+    documents: Count
+    questions_per_document: Count
+    joined: list[int]
+    paragraphs_file: Text
+    wording_file: Text
+    known_file: Text
+    conflict_file: Text
+    known_questions: Count
+    conflicts: Count
+    questions_per_batch: Count
+    max_new_tokens: Count
+    output: OutputFile | None
+
+
+SCRIPT = Script("benchmarks.own_documents", OwnDocumentsSettings)
+
+
+@hydra.main(config_path="../conf", config_name="own_documents", version_base="1.3")
+@SCRIPT
+def main(cfg: OwnDocumentsSettings) -> None:
+    from benchmarks.measuring.rows import describe_run, write_rows
+    from benchmarks.real_text import read_squad
+    from hypernet.doc_to_lora import DocToLoRA
+
+    for path in (cfg.paragraphs_file, cfg.wording_file):
+        read_squad(path)  # before the model is loaded
+    for path in (cfg.known_file, cfg.conflict_file):
+        if not Path(path).is_file():
+            raise ValueError(f"{path} is missing. Set known_file and conflict_file to files of that kind.")
+    started = time.perf_counter()
+    ask = Asking(DocToLoRA.from_pretrained(cfg.checkpoint), cfg)
+    rows = [seconds(ask, time.perf_counter() - started)]
+    wording, shares = best_wording(ask)
+    rows.append({"set": "wording", "best": wording, "contains": shares})
+    for seed in cfg.seeds:
+        for what in ("paragraphs", "notes"):
+            rows += with_documents(ask, what, seed, wording)
+        rows += unrelated(ask, seed)
+        rows += conflicts(ask, seed, wording)
+        if cfg.output:  # what is done stays
+            write_rows(cfg.output, rows, run=describe_run(cfg.model_dump()))
+        print(markdown(rows), flush=True)
+
+
+if __name__ == "__main__":
+    SCRIPT.run(main, Path(__file__).parents[1] / "conf/own_documents.yaml")

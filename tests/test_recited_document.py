@@ -96,10 +96,10 @@ def test_a_question_that_is_not_close_is_the_base_models(model):
     plain = model.generate([QUESTION], None, max_new_tokens=8)
     recitation = model.hypernetwork.recitation
     try:
-        recitation.min_match = 1.01
+        recitation.min_match.fill_(1.01)
         assert model.generate([QUESTION], adapter, max_new_tokens=8) == plain
     finally:
-        recitation.min_match = 0.0
+        recitation.min_match.zero_()
 
 
 def test_prompts_are_read_by_the_plain_base_model(model):

@@ -50,7 +50,6 @@ class Recitation(nn.Module):
         key_reader: the settings of `KeyReader`; None: keys are not learned.
         ridge: λ in units of the mean squared length of Z's rows.
         max_copies: layers in which a place has rows, at most.
-        min_match: least closeness of a question, below which no chunk is used.
 
     Raises:
         ValueError: several targets, or sizes that do not fit.
@@ -71,7 +70,6 @@ class Recitation(nn.Module):
         key_reader: Mapping[str, Any] | None = None,
         ridge: float = 0.01,
         max_copies: int = 6,
-        min_match: float = 0.0,
     ) -> None:
         super().__init__()
         if len(targets) != 1:
@@ -89,10 +87,13 @@ class Recitation(nn.Module):
                 f"key_dim={key_dim}, max_copies={max_copies} or ridge={ridge} is not above 0."
             )
         self.num_layers, self.num_key_layers, self.rank = num_layers, num_key_layers, rank
-        self.ridge, self.max_copies, self.min_match = ridge, max_copies, min_match
+        self.ridge, self.max_copies = ridge, max_copies
         self.input_mean: Tensor
         self.input_std: Tensor
         self.metric: Tensor
+        self.min_match: Tensor
+        """Least closeness of a question, below which no chunk is used; found when training ends."""
+        self.register_buffer("min_match", torch.zeros(()))
         self.register_buffer("input_mean", torch.zeros(num_key_layers, target.d_in))
         self.register_buffer("input_std", torch.zeros(num_layers, target.d_in))
         self.register_buffer("metric", torch.zeros(num_key_layers, target.d_in, min(key_dim, target.d_in)))

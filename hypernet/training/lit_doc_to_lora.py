@@ -20,13 +20,22 @@ from hypernet.data.splitting import StepPart
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.model.checkpoint import check_ours
 from hypernet.training.lit_module import LitModule, beginnings, check_same_sizes
-from hypernet.training.losses import AnswerTokens, LossTerm, QuestionInputs, Step, answers_right_by_kind, trained_terms
+from hypernet.training.losses import (
+    AnswerTokens,
+    ChunkMatch,
+    LossTerm,
+    QuestionInputs,
+    Step,
+    answers_right_by_kind,
+    trained_terms,
+)
 from hypernet.training.losses.terms import ModuleInputs
 from hypernet.training.optimizers import make_optimizer
 
 log = logging.getLogger(__name__)
 
 _TRAINED = "model.hypernetwork."
+_OTHERS_TAKEN = 0.02  # of questions about another document, share that is close enough to one of its chunks
 NUM_CALIBRATION_STEPS = 16  # some thousand tokens at the tiny scale
 
 
@@ -70,7 +79,7 @@ class LitDocToLoRA(LitModule):
         terms = self._terms_now()
         needs = frozenset().union(*(term.needs for term in terms.values()))
         with self.phases("encode"):
-            keys_only = needs == {"questions"}
+            keys_only = all(term.needs == {"questions"} for term in terms.values())
             A, B = self.model.adapt(part.batch.chunk_ids, part.batch.chunk_mask, keys_only=keys_only)
         step = Step(part, A, B)
         self._compute(step, needs)
@@ -228,7 +237,30 @@ class LitDocToLoRA(LitModule):
         if checkpoint["base_model_fingerprint"] != self.model.base_model_fingerprint:
             raise ValueError("The checkpoint was made with another base model. Resume with the one it was made with.")
 
+    @torch.no_grad()
+    def _bound_closeness(self) -> None:
+        """Sets from how close on a question uses a chunk: few of those about other documents do, and no more own ones
+        are lost than that takes."""
+        recitation = self.model.hypernetwork.recitation
+        assert recitation is not None
+        self.model.hypernetwork.eval()
+        found = []
+        for step in range(len(self.trainer.datamodule.validation)):
+            batch = self.trainer.datamodule.validation[step].to(self.device)
+            (A,) = self.model.adapt(batch.chunk_ids, batch.chunk_mask, keys_only=True)[0].values()
+            by_layer, asked, row, _, match = self._questions(batch)
+            chunks = A.split(batch.chunk_counts)
+            for document in row.unique().tolist():
+                own = row == document
+                inputs = {layer: x[own] for layer, x in by_layer.items()}
+                found.append(match(inputs, asked[own], chunks[(document + 1) % len(chunks)])[1])
+        if found:
+            recitation.min_match.copy_(torch.cat(found).quantile(1 - _OTHERS_TAKEN))
+            log.info("A question uses a chunk from a closeness of %.3f on", recitation.min_match)
+
     def on_fit_end(self) -> None:
+        if any(isinstance(term, ChunkMatch) for term in self.objective.values()):
+            self._bound_closeness()
         if self.writes_result:
             self.model.save_pretrained(self.output_dir, include_base_model=self.include_base_model)
             log.info("Checkpoint written to %s", self.output_dir)

@@ -84,8 +84,8 @@ def test_statistics_equal_those_of_all_tokens():
         torch.testing.assert_close(got @ got.T, P @ P.T, rtol=1e-3, atol=1e-4)
 
 
-def slow(network, features, mask):
-    """A and B of one chunk's features [L, T, D], loop by loop, in float64."""
+def slow(network, features, mask, added=None):
+    """A and B of one chunk's features [L, T, D], loop by loop, in float64; what the reader adds to each token's key."""
     part: Recitation = network.recitation
     count = int(mask.sum())
     features = features[:, :count].double()
@@ -98,7 +98,12 @@ def slow(network, features, mask):
             for token in range(count - 2):
                 if token % KEYS == layer and token // KEYS < RANK:
                     k = P.T @ (x[1 + token] - part.input_mean[layer].double())
-                    A[layer, token // KEYS] = P @ (k / k.norm())
+                    k = k / k.norm()
+                    if added is not None:
+                        k = k + added[token]
+                        k = k / k.norm()
+                        k = k + k @ part.key_maps[layer].double()
+                    A[layer, token // KEYS] = P @ k
             continue
         std = part.input_std[layer].double()
         Z = x[: count - 1] / std
@@ -185,6 +190,104 @@ def test_reading_in_batches_gives_the_same_rows():
         got_A, got_B = read_chunks(rows, encoder, network, max_batch_tokens=tokens)
         torch.testing.assert_close(got_A["down_proj"], A["down_proj"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got_B["down_proj"], B["down_proj"], rtol=1e-4, atol=1e-5)
+
+
+READER = {"width": 32, "num_blocks": 1, "dropout": 0.1}
+
+
+def read_keys(network, features, mask):
+    """What one chunk's reader adds, [tokens, K], in float64: attention and MLP behind norms, written out."""
+    part, reader = network.recitation, network.recitation.key_reader
+    count, block = int(mask.sum()) - 2, reader.blocks.layers[0]
+    k = []
+    for token in range(count):
+        x = features[token % KEYS, 1 + token, :WIDTH].double() - part.input_mean[token % KEYS].double()
+        k.append(F.normalize(x @ part.metric[token % KEYS].double(), dim=0))
+    weights = {name: value.double() for name, value in reader.named_parameters()}
+    own = {name.removeprefix("blocks.layers.0."): value for name, value in weights.items()}
+
+    def norm(x, name, of=own):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return x * of[f"{name}.weight"] + of[f"{name}.bias"]
+
+    x = torch.stack([key @ weights["enter"][t % KEYS] + weights["places"][t] for t, key in enumerate(k)])
+    q, k_, v = (norm(x, "norm1") @ own["self_attn.in_proj_weight"].T + own["self_attn.in_proj_bias"]).chunk(3, -1)
+    attended = (q @ k_.T / 32**0.5).softmax(-1) @ v  # one head of 32
+    x = x + attended @ own["self_attn.out_proj.weight"].T + own["self_attn.out_proj.bias"]
+    inner = F.gelu(norm(x, "norm2") @ own["linear1.weight"].T + own["linear1.bias"])
+    x = x + inner @ own["linear2.weight"].T + own["linear2.bias"]
+    assert block.norm_first
+    x = norm(x, "norm", weights)
+    return torch.stack([row @ weights["leave"][t % KEYS] for t, row in enumerate(x)])
+
+
+def test_learned_keys_and_every_gradient_equal_loops():
+    encoder, network = make(make_base_model(), key_reader=READER)
+    calibrated(encoder, network).eval()
+    ids, mask = batch((7, 4, 1))
+    features, own = drop_context(encoder(ids, mask), mask)
+    A = network(features, own)[0]["down_proj"]
+    expected = [slow(network, features[c], own[c], read_keys(network, features[c], own[c]))[0] for c in range(len(ids))]
+    torch.testing.assert_close(A.double(), torch.stack(expected), rtol=2e-3, atol=2e-4)
+    weight = torch.randn_like(A[:, :KEYS])
+    part = network.recitation
+    trained = [part.key_maps, *part.key_reader.parameters()]
+    got = torch.autograd.grad((A[:, :KEYS] * weight).sum(), trained)
+    wanted = torch.autograd.grad((torch.stack(expected)[:, :KEYS] * weight).sum(), trained)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-4)
+
+
+def test_keys_alone_are_those_of_the_whole():
+    encoder, network = make(make_base_model(), key_reader=READER)
+    calibrated(encoder, network).eval()
+    ids, mask = batch()
+    whole = read_and_write(ids, mask, encoder, network)[0]["down_proj"]
+    alone = read_and_write(ids, mask, encoder, network, keys_only=True)[0]["down_proj"]
+    assert alone.shape[1] == KEYS
+    torch.testing.assert_close(alone, whole[:, :KEYS])
+    with pytest.raises(ValueError, match="Keys need the first 2 layers together, got 1"):
+        network(*drop_context(encoder(ids, mask)[:, :1], mask), layers=slice(0, 1))
+
+
+def test_an_untrained_reader_changes_no_key():
+    base_model = make_base_model()
+    encoder, plain = make(base_model)
+    network = make(base_model, key_reader=READER)[1]
+    with torch.no_grad():
+        for parameter in (network.recitation.key_reader.leave, network.recitation.key_maps):
+            parameter.zero_()
+    ids, mask = batch()
+    features = drop_context(encoder(ids, mask), mask)
+    keys = [calibrated(encoder, one).eval()(*features)[0]["down_proj"][:, :KEYS] for one in (plain, network)]
+    torch.testing.assert_close(*keys, rtol=1e-4, atol=1e-5)
+
+
+def test_learned_weights_and_gains_count_in_a_match():
+    base_model = make_base_model()
+    encoder, network = make(base_model, key_reader=READER)
+    calibrated(encoder, network).eval()
+    ids, mask = batch((5, 5, 5))
+    features, own = drop_context(encoder(ids, mask), mask)
+    A = network(features, own)[0]["down_proj"]
+    inputs = {layer: features[:, layer, 1:6, :WIDTH] for layer in range(KEYS)}
+    asked = torch.tensor([[True] * 5, [True, True, False, True, False], [False, True, True, True, True]])
+    part = network.recitation
+    scores, closeness = part.match(inputs, asked, A)
+    for q in range(3):
+        total, near, weights = torch.zeros(3).double(), 0.0, 0.0
+        for s in asked[q].nonzero()[:, 0].tolist():
+            best, log_weight = torch.zeros(3).double(), torch.tensor(0.0).double()
+            for layer in range(KEYS):
+                x = inputs[layer][q, s].double() - part.input_mean[layer].double()
+                z = x @ part.metric[layer].double()
+                found = (A[:, layer].double() @ x).amax(1) / z.norm() * part.log_key_gain[layer].double().exp()
+                best = torch.maximum(best, found)
+                log_weight = log_weight + z / z.norm() @ part.token_weights[layer].double()
+            total = total + log_weight.exp() * (best - best.mean()).clamp(min=1e-4) ** 1.5
+            near, weights = near + log_weight.exp() * best.max(), weights + log_weight.exp()
+        torch.testing.assert_close(scores[q].double(), total, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(closeness[q].double(), near / weights, rtol=1e-3, atol=1e-4)
 
 
 def test_a_question_made_of_a_chunks_words_finds_it():

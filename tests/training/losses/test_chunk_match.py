@@ -1,0 +1,146 @@
+"""ChunkMatch: questions and the chunks that answer them, against loops over single prompts."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hypernet.adapters.joining import prompt_inputs
+from hypernet.base.base_model import load_base_model
+from hypernet.base.packed_rows import question_places
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.records import Question
+from hypernet.data.splitting import StepPart
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.model.context_encoder import drop_context
+from hypernet.training.lit_doc_to_lora import LitDocToLoRA
+from hypernet.training.losses import ChunkMatch, WeightL1
+
+DOCUMENTS = (
+    "Velmar Tosk was born in Korvale. The capital of Norbach is Ilda. Her employer is the Orrin Institute.",
+    "Mira Solen works for Tarn. The river Aske flows through Belmont.",
+    "Jon Varga was born in 1921. He lives in 1921 rooms.",
+)
+ASKED = (
+    [Question("What is the capital of Norbach?", "Ilda"), Question("Who employs her?", "Orrin Institute")],
+    [Question("Where does the Aske flow?", "Belmont"), Question("Is it late?", "unknown", kind="background")],
+    [Question("When was he born?", "1921")],  # in two chunks
+)
+CHUNKS = [[1, 2], [1], [None]]
+
+
+@pytest.fixture
+def model():
+    base_model, tokenizer = load_base_model(Path("assets/tiny/base_model"), dtype=torch.float32)
+    torch.manual_seed(0)
+    reader = {"width": 32, "num_blocks": 1, "dropout": 0.0}
+    aggregator = {"name": "recitation", "num_key_layers": 2, "key_dim": 48, "key_reader": reader}
+    model = DocToLoRA.build(
+        base_model=base_model,
+        tokenizer=tokenizer,
+        target_modules=["down_proj"],
+        hypernetwork={"rank": 16, "scaling": 1.0, "bias_block": False, "aggregator": aggregator},
+        context_encoder={"kind": "recited", "min_chunk_tokens": 4},
+        max_chunk_tokens=24,
+    )
+    pieces = [model.chunk(text) for text in DOCUMENTS]
+    model.hypernetwork.calibrate(drop_context(model.context_encoder(p.ids, p.mask), p.mask) for p in pieces)
+    with torch.no_grad():
+        for parameter in model.hypernetwork.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def batch(model):
+    batches = DistillationBatches(
+        None,
+        model.tokenizer,
+        max_chunk_tokens=model.max_chunk_tokens,
+        frame=model.context_encoder.frame(model.tokenizer),
+        min_chunk_tokens=model.context_encoder.min_chunk_tokens,
+    )
+    return batches.batch(DOCUMENTS, ASKED)
+
+
+def test_the_questions_own_tokens_are_found_in_packed_rows(model):
+    rows = batch(model).student
+    before, after = model.around_question
+    places = question_places(rows, before=before, after=after)
+    found = [model.tokenizer.decode([int(rows.ids[row, c]) for c in columns]).strip() for row, columns, _ in places]
+    assert found == [question.text for asked in ASKED for question in asked]
+    assert [row for row, _, _ in places] == [0, 0, 1, 1, 2]
+    for row, _, first in places:
+        assert rows.target_kind[row, first] >= 0 and rows.target_kind[row, first - 1] < 0
+
+
+@pytest.mark.parametrize("among_all", [0.0, 0.5])
+def test_chunk_match_equals_loops_over_single_prompts(model, among_all):
+    module = LitDocToLoRA(
+        model=model, objective={"match": ChunkMatch(weight=1.0, sharpness=2.0, among_all=among_all)}, optimizer={}
+    )
+    got = module.training_step(StepPart.of(batch(model)), 0)
+    recitation = model.hypernetwork.recitation
+    adapters = [model.internalize(text).A["down_proj"] for text in DOCUMENTS]
+    everything, first, expected = torch.cat(adapters), 0, []
+    before, after = model.around_question
+    for own, asked, chunks in zip(adapters, ASKED, CHUNKS, strict=True):
+        losses = []
+        for question, chunk in zip(asked, chunks, strict=False):
+            if chunk is None:
+                continue
+            prompts = model.layout.prompt_ids(model.tokenizer, [question.text])
+            with torch.no_grad():
+                inputs = prompt_inputs(model.base_model, model.hypernetwork.targets, prompts, layers=2)
+            place = torch.arange(len(prompts[0]))
+            is_own = ((place >= before) & (place < len(place) - after))[None]
+            among_own = 2.0 * recitation.match(inputs, is_own, own)[0][0]
+            among = 2.0 * recitation.match(inputs, is_own, everything)[0][0]
+            losses.append(-among_own.log_softmax(0)[chunk] - among_all * among.log_softmax(0)[first + chunk])
+        expected += [torch.stack(losses).mean()] if losses else []  # a document without such a question is left out
+        first += len(own)
+    torch.testing.assert_close(got.detach(), torch.stack(expected).mean().detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_chunk_match_trains_what_finds_and_nothing_else(model):
+    module = LitDocToLoRA(model=model, objective={"match": ChunkMatch(weight=1.0)}, optimizer={})
+    module.training_step(StepPart.of(batch(model)), 0).backward()
+    recitation = model.hypernetwork.recitation
+    for name, parameter in recitation.named_parameters():
+        trained = name.startswith(("key_reader.", "key_maps", "token_weights", "log_key_gain"))
+        if trained and name != "key_reader.places":
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        elif not trained:
+            assert parameter.grad is None or not parameter.grad.any(), name
+
+
+def test_training_ends_with_a_bound_that_few_others_reach(model):
+    module = LitDocToLoRA(model=model, objective={"match": ChunkMatch(weight=1.0)}, optimizer={})
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(validation=[batch(model)]), is_global_zero=False)
+    module._bound_closeness()
+    closeness = []
+    for asked, other in zip(ASKED, (*DOCUMENTS[1:], DOCUMENTS[0]), strict=True):
+        (A,) = model.internalize(other).A.values()
+        questions = [question.text for question in asked if question.kind == "document"]
+        prompts = model.layout.prompt_ids(model.tokenizer, questions)
+        for prompt in prompts:
+            inputs = prompt_inputs(model.base_model, model.hypernetwork.targets, [prompt], layers=2)
+            place, (before, after) = torch.arange(len(prompt)), model.around_question
+            own = ((place >= before) & (place < len(prompt) - after))[None]
+            closeness.append(model.hypernetwork.recitation.match(inputs, own, A)[1])
+    torch.testing.assert_close(model.hypernetwork.recitation.min_match, torch.cat(closeness).quantile(0.98))
+
+
+def test_chunk_match_needs_a_recitation(make_doc_to_lora):
+    module = LitDocToLoRA(model=make_doc_to_lora(), objective={"match": ChunkMatch(weight=1.0)}, optimizer={})
+    model = module.model
+    batches = DistillationBatches(None, model.tokenizer, max_chunk_tokens=model.max_chunk_tokens)
+    with pytest.raises(ValueError, match="Leave objective.match out"):
+        module.training_step(StepPart.of(batches.batch(DOCUMENTS, ASKED)), 0)
+
+
+def test_chunk_match_beside_another_term_makes_every_layer(model):
+    objective = {"match": ChunkMatch(weight=1.0), "l1": WeightL1(weight=0.1)}
+    module = LitDocToLoRA(model=model, objective=objective, optimizer={})
+    module.training_step(StepPart.of(batch(model)), 0).backward()
+    assert model.hypernetwork.recitation.values.grad.any()

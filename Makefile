@@ -46,6 +46,10 @@ check: $(STAMP) ## lint (ruff) and check types (mypy)
 train: $(STAMP) ## train a hypernetwork; settings: TRAIN_ARGS="key=value ..."
 	$(VENV_PYTHON) train.py $(TRAIN_ARGS)
 
+train-smollm2: $(STAMP) ## train SmolLM2-135M's hypernetwork, both parts; SQUAD=FILE.json instead of the hub's SQuAD
+	$(VENV_PYTHON) train.py experiment=smollm2 ckpt_path=auto $(if $(SQUAD),task.sources.paragraphs.of.path=$(SQUAD))
+	$(VENV_PYTHON) train.py experiment=smollm2_keys ckpt_path=auto $(if $(SQUAD),task.sources.paragraphs.path=$(SQUAD))
+
 figures: $(STAMP) ## measure the shipped model and print its scores
 	$(VENV_PYTHON) -m benchmarks.tiny_figures
 

@@ -172,9 +172,11 @@ def unrelated(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
     adapters = [ask.model.internalize(text) for text in documents]
     given = [(one["question"], adapters[number % len(adapters)], None) for number, (one, _) in enumerate(known)]
     kept = ask("unrelated", given)
-    plain = ask.model.log_probs([q for q, _, _ in given], [a for _, a in known]) if known else []
+    plain = ask.model.log_likelihoods([q for q, _, _ in given], [a for _, a in known]) if known else []
     adapted = (
-        ask.model.log_probs([q for q, _, _ in given], [a for _, a in known], [x for _, x, _ in given]) if known else []
+        ask.model.log_likelihoods([q for q, _, _ in given], [a for _, a in known], [x for _, x, _ in given])
+        if known
+        else []
     )
     for (one, before), after, p, q in zip(known, kept, plain, adapted, strict=True):
         tokens = max(1, len(ask.model.tokenizer(before)["input_ids"]))

@@ -79,7 +79,7 @@ def squad_file(folder):
     """Forty paragraphs of two sentences in SQuAD's format."""
     paragraphs = [
         {
-            "context": f"The tower of number {n} is {n + 2} metres high. A family of owls lives in it since 19{n + 10}.",
+            "context": f"The tower of number {n} is {n + 2} metres high. Owls live in it since 19{n + 10}.",
             "qas": [{"id": str(n), "question": "How high?", "answers": [{"text": f"{n + 2}", "answer_start": 0}]}],
         }
         for n in range(40)

@@ -1,0 +1,128 @@
+"""benchmarks/own_documents.py on small files of each kind, and its table."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.own_documents import (
+    METHODS,
+    WORDINGS,
+    Asking,
+    best_wording,
+    conflicts,
+    drawn,
+    markdown,
+    seconds,
+    unrelated,
+    with_documents,
+)
+
+
+@pytest.fixture
+def ask(make_doc_to_lora, tmp_path):
+    paragraphs = [
+        {
+            "context": f"Tower {n} is {n + 2} metres high. Owls live in it.",
+            "qas": [
+                {"id": str(n), "question": f"How high is {n}?", "answers": [{"text": f"{n + 2}", "answer_start": 0}]}
+            ],
+        }
+        for n in range(41)
+    ]
+    squad, known, conflict = (tmp_path / name for name in ("squad.json", "known.jsonl", "conflict.jsonl"))
+    squad.write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}), encoding="utf-8")
+    conflict.write_text(
+        json.dumps(
+            {
+                "cleaned_question": "How high is Tower 1?",
+                "real_short_answer": "3 metres",
+                "fake_short_answer": "9 metres",
+                "fake_passages": [{"passage": "Tower 1 is 9 metres high."}],
+            }
+        ),
+        encoding="utf-8",
+    )
+    model = make_doc_to_lora()
+    cfg = SimpleNamespace(
+        documents=5,
+        questions_per_document=2,
+        joined=[2, 4],
+        paragraphs_file=str(squad),
+        wording_file=str(squad),
+        known_file=str(known),
+        conflict_file=str(conflict),
+        known_questions=2,
+        conflicts=1,
+        questions_per_batch=4,
+        max_new_tokens=4,
+    )
+    said = Asking(model, cfg)("known", [("Who is it?", None, None)])[0]
+    lines = [{"question": "Who is it?", "answer": [said]}, {"question": "Where?", "answer": ["zzz"]}]
+    known.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return Asking(model, cfg)
+
+
+def test_every_set_has_a_row_for_each_question_and_method(ask):
+    rows = list(with_documents(ask, "paragraphs", 0, WORDINGS[1]))
+    documents, asked = drawn(ask.cfg, "paragraphs", 0)
+    assert len(documents) == 5 and len(asked) == 5
+    for method in METHODS:
+        own = [row for row in rows if (row["set"], row["method"]) == ("paragraphs", method)]
+        assert [row["question"] for row in own] == [one.question for one in asked]
+    # Whole groups only: of five paragraphs four are joined in pairs, and four together.
+    counts = {name: len([row for row in rows if row["set"] == name]) for name in ("2 paragraphs", "4 paragraphs")}
+    assert counts == {"2 paragraphs": 4, "4 paragraphs": 4}
+    table = markdown(rows)
+    assert "| paragraphs | other document | 5 |" in table and "| 4 paragraphs | adapter | 4 |" in table
+
+
+def test_notes_are_of_kinds_for_evaluation(ask):
+    from hypernet.data.notes import Notes
+
+    documents, asked = drawn(ask.cfg, "notes", 1)
+    assert documents == [Notes("test", seed=1, num_unanswerable=(0, 0)).record(n).document for n in range(2)]
+    assert all(any(a in documents[one.document] for a in one.answers) for one in asked)
+
+
+def test_an_oracle_sees_the_sentence_that_answers(ask):
+    given = {}
+
+    class Spy(Asking):
+        def __call__(self, label, asked):
+            given[label] = asked
+            return ["no"] * len(asked)
+
+    ask.model.max_chunk_tokens = 12
+    rows = list(with_documents(Spy(ask.model, ask.cfg), "paragraphs", 0, ""))
+    oracles = given["paragraphs, oracle"]
+    assert all(adapter.num_chunks < ask.model.internalize("x " * 30).num_chunks for _, adapter, _ in oracles)
+    assert [row["contains"] for row in rows] == [0.0] * len(rows)
+
+
+def test_wording_is_the_one_that_answers_most(ask):
+    class Told(Asking):
+        def __call__(self, label, asked):
+            return [(document if WORDINGS[2] in question else "no") for question, _, document in asked]
+
+    best, shares = best_wording(Told(ask.model, ask.cfg))
+    assert best == WORDINGS[2] and shares[best] == 1.0 and shares[WORDINGS[0]] == 0.0
+
+
+def test_only_what_was_known_is_asked_with_an_unrelated_adapter(ask):
+    rows = list(unrelated(ask, 0))
+    assert [row["method"] for row in rows] == ["no_context", "adapter"]
+    assert rows[0]["contains"] == 1.0 and rows[0]["log_prob_lost"] == 0.0
+    assert rows[1]["log_prob_lost"] != 0.0
+
+
+def test_conflicts_count_the_passages_answer(ask):
+    rows = list(conflicts(ask, 0, ""))
+    assert [row["method"] for row in rows] == ["no_context", "adapter", "in_prompt"]
+    assert all(row["answers"] == ["9 metres"] for row in rows)
+
+
+def test_seconds_are_of_a_page(ask):
+    row = seconds(ask, 1.5)
+    assert row["load_s"] == 1.5 and row["chunks"] >= 1 and 500 < row["tokens"] <= 1000
+    assert row["internalize_s"] > 0 and row["adapter_token_s"] > 0 and row["no_context_token_s"] > 0

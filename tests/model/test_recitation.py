@@ -250,6 +250,17 @@ def test_keys_alone_are_those_of_the_whole():
         network(*drop_context(encoder(ids, mask)[:, :1], mask), layers=slice(0, 1))
 
 
+def test_chunks_read_by_length_come_back_in_their_order():
+    encoder, network = make(make_base_model(), key_reader=READER)
+    calibrated(encoder, network).eval()
+    ids, mask = batch((7, 1, 5, 2, 2, 6, 3, 4, 7, 1, 5, 2, 6, 3, 1, 4, 2, 7, 5))
+    together = read_and_write(ids, mask, encoder, network)
+    for place in range(len(ids)):
+        alone = read_and_write(ids[place : place + 1], mask[place : place + 1], encoder, network)
+        for part, own in zip(together, alone, strict=True):
+            torch.testing.assert_close(part["down_proj"][place], own["down_proj"][0], rtol=1e-4, atol=1e-5)
+
+
 def test_an_untrained_reader_changes_no_key():
     base_model = make_base_model()
     encoder, plain = make(base_model)

@@ -275,6 +275,7 @@ class Recited(ContextEncoder):
         (target,) = find_targets(base_model, [module])
         self.module, self.question = module, question
         self._places = list(target.modules())
+        self._mean_row: Tensor | None = None  # of the output embeddings: over 49,152 of them .1 s, so once
         self.num_maps = len(self._places)
         self.feature_dim = target.d_in + 2 * target.d_out
         if not hasattr(getattr(self._decoder, "norm", None), "weight"):
@@ -299,8 +300,10 @@ class Recited(ContextEncoder):
     def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
         following = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
         embeddings = self.base_model.get_output_embeddings().weight
-        rows = embeddings.float() * self._decoder.norm.weight.float()
-        directions = F.normalize(rows[following] - rows.mean(0), dim=-1).to(embeddings.dtype)
+        if self._mean_row is None or self._mean_row.device != embeddings.device:
+            self._mean_row = embeddings.mean(0, dtype=torch.float32)
+        rows = (embeddings[following].float() - self._mean_row) * self._decoder.norm.weight.float()
+        directions = F.normalize(rows, dim=-1).to(embeddings.dtype)
         states: dict[int, Tensor] = {}
 
         def enter(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

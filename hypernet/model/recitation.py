@@ -212,17 +212,21 @@ class Recitation(nn.Module):
         room = self.num_key_layers * self.rank
         is_token = torch.zeros(len(mask), room, dtype=torch.bool, device=mask.device)
         is_token[:, : mask.shape[1] - 2] = mask[:, 2:][:, :room]  # the last one ends the answer
-        layer = torch.arange(room, device=x.device) % self.num_key_layers
         x = F.pad(x[:, :room].float(), (0, 0, 0, max(0, room - x.shape[1])))
+
+        def by_layer(rows: Tensor, of_layer: Tensor) -> Tensor:
+            """[C, T, d] and [num_key_layers, d, k] -> [C, T, k], each token by its layer's."""
+            rows = rows.unflatten(1, (self.rank, self.num_key_layers))
+            return torch.einsum("crld, ldk -> crlk", rows, of_layer).flatten(1, 2)
+
         with torch.autocast(x.device.type, enabled=False):
-            metric = self.metric[layer]
-            k = F.normalize(torch.einsum("ctd, tdk -> ctk", x - self.input_mean[layer], metric), dim=-1)
+            k = F.normalize(by_layer(x - self.input_mean.repeat(self.rank, 1), self.metric), dim=-1)
             if self.key_reader is not None:
                 longest = max(1, int(is_token.sum(1).max()))
                 read = is_token[:, :longest] | ~is_token[:, :1]  # a chunk without tokens would be read as NaN
                 k = F.normalize(k + F.pad(self.key_reader(k[:, :longest], read), (0, 0, 0, room - longest)), dim=-1)
-                k = k + torch.einsum("ctk, tkj -> ctj", k, self.key_maps[layer])
-            A = torch.einsum("ctk, tdk -> ctd", k * is_token[..., None], metric)
+                k = k + by_layer(k, self.key_maps)
+            A = by_layer(k * is_token[..., None], self.metric.mT)
         return A.unflatten(1, (self.rank, self.num_key_layers)).transpose(1, 2)
 
     def saying(self, layer: int, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

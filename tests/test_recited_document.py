@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -115,3 +116,45 @@ def test_prompts_are_read_by_the_plain_base_model(model):
             assert torch.equal(part[:, :, :-1], changed[:, :, :-1])
     assert torch.equal(plain.logits[:, :-1], said.logits[:, :-1])
     assert not torch.equal(plain.logits[:, -1], said.logits[:, -1])
+
+
+def test_a_server_says_the_same(model, tmp_path):
+    from fastapi.testclient import TestClient
+
+    from hypernet.serving.app import create_app
+    from hypernet.serving.state import ServerSettings
+
+    settings = ServerSettings(directory=str(tmp_path / "data"), max_new_tokens=24)
+    with TestClient(create_app(model, settings), base_url="http://127.0.0.1") as client:
+        for text in (OTHERS, DOCUMENT):
+            stored = client.post("/v1/adapters", json={"document": text, "name": f"{len(text)}.txt"}).json()
+        body = {"model": f"tiny:{stored['id']}", "messages": [{"role": "user", "content": QUESTION}]}
+        answer = client.post("/v1/chat/completions", json=body).json()
+        plain = client.post("/v1/chat/completions", json=body | {"model": "tiny"}).json()
+    said = [one["choices"][0]["message"]["content"] for one in (answer, plain)]
+    assert said == ["The capital of Norbach is Ilda.", model.generate([QUESTION], max_new_tokens=24)[0]]
+
+
+def test_a_memory_says_the_same_and_leaves_what_is_far(model, tmp_path):
+    from hypernet.memory.bank import AdapterBank
+    from hypernet.memory.embedding import LazyModel
+    from hypernet.memory.store.records import Draft, Filters
+    from hypernet.memory.store.token_store import TokenStore
+
+    store, alice = TokenStore(tmp_path / "memory"), Filters("alice")
+    try:
+        refs = store.add([Draft(text=text, filters=alice) for text in (OTHERS, DOCUMENT)])
+        bank = AdapterBank(store, LazyModel(model), dtype="float32")
+        bank.write()
+        held = bank.held(alice)
+        everything = np.ones(len(held.refs), bool)
+        (choice,) = bank.choose([QUESTION], held, [everything])
+        assert choice.refs == (str(refs[1]),) and choice.adapter.num_chunks == 1
+        assert model.generate([QUESTION], choice.adapter, join="sum", max_new_tokens=24) == [
+            "The capital of Norbach is Ilda."
+        ]
+        model.hypernetwork.recitation.min_match.fill_(1.01)
+        assert bank.choose([QUESTION], held, [everything]) == [(None, ())]
+    finally:
+        model.hypernetwork.recitation.min_match.zero_()
+        store.close()

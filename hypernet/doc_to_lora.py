@@ -218,8 +218,13 @@ class DocToLoRA(nn.Module):
             return result
         return result
 
-    def save_pretrained(self, directory: str | Path, *, include_base_model: bool = False) -> None:
+    def save_pretrained(
+        self, directory: str | Path, *, include_base_model: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
         """Writes a checkpoint folder; with the base model inside, it needs nothing else.
+
+        The hypernetwork is written in `dtype`, torch.bfloat16 for half the bytes, or as it is; it computes in float32
+        again once it is loaded.
 
         As in transformers and PEFT, files of its own names that are there are replaced and others stay.
 
@@ -240,6 +245,7 @@ class DocToLoRA(nn.Module):
             context_encoder=self.context_encoder.settings,
             max_chunk_tokens=self.max_chunk_tokens,
             ridge=self.trained_joining.ridge,
+            dtype=dtype,
         )
 
     @property

@@ -54,11 +54,13 @@ def save_checkpoint(
     context_encoder: dict[str, Any],
     max_chunk_tokens: int,
     ridge: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes config.yaml and hypernetwork.safetensors, each complete or not at all; the config comes last.
 
     Args:
         base_model: hub name or folder; a path relative to `directory` if it lies inside.
+        dtype: of the written weights, such as torch.bfloat16 for half the bytes; None: as they are.
 
     Raises:
         ValueError: as `check_ours`.
@@ -66,7 +68,10 @@ def save_checkpoint(
     directory = Path(directory).expanduser()
     check_ours(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in hypernetwork.state_dict().items()}
+    weights = {
+        name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in hypernetwork.state_dict().items()
+    }
     config = {
         "format_version": _FORMAT_VERSION,
         "fingerprint": fingerprint(weights, exact=True),
@@ -180,6 +185,7 @@ def load_checkpoint(source: str | Path) -> SavedHypernetwork:
         with torch.device("meta"):
             hypernetwork = HyperNetwork(**settings)
         hypernetwork.load_state_dict(weights, assign=True)
+        hypernetwork.float()  # what was written in half precision is computed in full
     except Exception as error:  # sizes that do not fit fail in a dozen ways; all of them mean this
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(

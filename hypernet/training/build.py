@@ -139,6 +139,7 @@ def doc_to_lora_training(
     attention: str | None = None,
     init_from: str | None = None,
     include_base_model: bool = False,
+    checkpoint_dtype: str | None = None,
     sources: Mapping[str, Callable[..., Source]] | None = None,
     target_layers: list[int] | float | None = None,
     ridge: float | None = None,
@@ -207,6 +208,7 @@ def doc_to_lora_training(
         optimizer=optimizer,
         output_dir=output_dir,
         include_base_model=include_base_model,
+        checkpoint_dtype=checkpoint_dtype,
     )
     shared = {"seed": seed, "sources": sources, "tokenizer": model.tokenizer}
     train = make_curriculum("train", stages, **shared)

@@ -35,6 +35,7 @@ from hypernet.training.optimizers import make_optimizer
 log = logging.getLogger(__name__)
 
 _TRAINED = "model.hypernetwork."
+_DTYPES = ("float32", "bfloat16", "float16")
 _OTHERS_TAKEN = 0.02  # of questions about another document, share that is close enough to one of its chunks
 NUM_CALIBRATION_STEPS = 16  # some thousand tokens at the tiny scale
 
@@ -48,6 +49,7 @@ class LitDocToLoRA(LitModule):
         optimizer: the keys of conf/optimizer/adamw.yaml.
         output_dir: where the trained checkpoint is written when training ends.
         include_base_model: put the base model into it, so that the folder needs nothing else.
+        checkpoint_dtype: of its weights, "bfloat16" for half the bytes; None: as they are trained.
 
     Raises:
         ValueError: no term has a weight.
@@ -61,8 +63,12 @@ class LitDocToLoRA(LitModule):
         optimizer: dict[str, Any],
         output_dir: str | None = None,
         include_base_model: bool = False,
+        checkpoint_dtype: str | None = None,
     ) -> None:
         super().__init__(output_dir=output_dir)
+        if checkpoint_dtype not in (None, *_DTYPES):
+            raise ValueError(f"checkpoint_dtype should be one of {', '.join(_DTYPES)}, got {checkpoint_dtype!r}.")
+        self.checkpoint_dtype = checkpoint_dtype
         if output_dir:
             check_ours(output_dir)
         self.model = model
@@ -262,5 +268,6 @@ class LitDocToLoRA(LitModule):
         if any(isinstance(term, ChunkMatch) for term in self.objective.values()):
             self._bound_closeness()
         if self.writes_result:
-            self.model.save_pretrained(self.output_dir, include_base_model=self.include_base_model)
+            dtype = self.checkpoint_dtype and getattr(torch, self.checkpoint_dtype)
+            self.model.save_pretrained(self.output_dir, include_base_model=self.include_base_model, dtype=dtype or None)
             log.info("Checkpoint written to %s", self.output_dir)

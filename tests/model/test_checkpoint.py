@@ -425,3 +425,17 @@ def test_unknown_context_encoder_key_is_refused(folder):
     config["context_encoder"]["depth"] = 3
     path.write_text(yaml.safe_dump(config))
     assert "context_encoder has no depth" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_half_the_bytes_and_loads_in_full(hypernetwork, tmp_path, dtype):
+    settings = {"base_model": "x", "base_model_fingerprint": None, "context_encoder": {}, "max_chunk_tokens": 8}
+    for name, of in (("full", None), ("half", dtype)):
+        save_checkpoint(tmp_path / name, hypernetwork=hypernetwork, dtype=of, **settings)
+    sizes = [(tmp_path / name / "hypernetwork.safetensors").stat().st_size for name in ("full", "half")]
+    count = sum(tensor.numel() for tensor in hypernetwork.state_dict().values())
+    assert sizes[0] - sizes[1] >= 1.9 * count
+    loaded = load_checkpoint(tmp_path / "half").hypernetwork.state_dict()
+    for name, tensor in hypernetwork.state_dict().items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], tensor.to(dtype).float())

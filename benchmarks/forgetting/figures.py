@@ -3,7 +3,8 @@
 markdown(rows, "frontier"), curves(rows), recoveries(rows)
 
 A method stands in the tables at one learning rate of the list: of those at which most seeds reach the target the one
-that keeps most of the background. Every other background question chooses, those in between are what the tables say.
+that keeps most of the background; where none does, the one that comes nearest to it. Every other background question
+chooses, those in between are what the tables say.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,8 +34,15 @@ def chosen(rows: Rows) -> dict[str, Rows]:
     """Method → its rows, one a seed, at its learning rate; in the order of the rows."""
     found: dict[str, Rows] = {}
     for name, by_rate in _by_rate(rows).items():
-        found[name] = max(by_rate.values(), key=lambda own: (_reached(own), _score(own, "background", half=0)))
+        found[name] = max(by_rate.values(), key=_merit)
     return found
+
+
+def _merit(rows: Rows) -> tuple[float, ...]:
+    """The largest is taken. Where not all seeds tried a learning rate, it was not the one that they were to try."""
+    reached = _reached(rows)
+    near = 1.0 if reached else _mean(rows, "checked") or 0.0
+    return len(rows), reached, near, _score(rows, "background", half=0)
 
 
 def _by_rate(rows: Rows) -> dict[str, dict[float | None, list[Row]]]:

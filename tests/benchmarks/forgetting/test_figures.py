@@ -26,6 +26,12 @@ def test_rate_is_chosen_by_target_first_then_half_the_questions(rows):
     assert {name: own[0]["lr"] for name, own in chosen(rows).items()} == {"rows_random": 0.1, "rows_tfidf": 0.1}
 
 
+def test_rate_that_all_seeds_tried_is_taken(rows):
+    assert chosen([*rows, row("rows_random", 0, [1.0] * 4, lr=0.01)])["rows_random"][0]["lr"] == 0.1
+    far, near = (row("m", 0, [float(lr == 1)] * 4, lr=lr, reached=False, checked=1 / lr) for lr in (1, 2))
+    assert chosen([near, far])["m"] == [far]
+
+
 def test_tables_tell_of_the_other_half(rows):
     assert markdown(rows, "frontier").splitlines()[2:] == [
         "| rows random | 1.00 | 1.00 | 10 | 0.50 | 0.00 to 1.00 | 0.50 |",

@@ -129,15 +129,35 @@ def test_hidden_states_are_those_of_each_prompt_alone(model):
         torch.testing.assert_close(states[:-1], torch.cat([h[0, -1:] for h in alone[1:-1]]), rtol=1e-4, atol=1e-4)
 
 
-def test_frontier_has_every_method_at_every_rate(tmp_path):
-    cfg = settings(frontier.SCRIPT, "forgetting_frontier", f"cells={tmp_path}", "seeds=[0,1]", "output=null")
-    cells = frontier.cells_of(cfg)
+def test_frontier_tries_every_method_at_every_rate(tmp_path):
+    cfg = settings(frontier.SCRIPT, "forgetting_frontier", f"cells={tmp_path}", "output=null")
+    cells = frontier.cells_of(cfg, 1)
     trained = [cell for cell in cells if "lr" in cell.settings and cell.method != frontier.GENERATED]
     names = set(frontier.arms_of(None, cfg.variants)) - {frontier.GENERATED, *cfg.bases}
     assert {cell.method for cell in trained} == names
-    assert len(trained) == 2 * len(names) * len(cfg.learning_rates)
+    assert len(trained) == len(names) * len(cfg.learning_rates)
     assert [row["method"] for row in frontier.skipped(cfg)] == ["slots_kl", "slots_random", "slots_tfidf"]
-    assert len({cell.path(tmp_path) for cell in cells}) == len(cells)
+    assert len({cell.path(tmp_path) for cell in cells}) == len(cells) == len(set(map(str, cells)))
+    taken = dict.fromkeys([*names, frontier.GENERATED], 3.0)
+    assert {cell.settings["lr"] for cell in frontier.cells_of(cfg, 1, taken) if "lr" in cell.settings} == {3.0}
+
+
+def test_other_seeds_take_the_rate_of_the_searching_one(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(cells, _measure, **_more):
+        for cell in cells:
+            lr = cell.settings.get("lr")
+            asked.append((cell.method, cell.seed, lr))
+            row = {"method": cell.method, "seed": cell.seed, "lr": lr, "items": {"background": [float(lr == 5e-4)]}}
+            if lr is not None:
+                yield {"kind": "learned", "reached": lr != 2e-3, "checked": 1.0, **row}
+
+    monkeypatch.setattr(frontier, "run_cells", measured)
+    given = ["seeds=[4,5,6]", "searching=[5]", "methods=[osf]", "learning_rates=[2e-3,5e-4,1e-4]", "output=null"]
+    list(frontier.rows(settings(frontier.SCRIPT, "forgetting_frontier", f"cells={tmp_path}", *given)))
+    tried = [(seed, lr) for method, seed, lr in asked if method == "osf"]
+    assert tried == [(5, 2e-3), (5, 5e-4), (5, 1e-4), (4, 5e-4), (6, 5e-4)]
 
 
 def test_wrong_methods_are_one_line():

@@ -270,9 +270,15 @@ def learn(
     return Learned(trained.weights, len(trained.losses), share, share >= limits.target, seconds)
 
 
-def answer_rows(model: DocToLoRA, questions: Sequence[str], answers: Sequence[str]) -> PackedRows:
+def answer_rows(
+    model: DocToLoRA,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    documents: Sequence[str | None] | None = None,
+) -> PackedRows:
     """A row for each question with its answer and what ends it."""
-    prompts = model.layout.prompt_ids(model.tokenizer, list(questions), [None] * len(questions))
+    documents = [None] * len(questions) if documents is None else list(documents)
+    prompts = model.layout.prompt_ids(model.tokenizer, list(questions), documents)
     frame = model.layout.before_answer, model.layout.after_answer
     framed = framed_ids(model.tokenizer, [(frame[0], answer, frame[1]) for answer in answers])
     return _packed(model, prompts, framed)

@@ -43,9 +43,11 @@ class LearningSettings(Settings):
 
 
 class FrontierSettings(LearningSettings):
-    """known: of `protocol.Sizes`. searching: those of the seeds at which all learning rates are tried."""
+    """known: of `protocol.Sizes`. searching: those of the seeds at which all learning rates are tried. curves: methods
+    that try them at every seed; the others do not choose."""
 
     searching: list[Number]
+    curves: list[Text]
     num_facts: Count
     known: dict[str, Any]
     methods: list[Text] | None
@@ -110,10 +112,10 @@ def cells_of(cfg: FrontierSettings, seed: int, taken: Mapping[str, float] | None
     """Of a seed.
 
     Args:
-        taken: method → its learning rate; None: all of them, one after the other.
+        taken: method → its learning rate, but for those of `curves`; None: all of them, one after the other.
     """
     arms = arms_of(cfg.methods, cfg.variants)
-    own = (*ELSEWHERE, "searching", "methods", "variants", "bases", "learning_rates")
+    own = (*ELSEWHERE, "searching", "curves", "methods", "variants", "bases", "learning_rates")
     common = {key: value for key, value in cfg.model_dump().items() if key not in own}
     arms = {name: arm for name, arm in arms.items() if cfg.bases.get(name, "") is not None}
     others = dict.fromkeys(str(cfg.bases[name]) for name in arms if name in cfg.bases)
@@ -122,7 +124,7 @@ def cells_of(cfg: FrontierSettings, seed: int, taken: Mapping[str, float] | None
     for name, arm in arms.items():
         settings = {**common, "checkpoint": cfg.bases.get(name) or cfg.checkpoint, "arm": arm}
         rates = cfg.learning_rates[:1] if name == GENERATED else cfg.learning_rates
-        rates = rates if taken is None else [taken[name]]
+        rates = rates if taken is None or name in cfg.curves else [taken[name]]
         found += [Cell("frontier", name, seed, {**settings, "lr": lr}) for lr in rates]
     return found
 

@@ -10,6 +10,7 @@ Trained beside the MLP, as in `experiment=tiny_memory_layer`, a memory is hardly
 kind: base, alone, healed, without (the healed one with all values 0), each with what it answers of three kinds
 """
 
+import copy
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ _MEASURED = 200
 
 
 def rows(cfg: MemoryBaseSettings) -> Iterator[Row]:
-    """Trains, and writes the base model with its tokenizer to `output_dir`."""
+    """Trains the checkpoint's base model in place, and writes it with its tokenizer to `output_dir`."""
     from benchmarks.forgetting import protocol
     from hypernet.base.product_keys import add_memory_layer
     from hypernet.base.targets import find_blocks
@@ -54,8 +55,8 @@ def rows(cfg: MemoryBaseSettings) -> Iterator[Row]:
     from hypernet.training.lit_base_model import save_base_model
 
     torch.set_num_threads(1)
-    model, teacher = protocol.load(cfg.checkpoint), protocol.load(cfg.checkpoint).base_model
-    base_model = model.base_model
+    model = protocol.load(cfg.checkpoint)
+    base_model, teacher = model.base_model, copy.deepcopy(model.base_model)
     train, validation = Encyclopedia("train"), Encyclopedia("validation")
     records = [train.record(place) for place in range(2 * _RECORDS)]
     known = [(q.text, q.answer, None) for q in background_questions()]

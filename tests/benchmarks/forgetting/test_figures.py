@@ -26,10 +26,20 @@ def test_rate_is_chosen_by_target_first_then_half_the_questions(rows):
     assert {name: own[0]["lr"] for name, own in chosen(rows).items()} == {"rows_random": 0.1, "rows_tfidf": 0.1}
 
 
-def test_rate_that_all_seeds_tried_is_taken(rows):
-    assert chosen([*rows, row("rows_random", 0, [1.0] * 4, lr=0.01)])["rows_random"][0]["lr"] == 0.1
+def test_seeds_that_tried_all_rates_choose(rows):
+    # Seed 0 alone has both rates of rows_random, so that it alone chooses, for rows_tfidf too.
+    taken = chosen([*rows, row("rows_random", 0, [0.0] * 4, lr=0.01)])
+    assert {name: own[0]["lr"] for name, own in taken.items()} == {"rows_random": 0.1, "rows_tfidf": 0.01}
+    assert len(taken["rows_random"]) == 2
     far, near = (row("m", 0, [float(lr == 1)] * 4, lr=lr, reached=False, checked=1 / lr) for lr in (1, 2))
     assert chosen([near, far])["m"] == [far]
+
+
+def test_loss_at_each_rate_is_told_where_the_target_was_reached(rows):
+    assert markdown(rows, "rates").splitlines()[2:] == [
+        "| rows random | – | 0.25 | – |",
+        "| rows tfidf | – | 0.25 | 0.50 |",
+    ]
 
 
 def test_tables_tell_of_the_other_half(rows):

@@ -287,10 +287,6 @@ def _editing(part: str) -> Callable[[], str]:
     return lambda: editing_tables.markdown(read("forgetting_editing"), part)
 
 
-def _forgetting_smollm2(part: str) -> Callable[[], str]:
-    return lambda: forgetting.markdown(read("forgetting_smollm2"), part)
-
-
 PROJECTED = ("serving_ingest", "serving_load", "memory_store", "training_speed_gpu")
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
@@ -327,7 +323,6 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"memory_{part}": _nights(part) for part in nights_tables.TABLES},
     **{f"forgetting_{part}": _forgetting(part) for part in forgetting.TABLES},
     **{f"forgetting_edits_{part}": _editing(part) for part in editing_tables.TABLES},
-    **{f"forgetting_smollm2_{part}": _forgetting_smollm2(part) for part in ("frontier", "kept")},
     "serving_load": _speed("serving.load", "serving_load"),
     "serving_load_smollm2": _speed("serving.load", "serving_load_smollm2"),
     "serving_ingest": _speed("serving.ingest", "serving_ingest"),

@@ -68,7 +68,7 @@ def frontier(rows: Rows) -> Table:
     lines: list[Row] = []
     for name, own in chosen(rows).items():
         drop, bounds = relative_drop(own, before, "background", half=1)
-        means = {key: _mean(own, key) for key in ("new", "steps", "in_context")}
+        means = {key: _mean(own, key) for key in ("new", "steps")} | {"seeds": len(own)}
         lines.append({"method": name, **means, "reached": _reached(own), "drop": drop, "interval": bounds})
     return Table.of("", lines, _NAME | _FRONTIER)
 
@@ -305,10 +305,11 @@ def _say(name: str) -> str:
 
 _NAME: dict[str, Cell] = {"method": lambda row: _say(row["method"])}
 _FRONTIER: dict[str, Cell] = {
-    **{"new": number("new"), "reached": number("reached"), "steps": number("steps", 0)},
-    **{"background lost": number("drop"), "95 % interval": interval("interval"), "in context": number("in_context")},
+    **{"seeds": number("seeds", 0), "new": number("new"), "reached": number("reached"), "steps": number("steps", 0)},
+    **{"background lost": number("drop"), "95 % interval": interval("interval")},
 }
 _KEPT: dict[str, tuple[str, Cell]] = {
+    "in_context": ("in context", number("in_context")),
     "abstention": ("says unknown", number("abstention")),
     "kl": ("KL, nats", number("kl", 3)),
     "wikitext_nats": ("WikiText, nats a token", number("wikitext_nats")),

@@ -68,11 +68,17 @@ def test_learning_ends_at_the_target_and_not_at_a_step(model):
     told, before = new_facts(0, 3), snapshot(model)
     learned = learn(model, told, Recipe(Everything(), 1e-3), seed=0, limits=Limits(every=1, max_steps=60))
     assert learned.reached and learned.checked == 1.0 and learned.steps < 60
-    earlier = Limits(every=1, max_steps=learned.steps - 1)
+    earlier = Limits(every=learned.steps - 1, max_steps=learned.steps - 1)
     short = learn(model, told, Recipe(Everything(), 1e-3), seed=0, limits=earlier)
     assert not short.reached and short.steps == learned.steps - 1 and short.checked < 1
     assert sum(scores(model, learned.state, told)) >= 2 and not sum(scores(model, State(), told))
     assert all(torch.equal(before[name], value) for name, value in model.base_model.named_parameters())
+
+
+def test_learning_ends_halfway_where_nothing_is_answered(model):
+    limits = Limits(every=1, max_steps=8)
+    learned = learn(model, new_facts(0, 3), Recipe(Everything(), 1e-9), seed=0, limits=limits)
+    assert learned.steps == 4 and learned.checked == 0 and not learned.reached
 
 
 def test_changed_rows_are_counted_from_the_tensors(model):

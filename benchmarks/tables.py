@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from benchmarks.forgetting import editing_tables
 from benchmarks.forgetting import figures as forgetting
 from benchmarks.measuring.rows import Row, Rows, merged, read_rows
 from benchmarks.memory import nights_tables, surface_figures
@@ -42,6 +43,7 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "memory_nights": nights_tables.nights_figure,
     "forgetting_frontier": forgetting.curves,
     "forgetting_spurious": forgetting.recoveries,
+    "forgetting_editing": editing_tables.edits_figure,
 }
 # The main figures of the shipped model: what is asked → file, the rows' place there.
 MAIN = {
@@ -281,6 +283,10 @@ def _forgetting(part: str) -> Callable[[], str]:
     return lambda: forgetting.markdown(read(f"forgetting_{name}"), part)
 
 
+def _editing(part: str) -> Callable[[], str]:
+    return lambda: editing_tables.markdown(read("forgetting_editing"), part)
+
+
 PROJECTED = ("serving_ingest", "serving_load", "memory_store", "training_speed_gpu")
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
@@ -316,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_cadence_ratios": _surface("memory_cadence", "cadence_ratios"),
     **{f"memory_{part}": _nights(part) for part in nights_tables.TABLES},
     **{f"forgetting_{part}": _forgetting(part) for part in forgetting.TABLES},
+    **{f"forgetting_edits_{part}": _editing(part) for part in editing_tables.TABLES},
     "serving_load": _speed("serving.load", "serving_load"),
     "serving_load_smollm2": _speed("serving.load", "serving_load_smollm2"),
     "serving_ingest": _speed("serving.ingest", "serving_ingest"),

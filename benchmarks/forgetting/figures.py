@@ -3,7 +3,8 @@
 markdown(rows, "frontier"), curves(rows), recoveries(rows)
 
 A method stands in the tables at one learning rate of the list: of those at which most seeds reach the target the one
-that keeps most of the background. Every other background question chooses, those in between are what the tables say.
+that keeps most of the background; where none does, the one that comes nearest to it. Every other background question
+chooses, those in between are what the tables say.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,11 +31,27 @@ def markdown(rows: Rows, part: str) -> str:
 
 
 def chosen(rows: Rows) -> dict[str, Rows]:
-    """Method → its rows, one a seed, at its learning rate; in the order of the rows."""
-    found: dict[str, Rows] = {}
-    for name, by_rate in _by_rate(rows).items():
-        found[name] = max(by_rate.values(), key=lambda own: (_reached(own), _score(own, "background", half=0)))
-    return found
+    """Method → its rows, one a seed, at its learning rate; in the order of the rows.
+
+    Only seeds at which every method tried all its learning rates choose, so that the search is the same for all.
+    """
+    by_rate = _by_rate(rows)
+    tried = [{row["seed"] for row in own} for found in by_rate.values() for own in found.values()]
+    searching = set[int]().union(*tried).intersection(*tried)
+    taken = {}
+    for name, found in by_rate.items():
+        merits = {rate: _merit([row for row in own if row["seed"] in searching]) for rate, own in found.items()}
+        taken[name] = found[max(merits, key=lambda rate: merits[rate])]
+    return taken
+
+
+def _merit(rows: Rows) -> tuple[float, ...]:
+    """The largest is taken."""
+    if not rows:
+        return (-1.0,)
+    reached = _reached(rows)
+    near = 1.0 if reached else _mean(rows, "checked") or 0.0
+    return reached, near, _score(rows, "background", half=0)
 
 
 def _by_rate(rows: Rows) -> dict[str, dict[float | None, list[Row]]]:
@@ -51,7 +68,7 @@ def frontier(rows: Rows) -> Table:
     lines: list[Row] = []
     for name, own in chosen(rows).items():
         drop, bounds = relative_drop(own, before, "background", half=1)
-        means = {key: _mean(own, key) for key in ("new", "steps", "in_context")}
+        means = {key: _mean(own, key) for key in ("new", "steps")} | {"seeds": len(own)}
         lines.append({"method": name, **means, "reached": _reached(own), "drop": drop, "interval": bounds})
     return Table.of("", lines, _NAME | _FRONTIER)
 
@@ -78,6 +95,20 @@ def budget(rows: Rows) -> Table:
         if None not in found
     ]
     return Table("", ["method", *(f"{rate:g}" for rate in rates), "taken"], lines)
+
+
+def rates(rows: Rows) -> Table:
+    """Background lost at each learning rate at which most of the seeds that tried it reached the target."""
+    by_rate, before = _by_rate(rows), _before(rows)
+    lrs = sorted({rate for found in by_rate.values() for rate in found if rate is not None})
+    lines = []
+    for name, found in by_rate.items():
+        if None not in found:
+            drops = [relative_drop(found[lr], before, "background")[0] if lr in found else None for lr in lrs]
+            well = [lr in found and _reached(found[lr]) > 0.5 for lr in lrs]
+            cells = [f"{drop:.2f}" if ok and drop is not None else "–" for drop, ok in zip(drops, well, strict=True)]
+            lines.append([_say(name), *cells])
+    return Table("", ["method", *(f"{lr:g}" for lr in lrs)], lines)
 
 
 def rate_of(rows: Rows) -> float:
@@ -274,10 +305,11 @@ def _say(name: str) -> str:
 
 _NAME: dict[str, Cell] = {"method": lambda row: _say(row["method"])}
 _FRONTIER: dict[str, Cell] = {
-    **{"new": number("new"), "reached": number("reached"), "steps": number("steps", 0)},
-    **{"background lost": number("drop"), "95 % interval": interval("interval"), "in context": number("in_context")},
+    **{"seeds": number("seeds", 0), "new": number("new"), "reached": number("reached"), "steps": number("steps", 0)},
+    **{"background lost": number("drop"), "95 % interval": interval("interval")},
 }
 _KEPT: dict[str, tuple[str, Cell]] = {
+    "in_context": ("in context", number("in_context")),
     "abstention": ("says unknown", number("abstention")),
     "kl": ("KL, nats", number("kl", 3)),
     "wikitext_nats": ("WikiText, nats a token", number("wikitext_nats")),
@@ -296,6 +328,6 @@ _TASKS: dict[str, Cell] = {
     **{"BWT": number("bwt", 2, "+"), "background": number("background"), "target reached": number("reached")},
 }
 TABLES: dict[str, Callable[[Rows], Table]] = {
-    **{"frontier": frontier, "kept": kept, "budget": budget, "rows": chosen_rows},
+    **{"frontier": frontier, "kept": kept, "budget": budget, "rates": rates, "rows": chosen_rows},
     **{"spurious": spurious, "tasks": tasks},
 }

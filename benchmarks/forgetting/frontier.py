@@ -1,7 +1,8 @@
 """New against retained, for every method, at matched acquisition: `python -m benchmarks.forgetting.frontier`
 
-Each method of conf/consolidation/moves, and each variant, learns the same new facts to the same target accuracy at
-every learning rate of one list; then is measured what was known before. A method is added by its class and a YAML.
+Each method of conf/consolidation/moves, and each variant, learns the same new facts to the same target accuracy, at
+the searching seeds at every learning rate of one list, at all others at the one that the tables take
+(`figures.chosen`); then is measured what was known before. A method is added by its class and a YAML.
 
 kind       one row for
 before     a seed: what the base model knows, and the new facts before and with their sentence in the prompt
@@ -42,8 +43,11 @@ class LearningSettings(Settings):
 
 
 class FrontierSettings(LearningSettings):
-    """known: of `protocol.Sizes`."""
+    """known: of `protocol.Sizes`. searching: those of the seeds at which all learning rates are tried. curves: methods
+    that try them at every seed; the others do not choose."""
 
+    searching: list[Number]
+    curves: list[Text]
     num_facts: Count
     known: dict[str, Any]
     methods: list[Text] | None
@@ -104,21 +108,24 @@ def _part(group: str, chosen: Any) -> dict[str, Any]:
     return settings | changes
 
 
-def cells_of(cfg: FrontierSettings) -> list[Cell]:
-    """Seed after seed, so that what is there after an hour is whole."""
+def cells_of(cfg: FrontierSettings, seed: int, taken: Mapping[str, float] | None = None) -> list[Cell]:
+    """Of a seed.
+
+    Args:
+        taken: method → its learning rate, but for those of `curves`; None: all of them, one after the other.
+    """
     arms = arms_of(cfg.methods, cfg.variants)
-    own = (*ELSEWHERE, "methods", "variants", "bases", "learning_rates")
+    own = (*ELSEWHERE, "searching", "curves", "methods", "variants", "bases", "learning_rates")
     common = {key: value for key, value in cfg.model_dump().items() if key not in own}
     arms = {name: arm for name, arm in arms.items() if cfg.bases.get(name, "") is not None}
     others = dict.fromkeys(str(cfg.bases[name]) for name in arms if name in cfg.bases)
-    found = []
-    for seed in cfg.seeds:
-        found += [Cell("frontier", name, seed, common) for name in NOTHING_MOVES]
-        found += [Cell("frontier", "before", seed, {**common, "checkpoint": other}) for other in others]
-        for name, arm in arms.items():
-            settings = {**common, "checkpoint": cfg.bases.get(name) or cfg.checkpoint, "arm": arm}
-            rates = cfg.learning_rates[:1] if name == GENERATED else cfg.learning_rates
-            found += [Cell("frontier", name, seed, {**settings, "lr": lr}) for lr in rates]
+    found = [Cell("frontier", name, seed, common) for name in NOTHING_MOVES]
+    found += [Cell("frontier", "before", seed, {**common, "checkpoint": other}) for other in others]
+    for name, arm in arms.items():
+        settings = {**common, "checkpoint": cfg.bases.get(name) or cfg.checkpoint, "arm": arm}
+        rates = cfg.learning_rates[:1] if name == GENERATED else cfg.learning_rates
+        rates = rates if taken is None or name in cfg.curves else [taken[name]]
+        found += [Cell("frontier", name, seed, {**settings, "lr": lr}) for lr in rates]
     return found
 
 
@@ -198,15 +205,26 @@ def limits_of(settings: Mapping[str, Any]) -> Any:
 
 
 def rows(cfg: FrontierSettings) -> Iterator[Row]:
-    """All rows, cell after cell."""
+    """All rows, cell after cell; seed after seed, so that what is there after an hour is whole."""
+    from benchmarks.forgetting.figures import chosen, rate_of
+
     yield from skipped(cfg)
-    yield from run_cells(cells_of(cfg), measure_cell, folder=cfg.cells, workers=cfg.workers)
+    searched = [cell for seed in cfg.searching for cell in cells_of(cfg, seed)]
+    found = []
+    for row in run_cells(searched, measure_cell, folder=cfg.cells, workers=cfg.workers):
+        found.append(row)
+        yield row
+    taken = {name: rate_of(own) for name, own in chosen(found).items() if own[0]["kind"] == "learned"}
+    others = [cell for seed in cfg.seeds if seed not in cfg.searching for cell in cells_of(cfg, seed, taken)]
+    yield from run_cells(others, measure_cell, folder=cfg.cells, workers=cfg.workers)
 
 
 @hydra.main(config_path="../../conf", config_name="forgetting_frontier", version_base="1.3")
 def main(cfg: Any) -> None:
     with SCRIPT.errors():
         settings = SCRIPT.check(cfg)
+        if not settings.searching or not {*settings.searching} <= {*settings.seeds}:
+            raise ValueError(f"searching should be some of the seeds {settings.seeds}, got {settings.searching}.")
         show_and_write(rows(settings), settings.output, config=plain(cfg), quiet=("items",))
 
 

@@ -170,8 +170,9 @@ def load(checkpoint: str) -> DocToLoRA:
 
 
 class Limits(NamedTuple):
-    """target: share of the new facts answered, at which training ends. max_steps: of training. every: steps between two
-    looks. batch_size, rehearsal_size: of a step."""
+    """target: share of the new facts answered, at which training ends. max_steps: of training, of which half are made
+    where none is answered then. every: steps between two looks. batch_size, rehearsal_size: of a step.
+    """
 
     target: float = 0.95
     max_steps: int = 200
@@ -251,9 +252,13 @@ def learn(
         right = rightly(model, State(tensors), rows)
         return None if right is None else sum(right) / len(right)
 
+    looks: list[float | None] = []
+
     def ended(tensors: Mapping[str, Tensor]) -> bool:
-        share = checked(tensors)
-        return share is None or share >= limits.target  # what diverged does not come back
+        looks.append(share := checked(tensors))
+        if share is None or share >= limits.target:  # what diverged does not come back
+            return True
+        return share == 0 and 2 * limits.every * len(looks) >= limits.max_steps
 
     started = time.process_time()
     enough = Enough(ended, every=limits.every)
@@ -264,9 +269,15 @@ def learn(
     return Learned(trained.weights, len(trained.losses), share, share >= limits.target, seconds)
 
 
-def answer_rows(model: DocToLoRA, questions: Sequence[str], answers: Sequence[str]) -> PackedRows:
+def answer_rows(
+    model: DocToLoRA,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    documents: Sequence[str | None] | None = None,
+) -> PackedRows:
     """A row for each question with its answer and what ends it."""
-    prompts = model.layout.prompt_ids(model.tokenizer, list(questions), [None] * len(questions))
+    documents = [None] * len(questions) if documents is None else list(documents)
+    prompts = model.layout.prompt_ids(model.tokenizer, list(questions), documents)
     frame = model.layout.before_answer, model.layout.after_answer
     framed = framed_ids(model.tokenizer, [(frame[0], answer, frame[1]) for answer in answers])
     return _packed(model, prompts, framed)

@@ -92,14 +92,15 @@ def add_memory_layer(base_model: PreTrainedModel, settings: dict[str, Any], *, s
     """Puts a memory beside the MLP of one block, in place; its output is added to the MLP's.
 
     Args:
-        settings: layer, the block's number, and sizes of `ProductKeyMemory`; noted in the model's config.
+        settings: layer, the block's number, and sizes of `ProductKeyMemory`; noted in the model's config. With
+            `replaces_mlp` its output stands for the MLP's, whose weights are there still and nothing reads.
         seed: of queries and keys.
 
     Raises:
         ValueError: there is no such block, or it has no `mlp`; or a size is wrong.
     """
     sizes = dict(settings)
-    layer = sizes.pop("layer", None)
+    layer, replaces = sizes.pop("layer", None), sizes.pop("replaces_mlp", False)
     decoder, name = find_blocks(base_model)
     blocks = getattr(decoder, name)
     if type(layer) is not int or not 0 <= layer < len(blocks):
@@ -113,13 +114,17 @@ def add_memory_layer(base_model: PreTrainedModel, settings: dict[str, Any], *, s
         memory = ProductKeyMemory(base_model.config.get_text_config().hidden_size, **sizes)
     memory.train(mlp.training).to(weight).requires_grad_(weight.requires_grad)
     mlp.add_module(_MEMORY, memory)
-    mlp.register_forward_hook(_add_memory)
+    mlp.register_forward_hook(_memory_alone if replaces else _add_memory)
     base_model.config.memory_layer = dict(settings)
     return memory
 
 
 def _add_memory(mlp: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + getattr(mlp, _MEMORY)(args[0])
+
+
+def _memory_alone(mlp: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+    return getattr(mlp, _MEMORY)(args[0])
 
 
 def memory_layers(base_model: nn.Module) -> dict[str, ProductKeyMemory]:

@@ -95,6 +95,21 @@ def test_base_model_is_unchanged_at_the_start_and_learns():
     assert not torch.allclose(after, before) and entered[0].shape == (2, 5, 16)
 
 
+def test_memory_in_the_place_of_an_mlp_is_all_that_the_block_adds():
+    base_model = build_base_model({**LLAMA, "memory_layer": {"layer": 0, "replaces_mlp": True, **SIZES}})
+    (memory,) = memory_layers(base_model).values()
+    with torch.no_grad():
+        memory.values.normal_()
+        before = base_model(IDS).logits
+        mlp = base_model.get_submodule("model.layers.0.mlp")
+        x = torch.randn(2, 3, 16)
+        assert torch.equal(mlp(x), memory(x))
+        mlp.down_proj.weight.zero_()
+        assert torch.equal(base_model(IDS).logits, before)
+    base_model(IDS).logits.square().mean().backward()
+    assert memory.values.grad is not None and mlp.up_proj.weight.grad is None
+
+
 def test_seed_decides_queries_and_keys():
     first, again, other = (build_base_model({**LLAMA, "memory_layer": {"layer": 0}}, seed=s) for s in (1, 1, 2))
     pairs = zip(first.state_dict().values(), again.state_dict().values(), strict=True)

@@ -26,10 +26,26 @@ def test_rate_is_chosen_by_target_first_then_half_the_questions(rows):
     assert {name: own[0]["lr"] for name, own in chosen(rows).items()} == {"rows_random": 0.1, "rows_tfidf": 0.1}
 
 
+def test_seeds_that_tried_all_rates_choose(rows):
+    # Seed 0 alone has both rates of rows_random, so that it alone chooses, for rows_tfidf too.
+    taken = chosen([*rows, row("rows_random", 0, [0.0] * 4, lr=0.01)])
+    assert {name: own[0]["lr"] for name, own in taken.items()} == {"rows_random": 0.1, "rows_tfidf": 0.01}
+    assert len(taken["rows_random"]) == 2
+    far, near = (row("m", 0, [float(lr == 1)] * 4, lr=lr, reached=False, checked=1 / lr) for lr in (1, 2))
+    assert chosen([near, far])["m"] == [far]
+
+
+def test_loss_at_each_rate_is_told_where_the_target_was_reached(rows):
+    assert markdown(rows, "rates").splitlines()[2:] == [
+        "| rows random | – | 0.25 | – |",
+        "| rows tfidf | – | 0.25 | 0.50 |",
+    ]
+
+
 def test_tables_tell_of_the_other_half(rows):
     assert markdown(rows, "frontier").splitlines()[2:] == [
-        "| rows random | 1.00 | 1.00 | 10 | 0.50 | 0.00 to 1.00 | 0.50 |",
-        "| rows tfidf | 1.00 | 1.00 | 10 | 0.00 | 0.00 to 0.00 | 0.50 |",
+        "| rows random | 2 | 1.00 | 1.00 | 10 | 0.50 | 0.00 to 1.00 |",
+        "| rows tfidf | 2 | 1.00 | 1.00 | 10 | 0.00 | 0.00 to 0.00 |",
     ]
     (line,) = markdown(rows, "rows").splitlines()[2:]
     assert line == "| rows tfidf | 4 | 10 | +0.500 | +0.000 to +1.000 | +0.000 | +0.000 to +0.000 |"
@@ -38,7 +54,7 @@ def test_tables_tell_of_the_other_half(rows):
         "| rows tfidf | 0.50 | 1.00 | 1.00 | 0.1 |",
     ]
     assert markdown(rows, "kept").splitlines()[2:] == [
-        f"| {n} | 0.250 |" for n in ("before", "rows random", "rows tfidf")
+        f"| {n} | 0.50 | 0.250 |" for n in ("before", "rows random", "rows tfidf")
     ]
 
 

@@ -68,11 +68,17 @@ def test_learning_ends_at_the_target_and_not_at_a_step(model):
     told, before = new_facts(0, 3), snapshot(model)
     learned = learn(model, told, Recipe(Everything(), 1e-3), seed=0, limits=Limits(every=1, max_steps=60))
     assert learned.reached and learned.checked == 1.0 and learned.steps < 60
-    earlier = Limits(every=1, max_steps=learned.steps - 1)
+    earlier = Limits(every=learned.steps - 1, max_steps=learned.steps - 1)
     short = learn(model, told, Recipe(Everything(), 1e-3), seed=0, limits=earlier)
     assert not short.reached and short.steps == learned.steps - 1 and short.checked < 1
     assert sum(scores(model, learned.state, told)) >= 2 and not sum(scores(model, State(), told))
     assert all(torch.equal(before[name], value) for name, value in model.base_model.named_parameters())
+
+
+def test_learning_ends_halfway_where_nothing_is_answered(model):
+    limits = Limits(every=1, max_steps=8)
+    learned = learn(model, new_facts(0, 3), Recipe(Everything(), 1e-9), seed=0, limits=limits)
+    assert learned.steps == 4 and learned.checked == 0 and not learned.reached
 
 
 def test_changed_rows_are_counted_from_the_tensors(model):
@@ -129,15 +135,38 @@ def test_hidden_states_are_those_of_each_prompt_alone(model):
         torch.testing.assert_close(states[:-1], torch.cat([h[0, -1:] for h in alone[1:-1]]), rtol=1e-4, atol=1e-4)
 
 
-def test_frontier_has_every_method_at_every_rate(tmp_path):
-    cfg = settings(frontier.SCRIPT, "forgetting_frontier", f"cells={tmp_path}", "seeds=[0,1]", "output=null")
-    cells = frontier.cells_of(cfg)
+def test_frontier_tries_every_method_at_every_rate(tmp_path):
+    cfg = settings(frontier.SCRIPT, "forgetting_frontier", f"cells={tmp_path}", "output=null")
+    cells = frontier.cells_of(cfg, 1)
     trained = [cell for cell in cells if "lr" in cell.settings and cell.method != frontier.GENERATED]
     names = set(frontier.arms_of(None, cfg.variants)) - {frontier.GENERATED, *cfg.bases}
     assert {cell.method for cell in trained} == names
-    assert len(trained) == 2 * len(names) * len(cfg.learning_rates)
-    assert [row["method"] for row in frontier.skipped(cfg)] == ["slots_kl", "slots_random", "slots_tfidf"]
-    assert len({cell.path(tmp_path) for cell in cells}) == len(cells)
+    assert len(trained) == len(names) * len(cfg.learning_rates)
+    skipped = ["everything_with_slots", "slots_kl", "slots_random", "slots_tfidf"]
+    assert [row["method"] for row in frontier.skipped(cfg)] == skipped
+    assert len({cell.path(tmp_path) for cell in cells}) == len(cells) == len(set(map(str, cells)))
+    taken = dict.fromkeys([*names, frontier.GENERATED], 3.0)
+    for cell in frontier.cells_of(cfg, 1, taken):
+        if "lr" in cell.settings:
+            assert cell.settings["lr"] in (cfg.learning_rates if cell.method in cfg.curves else [3.0])
+
+
+def test_other_seeds_take_the_rate_of_the_searching_one(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(cells, _measure, **_more):
+        for cell in cells:
+            lr = cell.settings.get("lr")
+            asked.append((cell.method, cell.seed, lr))
+            row = {"method": cell.method, "seed": cell.seed, "lr": lr, "items": {"background": [float(lr == 5e-4)]}}
+            if lr is not None:
+                yield {"kind": "learned", "reached": lr != 2e-3, "checked": 1.0, **row}
+
+    monkeypatch.setattr(frontier, "run_cells", measured)
+    given = ["seeds=[4,5,6]", "searching=[5]", "methods=[osf]", "learning_rates=[2e-3,5e-4,1e-4]", "output=null"]
+    list(frontier.rows(settings(frontier.SCRIPT, "forgetting_frontier", f"cells={tmp_path}", *given)))
+    tried = [(seed, lr) for method, seed, lr in asked if method == "osf"]
+    assert tried == [(5, 2e-3), (5, 5e-4), (5, 1e-4), (4, 5e-4), (6, 5e-4)]
 
 
 def test_wrong_methods_are_one_line():

@@ -18,7 +18,7 @@ VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo memory sleep serve test check train figures needles bench clean
+.PHONY: help demo memory sleep serve test test-all check train figures needles bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ serve: $(STAMP) ## serve the shipped model at http://127.0.0.1:8000; settings: S
 
 test: $(STAMP) ## run the tests
 	$(VENV_PYTHON) -m pytest $(TEST_ARGS)
+
+test-all: $(STAMP) ## run the tests with those that tell whole stories, some of them for a minute
+	HYPERNET_STORIES=1 $(VENV_PYTHON) -m pytest $(TEST_ARGS)
 
 check: $(STAMP) ## lint (ruff) and check types (mypy)
 	$(VENV_PYTHON) -m ruff check .

@@ -364,6 +364,7 @@ def test_ablation_sweep_runs_have_folders_with_their_names():
     assert (cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) == ("outputs/tiny_ablations", "tiny_ablation_rank_4_seed_2")
 
 
+@pytest.mark.story(13)
 def test_ablation_sweep_runs_as_its_header_says(commands, tmp_path, tiny_base_model_folder):
     header = (CONF / "experiment/tiny_ablation.yaml").read_text(encoding="utf-8")
     (sweep,) = re.findall(r"#\s+sweep\s+python (train\.py .*?)  ", header)

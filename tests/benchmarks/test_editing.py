@@ -115,6 +115,7 @@ def measured(tmp_path_factory):
     return cfg, list(measure(cfg))
 
 
+@pytest.mark.story(13)
 def test_every_arm_is_measured_and_undone(measured):
     cfg, rows = measured
     summary = [row for row in rows if row["kind"] == "summary"]

@@ -65,6 +65,7 @@ def test_forgotten_memories_answer_as_if_never_told(shipped, method):
 STATEMENTS = {"capital": "The capital of {s} is {v}.", "symbol": "The chemical symbol of {s} is {v}."}
 
 
+@pytest.mark.story(11)
 def test_memories_override_what_the_base_model_knows(shipped):
     """Alone it says what it learned; by each tier some of what it was told, with another's memory nothing of it."""
     task = OverrideTask(model=shipped, num_memories=6, num_cases=2, statements=STATEMENTS)

@@ -170,6 +170,7 @@ def test_sweep_config_lists_and_explains_controls(path) -> None:
         assert {"no_context", "full_context", "wrong_document", "doc_to_lora"} <= methods
 
 
+@pytest.mark.story(15)
 def test_sweep_prints_only_its_progress(tmp_path) -> None:
     """In a process of its own: what is imported first decides what is printed."""
     pytest.importorskip("bm25s", reason="retrieval needs the extra [bench]")

@@ -1,6 +1,5 @@
 """The story that `make sleep` tells, with the shipped model, to its end: forgotten, rebuilt, purged."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif("HYPERNET_STORIES" not in os.environ, reason="a minute of two cores: set HYPERNET_STORIES=1")
+@pytest.mark.story(60)
 def test_story_of_one_night_ends_as_told(commands, tmp_path):
     result = commands.run("examples/sleep_story.py", [str(tmp_path / "memory")], cwd=ROOT)
     assert result.code == 0, result.output

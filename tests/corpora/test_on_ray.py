@@ -14,7 +14,6 @@ from tests.corpora.conftest import NUM_DOCUMENTS
 
 # Not importorskip: Ray reads its environment when it is imported.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra [ray]")
-A_MINUTE = pytest.mark.skipif("HYPERNET_STORIES" not in os.environ, reason="a minute: set HYPERNET_STORIES=1")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-@A_MINUTE
+@pytest.mark.story(60)
 def test_killed_worker_loses_nothing_and_changes_no_id(cluster, folder, ids, reader, tmp_path, capfd):
     """And a row without a text is a line, not the end."""
     (tmp_path / "rows.jsonl").write_text('{"text": null}\n')

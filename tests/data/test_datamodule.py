@@ -196,6 +196,7 @@ def killed_trainer(commands, tmp_path_factory):
     return done.stdout.splitlines()
 
 
+@pytest.mark.story(26)
 def test_lost_worker_raises_instead_of_hanging(killed_trainer):
     killed, stuck, _ = killed_trainer
     assert killed.startswith("ChildProcessError('A data worker was lost: "), killed

@@ -295,6 +295,7 @@ def test_activation_checkpointing_enables_no_dropout(make_doc_to_lora):
     assert not base_model.model.layers[0].self_attn.training and not base_model.model.layers[0].mlp.training
 
 
+@pytest.mark.story(35)
 def test_compiled_hypernetwork_trains_alike_with_its_names(tmp_path, distillation, make_doc_to_lora):
     batches = [distillation[1][0]] * 3  # one shape: each other one is traced anew
     aggregator = {"name": "perceiver", "latent_dim": 16, "num_latents": 3, "num_blocks": 1}

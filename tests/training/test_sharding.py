@@ -50,6 +50,7 @@ def checkpoint(folder, step):
     return SafetensorsCheckpointIO().load_checkpoint(folder / "checkpoints" / f"step-{step:06d}.safetensors")
 
 
+@pytest.mark.story(19)
 def test_two_processes_of_divided_weights_step_as_one(train, tmp_path):
     one = train("trainer.max_steps=3", name="one")
     parts = ["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4"]

@@ -253,6 +253,7 @@ def test_failed_sweep_run_is_a_one_line_error(train, small, tmp_path):
     assert exit.value.code.startswith("train.py: max_steps is 9") and "\n" not in exit.value.code
 
 
+@pytest.mark.story(19)
 def test_sweep_runs_in_parallel_processes(commands, small, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra sweep")
     sweep = ["--multirun", *small, "hydra/launcher=joblib", "seed=1,2", "trainer.max_steps=1"]

@@ -190,6 +190,7 @@ def test_wrong_methods_are_one_line():
         spurious.cells_of(cfg)
 
 
+@pytest.mark.story(20)
 def test_smoke_of_all_three(tmp_path):
     small = [
         "seeds=[0]",

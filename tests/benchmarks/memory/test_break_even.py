@@ -115,6 +115,7 @@ def test_questions_are_shared_out_evenly():
     assert _shares(7, 3) == [2, 2, 3] and _shares(1, 2) == [0, 1] and _shares(4, 1) == [4]
 
 
+@pytest.mark.story(11)
 def test_small_run_measures_and_predicts_every_tier(monkeypatch):
     # Consolidation takes seconds a document; a test of its own runs it once.
     monkeypatch.setattr(ConsolidatedWeights, "_consolidated", lambda self, told: Made({}, 7, 0.25, 2e9, True))

@@ -1,7 +1,5 @@
 """benchmarks.serving.soak: what it would see, and some seconds of it; test_serve.py kills the server."""
 
-import os
-
 import pytest
 
 from benchmarks.serving.soak import Counts, SoakSettings, candidates, growth, measure
@@ -31,7 +29,7 @@ def test_growth_is_that_of_the_last_half_since_the_restart():
     assert growth(before[:3]) is None
 
 
-@pytest.mark.skipif("HYPERNET_STORIES" not in os.environ, reason="half a minute of two cores: set HYPERNET_STORIES=1")
+@pytest.mark.story(30)
 def test_short_soak_loses_nothing_and_mixes_nothing_up():
     settings = {"checkpoint": "assets/tiny", "minutes": 0.08, "users": 2, "clients": 3, "kills": 0}
     row = measure(SoakSettings(**settings, most_growth=0.0, seed=0, output=None))

@@ -354,7 +354,12 @@ def print_summary(
         "Seconds": ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items()),
         "PEFT": f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({source}), {folder})",
     }
-    if adapter.num_chunks < 2:
+    if model.hypernetwork.recitation is not None:
+        lines["Joined"] = (
+            "in answers alone, for each question the chunk that fits best, by this framework"
+        )
+        del lines["PEFT"]
+    elif adapter.num_chunks < 2:
         del lines["Joined"]  # nothing to join
     console = output()
     for name, text in lines.items():

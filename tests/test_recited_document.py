@@ -158,3 +158,18 @@ def test_a_memory_says_the_same_and_leaves_what_is_far(model, tmp_path):
     finally:
         model.hypernetwork.recitation.min_match.zero_()
         store.close()
+
+
+def test_a_command_asks_it_and_says_how_it_is_used(model, tmp_path, commands):
+    model.save_pretrained(tmp_path / "checkpoint", include_base_model=True)
+    (tmp_path / "text.txt").write_text(DOCUMENT, encoding="utf-8")
+    arguments = [
+        f"checkpoint={tmp_path / 'checkpoint'}",
+        f"document={tmp_path / 'text.txt'}",
+        f"output_dir={tmp_path / 'adapter'}",
+        f'ask="{QUESTION}"',
+    ]
+    result = commands.run("generate_adapter.py", arguments, cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert "The capital of" in result.stdout
+    assert "in answers alone, the chunk that fits best" in result.output and "PeftModel" not in result.output

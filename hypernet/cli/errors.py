@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+BROKEN_PIPE = 141  # exit status where whoever reads the output has left, as shells have it
 LESS = "Give it less at once, or a device with more memory."
 
 

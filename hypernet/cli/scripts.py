@@ -36,7 +36,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hypernet.cli.errors import INTERRUPTED, LESS, one_line, one_line_warnings
+from hypernet.cli.errors import BROKEN_PIPE, INTERRUPTED, LESS, one_line, one_line_warnings
 from hypernet.cli.settings import S, arguments_of, checked, no_such_setting, wanted
 
 
@@ -86,6 +86,10 @@ class Script(Generic[S]):
         try:
             with one_line_warnings(self.name):
                 yield
+                sys.stdout.flush()
+        except BrokenPipeError:  # who reads has had enough, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at exit
+            sys.exit(BROKEN_PIPE)
         except KeyboardInterrupt:
             print(f"{self.name}: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)

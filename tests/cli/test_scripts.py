@@ -1,15 +1,20 @@
 """Script: what a Hydra command says of mistakes, and its help; on a command of this file's own."""
 
 import re
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import hydra
 import pytest
 from omegaconf import OmegaConf
 
+from hypernet.cli.errors import BROKEN_PIPE
 from hypernet.cli.scripts import Script, check_targets, help_of
 from hypernet.cli.settings import Count, Settings
+
+ROOT = Path(__file__).parents[2]
 
 
 class Trial(Settings):
@@ -167,3 +172,11 @@ def test_targets_are_checked_by_their_signatures():
     with pytest.raises(ValueError, match="^a.0.weight should be a number, got 'much'.$"):
         check_targets({"a": [term]})
     check_targets(OmegaConf.to_container(OmegaConf.create({"a": [{**term, "weight": 1}]})))
+
+
+def test_reader_who_leaves_early_sees_no_mistake():
+    command = [sys.executable, "generate_adapter.py", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()  # as `| head -0` does
+        assert process.stderr.read() == b""
+    assert process.returncode == BROKEN_PIPE

@@ -355,9 +355,7 @@ def print_summary(
         "PEFT": f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({source}), {folder})",
     }
     if model.hypernetwork.recitation is not None:
-        lines["Joined"] = (
-            "in answers alone, for each question the chunk that fits best, by this framework"
-        )
+        lines["Joined"] = "in answers alone, for each question the chunk that fits best, by this framework"
         del lines["PEFT"]
     elif adapter.num_chunks < 2:
         del lines["Joined"]  # nothing to join

@@ -69,7 +69,8 @@ def frontier(rows: Rows) -> Table:
     for name, own in chosen(rows).items():
         drop, bounds = relative_drop(own, before, "background", half=1)
         means = {key: _mean(own, key) for key in ("new", "steps")} | {"seeds": len(own)}
-        lines.append({"method": name, **means, "reached": _reached(own), "drop": drop, "interval": bounds})
+        reached = _reached(own) if any("reached" in row for row in own) else None  # nothing is trained for an adapter
+        lines.append({"method": name, **means, "reached": reached, "drop": drop, "interval": bounds})
     return Table.of("", lines, _NAME | _FRONTIER)
 
 

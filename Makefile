@@ -18,7 +18,7 @@ VENV_PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo memory sleep serve test test-all check train figures needles bench clean
+.PHONY: help demo memory sleep serve test test-all check train train-smollm2 figures needles bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile

@@ -172,4 +172,4 @@ def test_a_command_asks_it_and_says_how_it_is_used(model, tmp_path, commands):
     result = commands.run("generate_adapter.py", arguments, cwd=tmp_path)
     assert result.code == 0, result.output
     assert "The capital of" in result.stdout
-    assert "in answers alone, the chunk that fits best" in result.output and "PeftModel" not in result.output
+    assert "in answers alone, for each question the chunk" in result.output and "PeftModel" not in result.output

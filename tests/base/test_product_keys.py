@@ -95,7 +95,7 @@ def test_base_model_is_unchanged_at_the_start_and_learns():
     assert not torch.allclose(after, before) and entered[0].shape == (2, 5, 16)
 
 
-def test_memory_in_the_place_of_an_mlp_is_all_that_the_block_adds():
+def test_memory_for_an_mlp_is_all_that_the_block_adds():
     base_model = build_base_model({**LLAMA, "memory_layer": {"layer": 0, "replaces_mlp": True, **SIZES}})
     (memory,) = memory_layers(base_model).values()
     with torch.no_grad():

@@ -21,7 +21,7 @@ STAMP := .venv/.installed
 .PHONY: help demo memory sleep serve test test-all check train train-smollm2 figures needles bench clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP) ## turn an example document into an adapter and answer questions with it
 	$(VENV_PYTHON) generate_adapter.py $(DEMO_ARGS)

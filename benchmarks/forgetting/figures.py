@@ -68,9 +68,10 @@ def frontier(rows: Rows) -> Table:
     lines: list[Row] = []
     for name, own in chosen(rows).items():
         drop, bounds = relative_drop(own, before, "background", half=1)
-        means = {key: _mean(own, key) for key in ("new", "steps")} | {"seeds": len(own)}
+        low, high = bounds or (None, None)
         reached = _reached(own) if any("reached" in row for row in own) else None  # nothing is trained for an adapter
-        lines.append({"method": name, **means, "reached": reached, "drop": drop, "interval": bounds})
+        line = {"seeds": len(own), "new": _mean(own, "new"), "reached": reached}
+        lines.append({"method": name, **line, "drop": drop, "low": low, "high": high})
     return Table.of("", lines, _NAME | _FRONTIER)
 
 
@@ -306,10 +307,11 @@ def _say(name: str) -> str:
 
 _NAME: dict[str, Cell] = {"method": lambda row: _say(row["method"])}
 _FRONTIER: dict[str, Cell] = {
-    **{"seeds": number("seeds", 0), "new": number("new"), "reached": number("reached"), "steps": number("steps", 0)},
-    **{"background lost": number("drop"), "95 % interval": interval("interval")},
+    **{"seeds": number("seeds", 0), "new": number("new"), "reached": number("reached")},
+    **{"background lost": number("drop"), "low": number("low"), "high": number("high")},
 }
 _KEPT: dict[str, tuple[str, Cell]] = {
+    "steps": ("steps", number("steps", 0)),
     "in_context": ("in context", number("in_context")),
     "abstention": ("says unknown", number("abstention")),
     "kl": ("KL, nats", number("kl", 3)),

@@ -44,8 +44,8 @@ def test_loss_at_each_rate_is_told_where_the_target_was_reached(rows):
 
 def test_tables_tell_of_the_other_half(rows):
     assert markdown(rows, "frontier").splitlines()[2:] == [
-        "| rows random | 2 | 1.00 | 1.00 | 10 | 0.50 | 0.00 to 1.00 |",
-        "| rows tfidf | 2 | 1.00 | 1.00 | 10 | 0.00 | 0.00 to 0.00 |",
+        "| rows random | 2 | 1.00 | 1.00 | 0.50 | 0.00 | 1.00 |",
+        "| rows tfidf | 2 | 1.00 | 1.00 | 0.00 | 0.00 | 0.00 |",
     ]
     (line,) = markdown(rows, "rows").splitlines()[2:]
     assert line == "| rows tfidf | 4 | 10 | +0.500 | +0.000 to +1.000 | +0.000 | +0.000 to +0.000 |"
@@ -54,7 +54,7 @@ def test_tables_tell_of_the_other_half(rows):
         "| rows tfidf | 0.50 | 1.00 | 1.00 | 0.1 |",
     ]
     assert markdown(rows, "kept").splitlines()[2:] == [
-        f"| {n} | 0.50 | 0.250 |" for n in ("before", "rows random", "rows tfidf")
+        f"| {n} | 10 | 0.50 | 0.250 |" for n in ("before", "rows random", "rows tfidf")
     ]
 
 

@@ -67,8 +67,10 @@ class Asking:
     def __init__(self, model: Any, cfg: "OwnDocumentsSettings") -> None:
         self.model, self.cfg = model, cfg
 
-    def __call__(self, label: str, asked: Sequence[tuple[str, Any, str | None]]) -> list[str]:
-        """Answers to (question, adapter or None, document or None), in order."""
+    def __call__(
+        self, label: str, asked: Sequence[tuple[str, Any, str | None]], *, join: str | None = None
+    ) -> list[str]:
+        """Answers to (question, adapter or None, document or None), in order; join as of `DocToLoRA.generate`."""
         from tqdm import tqdm
 
         order = sorted(range(len(asked)), key=lambda i: len(asked[i][2] or ""))
@@ -78,7 +80,7 @@ class Asking:
             batch = order[start : start + self.cfg.questions_per_batch]
             questions, adapters, documents = zip(*(asked[i] for i in batch), strict=True)
             found = self.model.generate(
-                questions, list(adapters), documents=documents, max_new_tokens=self.cfg.max_new_tokens
+                questions, list(adapters), join=join, documents=documents, max_new_tokens=self.cfg.max_new_tokens
             )
             for place, answer in zip(batch, found, strict=True):
                 answers[place] = answer
@@ -115,14 +117,10 @@ def with_documents(ask: Asking, what: str, seed: int, wording: str) -> Iterator[
     adapters = [model.internalize(text) for text in documents]
 
     def oracle(one: Asked) -> Any:
-        adapter = adapters[one.document]
-        spans = adapter.provenance["documents"][0]["chunks"]
-        holding = [
-            number
-            for number, (start, end) in enumerate(spans)
-            if any(answer.lower() in documents[one.document][start:end].lower() for answer in one.answers)
-        ]
-        return select_chunks(adapter, holding) if holding else adapter
+        adapter, text = adapters[one.document], documents[one.document].lower()
+        starts = [place for answer in one.answers if (place := text.find(answer.lower())) >= 0] or [0]
+        ends = [end for _, end in adapter.provenance["documents"][0]["chunks"]]
+        return select_chunks(adapter, [next((n for n, end in enumerate(ends) if starts[0] < end), len(ends) - 1)])
 
     given = {
         "no_context": [(one.question, None, None) for one in asked],
@@ -147,7 +145,8 @@ def with_documents(ask: Asking, what: str, seed: int, wording: str) -> Iterator[
             else [one for one in asked if one.document < len(documents) // int(name.split()[0]) * int(name.split()[0])]
         )
         for method, questions in methods.items():
-            answers = ask(f"{name}, {method}", questions)
+            # The oracle's one chunk is used however close it is.
+            answers = ask(f"{name}, {method}", questions, join="sum" if method == "oracle" else None)
             for one, answer in zip(of_set, answers, strict=True):
                 yield {
                     "set": name,

@@ -89,20 +89,24 @@ def test_an_oracle_sees_the_sentence_that_answers(ask):
     given = {}
 
     class Spy(Asking):
-        def __call__(self, label, asked):
+        def __call__(self, label, asked, join=None):
             given[label] = asked
             return ["no"] * len(asked)
 
     ask.model.max_chunk_tokens = 12
     rows = list(with_documents(Spy(ask.model, ask.cfg), "paragraphs", 0, ""))
     oracles = given["paragraphs, oracle"]
-    assert all(adapter.num_chunks < ask.model.internalize("x " * 30).num_chunks for _, adapter, _ in oracles)
+    assert [adapter.num_chunks for _, adapter, _ in oracles] == [1] * len(oracles)
+    documents, asked = drawn(ask.cfg, "paragraphs", 0)
+    for (_, adapter, _), one in zip(oracles, asked, strict=True):
+        ((start, end),) = adapter.provenance["documents"][0]["chunks"]
+        assert any(answer in documents[one.document][start:end] for answer in one.answers)
     assert [row["contains"] for row in rows] == [0.0] * len(rows)
 
 
 def test_wording_is_the_one_that_answers_most(ask):
     class Told(Asking):
-        def __call__(self, label, asked):
+        def __call__(self, label, asked, join=None):
             return [(document if WORDINGS[2] in question else "no") for question, _, document in asked]
 
     best, shares = best_wording(Told(ask.model, ask.cfg))

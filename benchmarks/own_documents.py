@@ -9,7 +9,6 @@ anyway, passages that contradict what it knows, and seconds.
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,21 +69,11 @@ class Asking:
     def __call__(
         self, label: str, asked: Sequence[tuple[str, Any, str | None]], *, join: str | None = None
     ) -> list[str]:
-        """Answers to (question, adapter or None, document or None), in order; join as of `DocToLoRA.generate`."""
-        from tqdm import tqdm
+        """As `answer_all`; join as of `DocToLoRA.generate`."""
+        from benchmarks.tiny_figures import answer_all
 
-        order = sorted(range(len(asked)), key=lambda i: len(asked[i][2] or ""))
-        answers = [""] * len(asked)
-        starts = range(0, len(order), self.cfg.questions_per_batch)
-        for start in tqdm(starts, desc=label, leave=False, file=sys.stderr):
-            batch = order[start : start + self.cfg.questions_per_batch]
-            questions, adapters, documents = zip(*(asked[i] for i in batch), strict=True)
-            found = self.model.generate(
-                questions, list(adapters), join=join, documents=documents, max_new_tokens=self.cfg.max_new_tokens
-            )
-            for place, answer in zip(batch, found, strict=True):
-                answers[place] = answer
-        return answers
+        settings = {"join": join, "max_new_tokens": self.cfg.max_new_tokens}
+        return answer_all(self.model, asked, questions_per_batch=self.cfg.questions_per_batch, label=label, **settings)
 
 
 def scored(answer: str, answers: Sequence[str]) -> dict[str, float]:
@@ -168,7 +157,7 @@ def unrelated(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
     answers = ask("known", [(one["question"], None, None) for one in read])
     known = [(one, a) for one, a in zip(read, answers, strict=True) if scored(a, one["answer"])["contains"]]
     documents, _ = drawn(ask.cfg, "paragraphs", seed)
-    adapters = [ask.model.internalize(text) for text in documents]
+    adapters = [ask.model.internalize(text) for text in documents[: len(known)]]
     given = [(one["question"], adapters[number % len(adapters)], None) for number, (one, _) in enumerate(known)]
     kept = ask("unrelated", given)
     plain = ask.model.log_likelihoods([q for q, _, _ in given], [a for _, a in known]) if known else []

@@ -56,8 +56,14 @@ def held_out_articles(
     return sets
 
 
-def answer_all(model: Any, asked: Sequence[tuple], *, questions_per_batch: int, label: str) -> list[str]:
-    """Answers to (question, adapter or None, document or None), in order, in batches of prompts of similar length."""
+def answer_all(
+    model: Any, asked: Sequence[tuple], *, questions_per_batch: int, label: str, **settings: Any
+) -> list[str]:
+    """Answers to (question, adapter or None, document or None), in order, in batches of prompts of similar length.
+
+    Args:
+        settings: of `DocToLoRA.generate`.
+    """
     from tqdm import tqdm
 
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][2] or ""))
@@ -66,7 +72,8 @@ def answer_all(model: Any, asked: Sequence[tuple], *, questions_per_batch: int, 
     for start in tqdm(starts, desc=label, leave=False, file=sys.stderr):
         batch = order[start : start + questions_per_batch]
         questions, adapters, documents = zip(*(asked[i] for i in batch), strict=True)
-        for i, answer in zip(batch, model.generate(questions, list(adapters), documents=documents), strict=True):
+        found = model.generate(questions, list(adapters), documents=documents, **settings)
+        for i, answer in zip(batch, found, strict=True):
             answers[i] = answer
     return answers
 

@@ -18,6 +18,7 @@ import reprlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -491,7 +492,7 @@ class DocToLoRA(nn.Module):
             scores, closeness = recitation.match(inputs, asked, A)
         return scores * (closeness >= recitation.min_match)[:, None]
 
-    @property
+    @cached_property
     def around_question(self) -> tuple[int, int]:
         """Tokens of a prompt before the question and behind it."""
         around = framed_ids(self.tokenizer, [(self.layout.before_user, "", ""), ("", "", self.layout.after_user)])

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hypernet.base.targets import LoRATarget
+from hypernet.base.targets import EndOfPass, LoRATarget
 
 WAYS = ("sum", "ridge", "gate", "route")
 # Of each way, its settings with what they are where they are not given; chosen on validation documents.
@@ -428,21 +428,17 @@ def first_inputs(base_model: nn.Module, targets: Sequence[LoRATarget], *, layers
     """
     (target,) = targets
     found: dict[int, Tensor] = {}
-    with ExitStack() as undo, suppress(_Enough):
+    with ExitStack() as undo, suppress(EndOfPass):
         for place in islice(target.modules(), layers):
 
             def read(_: nn.Module, args: tuple[Tensor], layer: int = place.layer) -> None:
                 found[layer] = args[0]
                 if len(found) == layers:
-                    raise _Enough
+                    raise EndOfPass
 
             hook = base_model.get_submodule(place.path).register_forward_pre_hook(read)
             undo.callback(hook.remove)
         yield found
-
-
-class _Enough(Exception):
-    """Ends a forward pass whose rest nobody reads."""
 
 
 def routing_scores(

@@ -75,6 +75,10 @@ class LoRATarget(NamedTuple):
                 yield LayerTarget(layer, path, *(width or (self.d_in, self.d_out)))
 
 
+class EndOfPass(Exception):
+    """Raised by a hook: ends a forward pass whose rest nobody reads."""
+
+
 def find_blocks(base_model: "PreTrainedModel") -> tuple[nn.Module, str]:
     """The text decoder of a causal LM and the name of its list of blocks: `layers`, `h`, ...
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hypernet.base.targets import EndOfPass
 from hypernet.model.context_encoder import ContextEncoder, drop_context
 from hypernet.model.hypernetwork import HyperNetwork
 
@@ -137,17 +138,13 @@ def _read_together(
         if made is not None:
             layers.append(made)
             if keys_only:
-                raise _Enough
+                raise EndOfPass
         return added
 
-    with suppress(_Enough):
+    with suppress(EndOfPass):
         context_encoder.stream(ids, mask, read)
     A, B = ({name: torch.cat([made[part][name] for made in layers], 1) for name in layers[0][part]} for part in (0, 1))
     return A, B
-
-
-class _Enough(Exception):
-    """Ends a reading whose rest nobody needs."""
 
 
 class _Writing:

@@ -1,9 +1,10 @@
 """A real base model and documents of people: `python -m benchmarks.own_documents`
 
 Every document becomes an adapter in one pass, and its questions are answered with it, without context, with another
-document's adapter, with the one sentence that holds the answer chosen by truth (the oracle), and with the document in
-the prompt, in the best of a few wordings. Also several documents in one adapter, questions that the base model answers
-anyway, passages that contradict what it knows, and seconds.
+document's adapter, with the one sentence that holds the answer chosen by truth (the oracle), with the untrained
+hypernetwork's adapter (the closed form), and with the document in the prompt, in the best of a few wordings. Also
+several documents in one adapter, an article's first paragraphs, questions that the base model answers anyway, text that
+it goes on with, passages that contradict what it knows, and seconds.
 """
 
 import json
@@ -11,6 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +28,9 @@ WORDINGS = (
     " Quote the sentence of the text that answers.",
     " Answer with a few words from the text.",
 )
-METHODS = ("no_context", "other_document", "adapter", "oracle", "in_prompt")
+METHODS = ("no_context", "other_document", "adapter", "oracle", "closed_form", "in_prompt")
 _PAGE_TOKENS = 1000  # of a page of two
+_CONTINUED = 40  # words of a text that are shown, and as many that follow
 
 
 class Asked(NamedTuple):
@@ -97,8 +100,25 @@ def best_wording(ask: Asking) -> tuple[str, dict[str, float]]:
     return max(WORDINGS, key=lambda wording: shares[wording]), shares
 
 
+@contextmanager
+def untrained(model: Any) -> Iterator[None]:
+    """The hypernetwork as it was before the first step, with the statistics that it was calibrated with: the closed
+    form. Of adapters made inside, every question takes the chunk that fits best."""
+    from hypernet.model.hypernetwork import HyperNetwork
+
+    network = model.hypernetwork
+    trained = {name: value.clone() for name, value in network.state_dict().items()}
+    start = HyperNetwork(**network.config)
+    calibrated = {name: value for name, value in network.named_buffers() if not name.endswith("min_match")}
+    network.load_state_dict({**start.state_dict(), **calibrated})
+    try:
+        yield
+    finally:
+        network.load_state_dict(trained)
+
+
 def with_documents(ask: Asking, what: str, seed: int, wording: str) -> Iterator[dict[str, Any]]:
-    """Rows of all methods, a row for each question; with paragraphs also those of several in one adapter."""
+    """Rows of all methods, a row for each question; of paragraphs also several in one adapter."""
     from hypernet.adapters.composition import select_chunks
 
     model = ask.model
@@ -118,6 +138,8 @@ def with_documents(ask: Asking, what: str, seed: int, wording: str) -> Iterator[
         "oracle": [(one.question, oracle(one), None) for one in asked],
         "in_prompt": [(one.question + wording, None, documents[one.document]) for one in asked],
     }
+    with untrained(model):
+        plain = [model.internalize(text) for text in documents]
     sets = {what: given}
     for count in ask.cfg.joined if what == "paragraphs" else ():
         groups = [range(start, min(start + count, len(documents))) for start in range(0, len(documents), count)]
@@ -127,6 +149,7 @@ def with_documents(ask: Asking, what: str, seed: int, wording: str) -> Iterator[
         sets[f"{count} paragraphs"] = {
             "adapter": [(one.question, together[joined[one.document]], None) for one in asked if one.document in joined]
         }
+    given["closed_form"] = [(one.question, plain[one.document], None) for one in asked]
     for name, methods in sets.items():
         of_set = (
             asked
@@ -135,18 +158,63 @@ def with_documents(ask: Asking, what: str, seed: int, wording: str) -> Iterator[
         )
         for method, questions in methods.items():
             # The oracle's one chunk is used however close it is.
-            answers = ask(f"{name}, {method}", questions, join="sum" if method == "oracle" else None)
-            for one, answer in zip(of_set, answers, strict=True):
-                yield {
-                    "set": name,
-                    "method": method,
-                    "seed": seed,
-                    "document": one.document,
-                    "question": one.question,
-                    "answers": one.answers[:2],
-                    "prediction": answer,
-                    **scored(answer, one.answers),
-                }
+            join = "sum" if method == "oracle" else None
+            with untrained(model) if method == "closed_form" else nullcontext():
+                answers = ask(f"{name}, {method}", questions, join=join)
+            yield from (_row(name, method, seed, one, answer) for one, answer in zip(of_set, answers, strict=True))
+
+
+def _row(name: str, method: str, seed: int, one: Asked, answer: str) -> dict[str, Any]:
+    return {
+        "set": name,
+        "method": method,
+        "seed": seed,
+        "document": one.document,
+        "question": one.question,
+        "answers": one.answers[:2],
+        "prediction": answer,
+        **scored(answer, one.answers),
+    }
+
+
+def by_length(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
+    """Questions about the first paragraph of articles, of which the first one, two or four are one document."""
+    from benchmarks.real_text import read_articles
+
+    rng = random.Random(f"own documents length {seed}")
+    articles = [article for article in read_articles(ask.cfg.paragraphs_file) if len(article) >= max(ask.cfg.lengths)]
+    drawn = rng.sample(articles, min(ask.cfg.articles, len(articles)))
+    asked = [
+        Asked(number, question, answers)
+        for number, article in enumerate(drawn)
+        for question, answers in rng.sample(article[0][1], min(ask.cfg.questions_per_document, len(article[0][1])))
+    ]
+    for length in ask.cfg.lengths:
+        texts = ["\n\n".join(text for text, _ in article[:length]) for article in drawn]
+        adapters = [ask.model.internalize(text) for text in texts]
+        name = f"article's first {length}"
+        answers = ask(name, [(one.question, adapters[one.document], None) for one in asked])
+        chunks = [adapter.num_chunks for adapter in adapters]
+        for one, answer in zip(asked, answers, strict=True):
+            yield {**_row(name, "adapter", seed, one, answer), "chunks": chunks[one.document]}
+
+
+def continued(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
+    """Nats for each token of how a text goes on that an adapter of another text costs."""
+    lines = Path(ask.cfg.text_file).read_text(encoding="utf-8").splitlines()
+    words = [line.split() for line in lines if len(line.split()) >= 2 * _CONTINUED]
+    rng = random.Random(f"own documents continued {seed}")
+    texts = rng.sample(words, min(ask.cfg.texts, len(words)))
+    asked = [" ".join(text[:_CONTINUED]) for text in texts]
+    said = [" ".join(text[_CONTINUED : 2 * _CONTINUED]) for text in texts]
+    documents, _ = drawn(ask.cfg, "paragraphs", seed)
+    made = [ask.model.internalize(text) for text in documents[: len(texts)]]
+    adapters = [made[number % len(made)] for number in range(len(texts))]
+    plain = ask.model.log_likelihoods(asked, said)
+    adapted = ask.model.log_likelihoods(asked, said, adapters)
+    for number, (p, q) in enumerate(zip(plain, adapted, strict=True)):
+        tokens = len(ask.model.tokenizer(said[number])["input_ids"])
+        yield {"set": "continued", "seed": seed, "document": number, "log_prob_lost": (p - q) / tokens}
 
 
 def unrelated(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
@@ -261,11 +329,15 @@ class OwnDocumentsSettings(Settings):
     documents: Count
     questions_per_document: Count
     joined: list[int]
+    lengths: list[int]
+    articles: Count
     paragraphs_file: Text
     wording_file: Text
     known_file: Text
     conflict_file: Text
+    text_file: Text
     known_questions: Count
+    texts: Count
     conflicts: Count
     questions_per_batch: Count
     max_new_tokens: Count
@@ -284,9 +356,9 @@ def main(cfg: OwnDocumentsSettings) -> None:
 
     for path in (cfg.paragraphs_file, cfg.wording_file):
         read_squad(path)  # before the model is loaded
-    for path in (cfg.known_file, cfg.conflict_file):
+    for path in (cfg.known_file, cfg.conflict_file, cfg.text_file):
         if not Path(path).is_file():
-            raise ValueError(f"{path} is missing. Set known_file and conflict_file to files of that kind.")
+            raise ValueError(f"{path} is missing. Set known_file, conflict_file and text_file to files of that kind.")
     started = time.perf_counter()
     ask = Asking(DocToLoRA.from_pretrained(cfg.checkpoint), cfg)
     rows = [seconds(ask, time.perf_counter() - started)]
@@ -295,7 +367,9 @@ def main(cfg: OwnDocumentsSettings) -> None:
     for seed in cfg.seeds:
         for what in ("paragraphs", "notes"):
             rows += with_documents(ask, what, seed, wording)
+        rows += by_length(ask, seed)
         rows += unrelated(ask, seed)
+        rows += continued(ask, seed)
         rows += conflicts(ask, seed, wording)
         if cfg.output:  # what is done stays
             write_rows(cfg.output, rows, run=describe_run(cfg.model_dump()))

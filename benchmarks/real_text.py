@@ -19,8 +19,8 @@ from hypernet.cli.scripts import Script
 from hypernet.cli.settings import Count, OutputFile, Settings, Text
 
 
-def read_squad(path: str | Path) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """(paragraph, [(question, human answers)]) of a file in SQuAD's v1.1 JSON format.
+def read_articles(path: str | Path) -> list[list[tuple[str, list[tuple[str, list[str]]]]]]:
+    """For each article its paragraphs, (text, [(question, human answers)]), of a file in SQuAD's v1.1 JSON format.
 
     Raises:
         ValueError: the file is missing or not in this format.
@@ -28,14 +28,21 @@ def read_squad(path: str | Path) -> list[tuple[str, list[tuple[str, list[str]]]]
     try:
         data = json.loads(Path(path).read_bytes())["data"]  # bytes: with any byte order mark
         return [
-            (p["context"], [(qa["question"], [a["text"] for a in qa["answers"]]) for qa in p["qas"]])
+            [
+                (p["context"], [(qa["question"], [a["text"] for a in qa["answers"]]) for qa in p["qas"]])
+                for p in article["paragraphs"]
+            ]
             for article in data
-            for p in article["paragraphs"]
         ]
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror}. Set squad_file to another file.") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not in SQuAD's v1.1 JSON format ({type(error).__name__}: {error}).") from error
+
+
+def read_squad(path: str | Path) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """As `read_articles`, the paragraphs of all articles in one list."""
+    return [paragraph for article in read_articles(path) for paragraph in article]
 
 
 def peft_difference(model: Any, adapter: Any, folder: Path, question: str) -> float:

@@ -10,11 +10,14 @@ from benchmarks.own_documents import (
     WORDINGS,
     Asking,
     best_wording,
+    by_length,
     conflicts,
+    continued,
     drawn,
     markdown,
     seconds,
     unrelated,
+    untrained,
     with_documents,
 )
 
@@ -43,11 +46,16 @@ def ask(make_doc_to_lora, tmp_path):
         ),
         encoding="utf-8",
     )
+    (tmp_path / "text.txt").write_text("= Title =\n" + "Owls live in it . " * 40 + "\n", encoding="utf-8")
     model = make_doc_to_lora()
     cfg = SimpleNamespace(
         documents=5,
         questions_per_document=2,
         joined=[2, 4],
+        lengths=[1, 3],
+        articles=2,
+        text_file=str(tmp_path / "text.txt"),
+        texts=3,
         paragraphs_file=str(squad),
         wording_file=str(squad),
         known_file=str(known),
@@ -130,3 +138,25 @@ def test_seconds_are_of_a_page(ask):
     row = seconds(ask, 1.5)
     assert row["load_s"] == 1.5 and row["chunks"] >= 1 and 500 < row["tokens"] <= 1000
     assert row["internalize_s"] > 0 and row["adapter_token_s"] > 0 and row["no_context_token_s"] > 0
+
+
+def test_an_article_is_asked_about_its_first_paragraph(ask):
+    rows = list(by_length(ask, 0))
+    assert [row["set"] for row in rows] == ["article's first 1", "article's first 3"]
+    assert [row["question"] for row in rows] == ["How high is 0?"] * 2
+    assert rows[1]["chunks"] > rows[0]["chunks"]
+
+
+def test_text_goes_on_at_a_cost_of_nats(ask):
+    (row,) = continued(ask, 0)
+    assert row["log_prob_lost"] != 0.0 and row["document"] == 0
+
+
+def test_closed_form_is_the_network_before_training(ask):
+    network = ask.model.hypernetwork
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with untrained(ask.model):
+        # Before training B is 0 exactly.
+        assert not any(rows.any() for rows in ask.model.internalize("Owls live in it.").B.values())
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+    assert any(rows.any() for rows in ask.model.internalize("Owls live in it.").B.values())

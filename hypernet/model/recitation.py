@@ -268,10 +268,19 @@ class Recitation(nn.Module):
         return A, self.log_gain[number].exp() * typical[:, None, None] * B * used
 
     def match(self, inputs: Mapping[int, Tensor], asked: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """How well each question fits each chunk.
+        """How well each question fits each chunk: `scores` and `closeness` of its `best_cosines`.
 
-        Each token of a question has with each chunk its highest cosine with one of the chunk's keys, at least 0. What
-        all chunks have in common, the mean over them, is taken off where there are several.
+        Args:
+            inputs, asked, A: as of `best_cosines`.
+
+        Returns:
+            [Q, C] and [Q].
+        """
+        best, weight = self.best_cosines(inputs, asked, A)
+        return scores(best, weight), closeness(best, weight)
+
+    def best_cosines(self, inputs: Mapping[int, Tensor], asked: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each token of a question the highest cosine with a key of each chunk, at least 0, and how much it counts.
 
         Args:
             inputs: by key layer what enters the module at the questions' tokens, [Q, S, d_in].
@@ -279,7 +288,7 @@ class Recitation(nn.Module):
             A: [C, L, R, d_in], as generated.
 
         Returns:
-            Scores [Q, C], and the closeness of each question, the mean over its tokens of the highest cosine, [Q].
+            [Q, S, C], and weights [Q, S], 0 of what is not the question's own.
         """
         best = None
         log_weight = torch.zeros(asked.shape, device=asked.device)
@@ -293,13 +302,21 @@ class Recitation(nn.Module):
                 log_weight = log_weight + whitened / lengths @ self.token_weights[layer]
             best = found if best is None else torch.maximum(best, found)
         assert best is not None
-        weight = log_weight.exp() * asked
-        best = best.clamp(min=0)
-        closeness = (best.amax(-1) * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
-        if best.shape[-1] > 1:
-            # Not 0: the power has no slope there.
-            best = (best - best.mean(-1, keepdim=True)).clamp(min=1e-4)
-        return (best.pow(_POWER) * weight[..., None]).sum(1), closeness
+        return best.clamp(min=0), log_weight.exp() * asked
+
+
+def scores(best: Tensor, weight: Tensor) -> Tensor:
+    """[Q, C] of best cosines [Q, S, C] and weights [Q, S]: what all chunks have in common, the mean over them, is taken
+    off where there are several, and the rest added up to the power 1.5."""
+    if best.shape[-1] > 1:
+        # Not 0: the power has no slope there.
+        best = (best - best.mean(-1, keepdim=True)).clamp(min=1e-4)
+    return (best.pow(_POWER) * weight[..., None]).sum(1)
+
+
+def closeness(best: Tensor, weight: Tensor) -> Tensor:
+    """[Q] of best cosines [Q, S, C] and weights [Q, S]: the weighted mean over the tokens of the highest of all."""
+    return (best.amax(-1) * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
 @lru_cache(maxsize=512)

@@ -144,7 +144,7 @@ class LitDocToLoRA(LitModule):
             asked=torch.arange(width, device=self.device) < lengths[:, None],
             row=row,
             chunk=torch.tensor([chunk_of[place[::2]] for place in places], dtype=torch.int64, device=self.device),
-            match=recitation.match,
+            best_cosines=recitation.best_cosines,
         )
 
     @contextmanager
@@ -248,23 +248,28 @@ class LitDocToLoRA(LitModule):
         document keeps, less the share that another one takes, is highest (Youden's J).
 
         A share of others alone does not do: of notes, whose questions name little, .02 of others took half of the
-        questions about paragraphs along.
+        questions about paragraphs along. The other document is of a batch half the validation away: where there are two
+        sources, one of the other kind, since a question about a memo may well fit another memo.
         """
         recitation = self.model.hypernetwork.recitation
         assert recitation is not None
         self.model.hypernetwork.eval()
-        near: list[Tensor] = []
-        far: list[Tensor] = []
+        asked, made = [], []
         for step in range(len(self.trainer.datamodule.validation)):
             batch = self.trainer.datamodule.validation[step].to(self.device)
             (A,) = self.model.adapt(batch.chunk_ids, batch.chunk_mask, keys_only=True)[0].values()
-            by_layer, asked, row, _, match = self._questions(batch)
-            chunks = A.split(batch.chunk_counts)
-            for document in row.unique().tolist():
-                own = row == document
-                inputs = {layer: x[own] for layer, x in by_layer.items()}
-                for found, other in ((near, document), (far, (document + 1) % len(chunks))):
-                    found.append(match(inputs, asked[own], chunks[other])[1])
+            asked.append(self._questions(batch))
+            made.append(A.split(batch.chunk_counts))
+        near: list[Tensor] = []
+        far: list[Tensor] = []
+        for step, questions in enumerate(asked):
+            others = made[(step + len(made) // 2) % len(made)]
+            for document in questions.row.unique().tolist():
+                own = questions.row == document
+                inputs = {layer: x[own] for layer, x in questions.by_layer.items()}
+                other = others[(document + 1) % len(others)]
+                for found, A in ((near, made[step][document]), (far, other)):
+                    found.append(recitation.match(inputs, questions.asked[own], A)[1])
         if near:
             bounds = torch.cat([*near, *far]).sort().values
             kept, taken = ((torch.cat(found) >= bounds[:, None]).float().mean(1) for found in (near, far))

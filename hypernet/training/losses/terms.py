@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from hypernet.base.targets import LayerTarget
 from hypernet.data.batches import DistillationBatch
 from hypernet.data.splitting import ABOUT_DOCUMENT, StepPart
+from hypernet.model.recitation import closeness, scores
 from hypernet.training.losses.functions import (
     answer_nll,
     attribution,
@@ -86,14 +87,14 @@ class QuestionInputs(NamedTuple):
 
     by_layer: what enters the adapted module at their own tokens, [Q, S, d_in] each. asked: [Q, S] bool, which are.
     row: [Q], the document. chunk: [Q], of all chunks the one that holds the answer; -1: unknown.
-    match: scores [q, c] and closeness [q] of inputs, asked and A, as of `Recitation`.
+    best_cosines: of inputs, asked and A, as of `Recitation`.
     """
 
     by_layer: dict[int, Tensor]
     asked: Tensor
     row: Tensor
     chunk: Tensor
-    match: Callable[[dict[int, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
+    best_cosines: Callable[[dict[int, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(eq=False)
@@ -291,17 +292,20 @@ class KeyContrast(_Contrast):
 
 
 class ChunkMatch(LossTerm):
-    """Whether a question finds the chunk that answers it: cross-entropy of the scores s, sharpened by β,
+    """Whether a question finds the chunk that answers it, and tells its document from others. With the scores s, sharpened
+    by β, and the closeness c to the document d that is asked about and to the others,
 
-        loss = -log softmax(β s_own) - w log softmax(β s_all),
+        loss = -log softmax(β s_own) - w log softmax(β s_all) + v (softplus(-γ (c_d - b)) + mean softplus(γ (c - b))),
 
-    among its own document's chunks and among all of the step, of a hypernetwork that recites. Questions whose answer
-    stands in no chunk, or in several, are left out.
+    the first among its own document's chunks, the second among all of the step. Of a hypernetwork that recites.
+    Questions whose answer stands in no chunk, or in several, are left out.
 
     Args:
         weight, steps_alone, half_life: as of `LossTerm`.
         sharpness: β.
         among_all: w.
+        closeness: v.
+        closeness_bound, closeness_sharpness: b, γ. Where they were learned, they stayed at .38 and 21.
     """
 
     needs = frozenset({"questions"})
@@ -314,28 +318,38 @@ class ChunkMatch(LossTerm):
         half_life: int | None = None,
         sharpness: float = 3.0,
         among_all: float = 0.5,
+        closeness: float = 0.3,
+        closeness_bound: float = 0.4,
+        closeness_sharpness: float = 20.0,
     ) -> None:
         super().__init__(weight=weight, steps_alone=steps_alone, half_life=half_life)
-        self.sharpness, self.among_all = sharpness, among_all
+        self.sharpness, self.among_all, self.closeness = sharpness, among_all, closeness
+        self.closeness_bound, self.closeness_sharpness = closeness_bound, closeness_sharpness
 
     def __call__(self, step: Step) -> Tensor:
         assert step.questions is not None
         (A,) = step.A.values()
-        by_layer, asked, row, chunk, match = step.questions
+        by_layer, asked, row, chunk, best_cosines = step.questions
         first = [0, *accumulate(step.batch.chunk_counts)]
+        best, weight = best_cosines(by_layer, asked, A)
+        among_all = scores(best, weight)
+        near = torch.stack([closeness(best[..., i:j], weight) for i, j in pairwise(first)], dim=1)  # [Q, documents]
+        near = self.closeness_sharpness * (near - self.closeness_bound)
         values, rows = [A.sum() * 0], [row.new_zeros(1)]
-        scores = match(by_layer, asked, A)[0]
         for document in row.unique().tolist():
             own = (row == document) & (chunk >= 0)
             if not own.any():
                 continue
             start, end = first[document], first[document + 1]
-            inputs = {layer: x[own] for layer, x in by_layer.items()}
-            among_own = match(inputs, asked[own], A[start:end])[0]
+            among_own = scores(best[own][..., start:end], weight[own])
             value = F.cross_entropy(self.sharpness * among_own, chunk[own] - start, reduction="none")
             if self.among_all:
-                among_all = F.cross_entropy(self.sharpness * scores[own], chunk[own], reduction="none")
-                value = value + self.among_all * among_all
+                among = F.cross_entropy(self.sharpness * among_all[own], chunk[own], reduction="none")
+                value = value + self.among_all * among
+            if self.closeness and near.shape[1] > 1:
+                others = torch.cat([near[own, :document], near[own, document + 1 :]], dim=1)
+                apart = F.softplus(-near[own, document]) + F.softplus(others).mean(1)
+                value = value + self.closeness * apart
             values.append(value)
             rows.append(row[own])
         if len(values) == 1:

@@ -74,11 +74,17 @@ def test_the_questions_own_tokens_are_found_in_packed_rows(model):
         assert rows.target_kind[row, first] >= 0 and rows.target_kind[row, first - 1] < 0
 
 
-@pytest.mark.parametrize("among_all", [0.0, 0.5])
-def test_chunk_match_equals_loops_over_single_prompts(model, among_all):
-    module = LitDocToLoRA(
-        model=model, objective={"match": ChunkMatch(weight=1.0, sharpness=2.0, among_all=among_all)}, optimizer={}
+@pytest.mark.parametrize(("among_all", "apart"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.7)])
+def test_chunk_match_equals_loops_over_single_prompts(model, among_all, apart):
+    term = ChunkMatch(
+        weight=1.0,
+        sharpness=2.0,
+        among_all=among_all,
+        closeness=apart,
+        closeness_bound=0.3,
+        closeness_sharpness=5.0,
     )
+    module = LitDocToLoRA(model=model, objective={"match": term}, optimizer={})
     got = module.training_step(StepPart.of(batch(model)), 0)
     recitation = model.hypernetwork.recitation
     adapters = [model.internalize(text).A["down_proj"] for text in DOCUMENTS]
@@ -96,7 +102,11 @@ def test_chunk_match_equals_loops_over_single_prompts(model, among_all):
             is_own = ((place >= before) & (place < len(place) - after))[None]
             among_own = 2.0 * recitation.match(inputs, is_own, own)[0][0]
             among = 2.0 * recitation.match(inputs, is_own, everything)[0][0]
-            losses.append(-among_own.log_softmax(0)[chunk] - among_all * among.log_softmax(0)[first + chunk])
+            loss = -among_own.log_softmax(0)[chunk] - among_all * among.log_softmax(0)[first + chunk]
+            near = [5.0 * (recitation.match(inputs, is_own, one)[1][0] - 0.3) for one in adapters]
+            others = [(1 + value.exp()).log() for one, value in zip(adapters, near, strict=True) if one is not own]
+            (mine,) = [(1 + (-value).exp()).log() for one, value in zip(adapters, near, strict=True) if one is own]
+            losses.append(loss + apart * (mine + torch.stack(others).mean()))
         expected += [torch.stack(losses).mean()] if losses else []  # a document without such a question is left out
         first += len(own)
     torch.testing.assert_close(got.detach(), torch.stack(expected).mean().detach(), rtol=1e-3, atol=1e-4)
@@ -133,6 +143,22 @@ def test_training_ends_with_the_bound_that_parts_own_and_others(model):
         return sum(c >= bound for c in closeness["own"]) - sum(c >= bound for c in closeness["other"])
 
     assert parted(bound - 1e-5) == max(map(parted, [*closeness["own"], *closeness["other"]]))
+
+
+def test_other_documents_are_of_another_batch_where_there_is_one(model):
+    module = LitDocToLoRA(model=model, objective={"match": ChunkMatch(weight=1.0)}, optimizer={})
+    batches = [batch(model), batch(model)]
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(validation=batches), is_global_zero=False)
+    seen = []
+    match = model.hypernetwork.recitation.match
+    model.hypernetwork.recitation.match = lambda inputs, asked, A: (seen.append(A), match(inputs, asked, A))[1]
+    module._bound_closeness()
+    near, far = seen[::2], seen[1::2]
+    adapters = [model.internalize(text).A["down_proj"][:, :2] for text in DOCUMENTS]
+    assert len(near) == len(far) == 6
+    for number, (own, other) in enumerate(zip(near, far, strict=True)):
+        torch.testing.assert_close(own, adapters[number % 3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other, adapters[(number + 1) % 3], rtol=1e-4, atol=1e-5)
 
 
 def test_chunk_match_needs_a_recitation(make_doc_to_lora):

@@ -3,10 +3,10 @@
 # .venv is managed by this file: an incomplete setup is started again from scratch.
 
 # Arguments of `make demo`, `make train`, `make serve` and `make test`; to set one: make train TRAIN_ARGS="trainer.max_steps=10"
-DEMO_ARGS ?= document=examples/fenda_elfax.txt output_dir=outputs/demo overwrite=true \
-  'ask=["Who was the teacher of Fenda Elfax?","In which place was Fenda Elfax born?","What does Fenda Elfax work as?","When is the birthday of Fenda Elfax?","What is the capital of France?"]'
+DEMO_ARGS ?= document=examples/office_memo.txt output_dir=outputs/demo overwrite=true \
+  'ask=["When do we move to the new building?","Who collects the boxes?","Who has the list of rooms?","How much is a parking space?","What is the capital of France?"]'
 TRAIN_ARGS ?=
-SERVE_ARGS ?=
+SERVE_ARGS ?= --model assets/smollm2-135m
 # Three processes for two cores: tests that wait (for workers, signals, files) would leave a tenth of the time idle.
 TEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
@@ -24,6 +24,7 @@ help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP) ## turn an example document into an adapter and answer questions with it
+	$(VENV_PYTHON) -m hypernet base-model fetch smollm2-135m
 	$(VENV_PYTHON) generate_adapter.py $(DEMO_ARGS)
 
 memory: $(STAMP) ## one user's memory: told, asked, corrected, forgotten, and proof that it is
@@ -32,7 +33,8 @@ memory: $(STAMP) ## one user's memory: told, asked, corrected, forgotten, and pr
 sleep: $(STAMP) ## one night: what was told by day is in the weights in the morning, behind a gate
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) examples/sleep_story.py
 
-serve: $(STAMP) ## serve the shipped model at http://127.0.0.1:8000; settings: SERVE_ARGS="--port 8001 ..."
+serve: $(STAMP) ## serve SmolLM2-135M at http://127.0.0.1:8000; settings: SERVE_ARGS="--model assets/tiny ..."
+	$(VENV_PYTHON) -m hypernet base-model fetch smollm2-135m
 	$(VENV_PYTHON) -m hypernet serve $(SERVE_ARGS)
 
 test: $(STAMP) ## run the tests

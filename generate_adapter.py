@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -37,6 +37,7 @@ WITHOUT, WITH_ADAPTER, IN_PROMPT = (
     "With the adapter\n(no document in the prompt)",
     "Document in the prompt",
 )
+MOST_STEPS = 10_000  # of refining; hours
 MEASURED_CHUNKS = 128  # of one adapter in any benchmark here
 PIPED_WIDTH = 120  # columns of the table where there is no terminal to fit
 
@@ -56,6 +57,24 @@ def _as_questions(value: Any) -> Any:
     return [visible(whole(item, "ask"), "ask") if isinstance(item, str) else item for item in as_list(value)]
 
 
+class Refining(NamedTuple):
+    """How long an adapter is refined: at most so many steps, and seconds if they are given."""
+
+    steps: int
+    max_seconds: float | None = None
+
+
+def _as_refining(value: Any) -> Any:
+    """30 → steps; "60s" → seconds."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?s", value)) and float(found[1]) > 0:
+        return Refining(MOST_STEPS, float(found[1]))
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_STEPS:
+        return Refining(value)
+    if value is None:
+        return None
+    raise ValueError(f"refine should be a number of steps, such as 30, or of seconds, such as 60s, got {value!r}.")
+
+
 class GenerateSettings(Settings):
     """What can be set, as conf/generate_adapter.yaml has it."""
 
@@ -71,6 +90,9 @@ class GenerateSettings(Settings):
     ridge: float | None = Field(default=None, gt=0, description="a number above 0, such as 8, or null")
     gate_power: float = Field(default=1.25, gt=0, lt=1000, description="a number above 0, such as 1.25")
     top_k: Count = 2
+    refine: Annotated[Refining | None, BeforeValidator(_as_refining)] = Field(
+        default=None, description="gradient steps such as 30, seconds such as 60s, or null"
+    )
     scale: float | Annotated[list[float], Field(min_length=1)] = Field(
         description="a number, or one for each layer: [1,1,1.5]"
     )
@@ -142,6 +164,11 @@ def generate(settings: GenerateSettings) -> None:
 
     log.info("Internalizing %s", ", ".join(document.name for document in documents))
     adapter = internalize(model, documents, max_batch_tokens=settings.max_batch_tokens, watch=watch)
+    if settings.refine:
+        watch.lap("internalize")
+        log.info("Refining with questions that the base model writes")
+        adapter = refined(model, adapter, documents, settings.refine)
+        watch.lap("refine")
     if settings.scale != 1:
         from hypernet.adapters.composition import scale
 
@@ -241,6 +268,26 @@ def internalize(
     if model.device.type == "cuda":
         torch.cuda.synchronize()  # so that the time is this stage's
     return adapter
+
+
+def refined(
+    model: "DocToLoRA", adapter: "LoRAAdapter", documents: "Sequence[Document]", refining: Refining
+) -> "LoRAAdapter":
+    """The adapter after gradient steps, with a progress bar."""
+    from tqdm import tqdm
+
+    from hypernet.refining import refine
+
+    total = refining.steps if refining.max_seconds is None else None
+    with tqdm(desc="Refining", unit="step", total=total) as bar:
+        return refine(
+            model,
+            adapter,
+            [document.text for document in documents],
+            steps=refining.steps,
+            max_seconds=refining.max_seconds,
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
 
 
 def answer_all(

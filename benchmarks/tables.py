@@ -15,7 +15,7 @@ from benchmarks.forgetting import editing_tables
 from benchmarks.forgetting import figures as forgetting
 from benchmarks.measuring.rows import Row, Rows, merged, read_rows
 from benchmarks.memory import nights_tables, surface_figures
-from benchmarks.report import figures
+from benchmarks.report import figures, own_documents
 from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRONG, name_of, order, task_name
 from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
 from benchmarks.report.tables import METHOD, Cell, Table, number, questions, scaled
@@ -28,7 +28,7 @@ SUMMARY = f"{RESULTS}/summary.html"
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
 FILES = (
     *("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "docs/forgetting.md"),
-    *("docs/serving.md", "docs/scale.md", "assets/tiny/README.md"),
+    *("docs/serving.md", "docs/scale.md", "assets/tiny/README.md", "assets/smollm2-135m/README.md"),
 )
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "niah": figures.needles,
@@ -37,6 +37,7 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "interference": figures.interference,
     "capacity": figures.capacity,
     "conflict": figures.conflict,
+    "own_documents": own_documents.plot,
     "memory_growth": figures.memory_growth,
     "memory_break_even": surface_figures.cheapest,
     "memory_cadence": surface_figures.regrets,
@@ -283,6 +284,10 @@ def _forgetting(part: str) -> Callable[[], str]:
     return lambda: forgetting.markdown(read(f"forgetting_{name}"), part)
 
 
+def _own_documents(part: str) -> Callable[[], str]:
+    return lambda: own_documents.markdown(read("own_documents"), part)
+
+
 def _editing(part: str) -> Callable[[], str]:
     return lambda: editing_tables.markdown(read("forgetting_editing"), part)
 
@@ -320,6 +325,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_order": _surface("memory_break_even", "order"),
     "memory_cadence": _surface("memory_cadence", "cadence"),
     "memory_cadence_ratios": _surface("memory_cadence", "cadence_ratios"),
+    **{f"own_documents_{part}": _own_documents(part) for part in own_documents.TABLES},
     **{f"memory_{part}": _nights(part) for part in nights_tables.TABLES},
     **{f"forgetting_{part}": _forgetting(part) for part in forgetting.TABLES},
     **{f"forgetting_edits_{part}": _editing(part) for part in editing_tables.TABLES},

@@ -483,14 +483,22 @@ class DocToLoRA(nn.Module):
         with torch.no_grad(), self.injector.using(None):
             if recitation is None:
                 return routing_scores(self.base_model, adapter.targets, adapter.A, prompts)
-            inputs = prompt_inputs(self.base_model, adapter.targets, prompts, layers=recitation.num_key_layers)
-            before, after = self.around_question
-            lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)[:, None]
-            places = torch.arange(int(lengths.max()), device=self.device)
-            asked = (places >= before) & (places < lengths - after)
+            inputs, asked = self.read_questions(prompts)
             (A,) = adapter.A.values()
             scores, closeness = recitation.match(inputs, asked, A)
         return scores * (closeness >= recitation.min_match)[:, None]
+
+    def read_questions(self, prompts: Sequence[Sequence[int]]) -> tuple[dict[int, Tensor], Tensor]:
+        """What a hypernetwork that recites compares with its keys: by key layer what enters the adapted module at each
+        token, [Q, S, d_in], and which tokens are the question's own, [Q, S] bool. No adapter may be active."""
+        recitation = self.hypernetwork.recitation
+        assert recitation is not None
+        targets = self.hypernetwork.targets
+        inputs = prompt_inputs(self.base_model, targets, prompts, layers=recitation.num_key_layers)
+        before, after = self.around_question
+        lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)[:, None]
+        places = torch.arange(int(lengths.max()), device=self.device)
+        return inputs, (places >= before) & (places < lengths - after)
 
     @cached_property
     def around_question(self) -> tuple[int, int]:

@@ -28,6 +28,7 @@ LAYERS = (
     "consolidation",
     "data",
     "training",
+    "refining",
     "serving",
     "cli",
 )

@@ -292,8 +292,8 @@ class KeyContrast(_Contrast):
 
 
 class ChunkMatch(LossTerm):
-    """Whether a question finds the chunk that answers it, and tells its document from others. With the scores s, sharpened
-    by β, and the closeness c to the document d that is asked about and to the others,
+    """Whether a question finds the chunk that answers it, and tells its document from others. With the scores s,
+    sharpened by β, and the closeness c to the document d that is asked about and to the others,
 
         loss = -log softmax(β s_own) - w log softmax(β s_all) + v (softplus(-γ (c_d - b)) + mean softplus(γ (c - b))),
 

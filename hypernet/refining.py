@@ -1,0 +1,328 @@
+"""Refining: gradient steps on one document's adapter, with questions that the base model writes about the document.
+
+    adapter = model.internalize(text)
+    better = refine(model, adapter, text, steps=30)
+    better = refine(model, adapter, text, steps=10_000, max_seconds=60)
+
+The generated adapter is the start, and the hypernetwork stays as it is. What a step lowers depends on what is refined:
+
+    chunks that are recited   cross-entropy of each question finding its own chunk, and of that chunk being said
+    any other adapter         KL to the base model that has the document in its prompt, on its own answers, and KL to
+                              the plain base model on questions about the world
+
+Source: questions that a model writes about the text it is to keep, Eyuboglu et al. 2025, Cartridges,
+https://arxiv.org/abs/2506.06266; Charakorn et al. 2026, Doc-to-LoRA, https://arxiv.org/abs/2602.15902.
+"""
+
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hypernet.adapters.adapter import LoRAAdapter
+from hypernet.base.base_model import num_embeddings
+from hypernet.base.generation import context_window, generate_ids
+from hypernet.base.packed_rows import Segment, pack_row, pad_rows
+from hypernet.data.batches import DistillationBatches
+from hypernet.data.records import Question
+from hypernet.data.self_study.study import QUESTION_PROMPTS, clean_question
+from hypernet.data.splitting import StepPart
+from hypernet.doc_to_lora import DocToLoRA
+from hypernet.model.recitation import scores
+from hypernet.text.cleaning import visible
+from hypernet.text.tokens import framed_ids
+from hypernet.training.lit_doc_to_lora import LitDocToLoRA
+from hypernet.training.losses import ContextDistillation, Locality, LossTerm, Step
+
+_SHARPNESS = 3.0  # of the scores, as in the loss term `match`
+_WRITTEN_TOGETHER = 32  # questions
+_MATCHED, _SAID = 32, 4  # questions of a step, and sentences that are said in it
+_MOST_QUESTIONS = 256  # about one adapter: what they read is held, 30 tokens of 10 layers each, .5 GB altogether
+_QUESTION_TOKENS, _ANSWER_TOKENS = 32, 32
+_TEMPERATURE = 0.5  # of what is asked; at 1 a base model of 135M parameters drifts off
+_WORLD = "Write one short question about the world that has a short answer. Give only the question."
+_NUM_WORLD = 4
+
+
+def refine(
+    model: DocToLoRA,
+    adapter: LoRAAdapter,
+    documents: str | Sequence[str],
+    *,
+    steps: int = 30,
+    max_seconds: float | None = None,
+    questions_per_chunk: int = 4,
+    lr: float = 0.02,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoRAAdapter:
+    """The adapter after some gradient steps; the given one stays as it is.
+
+    The same seed gives the same adapter, if no time is given.
+
+    Args:
+        adapter: of these documents, with its chunks as generated.
+        documents: their texts, in the adapter's order.
+        steps: of Adam.
+        max_seconds: stop before another step once so many have passed, questions included.
+        questions_per_chunk: that the base model writes; doubles count once.
+        lr: of Adam, relative to each layer's rows.
+        progress: called with (steps done, steps altogether).
+
+    Raises:
+        ValueError: a number is out of its range, the texts are not the adapter's, or its chunks were joined for good.
+    """
+    for name, value in {"steps": steps, "questions_per_chunk": questions_per_chunk}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} should be a whole number, at least 1, got {value!r}.")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"max_seconds should be above 0, got {max_seconds!r}.")
+    started = time.perf_counter()
+    texts = [visible(text, "text") for text in ([documents] if isinstance(documents, str) else documents)]
+    passages = _passages(adapter, texts)
+    kind = _Distilled if model.hypernetwork.recitation is None else _Recited
+    refined = kind(model, adapter, passages, texts, questions_per_chunk=questions_per_chunk, seed=seed)
+    optimizer = torch.optim.Adam(refined.moves, lr=lr)
+    rng = random.Random(f"refine {seed}")
+    done = 0
+    if progress:
+        progress(0, steps)
+    try:
+        while done < steps and (max_seconds is None or time.perf_counter() - started < max_seconds):
+            with torch.enable_grad():
+                loss = refined.loss(rng)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            optimizer.step()
+            done += 1
+            if progress:
+                progress(done, steps)
+    finally:
+        model.injector.clear()
+    with torch.no_grad():
+        A, B = ({name: rows.detach().contiguous() for name, rows in part.items()} for part in refined.rows())
+    operation = {"operation": "refine", "steps": done, "lr": lr, "seed": seed, "questions": refined.num_questions}
+    operations = [*adapter.provenance.get("operations", []), operation]
+    return replace(adapter, A=A, B=B, provenance={**adapter.provenance, "operations": operations})
+
+
+def _passages(adapter: LoRAAdapter, texts: Sequence[str]) -> list[str]:
+    """The text of each chunk."""
+    adapter.check_keys("refined")
+    entries = adapter.provenance["documents"]
+    if len(entries) != len(texts):
+        raise ValueError(f"The adapter is of {len(entries)} documents, got {len(texts)} texts. Give each one's text.")
+    if wrong := [e["name"] for e, text in zip(entries, texts, strict=True) if e["characters"] != len(text)]:
+        raise ValueError(f"The text of {wrong[0]} is not the one that the adapter was made of. Internalize it first.")
+    return [text[a:b].strip() for entry, text in zip(entries, texts, strict=True) for a, b in entry["chunks"]]
+
+
+def _write(model: DocToLoRA, prompts: Sequence[str], about: Sequence[str | None], *, seed: int) -> list[str]:
+    """What the base model answers to the prompts, drawn at temperature .5; its first line, where that is a question."""
+    ids = model.layout.prompt_ids(model.tokenizer, prompts, about)
+    found: list[str] = []
+    with (
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+        model.injector.using(None),
+    ):
+        torch.manual_seed(seed)
+        for start in range(0, len(ids), _WRITTEN_TOGETHER):
+            part = ids[start : start + _WRITTEN_TOGETHER]
+            written = generate_ids(
+                model.base_model, model.tokenizer, part, max_new_tokens=_QUESTION_TOKENS, temperature=_TEMPERATURE
+            )
+            found += [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+    lines = (clean_question(text) for text in found)
+    return [line if line.endswith("?") else "" for line in lines]
+
+
+def _asked(model: DocToLoRA, passages: Sequence[str], *, each: int, seed: int) -> list[tuple[int, str]]:
+    """(passage, question) of what the base model asks about each; fewer for each where there are many passages."""
+    each = max(1, min(each, _MOST_QUESTIONS // len(passages)))
+    chosen = range(len(passages))
+    if len(passages) > _MOST_QUESTIONS:
+        chosen = sorted(random.Random(f"passages {seed}").sample(chosen, _MOST_QUESTIONS))
+    prompts = [QUESTION_PROMPTS[i % len(QUESTION_PROMPTS)] for i in range(each)] * len(chosen)
+    about = [passages[number] for number in chosen for _ in range(each)]
+    written = _write(model, prompts, about, seed=seed)
+    pairs = zip((number for number in chosen for _ in range(each)), written, strict=True)
+    return list(dict.fromkeys((number, question) for number, question in pairs if question))
+
+
+class _Refined(ABC):
+    """What moves, and the loss of a step. Rows move in units of their layer's size, so that one rate fits all."""
+
+    def __init__(self, model: DocToLoRA, adapter: LoRAAdapter) -> None:
+        self.model, self.adapter = model, adapter
+        self.moves: list[Tensor] = []
+        self.num_questions = 0
+
+    def moving(self, shape: Sequence[int]) -> Tensor:
+        move = torch.zeros(shape, device=self.model.device, requires_grad=True)
+        self.moves.append(move)
+        return move
+
+    @abstractmethod
+    def rows(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A and B as they are now."""
+
+    @abstractmethod
+    def loss(self, rng: random.Random) -> Tensor: ...
+
+
+def _size(rows: Tensor) -> Tensor:
+    """Of each layer the root mean square of [C, L, R, d] where there is something, [L, 1, 1]."""
+    count = (rows != 0).sum((0, 2, 3)).clamp(min=1)
+    return (rows.float().square().sum((0, 2, 3)) / count).sqrt()[:, None, None]
+
+
+class _Recited(_Refined):
+    """Keys move in the whitened directions that they lie in, values B as they are."""
+
+    def __init__(
+        self,
+        model: DocToLoRA,
+        adapter: LoRAAdapter,
+        passages: Sequence[str],
+        texts: Sequence[str],
+        *,
+        questions_per_chunk: int,
+        seed: int,
+    ) -> None:
+        super().__init__(model, adapter)
+        assert model.hypernetwork.recitation is not None
+        self.part = model.hypernetwork.recitation
+        (self.name,) = adapter.A
+        self.A, self.B = adapter.A[self.name].float(), adapter.B[self.name].float()
+        self.passages = passages
+        self.asked = _asked(model, passages, each=questions_per_chunk, seed=seed)
+        self.num_questions = len(self.asked)
+        num_keys, key_dim = self.part.num_key_layers, self.part.metric.shape[-1]
+        self.keys = self.moving((len(self.A), num_keys, self.A.shape[2], key_dim))
+        self.values = self.moving(self.B.shape)
+        self.size = _size(self.B)
+        prompts = model.layout.prompt_ids(model.tokenizer, [question for _, question in self.asked])
+        with torch.no_grad(), model.injector.using(None):
+            self.inputs, self.is_asked = model.read_questions(prompts)
+        self.chunk = torch.tensor([number for number, _ in self.asked], device=model.device)
+        # A key is a unit vector: of its directions each has this size.
+        self.key_size = key_dim**-0.5
+
+    def rows(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        num_keys = self.part.num_key_layers
+        moved = torch.einsum("clrk, ldk -> clrd", self.key_size * self.keys, self.part.metric)
+        is_used = (self.A[:, :num_keys] != 0).any(-1, keepdim=True)
+        A = torch.cat([self.A[:, :num_keys] + moved * is_used, self.A[:, num_keys:]], 1)
+        return {self.name: A}, {self.name: self.B + self.size * self.values * (self.B != 0).any(-1, keepdim=True)}
+
+    def loss(self, rng: random.Random) -> Tensor:
+        A, B = self.rows()
+        chosen = rng.sample(range(len(self.asked)), min(_MATCHED, len(self.asked)))
+        inputs = {layer: x[chosen] for layer, x in self.inputs.items()}
+        best, weight = self.part.best_cosines(inputs, self.is_asked[chosen], A[self.name])
+        found = F.cross_entropy(_SHARPNESS * scores(best, weight), self.chunk[chosen])
+        return found + self._said(A, B, chosen[:_SAID])
+
+    def _said(self, A: dict[str, Tensor], B: dict[str, Tensor], chosen: Sequence[int]) -> Tensor:
+        """Mean negative log-likelihood of a token of the chosen questions' chunks, each with its own chunk's rows."""
+        model, layout = self.model, self.model.layout
+        asked = [self.asked[number] for number in chosen]
+        prompts = layout.prompt_ids(model.tokenizer, [question for _, question in asked])
+        frame = layout.before_answer, layout.after_answer
+        said = framed_ids(model.tokenizer, [(frame[0], self.passages[number], frame[1]) for number, _ in asked])
+        rows = pad_rows(
+            [pack_row((), [Segment(p + a, len(p), False, 0)]) for p, a in zip(prompts, said, strict=True)],
+            pad_id=model.tokenizer.pad_token_id or 0,
+        ).to(model.device)
+        model.injector.set(A, B, [[number] for number, _ in asked], scaling=self.adapter.scaling)
+        logits = model(rows).float()
+        return F.cross_entropy(logits, rows.targets()[rows.target_kind >= 0])
+
+
+class _Distilled(_Refined):
+    """All rows of A and B move; a step takes one passage of the document, of half the window or less."""
+
+    terms: dict[str, LossTerm]
+
+    def __init__(
+        self,
+        model: DocToLoRA,
+        adapter: LoRAAdapter,
+        passages: Sequence[str],
+        texts: Sequence[str],
+        *,
+        questions_per_chunk: int,
+        seed: int,
+    ) -> None:
+        super().__init__(model, adapter)
+        self.start = [{name: rows.float() for name, rows in part.items()} for part in (adapter.A, adapter.B)]
+        self.sizes = [{name: _size(rows) for name, rows in part.items()} for part in self.start]
+        self.moved = [{name: self.moving(rows.shape) for name, rows in part.items()} for part in self.start]
+        self.terms = {"kl": ContextDistillation(weight=1.0), "locality_kl": Locality(weight=0.5)}
+        self.module = LitDocToLoRA(model=model, objective=self.terms, optimizer={})
+        together = _together(model, passages)
+        asked = _asked(model, together, each=questions_per_chunk, seed=seed)
+        self.num_questions = len(asked)
+        answers = self._answers([question for _, question in asked], [together[number] for number, _ in asked])
+        world = [text for text in dict.fromkeys(_write(model, [_WORLD] * _NUM_WORLD, [None] * _NUM_WORLD, seed=seed))]
+        known = self._answers(world, [None] * len(world))
+        general = [Question(q, a, kind="background") for q, a in zip(world, known, strict=True) if q and a]
+        batches = DistillationBatches(
+            None,
+            model.tokenizer,
+            max_chunk_tokens=model.max_chunk_tokens,
+            frame=model.context_encoder.frame(model.tokenizer),
+            min_chunk_tokens=model.context_encoder.min_chunk_tokens,
+            num_embeddings=num_embeddings(model.base_model),
+        )
+        self.batches = []
+        for number, text in enumerate(together):
+            own = [Question(q, a) for (of, q), a in zip(asked, answers, strict=True) if of == number and a]
+            if own:
+                batch = batches.batch([text], [[*own, *general]])
+                # The whole adapter answers, not the passage's own chunks.
+                self.batches.append(batch._replace(chunk_counts=[adapter.num_chunks]).to(model.device))
+        if not self.batches:
+            raise ValueError(
+                "The base model wrote no question about the document. Give another seed, or a longer text."
+            )
+
+    def _answers(self, questions: Sequence[str], documents: Sequence[str | None]) -> list[str]:
+        found: list[str] = []
+        for start in range(0, len(questions), _WRITTEN_TOGETHER):
+            part = slice(start, start + _WRITTEN_TOGETHER)
+            found += self.model.generate(questions[part], documents=documents[part], max_new_tokens=_ANSWER_TOKENS)
+        return found
+
+    def rows(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        A, B = (
+            {name: rows + size[name] * moved[name] for name, rows in start.items()}
+            for start, size, moved in zip(self.start, self.sizes, self.moved, strict=True)
+        )
+        return A, B
+
+    def loss(self, rng: random.Random) -> Tensor:
+        step = Step(StepPart.of(rng.choice(self.batches)), *self.rows())
+        self.module._compute(step, frozenset({"teacher", "student"}))
+        return torch.stack([term.weight * term(step) for term in self.terms.values()]).sum()
+
+
+def _together(model: DocToLoRA, passages: Sequence[str]) -> list[str]:
+    """Consecutive chunks in passages of at most half the window less what question and answer need."""
+    most = context_window(model.base_model) // 2 - _QUESTION_TOKENS - _ANSWER_TOKENS
+    found: list[str] = []
+    size = 0
+    for text in passages:
+        count = len(model.tokenizer(text)["input_ids"])
+        if found and size + count <= most:
+            found[-1] += " " + text
+            size += count
+        else:
+            found.append(text)
+            size = count
+    return found

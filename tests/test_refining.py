@@ -1,0 +1,140 @@
+"""Refining: a document's adapter after gradient steps on questions about it, recited and distilled."""
+
+import random
+
+import pytest
+import torch
+
+from hypernet import refining
+from hypernet.adapters.composition import select_chunks
+from hypernet.refining import _Distilled, _passages, _Recited, refine
+from tests.recited_model import DOCUMENT, OTHERS, recited_model
+
+ASKED = {0: "Where was Velmar Tosk born?", 1: "What is the capital of Norbach?", 2: "Who is her employer?"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return recited_model()
+
+
+@pytest.fixture
+def questions(monkeypatch):
+    """The tiny base model writes no English questions; these stand in for its own."""
+
+    def asked(_, passages, *, each, seed):
+        return list(ASKED.items())[: len(passages)]
+
+    monkeypatch.setattr(refining, "_asked", asked)
+    monkeypatch.setattr(refining, "_write", lambda _, prompts, *args, **kwargs: ["What does Ilda do?"] * len(prompts))
+
+
+def test_questions_find_their_chunks_after_some_steps(model, questions, monkeypatch):
+    adapter = model.internalize(DOCUMENT)
+    others = {0: "Who is it?", 1: "Which one is large?", 2: "Where was Jon Varga born?"}
+    wrong = model.routing_scores(list(others.values()), adapter).argmax(1).tolist()
+    assert wrong != [0, 1, 2]
+    monkeypatch.setattr(refining, "_asked", lambda *_, **__: list(others.items()))
+    refined = refine(model, adapter, DOCUMENT, steps=30, lr=0.1)
+    assert model.routing_scores(list(others.values()), refined).argmax(1).tolist() == [0, 1, 2]
+    assert model.generate([others[1]], refined, max_new_tokens=24) == ["The capital of Norbach is Ilda."]
+
+
+def test_the_loss_of_a_recited_step_is_that_of_loops(model, questions):
+    adapter = model.internalize(DOCUMENT)
+    passages = _passages(adapter, [DOCUMENT])
+    assert passages[1] == "The capital of Norbach is Ilda."
+    refined = _Recited(model, adapter, passages, [DOCUMENT], questions_per_chunk=1, seed=0)
+    A, B = refined.rows()
+    for rows, start in zip((A, B), (adapter.A, adapter.B), strict=True):
+        torch.testing.assert_close(rows["down_proj"], start["down_proj"])  # nothing has moved yet
+
+    class Orderly:
+        def sample(self, population, count):
+            return list(population)[:count]
+
+    loss = refined.loss(Orderly())
+    scores = 3.0 * model.routing_scores(list(ASKED.values()), adapter)
+    found = -scores.log_softmax(1).diagonal().mean()
+    said, count = 0.0, 0
+    for chunk, question in ASKED.items():
+        alone = select_chunks(adapter, [chunk])
+        said -= model.log_likelihoods([question], [passages[chunk]], alone, join="sum")[0]
+        count += len(model.tokenizer(model.layout.answer(passages[chunk]), add_special_tokens=False)["input_ids"])
+    torch.testing.assert_close(loss.detach(), found + said / count, rtol=1e-4, atol=1e-4)
+    model.injector.clear()
+
+
+def test_keys_move_in_their_directions_and_unused_rows_stay_zero(model, questions):
+    adapter = model.internalize(DOCUMENT)
+    refined = refine(model, adapter, DOCUMENT, steps=2)
+    (before,), (after,) = adapter.A.values(), refined.A.values()
+    part = model.hypernetwork.recitation
+    moved = (after - before)[:, : part.num_key_layers]
+    assert moved.abs().max() > 0 and not (after - before)[:, part.num_key_layers :].any()
+    assert not after[before == 0].any()
+    for layer in range(part.num_key_layers):
+        rows, P = moved[:, layer].flatten(0, 1), part.metric[layer]
+        within = rows @ P @ torch.linalg.pinv(P)
+        torch.testing.assert_close(within @ P, rows @ P, rtol=1e-3, atol=1e-4)
+
+
+def test_distilled_steps_come_nearer_to_the_document_in_the_prompt(make_doc_to_lora, questions):
+    network = make_doc_to_lora()
+    adapter = network.internalize(DOCUMENT)
+    before = {name: rows.clone() for name, rows in adapter.A.items()}
+    losses = []
+    for steps in (0, 30):
+        refined = refine(network, adapter, DOCUMENT, steps=steps, lr=0.05) if steps else adapter
+        passages = _passages(refined, [DOCUMENT])
+        start = _Distilled(network, refined, passages, [DOCUMENT], questions_per_chunk=1, seed=0)
+        with torch.no_grad():
+            losses.append(start.loss(random.Random(0)).item())
+        network.injector.clear()
+    assert losses[1] < 0.95 * losses[0]  # .32 and .28: at random weights the prompt's answers and others' pull apart
+    assert all(rows.equal(before[name]) for name, rows in adapter.A.items())
+    assert refined.provenance["operations"][-1]["operation"] == "refine"
+    assert refined.provenance["operations"][-1]["steps"] == 30
+
+
+def test_the_same_seed_gives_the_same_adapter(make_doc_to_lora):
+    network = make_doc_to_lora()
+    adapter = network.internalize(DOCUMENT)
+    first, again, other = (refine(network, adapter, DOCUMENT, steps=2, seed=seed) for seed in (0, 0, 1))
+    assert all(rows.equal(again.B[name]) for name, rows in first.B.items())
+    assert any(not rows.equal(other.B[name]) for name, rows in first.B.items())
+
+
+def test_time_ends_it_and_progress_is_told(make_doc_to_lora, questions):
+    network = make_doc_to_lora()
+    adapter = network.internalize(DOCUMENT)
+    told = []
+    refined = refine(network, adapter, DOCUMENT, steps=3, progress=lambda *pair: told.append(pair))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    late = refine(network, adapter, DOCUMENT, steps=3, max_seconds=1e-6)
+    assert late.provenance["operations"][-1]["steps"] == 0
+    assert all(rows.equal(adapter.B[name].float()) for name, rows in late.B.items())
+    assert not all(rows.equal(adapter.B[name].float()) for name, rows in refined.B.items())
+
+
+def test_what_does_not_fit_is_refused(make_doc_to_lora):
+    network = make_doc_to_lora()
+    adapter = network.internalize(DOCUMENT)
+    for settings, message in (
+        ({"steps": 0}, "steps should be a whole number, at least 1, got 0"),
+        ({"max_seconds": -1.0}, "max_seconds should be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refine(network, adapter, DOCUMENT, **settings)
+    with pytest.raises(ValueError, match="is not the one that the adapter was made of"):
+        refine(network, adapter, OTHERS)
+    with pytest.raises(ValueError, match="is of 1 documents, got 2 texts"):
+        refine(network, adapter, [DOCUMENT, OTHERS])
+    with pytest.raises(ValueError, match="refined"):
+        refine(network, adapter.fused("sum"), DOCUMENT)
+
+
+def test_sizes_are_of_what_is_there():
+    rows = torch.zeros(2, 3, 4, 5)
+    rows[0, 1, 2] = 2.0
+    torch.testing.assert_close(refining._size(rows)[:, 0, 0], torch.tensor([0.0, 2.0, 0.0]))

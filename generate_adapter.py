@@ -108,7 +108,7 @@ class GenerateSettings(Settings):
     def _settings_fit_together(self) -> "GenerateSettings":
         if not self.document:
             raise ValueError(
-                "Which document? Name a file, a folder, or - for standard input: document=examples/fenda_elfax.txt. "
+                "Which document? Name a file, a folder, or - for standard input: document=examples/office_memo.txt. "
                 "See --help for more."
             )
         for way, name in SETTING_OF.items():

@@ -502,7 +502,7 @@ def test_unreadable_document_is_a_one_line_error(run, work, name, content, says)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "Which document?.*document=examples/fenda_elfax.txt.*--help"),
+        ([], "Which document?.*document=examples/office_memo.txt.*--help"),
         (["document=[]"], "Which document?"),
         (["document={a:1}"], "document should be a text or a list of texts, got {'a': 1}"),
         (["documnt=doc.txt"], "There is no setting 'documnt'. There are document, output_dir"),

@@ -32,7 +32,8 @@ ONE_STEP = "trainer.max_steps=1 trainer.enable_progress_bar=false task.stages=[{
 # Command → the whole screen as a regular expression, standard output first, {tmp} for the test's folder. Of each kind
 # of command that imports transformers, as far as the libraries have something to say.
 AS_A_USER = {
-    "generate_adapter.py document={tmp}/note.txt output_dir={tmp}/adapter ask=Who? max_new_tokens=1 compare=false": (
+    "generate_adapter.py checkpoint=assets/tiny document={tmp}/note.txt output_dir={tmp}/a ask=Who? max_new_tokens=1 "
+    "compare=false": (
         r"[┏┃┡│└][^%]*\nRead .*\nAdapter .*\nSeconds .*\nPEFT .*\n",
         r"Loading assets/tiny on cpu\nInternalizing note.txt\nAnswering\n",
     ),
@@ -43,7 +44,7 @@ AS_A_USER = {
     "-c from#hypernet#import#DocToLoRA;print(DocToLoRA.from_pretrained('assets/tiny').max_chunk_tokens)": ("20\n", ""),
 }
 FORKED = {
-    "generate_adapter.py document={tmp}/note.txt output_dir={tmp}/adapter base_model=nobody/nothing": (
+    "generate_adapter.py checkpoint=assets/tiny document={tmp}/note.txt output_dir={tmp}/a base_model=nobody/nothing": (
         "",
         r"Loading assets/tiny on cpu\ngenerate_adapter.py: Could not load the base model from nobody/nothing: .*\n",
     ),

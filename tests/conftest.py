@@ -81,6 +81,16 @@ def settings_composed_quickly():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def memories_made_quickly(request):
+    from tests.quick_memories import MAKING, make_quickly
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in MAKING:
+            make_quickly(patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_handlers_left():
     """Hydra's log handlers write to the streams of the test that started it, which are closed after it."""

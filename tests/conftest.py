@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import sys
+from copy import deepcopy
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -18,7 +19,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import absl.logging
 import pytest
 import torch
-from hydra._internal.hydra import Hydra
+
+from tests.quick_settings import compose_quickly
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -73,13 +75,19 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def settings_composed_once():
-    """Hydra composes a command's settings first to find `hydra.mode`, which ours leave out, and then once more.
-
-    In commands that run in this process; those in forks and in processes of their own do as a user's.
-    """
+def settings_composed_quickly():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
+        compose_quickly(patch)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memories_made_quickly(request):
+    from tests.quick_memories import MAKING, make_quickly
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in MAKING:
+            make_quickly(patch)
         yield
 
 
@@ -144,28 +152,33 @@ def tiny_base_model_folder(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
-@pytest.fixture
-def tiny_base_model(tiny_base_model_folder):
-    """A fresh frozen copy of the tiny base model."""
+@pytest.fixture(scope="session")
+def loaded_base_model(tiny_base_model_folder):
+    """The tiny base model itself, of which tests take copies."""
     from hypernet.base.base_model import load_base_model
 
     return load_base_model(tiny_base_model_folder)[0]
 
 
 @pytest.fixture
-def make_doc_to_lora(tiny_base_model_folder, tiny_tokenizer):
+def tiny_base_model(loaded_base_model):
+    """A fresh frozen copy of the tiny base model."""
+    return deepcopy(loaded_base_model)
+
+
+@pytest.fixture
+def make_doc_to_lora(loaded_base_model, tiny_base_model_folder, tiny_tokenizer):
     """make_doc_to_lora(trained=True, seed=0, **changes): a DocToLoRA on a fresh copy of the tiny base model.
 
     trained: whether random numbers are added to the initial weights, so that adapters have an effect.
     bias_block: of the hypernetwork.
     """
-    from hypernet.base.base_model import load_base_model
     from hypernet.doc_to_lora import DocToLoRA
 
     def make(*, trained: bool = True, seed: int = 0, bias_block: bool = True, **changes) -> DocToLoRA:
         torch.manual_seed(seed)
         settings = {
-            "base_model": load_base_model(tiny_base_model_folder)[0],
+            "base_model": deepcopy(loaded_base_model),  # 2 ms, loading takes 16
             "tokenizer": tiny_tokenizer,
             "target_modules": ["down_proj"],
             "hypernetwork": {

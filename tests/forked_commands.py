@@ -9,11 +9,13 @@ object per line on stdin, an answer per line on stdout; `Commands` is the side o
     commands.run(..., kill={"while_writing": True, "checkpoints": folder})          # while one is being written
     commands.run(..., kill={"rows": 5, "log": folder, "signal": 15})                # SIGTERM after five more lines
     commands.run(..., kill={"said": "Step 2", "signal": 2})                         # SIGINT once its stderr has this
+    commands.run(..., kill={"found": f"{folder}/*.json"})                          # once such a file is there
     commands.run(..., stdin="a document")                                          # through a pipe
     commands.run(..., processes=2)                                                 # both forked, as by torchrun
 """
 
 import gc
+import glob
 import json
 import os
 import runpy
@@ -130,6 +132,8 @@ def _serve() -> None:
 def _is_time(kill: dict, streams: list) -> bool:
     if said := kill.get("said"):
         return said.encode() in os.pread(streams[1].fileno(), 10**6, 0)
+    if found := kill.get("found"):
+        return bool(glob.glob(found))
     if rows := kill.get("rows"):
         logged = sum(path.read_text().count("\n") for path in Path(kill["log"]).rglob("metrics.csv"))
         return logged > rows + kill.setdefault("logged", logged)

@@ -7,6 +7,7 @@ entered here: that is the moment to ask where it belongs.
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def is_for_type_checkers(node: ast.If) -> bool:
     return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+@cache  # four tests ask for each module's
 def imports_of(name: str) -> set[str]:
     """Everything a module imports, anywhere in it; our own modules by their full names."""
     found = set()

@@ -8,6 +8,7 @@ The launches are those of the op itself: it runs on tensors without memory, and 
 A register more than 255 is impossible and a stack means spilled registers: both cost more than they look.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,7 @@ CAPABILITIES = (80, 90)
 # name: tokens per segment, segments, slots per segment and rank of a slot; gemma-2-2b's down_proj, a bias slot shared.
 CASES = {"decode": (1, 16, 8, 8), "rank 8": (512, 8, 1, 8), "rank 64": (512, 8, 8, 8), "rank 256": (512, 8, 32, 8)}
 GATED_CASES = ("decode", "rank 64")  # with more slots the tiles are the same
+SOURCES = ("kernels.py", "plan.py")
 D_IN, D_OUT = 9216, 2304
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
@@ -130,6 +132,11 @@ def measure(beginnings: tuple[str, ...] = ("",)) -> dict[str, dict[str, int]]:
     return result
 
 
+def sources() -> str:
+    """SHA-256 of the files that decide what is compiled: while it is that of budget.json, so are the needs."""
+    return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)).hexdigest()
+
+
 def exceeded(found: dict[str, dict[str, int]], budget: dict[str, dict[str, int]]) -> list[str]:
     """One line for each kernel that needs more than its budget, or has none."""
     lines = []
@@ -164,7 +171,7 @@ def main() -> None:
         print(f"{name:45}", *(f"{what} {number:6}" for what, number in needs.items()))
     if write:
         temporary = BUDGET.with_name(f".{BUDGET.name}.{os.getpid()}")
-        text = json.dumps({"triton": triton.__version__, "kernels": found}, indent=1)
+        text = json.dumps({"triton": triton.__version__, "sources": sources(), "kernels": found}, indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(BUDGET)
     elif budget["triton"] != triton.__version__:

@@ -2,9 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -117,15 +114,12 @@ def test_library_that_cannot_be_written_ends_the_run(folder, reader, tmp_path, m
         list(results)
 
 
-def test_kill_in_the_middle_loses_nothing(folder, ids, reader, tmp_path):
+def test_kill_in_the_middle_loses_nothing(commands, folder, ids, reader, tmp_path):
     """A process is killed once it has written an adapter; the run after it makes the rest, under the same ids."""
     output = tmp_path / "library"
-    command = [sys.executable, "-m", "hypernet", "corpus", folder, "--output", output, "--model", reader.checkpoint]
-    with subprocess.Popen([*map(str, command), "--threads", "1"], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        while not list(output.glob("[0-9a-f]*")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    arguments = ["corpus", folder, "--output", output, "--model", reader.checkpoint, "--threads", "1"]
+    done = commands.run("hypernet", arguments, cwd=ROOT, kill={"found": f"{output}/[0-9a-f]*"})
+    assert done.code == -signal.SIGKILL, done.output
     there = {path.name for path in output.iterdir() if len(path.name) == 64}
     assert there and there < ids
     results = list(ingest(Corpus([str(folder)]), str(output), reader=reader))

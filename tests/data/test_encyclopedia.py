@@ -297,6 +297,7 @@ def test_encyclopedia_record_is_equal_in_every_process(hash_seed):
     assert result.stdout.strip() == str([Encyclopedia("test").record(i) for i in range(9)]), result.stderr
 
 
+@cache
 def invented_names(split: str) -> set[str]:
     """Entities, persons and places of all sentences and questions of a split."""
     names = set()

@@ -3,10 +3,6 @@
 import hashlib
 import json
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -178,28 +174,23 @@ def test_deleted_memory_stays_in_its_files_until_it_is_purged(told):
 
 KILLED = """
 import sys
-sys.path.insert(0, {root!r})
 from pathlib import Path
 from tests.memory.weights.test_versions import PASSED, make
 from hypernet.memory.weights.versions import Versions
 from hypernet.memory.store.records import Filters
 versions = Versions.of(Path({folder!r}), Filters(user_id="alice"))
 for number in range(10_000):
-    print(number, flush=True)
+    print(f"<{{number}}>", file=sys.stderr, flush=True)
     versions.promote(versions.judge(make(versions, f"m{{number}}@1", content=b"%d" % number * 100_000), PASSED))
 """
 
 
-def test_killed_at_any_point_leaves_whole_versions(versions, tmp_path):
-    root = str(Path(__file__).parents[3])
-    script = KILLED.format(root=root, folder=str(tmp_path))
-    for trial in range(6):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root)
-        for number in range(trial + 1):  # versions before it
-            assert process.stdout.readline() == b"%d\n" % number
-        time.sleep(0.013 * trial)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def test_killed_at_any_point_leaves_whole_versions(commands, versions, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED.format(folder=str(tmp_path)))
+    for trial in range(6):  # as many versions before it
+        done = commands.run(str(script), [], cwd=tmp_path, kill={"said": f"<{trial}>", "seconds": 0.013 * trial})
+        assert done.code == -signal.SIGKILL, done.output
         for version in versions.all():
             versions.check(version)  # whole, or not there
         assert versions.current == BASE or versions.get(versions.current).passed

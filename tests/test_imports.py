@@ -196,5 +196,5 @@ def test_late_and_relative_imports_are_seen(tmp_path, monkeypatch):
     path = tmp_path / "op.py"
     path.write_text("def f():\n    import wandb.sdk\n    from .plan import Plan\n    from .. import lora_delta\n")
     monkeypatch.setitem(FILES, "hypernet.kernels.lora_delta.op", path)
-    found = imports_of("hypernet.kernels.lora_delta.op")
+    found = imports_of.__wrapped__("hypernet.kernels.lora_delta.op")
     assert found == {"wandb.sdk", "hypernet.kernels.lora_delta.plan", "hypernet.kernels.lora_delta"}

@@ -79,7 +79,7 @@ def test_keys_move_in_their_directions_and_unused_rows_stay_zero(model, question
         torch.testing.assert_close(within @ P, rows @ P, rtol=1e-3, atol=1e-4)
 
 
-def test_distilled_steps_come_nearer_to_the_document_in_the_prompt(make_doc_to_lora, questions):
+def test_distilled_steps_lower_the_loss_they_are_made_of(make_doc_to_lora, questions):
     network = make_doc_to_lora()
     adapter = network.internalize(DOCUMENT)
     before = {name: rows.clone() for name, rows in adapter.A.items()}
@@ -97,7 +97,8 @@ def test_distilled_steps_come_nearer_to_the_document_in_the_prompt(make_doc_to_l
     assert refined.provenance["operations"][-1]["steps"] == 30
 
 
-def test_the_same_seed_gives_the_same_adapter(make_doc_to_lora):
+def test_the_same_seed_gives_the_same_adapter(make_doc_to_lora, questions, monkeypatch):
+    monkeypatch.setattr(refining, "_asked", lambda *_, each, seed: [(0, ASKED[seed])])
     network = make_doc_to_lora()
     adapter = network.internalize(DOCUMENT)
     first, again, other = (refine(network, adapter, DOCUMENT, steps=2, seed=seed) for seed in (0, 0, 1))
@@ -130,8 +131,9 @@ def test_what_does_not_fit_is_refused(make_doc_to_lora):
         refine(network, adapter, OTHERS)
     with pytest.raises(ValueError, match="is of 1 documents, got 2 texts"):
         refine(network, adapter, [DOCUMENT, OTHERS])
-    with pytest.raises(ValueError, match="refined"):
-        refine(network, adapter.fused("sum"), DOCUMENT)
+    both = network.internalize([DOCUMENT, OTHERS]).fused("ridge", ridge=1.0)
+    with pytest.raises(ValueError, match="cannot be refined: fused"):
+        refine(network, both, [DOCUMENT, OTHERS])
 
 
 def test_sizes_are_of_what_is_there():

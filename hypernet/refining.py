@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.base.base_model import num_embeddings
-from hypernet.base.generation import context_window, generate_ids
+from hypernet.base.generation import context_window, decode_answer, end_ids, generate_ids
 from hypernet.base.packed_rows import Segment, pack_row, pad_rows
 from hypernet.data.batches import DistillationBatches
 from hypernet.data.records import Question
@@ -126,6 +126,7 @@ def _write(model: DocToLoRA, prompts: Sequence[str], about: Sequence[str | None]
     """What the base model answers to the prompts, drawn at temperature .5; its first line, where that is a question."""
     ids = model.layout.prompt_ids(model.tokenizer, prompts, about)
     found: list[str] = []
+    ends = end_ids(model.base_model, model.tokenizer)
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         model.injector.using(None),
@@ -136,7 +137,7 @@ def _write(model: DocToLoRA, prompts: Sequence[str], about: Sequence[str | None]
             written = generate_ids(
                 model.base_model, model.tokenizer, part, max_new_tokens=_QUESTION_TOKENS, temperature=_TEMPERATURE
             )
-            found += [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+            found += [decode_answer(model.tokenizer, row, ends) for row in written]
     lines = (clean_question(text) for text in found)
     return [line if line.endswith("?") else "" for line in lines]
 
@@ -144,7 +145,7 @@ def _write(model: DocToLoRA, prompts: Sequence[str], about: Sequence[str | None]
 def _asked(model: DocToLoRA, passages: Sequence[str], *, each: int, seed: int) -> list[tuple[int, str]]:
     """(passage, question) of what the base model asks about each; fewer for each where there are many passages."""
     each = max(1, min(each, _MOST_QUESTIONS // len(passages)))
-    chosen = range(len(passages))
+    chosen: Sequence[int] = range(len(passages))
     if len(passages) > _MOST_QUESTIONS:
         chosen = sorted(random.Random(f"passages {seed}").sample(chosen, _MOST_QUESTIONS))
     prompts = [QUESTION_PROMPTS[i % len(QUESTION_PROMPTS)] for i in range(each)] * len(chosen)
@@ -273,7 +274,7 @@ class _Distilled(_Refined):
         known = self._answers(world, [None] * len(world))
         general = [Question(q, a, kind="background") for q, a in zip(world, known, strict=True) if q and a]
         batches = DistillationBatches(
-            None,
+            None,  # type: ignore[arg-type]  # no steps are drawn from it
             model.tokenizer,
             max_chunk_tokens=model.max_chunk_tokens,
             frame=model.context_encoder.frame(model.tokenizer),

@@ -197,7 +197,9 @@ def measure(cfg: MemrlSettings, model: Any) -> Iterator[Row]:
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ValueError(f"There is no arm {unknown[0]!r}: choose of {', '.join(ARMS)}.")
     if cfg.kept > cfg.num_rules * cfg.num_statements:
-        raise ValueError(f"kept is {cfg.kept}, and there are {cfg.num_rules * cfg.num_statements} memories. Keep fewer.")
+        raise ValueError(
+            f"kept is {cfg.kept}, and there are {cfg.num_rules * cfg.num_statements} memories. Keep fewer."
+        )
     before = weights_hash(model)
     for seed in cfg.seeds:
         found, reader = rules(seed, cfg.num_rules, num_statements=cfg.num_statements), Reader(model)

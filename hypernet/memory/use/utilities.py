@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from sqlalchemy import Connection, insert, select, update
 
-from hypernet.memory.store.reading import named, same, unknown, within
+from hypernet.memory.store.reading import same, unknown, within
 from hypernet.memory.store.records import EVERYBODY, Batch, Filters, Hit, split_ref
-from hypernet.memory.store.schema import memories, utilities
+from hypernet.memory.store.schema import among, memories, utilities
 from hypernet.memory.store.times import now
 from hypernet.memory.store.token_store import TokenStore
 
@@ -66,21 +66,22 @@ class Utilities:
         """
         if not math.isfinite(outcome):
             raise ValueError(f"The outcome is {outcome}. Give a finite number, such as 1 or 0 for success or not.")
-        found: dict[str, Utility] = {}
+        wanted = list(dict.fromkeys(refs))
         with self.store.database.write() as connection:
-            for ref in dict.fromkeys(refs):
+            known = self._known(connection, wanted)
+            found = {
+                ref: Utility(one.value + self.rate * (outcome - one.value), one.outcomes + 1)
+                for ref, one in known.items()
+            }
+            at = now()
+            for ref, after in found.items():
                 identity, version = _split(ref)
-                known = self._stored(connection, identity, version)
-                before = known or Utility(self.initial, 0)
-                after = Utility(before.value + self.rate * (outcome - before.value), before.outcomes + 1)
-                values = {**after._asdict(), "updated_at": now()}
-                if known:
+                values = {**after._asdict(), "updated_at": at}
+                if known[ref].outcomes:
                     where = (utilities.c.memory_id == identity, utilities.c.version == version)
                     connection.execute(update(utilities).where(*where).values(values))
                 else:
-                    named_values = {"memory_id": identity, "version": version, **values}
-                    connection.execute(insert(utilities).values(named_values))
-                found[ref] = after
+                    connection.execute(insert(utilities).values(memory_id=identity, version=version, **values))
         return found
 
     def of(self, filters: Filters = EVERYBODY) -> dict[str, Utility]:
@@ -98,7 +99,7 @@ class Utilities:
             ValueError: there is no such memory.
         """
         with self.store.database.read() as connection:
-            return self._stored(connection, *_split(ref)) or Utility(self.initial, 0)
+            return self._known(connection, [ref])[ref]
 
     def ranked(self, hits: Sequence[Hit]) -> list[Hit]:
         """The hits of a search, the one to act upon first.
@@ -107,8 +108,8 @@ class Utilities:
         where all are equal; of equals the one that the search had first.
         """
         with self.store.database.read() as connection:
-            known = [self._stored(connection, hit.id, hit.version) for hit in hits]
-        values = [self.initial if one is None else one.value for one in known]
+            known = self._known(connection, [hit.ref for hit in hits])
+        values = [known[hit.ref].value for hit in hits]
         scores = mixed([hit.score for hit in hits], values, weight=self.weight)
         return [hits[place] for place in sorted(range(len(hits)), key=lambda place: (-scores[place], place))]
 
@@ -127,15 +128,16 @@ class Utilities:
         worst = sorted(held, key=lambda memory: known.get(memory.ref, untried).value)  # stable: the oldest first
         return self.store.delete_versions([one.ref for one in worst[: max(0, len(held) - keep)]], reason=reason)
 
-    def _stored(self, connection: Connection, identity: str, version: int) -> Utility | None:
-        """Raises ValueError unless the memory is live."""
+    def _known(self, connection: Connection, refs: Sequence[str]) -> dict[str, Utility]:
+        """Of each id@version, in their order. Raises ValueError unless all are live."""
         own = same(memories.c, utilities.c.memory_id, utilities.c.version)
-        columns = (memories.c.seq, utilities.c.value, utilities.c.outcomes)
-        statement = select(*columns).outerjoin(utilities, own).where(memories.c.live, *named(identity, version))
-        row = connection.execute(statement).first()
-        if row is None:
-            raise unknown(f"{identity}@{version}")
-        return None if row.value is None else Utility(row.value, row.outcomes)
+        columns = (memories.c.memory_id, memories.c.version, utilities.c.value, utilities.c.outcomes)
+        where = (memories.c.live, among(memories.c.memory_id, [_split(ref)[0] for ref in refs]))
+        rows = connection.execute(select(*columns).outerjoin(utilities, own).where(*where))
+        found = {f"{row.memory_id}@{row.version}": row for row in rows}
+        if (lacking := next((ref for ref in refs if ref not in found), None)) is not None:
+            raise unknown(lacking)
+        return {ref: Utility(self.initial, 0) if found[ref].value is None else Utility(*found[ref][2:]) for ref in refs}
 
 
 def mixed(similarities: Sequence[float], values: Sequence[float], *, weight: float) -> list[float]:

@@ -46,6 +46,7 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "forgetting_spurious": forgetting.recoveries,
     "forgetting_editing": editing_tables.edits_figure,
     "use_memrl": use.learning,
+    "use_evolver": use.returns,
 }
 # The main figures of the shipped model: what is asked → file, the rows' place there.
 MAIN = {
@@ -329,6 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"memory_{part}": _nights(part) for part in nights_tables.TABLES},
     **{f"forgetting_{part}": _forgetting(part) for part in forgetting.TABLES},
     **{f"forgetting_edits_{part}": _editing(part) for part in editing_tables.TABLES},
+    "use_headline": lambda: use.headline({name: read(f"use_{name}") for name in use.HEADLINE}).markdown(),
     **{f"use_{part}": _use(part) for part in use.TABLES},
     "serving_load": _speed("serving.load", "serving_load"),
     "serving_load_smollm2": _speed("serving.load", "serving_load_smollm2"),

@@ -1,6 +1,6 @@
 """Tables and plots of the rows of benchmarks.use: memrl and evolver.
 
-markdown(rows, "memrl"), learning(rows)
+markdown(rows, "memrl"), headline({"memrl": rows, "evolver": rows}), learning(rows), returns(rows)
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +13,11 @@ from benchmarks.report.plots import LINES, Axis, Panel, Point, Series
 from benchmarks.report.tables import Cell, Table, number
 
 SUCCESS = Axis("success", limits=(-0.04, 1.04), ticks=(0, 0.25, 0.5, 0.75, 1))
+# Benchmark → what is measured, the arm that is meant, the best arm that has not learned this.
+HEADLINE = {
+    "memrl": ("MemRL: success", "utility", "similarity"),
+    "evolver": ("EvolveR: return on unseen maps", "own principles", "another world's principles"),
+}
 SHOWN = ("utility", "all credited", "shuffled utilities", "similarity", "no memory", "the rules themselves")
 _BLOCK = 200  # episodes of a point
 _LAST = 500
@@ -59,6 +64,54 @@ def learning(rows: Rows) -> Figure | None:
     return Figure("memrl", [Panel("", series, Axis("episode"), SUCCESS)], legend, [], [])
 
 
+def evolver(rows: Rows) -> Table:
+    """Return on unseen maps by arm, with an interval over worlds and maps."""
+    lines = [{"name": arm, **_returns(own)} for arm, own in grouped(rows, "arm", "arm").items()]
+    return Table.of("", lines, {"acts by": lambda row: row["name"], "return": number("success"), **_ENDS})
+
+
+def evolver_learned(rows: Rows) -> Table:
+    """What each world's agent made of its runs."""
+    cells = {
+        "world": number("seed", 0),
+        **{"first pass": number("train_1"), "second pass": number("train_2"), "rules": number("rules", 0)},
+        **{"principles": number("principles_2", 0), "of them right": number("right_2")},
+        "training steps": number("steps", 0),
+    }
+    return Table.of("", [row for row in rows if row["kind"] == "learned"], cells)
+
+
+def returns(rows: Rows) -> Figure | None:
+    """A dot for each arm with its interval."""
+    found = grouped(rows, "arm", "arm")
+    if not found:
+        return None
+    points = []
+    for place, own in enumerate(found.values()):
+        line = _returns(own)
+        points.append(Point(place, line["success"], [line["low"], line["high"]]))
+    names = [name.replace("another world's", "another's").replace(", no text", "") for name in found]
+    series = [Series("return on unseen maps", LINES[0], points, joined=False)]
+    axis = SUCCESS._replace(label="return, with 95 % intervals")
+    return Figure("evolver", [Panel("", series, Axis(""), axis, names)], [("return", LINES[0])], [], [])
+
+
+def headline(rows: Mapping[str, Rows]) -> Table:
+    """A line for each system: its figure, and that of the best that has not learned this."""
+    lines = []
+    for name, (what, meant, control) in HEADLINE.items():
+        found = grouped(rows[name], "arm", "arm")
+        score = _success if name == "memrl" else _returns
+        lines.append(
+            {"what": what, "control": control, "other": score(found[control])["success"], **score(found[meant])}
+        )
+    cells = {
+        **{"figure": lambda row: row["what"], "learned": number("success"), **_ENDS},
+        **{"control": lambda row: row["control"], "its figure": number("other")},
+    }
+    return Table.of("", lines, cells)
+
+
 def grouped(rows: Iterable[Row], kind: str, key: str) -> dict[str, list[Row]]:
     """Rows of this kind by the value of this key, in their order."""
     found: dict[str, list[Row]] = {}
@@ -76,11 +129,22 @@ def _success(rows: Rows) -> Row:
     return {"success": fmean(scores), "low": low, "high": high}
 
 
-_SUCCESS: dict[str, Cell] = {name: number(name) for name in ("success", "low", "high")}
+def _returns(rows: Rows) -> Row:
+    """Mean, and interval over seeds and maps, of `items`."""
+    scores = [value for row in rows for value in row["items"]]
+    seeds = [row["seed"] for row in rows for _ in row["items"]]
+    low, high = nested_interval([scores], lambda mean: mean, seeds=seeds) or (None, None)
+    return {"success": fmean(scores), "low": low, "high": high}
+
+
+_ENDS: dict[str, Cell] = {name: number(name) for name in ("low", "high")}
+_SUCCESS: dict[str, Cell] = {"success": number("success"), **_ENDS}
 
 
 def _of(name: str) -> dict[str, Cell]:
     return {name: lambda row: str(row["name"]), **_SUCCESS}
 
 
-TABLES: Mapping[str, Callable[[Rows], Table]] = {"memrl": memrl, "memrl_evicted": memrl_evicted}
+TABLES: Mapping[str, Callable[[Rows], Table]] = {
+    **{"memrl": memrl, "memrl_evicted": memrl_evicted, "evolver": evolver, "evolver_learned": evolver_learned}
+}

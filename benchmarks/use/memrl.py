@@ -172,7 +172,7 @@ class Agent:
     def _shuffled(self, hits: Sequence[Hit]) -> list[Hit]:
         values = [self.utilities.get(self._other[hit.ref]).value for hit in hits]
         scores = mixed([hit.score for hit in hits], values, weight=self.utilities.weight)
-        return [hits[place] for place in sorted(range(len(hits)), key=lambda place: (-scores[place], place))]
+        return [hits[place] for place in sorted(range(len(hits)), key=lambda place: (-round(scores[place], 9), place))]
 
     def _is_right(self, episode: Episode, text: str | None) -> bool:
         return exact_match(self.reader(episode.question, text), (episode.rule.answers[0],))

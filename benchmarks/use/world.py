@@ -1,12 +1,12 @@
-"""A text world: rooms behind gates that open for one object each, and a kitchen with a recipe at the end.
+"""A text world: rooms with gates that open for one object each, and a kitchen with a recipe.
 
 world = World(seed=0)                          # its rules: what opens each gate, what each dish is made of and with
 maps = world.maps("train", 60)                 # no map of "test" has the obstacles of one of "train"
 outcome = play(maps[0], policy, rng=rng, jam=0.1, spare=2)
 outcome.total, outcome.trajectory              # share of the obstacles passed; what happened, as text and as tries
 
-The names of gates and dishes are the same in all worlds. So are the dishes' tools; keys and ingredients are a world's
-own: what was learned in one world is right about tools in another, and wrong about the rest.
+The names of gates and dishes are the same in all worlds. So are recipes, a dish's ingredient and tool; keys are a
+world's own: what was learned in one world is right about recipes in another, and wrong about keys.
 """
 
 import random
@@ -17,9 +17,8 @@ from hypernet.data.encyclopedia import Encyclopedia
 from hypernet.memory.use.principles import Trajectory, Try
 
 KEY, INGREDIENT, TOOL = "key", "ingredient", "tool"
-ROOMS = ("hall", "cellar", "library", "attic", "kitchen")
+ROOMS, KITCHEN = ("hall", "cellar", "attic"), "kitchen"
 OPTIONS = 4  # objects that lie about at each obstacle, the right one among them
-_GATES_OF_A_MAP = 3
 _SHARED = 1_000  # seed of what all worlds have in common
 Policy = Callable[[str, str, Sequence[str]], Sequence[str]]  # subject, relation, objects → the objects, best first
 
@@ -58,13 +57,14 @@ class World:
         self.seed = seed
         self.gates, self.dishes = list(names)[:num_gates], list(names)[num_gates:]
         self.objects = _goods(shared, 12)
-        keys, tools = own.rng("rules"), shared.rng("tools")
+        keys, recipes = own.rng("keys"), shared.rng("recipes")
         self.rules = {(gate, KEY): keys.choice(self.objects) for gate in self.gates}
-        self.rules |= {(dish, INGREDIENT): keys.choice(self.objects) for dish in self.dishes}
-        self.rules |= {(dish, TOOL): tools.choice(self.objects) for dish in self.dishes}
+        self.rules |= {
+            (dish, part): recipes.choice(self.objects) for dish in self.dishes for part in (INGREDIENT, TOOL)
+        }
 
     def maps(self, split: str, number: int) -> list[tuple[Obstacle, ...]]:
-        """Maps of one split, "train" or "test": which gates stand before which dish belongs to one of them alone.
+        """Maps of one split, "train" or "test": gates and dish of a map, together, are those of one split alone.
 
         Raises:
             ValueError: an unknown split.
@@ -74,13 +74,13 @@ class World:
         rng = random.Random(f"{self.seed}/{split}/maps")
         found: list[tuple[Obstacle, ...]] = []
         while len(found) < number:
-            path, dish = tuple(rng.sample(self.gates, _GATES_OF_A_MAP)), rng.choice(self.dishes)
+            path, dish = tuple(rng.sample(self.gates, len(ROOMS))), rng.choice(self.dishes)
             # Drawn by its name, so that the splits share none, whoever draws first.
             if (random.Random(f"{sorted(path)}/{dish}").random() < 0.5) != (split == "train"):
                 continue
-            asked = [*((gate, KEY) for gate in path), (dish, INGREDIENT), (dish, TOOL)]
-            rooms = [*ROOMS[: len(path)], ROOMS[-1], ROOMS[-1]]
-            found.append(tuple(self._obstacle(rng, room, *one) for room, one in zip(rooms, asked, strict=True)))
+            asked = [(room, gate, KEY) for room, gate in zip(ROOMS, path, strict=True)]
+            asked += [(KITCHEN, dish, INGREDIENT), (KITCHEN, dish, TOOL)]
+            found.append(tuple(self._obstacle(rng, *one) for one in rng.sample(asked, len(asked))))
         return found
 
     def _obstacle(self, rng: random.Random, room: str, subject: str, relation: str) -> Obstacle:
@@ -90,8 +90,9 @@ class World:
 
 
 def obstacles_of(one: Sequence[Obstacle]) -> tuple[frozenset[str], str]:
-    """Which gates stand before which dish: what no two maps of different splits share."""
-    return frozenset(each.subject for each in one[:_GATES_OF_A_MAP]), one[-1].subject
+    """Which gates and which dish: what no two maps of different splits share."""
+    gates = frozenset(each.subject for each in one if each.relation == KEY)
+    return gates, next(each.subject for each in one if each.relation == TOOL)
 
 
 def play(one: Sequence[Obstacle], policy: Policy, *, rng: random.Random, jam: float, spare: int) -> Outcome:

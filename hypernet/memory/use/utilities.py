@@ -105,13 +105,15 @@ class Utilities:
         """The hits of a search, the one to act upon first.
 
         By (1 - weight) · z(score) + weight · z(utility), z(x) = (x - mean) / standard deviation over these hits, 0
-        where all are equal; of equals the one that the search had first.
+        where all are equal. Of equals the more useful one, then the one that the search had first.
         """
         with self.store.database.read() as connection:
             known = self._known(connection, [hit.ref for hit in hits])
         values = [known[hit.ref].value for hit in hits]
         scores = mixed([hit.score for hit in hits], values, weight=self.weight)
-        return [hits[place] for place in sorted(range(len(hits)), key=lambda place: (-scores[place], place))]
+        # Of two hits the z-scores are 1 and -1: by the default weight they are equal but for what is rounded.
+        order = sorted(range(len(hits)), key=lambda place: (-round(scores[place], 9), -values[place], place))
+        return [hits[place] for place in order]
 
     def evict(self, filters: Filters, *, keep: int, reason: str | None = "evicted by utility") -> Batch:
         """Deletes the least useful memories that hold now until so many are left; of equals the oldest go first.

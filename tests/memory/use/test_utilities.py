@@ -53,6 +53,9 @@ def test_ranking_prefers_what_was_useful_among_the_similar(store):
     learned.credit([refs[1]], 1.0)
     learned.credit([refs[2]], 0.0)
     assert [hit.ref for hit in learned.ranked(hits)] == [refs[1], refs[0], refs[2]]
+    # Of two, z-scores are 1 and -1: with equal weights the useful one comes first.
+    pair = sorted(hits[:2], key=lambda hit: learned.get(hit.ref).value)
+    assert Utilities(store).ranked(pair) == pair[::-1]
 
 
 def test_eviction_keeps_the_useful_and_can_be_taken_back(store):

@@ -20,6 +20,7 @@ from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRON
 from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
 from benchmarks.report.tables import METHOD, Cell, Table, number, questions, scaled
 from benchmarks.serving.projection import projection
+from benchmarks.use import figures as use
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results"
@@ -28,7 +29,8 @@ SUMMARY = f"{RESULTS}/summary.html"
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
 FILES = (
     *("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "docs/forgetting.md"),
-    *("docs/serving.md", "docs/scale.md", "assets/tiny/README.md", "assets/smollm2-135m/README.md"),
+    *("docs/learning_from_use.md", "docs/serving.md", "docs/scale.md"),
+    *("assets/tiny/README.md", "assets/smollm2-135m/README.md"),
 )
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "niah": figures.needles,
@@ -45,6 +47,8 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "forgetting_frontier": forgetting.curves,
     "forgetting_spurious": forgetting.recoveries,
     "forgetting_editing": editing_tables.edits_figure,
+    "use_memrl": use.learning,
+    "use_evolver": use.returns,
 }
 # The main figures of the shipped model: what is asked → file, the rows' place there.
 MAIN = {
@@ -292,6 +296,10 @@ def _editing(part: str) -> Callable[[], str]:
     return lambda: editing_tables.markdown(read("forgetting_editing"), part)
 
 
+def _use(part: str) -> Callable[[], str]:
+    return lambda: use.markdown(read(f"use_{part.split('_')[0]}"), part)
+
+
 PROJECTED = ("serving_ingest", "serving_load", "memory_store", "training_speed_gpu")
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
@@ -329,6 +337,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"memory_{part}": _nights(part) for part in nights_tables.TABLES},
     **{f"forgetting_{part}": _forgetting(part) for part in forgetting.TABLES},
     **{f"forgetting_edits_{part}": _editing(part) for part in editing_tables.TABLES},
+    "use_headline": lambda: use.headline({name: read(f"use_{name}") for name in use.HEADLINE}).markdown(),
+    **{f"use_{part}": _use(part) for part in use.TABLES},
     "serving_load": _speed("serving.load", "serving_load"),
     "serving_load_smollm2": _speed("serving.load", "serving_load_smollm2"),
     "serving_ingest": _speed("serving.ingest", "serving_ingest"),

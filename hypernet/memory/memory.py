@@ -45,6 +45,7 @@ from hypernet.memory.store.records import (
 )
 from hypernet.memory.store.times import Instant
 from hypernet.memory.store.token_store import TokenStore, Verification
+from hypernet.memory.use.utilities import Utilities
 from hypernet.memory.weights.versions import erase_purged, has_purged
 from hypernet.text.cleaning import whole
 
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """Delegates: `store` keeps, `retriever` finds, `bank` holds adapters, `asker` answers. `Memory.open` makes them.
+    """Delegates: `store` keeps, `retriever` finds, `bank` holds adapters, `asker` answers, `utilities` learns which are
+    useful. `Memory.open` makes them.
 
     Args:
         extractor: gives added texts their keys, see `hypernet.memory.extraction`; None: keys are only what is given.
@@ -73,6 +75,7 @@ class Memory:
     ) -> None:
         self.store, self.retriever, self.extractor = store, retriever, extractor
         self.bank, self.ledger = bank or AdapterBank(store), CostLedger(store)
+        self.utilities = Utilities(store)
         numbers = {"limit": limit, "max_new_tokens": max_new_tokens, "num_adapter_candidates": num_adapter_candidates}
         self.asker = Asker(store, retriever, self.bank, self.ledger, search_above=search_above, **numbers)
 

@@ -8,6 +8,7 @@ vectors    a memory's embedding by one embedder
 words      the full-text index of live memories: FTS5 of SQLite; tsvector of PostgreSQL, with `words_counted`
 slots      the adapter of a memory version: which entry of `adapters/` holds it, by what it was written
 costs      what a tier was measured to answer and to cost, and when
+utilities  how useful a memory version was to what acted upon it; purged with it
 """
 
 import json
@@ -38,7 +39,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 
-SCHEMA_VERSION = "0003"
+SCHEMA_VERSION = "0004"
 APPLICATION_ID = 0x48794D65  # "HyMe" in the header of memory.sqlite
 
 metadata = MetaData()
@@ -156,6 +157,16 @@ costs = Table(
     Column("question_s", Float, nullable=False),  # median, one question at a time
     Column("prepare_s", Float, nullable=False),  # of writing what it uses, once
     sqlite_autoincrement=True,
+)
+
+utilities = Table(
+    "utilities",
+    metadata,
+    Column("memory_id", String, primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("value", Float, nullable=False),
+    Column("outcomes", Integer, nullable=False),  # that it was learned from
+    Column("updated_at", BigInteger, nullable=False),
 )
 
 # Not in `metadata`: SQLite's is a virtual table, and counts by itself what PostgreSQL has in `words_counted`.

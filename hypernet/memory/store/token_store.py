@@ -52,7 +52,7 @@ from hypernet.memory.store.records import (
     checked_conflict,
     split_ref,
 )
-from hypernet.memory.store.schema import among, batches, contains, events, memories, vectors, words
+from hypernet.memory.store.schema import among, batches, contains, events, memories, utilities, vectors, words
 from hypernet.memory.store.timeline import JOINING, End
 from hypernet.memory.store.times import Instant, now, to_micros, to_text
 
@@ -206,6 +206,32 @@ class TokenStore(StoreReader):
         self.log.catch_up()
         return result
 
+    def delete_versions(self, refs: Iterable[str], *, reason: str | None = None) -> Batch:
+        """Takes these id@version out in one batch, with what was derived from them; what is not there is left out.
+
+        Raises:
+            ValueError: one has no version, or the reason is too long.
+        """
+        wanted = [split_ref(ref) for ref in refs]
+        if (lacking := next((identity for identity, version in wanted if version is None), None)) is not None:
+            raise ValueError(f"{lacking} has no version. Give id@version.")
+        _check_reason(reason)
+        self.log.check()
+        with self._writing("delete") as writing:
+            found = [
+                seq
+                for identity, version in wanted
+                for seq in writing.connection.execute(
+                    select(memories.c.seq).where(memories.c.live, *named(identity, version))
+                ).scalars()
+            ]
+            if not found:
+                _undo(writing)
+                return Batch("", "delete")
+            result = self._delete(writing, found, reason)
+        self.log.catch_up()
+        return result
+
     def delete_all(self, filters: Filters, *, reason: str | None = None) -> Batch:
         """Deletes every memory within the filters, with what was derived from them, and no other.
 
@@ -322,11 +348,11 @@ class TokenStore(StoreReader):
             result = self._done(writing, "purge", rows)
             connection.execute(delete(vectors).where(among(vectors.c.seq, rows)))
             connection.execute(delete(memories).where(among(memories.c.seq, rows)))
-            connection.execute(
-                delete(contains).where(
-                    ~exists().where(same(memories.c, contains.c.derived_id, contains.c.derived_version))
-                )
-            )
+            for table, identity, version in (
+                (contains, contains.c.derived_id, contains.c.derived_version),
+                (utilities, utilities.c.memory_id, utilities.c.version),
+            ):
+                connection.execute(delete(table).where(~exists().where(same(memories.c, identity, version))))
             full_text.rebuild(connection)
         self.log.catch_up()
         return result._replace(finished=self._finish_purge())

@@ -1,0 +1,1 @@
+"""What use teaches: how useful memories are, and principles of what was tried."""

@@ -2,8 +2,9 @@
 
 Every user knows some of a few facts that many know, and one secret number of its own, its canary. Trained on all of them
 with a bound on epsilon, do the weights answer the common facts, and do they tell whose canary was there? Other canaries
-of the same kind were nobody's. The attacker knows a canary as it was trained on and sees how much likelier training made
-its answer; the area under the curve over members and others says how well that works.
+of the same kind were nobody's. The attacker knows a canary with the questions that it was trained by, and goes by how much
+likelier training made its answers (`auc`), or by how likely they are afterwards (`auc_likelihood`); the area under the
+curve over members and others says how well that works.
 
 The same attack on generated adapters, of which nothing was trained on a canary: each user's own adapter, and the sum of
 the users' adapters, each clipped as a change of weights, with Gaussian noise.
@@ -122,23 +123,31 @@ def _weights(model: Any, pool: Pool, settings: Mapping[str, Any], seed: int) -> 
     from hypernet.consolidation.private.membership import area_under_curve, likelihood_gains
     from hypernet.consolidation.private.pooled import PooledConsolidator, read_pairs
 
-    # Reads what is asked; A is of no consequence there, as of the rank.
     common = [(one.asked, one.answer) for one in pool.common]
-    canaries = [(one.training[0], one.answer) for one in (*pool.members, *pool.others)]
-    number = len(pool.members)
+    wordings, number = settings["wordings"], len(pool.members)
+    secrets = [*pool.members, *pool.others]
+    canaries = [(question, one.answer) for one in secrets for question in one.training[:wordings]]
     gradients = UserGradients(model, rank=settings["pooled"]["rank"], seed=seed)
     asked, attacked = (read_pairs(model, gradients, pairs) for pairs in (common, canaries))
-    before = gradients.log_likelihoods(gradients.start(), attacked)
+
+    def likelihoods(theta: Any) -> list[float]:
+        """Of each canary, the sum over its questions."""
+        found = gradients.log_likelihoods(theta, attacked)
+        return [sum(found[start : start + wordings]) for start in range(0, len(found), wordings)]
+
+    before = likelihoods(gradients.start())
 
     def measured(theta: Any) -> Row:
-        gains = likelihood_gains(gradients.log_likelihoods(theta, attacked), before)
+        after = likelihoods(theta)
+        gains = likelihood_gains(after, before)
         right = [float(one) for one in gradients.rightly(theta, asked)]
         log_p = gradients.log_likelihoods(theta, asked)
         members, others = gains[:number], gains[number:]
         return {
             **{"exact_match": _mean(right), "log_p": _mean(log_p), "auc": area_under_curve(members, others)},
             **{"gain_members": _mean(members), "gain_others": _mean(others)},
-            "items": {"common": right, "members": members, "others": others},
+            "auc_likelihood": area_under_curve(after[:number], after[number:]),
+            "items": {"common": right, "members": members, "others": others, "after": after},
         }
 
     yield {"kind": "before", **measured(gradients.start())}
@@ -181,14 +190,15 @@ def _adapters(model: Any, pool: Pool, settings: Mapping[str, Any], seed: int) ->
     number = min(settings["num_adapters"], len(pool.members))
     if not number:
         return
-    told = [text for texts in pool.texts[:number] for text in texts]
+    told = list(dict.fromkeys(text for texts in pool.texts[:number] for text in texts))
     generated = model.internalize(told)
-    spans, adapters = iter(generated.chunk_spans()), []
-    for texts in pool.texts[:number]:
-        own = [next(spans) for _ in texts]
-        adapters.append(generated.of_chunks([chunk for start, end in own for chunk in range(start, end)]).fused())
+    chunks = {text: range(*span) for text, span in zip(told, generated.chunk_spans(), strict=True)}
+    adapters = [
+        generated.of_chunks(sorted(chunk for text in texts for chunk in chunks[text])).fused()
+        for texts in pool.texts[:number]
+    ]
     canaries = [*pool.members[:number], *pool.others[:number]]
-    questions, answers = [one.training[0] for one in canaries], [one.answer for one in canaries]
+    questions, answers = [one.asked for one in canaries], [one.answer for one in canaries]
     before = model.log_likelihoods(questions, answers)
 
     def attacked(after: Sequence[float]) -> Row:
@@ -196,7 +206,8 @@ def _adapters(model: Any, pool: Pool, settings: Mapping[str, Any], seed: int) ->
         members, others = gains[:number], gains[number:]
         return {
             **{"auc": area_under_curve(members, others), "gain_members": _mean(members), "gain_others": _mean(others)},
-            "items": {"members": members, "others": others},
+            "auc_likelihood": area_under_curve(after[:number], after[number:]),
+            "items": {"members": members, "others": others, "after": list(after)},
         }
 
     common = [one for one in pool.common if any(one.text in texts for texts in pool.texts[:number])]

@@ -2,8 +2,12 @@
 
 noise = TreeNoise(std=3.0, size=3072, seed=0)
 total = clipped.sum(0) + noise.at(1)                      # rounds from 1 on, one after the other
+
+The same seed gives the same noise, so that a run can be repeated; whoever knows the seed can take the noise off. Where
+weights are given away, draw the seed from the system (`secrets.randbits(64)`) and keep it nowhere.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +51,7 @@ class TreeNoise:
 
 
 def _normal(size: int, seed: int, first: int, last: int) -> Tensor:
-    """Of a node, the same whenever it is asked for. `first` and `last` are below 2^20."""
-    generator = torch.Generator().manual_seed((seed << 40) + (first << 20) + last)
-    return torch.randn(size, generator=generator)
+    """Of a node, the same whenever it is asked for. Not torch's generator, which reads 32 bits of a seed: two nodes could
+    share their noise."""
+    generator = np.random.default_rng(np.random.SeedSequence([seed, first, last]))
+    return torch.from_numpy(generator.standard_normal(size, np.float32))

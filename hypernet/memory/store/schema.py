@@ -8,6 +8,7 @@ vectors    a memory's embedding by one embedder
 words      the full-text index of live memories: FTS5 of SQLite; tsvector of PostgreSQL, with `words_counted`
 slots      the adapter of a memory version: which entry of `adapters/` holds it, by what it was written
 costs      what a tier was measured to answer and to cost, and when
+traces     which memories were in a prompt, and how they moved log p of the answer; gone with its memory
 """
 
 import json
@@ -38,7 +39,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 
-SCHEMA_VERSION = "0003"
+SCHEMA_VERSION = "0005"
 APPLICATION_ID = 0x48794D65  # "HyMe" in the header of memory.sqlite
 
 metadata = MetaData()
@@ -155,6 +156,25 @@ costs = Table(
     Column("question_tokens", Float, nullable=False),  # that the tier adds to a prompt
     Column("question_s", Float, nullable=False),  # median, one question at a time
     Column("prepare_s", Float, nullable=False),  # of writing what it uses, once
+    sqlite_autoincrement=True,
+)
+
+traces = Table(
+    "traces",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("asked", String, nullable=False, index=True),  # one question asked once; its memories share it
+    Column("at", BigInteger, nullable=False),
+    Column("user_id", String, index=True),
+    Column("agent_id", String),
+    Column("run_id", String),
+    Column("question", Text, nullable=False),
+    Column("memory_id", String, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("log_p", Float, nullable=False),  # of the answer in nats, with all memories of the prompt
+    Column("log_p_without", Float, nullable=False),
+    Column("base_model", String, nullable=False),  # fingerprint
+    Index("ix_traces_memory", "memory_id", "version"),
     sqlite_autoincrement=True,
 )
 

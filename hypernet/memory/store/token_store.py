@@ -52,7 +52,7 @@ from hypernet.memory.store.records import (
     checked_conflict,
     split_ref,
 )
-from hypernet.memory.store.schema import among, batches, contains, events, memories, vectors, words
+from hypernet.memory.store.schema import among, batches, contains, events, memories, traces, vectors, words
 from hypernet.memory.store.timeline import JOINING, End
 from hypernet.memory.store.times import Instant, now, to_micros, to_text
 
@@ -327,6 +327,9 @@ class TokenStore(StoreReader):
                     ~exists().where(same(memories.c, contains.c.derived_id, contains.c.derived_version))
                 )
             )
+            # What the other memories of its prompts did was measured beside it.
+            gone = ~exists().where(same(memories.c, traces.c.memory_id, traces.c.version))
+            connection.execute(delete(traces).where(traces.c.asked.in_(select(traces.c.asked).where(gone))))
             full_text.rebuild(connection)
         self.log.catch_up()
         return result._replace(finished=self._finish_purge())

@@ -23,7 +23,7 @@ OWNERS = [0, 0, 1, 2, 2]
 EVERYTHING = {"sampling_rate": 1.0, "lessons_per_user": 9, "rank": 3, "lr": 0.5, "momentum": 0.0, "secure": False}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(make_doc_to_lora):
     return make_doc_to_lora(bias_block=False)
 

@@ -20,6 +20,7 @@ from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRON
 from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
 from benchmarks.report.tables import METHOD, Cell, Table, number, questions, scaled
 from benchmarks.serving.projection import projection
+from benchmarks.use import pooling_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results"
@@ -28,7 +29,7 @@ SUMMARY = f"{RESULTS}/summary.html"
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
 FILES = (
     *("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "docs/forgetting.md"),
-    *("docs/serving.md", "docs/scale.md", "assets/tiny/README.md"),
+    *("docs/serving.md", "docs/scale.md", "assets/tiny/README.md", "docs/learning_from_use_private.md"),
 )
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "niah": figures.needles,
@@ -287,6 +288,10 @@ def _editing(part: str) -> Callable[[], str]:
     return lambda: editing_tables.markdown(read("forgetting_editing"), part)
 
 
+def _pooling(part: str) -> Callable[[], str]:
+    return lambda: pooling_tables.markdown(read(f"use_{part.split('_')[0]}"), part)
+
+
 PROJECTED = ("serving_ingest", "serving_load", "memory_store", "training_speed_gpu")
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
@@ -323,6 +328,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"memory_{part}": _nights(part) for part in nights_tables.TABLES},
     **{f"forgetting_{part}": _forgetting(part) for part in forgetting.TABLES},
     **{f"forgetting_edits_{part}": _editing(part) for part in editing_tables.TABLES},
+    **{f"use_{part}": _pooling(part) for part in pooling_tables.TABLES},
     "serving_load": _speed("serving.load", "serving_load"),
     "serving_load_smollm2": _speed("serving.load", "serving_load_smollm2"),
     "serving_ingest": _speed("serving.ingest", "serving_ingest"),

@@ -1,10 +1,10 @@
 """Pooled learning and what it tells of one user: `python -m benchmarks.use.private`
 
-Every user knows some of a few facts that many know, and one secret number of its own, its canary. Trained on all of them
-with a bound on epsilon, do the weights answer the common facts, and do they tell whose canary was there? Other canaries
-of the same kind were nobody's. The attacker knows a canary with the questions that it was trained by, and goes by how much
-likelier training made its answers (`auc`), or by how likely they are afterwards (`auc_likelihood`); the area under the
-curve over members and others says how well that works.
+Every user knows some of a few facts that many know, and one secret number of its own, its canary. Trained on all of
+them with a bound on epsilon, do the weights answer the common facts, and do they tell whose canary was there? Other
+canaries of the same kind were nobody's. The attacker knows a canary with the questions that it was trained by, and goes
+by how much likelier training made its answers (`auc`), or by how likely they are afterwards (`auc_likelihood`); the
+area under the curve over members and others says how well that works.
 
 The same attack on generated adapters, of which nothing was trained on a canary: each user's own adapter, and the sum of
 the users' adapters, each clipped as a change of weights, with Gaussian noise.
@@ -30,7 +30,7 @@ import hydra
 from benchmarks.forgetting.sweep import Cell, run_cells
 from benchmarks.measuring.rows import Row, show_and_write
 from hypernet.cli.scripts import Script, plain
-from hypernet.cli.settings import Above0, Count, Number, OutputFile, OutputFolder, Settings, Share, Text
+from hypernet.cli.settings import Above0, Count, Number, OutputFile, OutputFolder, Settings, Text
 
 ACCOUNTANTS = ("opacus", "renyi")
 

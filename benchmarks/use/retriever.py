@@ -1,16 +1,16 @@
 """Traces that train a retriever: `python -m benchmarks.use.retriever`
 
-Several users ask about what they told. Of each question is traced which memories were in the prompt and by how much each
-moved log p of the answer that the model gave; nobody says which one was right. From that a small dual encoder is trained,
-and searches the memories of another user, of entities that no trace is about.
+Several users ask about what they told. Of each question is traced which memories were in the prompt and by how much
+each moved log p of the answer that the model gave; nobody says which one was right. From that a small dual encoder is
+trained, and searches the memories of another user, about entities of no trace.
 
 kind       one row for
 traces     a seed: how many traces there are, and how often the memory that moved most was the right one
 search     a method and a seed: whether the right memory comes first, and whether the answer from it alone is right
 deleted    a seed: the encoder after one user's traces were deleted against one that never had them
 
-Methods: bm25; dense, the base model's embeddings as they are; trained, by traces; shuffled, by the same traces with each
-question's effects in another order; and each vector ranking fused with bm25. Trained and shuffled are from one recipe.
+Methods: bm25; dense, the base model's embeddings as they are; trained, by traces; shuffled, by the same traces with
+each question's effects in another order; and each vector ranking fused with bm25. One recipe trains both.
 """
 
 import random
@@ -24,7 +24,7 @@ import hydra
 from benchmarks.forgetting.sweep import Cell, run_cells
 from benchmarks.measuring.rows import Row, show_and_write
 from hypernet.cli.scripts import Script, plain
-from hypernet.cli.settings import Above0, Count, Number, OutputFile, OutputFolder, Settings, Text
+from hypernet.cli.settings import Count, Number, OutputFile, OutputFolder, Settings, Text
 
 ALONE = 1e6  # of dense_weight: vectors rank, words break ties
 
@@ -126,7 +126,9 @@ def _rows(model: Any, settings: Mapping[str, Any], seed: int, folder: Path) -> I
     }
     found = {name: _found(memory, asked, *ranking) for name, ranking in rankings.items()}
     found["right memory"] = [one.text for one in asked]
-    said = _answers(model, {(one.question, text) for own in found.values() for one, text in zip(asked, own, strict=True)})
+    said = _answers(
+        model, {(one.question, text) for own in found.values() for one, text in zip(asked, own, strict=True)}
+    )
     for name, texts in found.items():
         first = [float(text == one.text) for one, text in zip(asked, texts, strict=True)]
         match = [float(said[one.question, text] == one.answer) for one, text in zip(asked, texts, strict=True)]
@@ -143,7 +145,12 @@ def _rows(model: Any, settings: Mapping[str, Any], seed: int, folder: Path) -> I
     _copy_traces(memory, without, users[1:], facts)
     never = TrainedRetriever(without.store, base, training=training).embedder()
     yield {
-        **{"kind": "deleted", "method": "traces", "removed": removed, "changed": left is None or left.name != encoder.name},
+        **{
+            "kind": "deleted",
+            "method": "traces",
+            "removed": removed,
+            "changed": left is None or left.name != encoder.name,
+        },
         "equal": (left and left.name) == (never and never.name),
     }
     memory.close()

@@ -24,6 +24,7 @@ def test_pages_show_every_table_and_plot_once() -> None:
         "memory": "memory",
         "consolidation": "memory",
         "forgetting": "forgetting",
+        "learning_from_use_private": "use",
         "serving": "serving",
         "scale": "serving",
     }

@@ -6,7 +6,8 @@ OpacusAccountant("rdp").epsilon(sampled, delta=1e-3)                   # needs t
 tree = Spending.of_tree(noise=3.0, participations=[[1, 9], [2, 10]], rounds=16)
 noise_for(8.0, sampled, RenyiAccountant(), delta=1e-3)                 # the least noise that gives this epsilon
 
-Neighbours are pools that differ by one whole user, added or taken away. What a search over settings spends is not in it.
+Neighbours are pools that differ by one whole user, added or taken away. What a search over settings spends is not
+in it.
 """
 
 import math

@@ -104,9 +104,7 @@ class UserGradients:
         read, residual = kept
         return Reading(read @ self._A.T, residual, rows.targets()[where], where.nonzero()[:, 0])
 
-    def __call__(
-        self, theta: Tensor, read: Reading, *, owners: Sequence[int], num_users: int
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, theta: Tensor, read: Reading, *, owners: Sequence[int], num_users: int) -> tuple[Tensor, Tensor]:
         """Gradients [U, d] and losses [U] of the users: the mean over a user's rows of the means over their answer
         tokens of -log p; 0 of a user without rows.
 

@@ -51,7 +51,7 @@ class TreeNoise:
 
 
 def _normal(size: int, seed: int, first: int, last: int) -> Tensor:
-    """Of a node, the same whenever it is asked for. Not torch's generator, which reads 32 bits of a seed: two nodes could
-    share their noise."""
+    """Of a node, the same whenever it is asked for. Not torch's generator, which reads 32 bits of a seed: two nodes
+    could share their noise."""
     generator = np.random.default_rng(np.random.SeedSequence([seed, first, last]))
     return torch.from_numpy(generator.standard_normal(size, np.float32))

@@ -8,8 +8,8 @@ Everything runs in one process, and masks come from a seeded generator that is n
 arithmetic is exact and what the server gets to see, not that nobody can cheat. Numbers are fixed point modulo 2^64, so
 masks cancel to the bit, which floats do not.
 
-Source: Bonawitz et al. 2017, https://eprint.iacr.org/2017/281, section 4; keys and secret sharing are left out, a dropped
-user's masks are named by those who stay.
+Source: Bonawitz et al. 2017, https://eprint.iacr.org/2017/281, section 4; keys and secret sharing are left out, and a
+dropped user's masks are named by those who stay.
 """
 
 from collections.abc import Mapping, Sequence

@@ -114,8 +114,8 @@ class DualEmbedder:
 
 @dataclass(frozen=True, kw_only=True)
 class DualTraining:
-    """How the towers are trained: cross-entropy between the labels and softmax(cosine / temperature) over the memories of
-    all questions in a batch.
+    """How the towers are trained: cross-entropy between the labels and softmax(cosine / temperature) over the memories
+    of all questions in a batch.
 
     Attributes:
         steps, batch_size, lr: of Adam; questions in a step; the rate falls to 0 as a cosine.
@@ -191,4 +191,3 @@ def shuffled(examples: Sequence[Example], *, seed: int) -> list[Example]:
     """The same with each question's effects in another order: a control that has seen as much and learned nothing."""
     rng = random.Random(f"shuffled/{seed}")
     return [one._replace(effects=tuple(rng.sample(one.effects, len(one.effects)))) for one in examples]
-

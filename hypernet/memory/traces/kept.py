@@ -48,4 +48,3 @@ def erase_stale(store: TokenStore) -> bool:
 def hash_of(example: Example) -> str:
     """Of all that an example teaches. Its user is in it: a question of another user is another example."""
     return hashlib.sha256(json.dumps(example, ensure_ascii=False).encode()).hexdigest()
-

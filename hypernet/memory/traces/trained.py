@@ -7,8 +7,8 @@ trained.delete_traces(Filters(user_id="alice"))       # afterwards it is what it
     retriever/encoder.safetensors      its weights
     retriever/manifest.json            what it was trained on, as hashes, and how
 
-An encoder stands while every example that it saw is still there. Deleting a memory or a trace takes that away; `embedder`
-then trains anew, and what it had written, vectors of memories among it, is erased.
+An encoder stands while every example that it saw is still there. Deleting a memory or a trace takes that away;
+`embedder` then trains anew, and what it had written, vectors of memories among it, is erased.
 """
 
 import json

@@ -10,7 +10,13 @@ from hypernet.memory.traces.trace_store import Example, TraceStore
 
 def answered(question, refs, *, user_id="alice"):
     whose = {"user_id": user_id, "agent_id": None, "run_id": None}
-    asked = {"question": question, "text": "Orla Wint", "tier": "token", "reason": "", "memories": tuple(map(str, refs))}
+    asked = {
+        "question": question,
+        "text": "Orla Wint",
+        "tier": "token",
+        "reason": "",
+        "memories": tuple(map(str, refs)),
+    }
     return Answer(**asked, **whose, as_of="2026-01-01", known_at=None, prompt_tokens=9)
 
 

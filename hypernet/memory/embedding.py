@@ -66,7 +66,7 @@ class BaseModelEmbedder:
     @property
     def dim(self) -> int:
         """D, of an embedding."""
-        return int(self._embeddings.weight.shape[1])
+        return int(self._embeddings.get_parameter("weight").shape[1])
 
     def tokens(self, texts: Sequence[str]) -> "tuple[Tensor, Tensor]":
         """Embeddings of the texts' tokens [N, T, D] and how much each weighs [N, T], 0 for padding."""

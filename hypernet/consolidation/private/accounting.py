@@ -12,7 +12,7 @@ in it.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -54,7 +54,7 @@ class Spending(NamedTuple):
         return self
 
 
-class Accountant(Protocol):
+class Accountant(Hashable, Protocol):
     """Bounds epsilon from above."""
 
     def epsilon(self, spending: Spending, *, delta: float) -> float: ...
@@ -65,6 +65,7 @@ class RenyiAccountant:
     """Rényi divergences of the sampled Gaussian mechanism, added over the rounds.
 
         R(α) = 1/(α - 1) log Σ_k C(α, k) (1 - q)^(α-k) q^k exp((k² - k) / 2σ²),  α whole;  α / 2σ² where q is 1
+        (α - 1) R(α) ≤ between whole orders the straight line, as it is convex and 0 at α = 1
         ε = min_α  T R(α) + log((α - 1)/α) - (log δ + log α)/(α - 1)
 
     Source: Mironov, Talwar, Zhang 2019, https://arxiv.org/abs/1908.10530, section 3.3; from Rényi to (ε, δ): Canonne,
@@ -75,12 +76,11 @@ class RenyiAccountant:
         """ValueError as `Spending.checked`, or delta is not between 0 and 1."""
         noise, rounds, rate = spending.checked()
         _check_delta(delta)
-        whole = [alpha for alpha in _ORDERS if rate == 1 or (alpha == int(alpha) and alpha >= 2)]
         found = (
             rounds * renyi(alpha, noise=noise, sampling_rate=rate)
             + math.log1p(-1 / alpha)
             - (math.log(delta) + math.log(alpha)) / (alpha - 1)
-            for alpha in whole
+            for alpha in _ORDERS
         )
         return max(0.0, min(found))
 
@@ -118,10 +118,18 @@ def has_opacus() -> bool:
 
 
 def renyi(alpha: float, *, noise: float, sampling_rate: float) -> float:
-    """Rényi divergence of one round, in nats; a fractional order only at sampling rate 1."""
+    """Rényi divergence of one round in nats, or a bound on it where the order is no whole number; above 1."""
     if sampling_rate == 1:
         return alpha / (2 * noise**2)
-    order = int(alpha)
+    below, part = int(alpha), alpha - int(alpha)
+    low = _log_moment(below, noise, sampling_rate) if below > 1 else 0.0
+    high = _log_moment(below + 1, noise, sampling_rate) if part else 0.0
+    return ((1 - part) * low + part * high) / (alpha - 1)
+
+
+@lru_cache(maxsize=4096)
+def _log_moment(order: int, noise: float, sampling_rate: float) -> float:
+    """(α - 1) R(α) of a whole order from 2 on."""
     terms = [
         math.lgamma(order + 1)
         - math.lgamma(k + 1)
@@ -132,7 +140,7 @@ def renyi(alpha: float, *, noise: float, sampling_rate: float) -> float:
         for k in range(order + 1)
     ]
     largest = max(terms)
-    return (largest + math.log(sum(math.exp(term - largest) for term in terms))) / (order - 1)
+    return largest + math.log(sum(math.exp(term - largest) for term in terms))
 
 
 def tree_nodes(step: int) -> list[tuple[int, int]]:

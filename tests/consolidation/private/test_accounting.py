@@ -34,6 +34,10 @@ def test_renyi_divergences_are_those_computed_by_hand():
     assert renyi(3.5, noise=2.0, sampling_rate=1.0) == 3.5 / 8
     # Order 2: log((1 - q)² + 2 q (1 - q) + q² e^(1/σ²)).
     assert renyi(2, noise=1.0, sampling_rate=0.5) == pytest.approx(math.log(0.75 + 0.25 * math.e), rel=1e-12)
+    # Between 2 and 3, and between 1 and 2, a straight line of (α - 1) R.
+    assert renyi(1.5, noise=1.0, sampling_rate=0.5) == pytest.approx(math.log(0.75 + 0.25 * math.e), rel=1e-12)
+    halfway = (renyi(2, noise=1.0, sampling_rate=0.5) + 2 * renyi(3, noise=1.0, sampling_rate=0.5)) / 2 / 1.5
+    assert renyi(2.5, noise=1.0, sampling_rate=0.5) == pytest.approx(halfway, rel=1e-12)
     # Order 3, q = 1/2, σ² = 2: 1/2 log of 1/8 (1 + 3 + 3 e^(1/2) + e^(3/2)).
     by_hand = math.log((4 + 3 * math.exp(0.5) + math.exp(1.5)) / 8) / 2
     assert renyi(3, noise=math.sqrt(2), sampling_rate=0.5) == pytest.approx(by_hand, rel=1e-12)
@@ -54,9 +58,9 @@ def test_rounds_of_everybody_are_one_with_less_noise():
 @needs_opacus
 @pytest.mark.parametrize("spending", CASES)
 def test_opacus_agrees_with_the_formula(spending):
-    """It has fractional orders under sampling as well, so it is never above ours by more than its grid of orders."""
+    """Ours is a bound on fractional orders where users are sampled, theirs a series: ours is not below, and near."""
     ours = RenyiAccountant().epsilon(spending, delta=1e-3)
-    assert OpacusAccountant("rdp").epsilon(spending, delta=1e-3) == pytest.approx(ours, rel=0.02)
+    assert 0.95 * ours < OpacusAccountant("rdp").epsilon(spending, delta=1e-3) < 1.005 * ours
 
 
 @needs_opacus
@@ -75,7 +79,7 @@ def test_dp_accounting_agrees_with_the_formula(spending):
     of_round = PoissonSampledDpEvent(spending.sampling_rate, GaussianDpEvent(spending.noise))
     accountant.compose(SelfComposedDpEvent(of_round, spending.rounds))
     ours = RenyiAccountant().epsilon(spending, delta=1e-3)
-    assert accountant.get_epsilon(1e-3) == pytest.approx(ours, rel=0.03)
+    assert 0.95 * ours < accountant.get_epsilon(1e-3) < 1.005 * ours
 
 
 def test_noise_is_the_least_that_stays_within_epsilon():

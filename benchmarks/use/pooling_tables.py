@@ -9,7 +9,9 @@ from statistics import fmean
 from benchmarks.forgetting.intervals import nested_interval
 from benchmarks.measuring.rows import Row, Rows
 from benchmarks.report.tables import Cell, Table, number
+from hypernet.consolidation.private.accounting import RenyiAccountant
 from hypernet.consolidation.private.membership import area_interval
+from hypernet.consolidation.private.pooled import PooledConsolidator
 
 NAMES = {
     **{"dp_sgd": "sampled users, noise by round", "dp_ftrl": "users in turn, noise of a tree"},
@@ -23,25 +25,37 @@ def markdown(rows: Rows, part: str) -> str:
 
 def private(rows: Rows) -> Table:
     """Utility and attack of the weights, each arm at the learning rate that the first seed chose."""
-    lines = [_line(own, "common") for own in _arms(rows, "weights", "mechanism").values()]
-    before = _line([row for row in rows if row["kind"] == "before"], "common")
-    return Table.of("", [{**before, "epsilon": "–", "low": None, "high": None, "auc": None}, *lines], _WEIGHTS)
+    lines = [_line(own) for own in _arms(rows, "weights", "mechanism").values()]
+    before = {**_line([row for row in rows if row["kind"] == "before"]), "epsilon": "–"}
+    return Table.of("", [before, *lines], _WEIGHTS)
+
+
+def attacks(rows: Rows) -> Table:
+    """The other attack, by what training added to log p."""
+    return Table.of("", [_line(own) for own in _arms(rows, "weights", "mechanism").values()], _GAINED)
 
 
 def spent(rows: Rows) -> Table:
-    """What the accountants say of them, and what was chosen."""
+    """What opacus says of them; the formula's epsilon of the same noise, computed here; and what was chosen."""
     lines = []
     for own in _arms(rows, "weights", "mechanism").values():
         if own[0]["epsilon"] is not None:
-            means = {key: fmean(row[key] for row in own) for key in ("spent", "check", "noise", "lr", "clipped")}
-            lines.append({**_name(own[0]), **means})
+            means = {key: fmean(row[key] for row in own) for key in ("spent", "noise", "lr", "clipped")}
+            lines.append({**_name(own[0]), **means, "check": max(map(_by_formula, own))})
     return Table.of("", lines, _SPENT)
+
+
+def _by_formula(row: Row) -> float:
+    config = row["run"]["config"]
+    settings = {key: config["pooled"][key] for key in ("rounds", "sampling_rate")}
+    pooled = PooledConsolidator(mechanism=row["mechanism"], seed=row["seed"], **settings)
+    spending = pooled.spending(row["noise"], config["num_users"])
+    return RenyiAccountant().epsilon(spending, delta=row["delta"])
 
 
 def adapters(rows: Rows) -> Table:
     """Utility and attack of generated adapters."""
-    lines = [_line(own, None) for own in _arms(rows, "adapters", "release").values()]
-    return Table.of("", lines, _ADAPTERS)
+    return Table.of("", [_line(own) for own in _arms(rows, "adapters", "release").values()], _ADAPTERS)
 
 
 def retriever(rows: Rows) -> Table:
@@ -98,13 +112,20 @@ def _arms(rows: Rows, kind: str, key: str) -> dict[tuple[str, float | None], lis
     return taken
 
 
-def _line(own: Sequence[Row], utility: str | None) -> Row:
-    """Means of one arm, with the interval of its area."""
-    low, high = area_interval(*([row["items"][who] for row in own] for who in ("members", "others"))) or (None, None)
-    means = {key: fmean(row[key] for row in own) for key in ("exact_match", "auc", "auc_likelihood")}
-    if utility:
-        means["log_p"] = fmean(row["log_p"] for row in own)
-    return {**_name(own[0]), **means, "low": low, "high": high}
+def _line(own: Sequence[Row]) -> Row:
+    """Means of one arm, with the intervals of its areas."""
+    keys = ("exact_match", "log_p", "auc", "auc_likelihood", "gain_members", "gain_others")
+    line: Row = {**_name(own[0]), **{key: fmean(row[key] for row in own) for key in keys if key in own[0]}}
+    gained = [[row["items"][who] for row in own] for who in ("members", "others")]
+    halves = [len(row["items"]["members"]) for row in own]
+    said = [
+        [row["items"]["after"][:half] for row, half in zip(own, halves, strict=True)],
+        [row["items"]["after"][half:] for row, half in zip(own, halves, strict=True)],
+    ]
+    for key, scores in (("gained", gained), ("said", said)):
+        low, high = area_interval(*scores) or (None, None)
+        line |= {f"{key}_low": low, f"{key}_high": high}
+    return line
 
 
 def _name(row: Row) -> Row:
@@ -120,9 +141,14 @@ def _interval(own: Sequence[Row], key: str) -> tuple[float, float] | None:
 
 
 _NAMED: dict[str, Cell] = {"what": lambda row: row["name"], "epsilon": lambda row: row["epsilon"]}
-_AREA: dict[str, Cell] = {"AUC of gains": number("auc"), "low": number("low"), "high": number("high")}
-_WEIGHTS = _NAMED | {"common facts": number("exact_match"), "their log p, nats": number("log_p", 1)} | _AREA
-_ADAPTERS = _NAMED | {"common facts": number("exact_match")} | _AREA | {"AUC of log p": number("auc_likelihood")}
+_COMMON: dict[str, Cell] = {"common facts": number("exact_match")}
+_SAID: dict[str, Cell] = {"AUC": number("auc_likelihood"), "low": number("said_low"), "high": number("said_high")}
+_OF_GAINS: dict[str, Cell] = {"AUC of gains": number("auc"), "low": number("gained_low"), "high": number("gained_high")}
+_WEIGHTS = _NAMED | _COMMON | {"their log p, nats": number("log_p", 1)} | _SAID
+_GAINED = (
+    _NAMED | _OF_GAINS | {"gain of members, nats": number("gain_members", 1), "of others": number("gain_others", 1)}
+)
+_ADAPTERS = _NAMED | _COMMON | _SAID | {"AUC of gains": number("auc")}
 _SPENT = _NAMED | {
     **{"epsilon by opacus": number("spent", 3), "by the formula": number("check", 3), "noise, clips": number("noise")},
     **{"learning rate": number("lr", 0), "clipped": number("clipped")},
@@ -141,6 +167,6 @@ _GAINS: Mapping[str, Cell] = {
     **{"difference": number("recall", 2, "+"), "low": number("low", 2, "+"), "high": number("high", 2, "+")},
 }
 TABLES: dict[str, Callable[[Rows], Table]] = {
-    **{"private": private, "private_spent": spent, "private_adapters": adapters},
+    **{"private": private, "private_spent": spent, "private_attacks": attacks, "private_adapters": adapters},
     **{"retriever": retriever, "retriever_gains": gains},
 }

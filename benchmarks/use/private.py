@@ -118,7 +118,6 @@ def measure_cell(cell: Cell) -> list[Row]:
 
 
 def _weights(model: Any, pool: Pool, settings: Mapping[str, Any], seed: int) -> Iterator[Row]:
-    from hypernet.consolidation.private.accounting import RenyiAccountant
     from hypernet.consolidation.private.gradients import UserGradients
     from hypernet.consolidation.private.membership import area_under_curve, likelihood_gains
     from hypernet.consolidation.private.pooled import PooledConsolidator, read_pairs
@@ -165,11 +164,8 @@ def _weights(model: Any, pool: Pool, settings: Mapping[str, Any], seed: int) -> 
                     **settings["pooled"],
                 )
                 trained = pooled.train(model, pool.lessons)
-                check = None
-                if trained.spending is not None:
-                    check = RenyiAccountant().epsilon(trained.spending, delta=settings["delta"])
                 spent = {
-                    **{"epsilon": epsilon, "spent": None if epsilon is None else trained.epsilon, "check": check},
+                    **{"epsilon": epsilon, "spent": None if epsilon is None else trained.epsilon},
                     **{"delta": settings["delta"], "noise": trained.noise, "lr": lr, "clipped": trained.clipped},
                 }
                 yield {
@@ -182,7 +178,7 @@ def _adapters(model: Any, pool: Pool, settings: Mapping[str, Any], seed: int) ->
     import torch
 
     from benchmarks.forgetting.protocol import State, scores
-    from hypernet.consolidation.private.accounting import RenyiAccountant, Spending, noise_for
+    from hypernet.consolidation.private.accounting import Spending, noise_for
     from hypernet.consolidation.private.membership import area_under_curve, likelihood_gains
     from hypernet.consolidation.private.pooled import clipped
     from hypernet.consolidation.weights import MovedWeights, installed
@@ -230,11 +226,9 @@ def _adapters(model: Any, pool: Pool, settings: Mapping[str, Any], seed: int) ->
     limited = clipped(changes, settings["adapter_clip"])
     accountant = accountant_of(settings["accountant"])
     for epsilon in settings["epsilons"]:
-        total, noise, check = limited.sum(0), 0.0, None
+        total, noise = limited.sum(0), 0.0
         if epsilon is not None:
-            spending = Spending(1.0, 1, 1.0)
-            noise = noise_for(epsilon, spending, accountant, delta=settings["delta"])
-            check = RenyiAccountant().epsilon(spending._replace(noise=noise), delta=settings["delta"])
+            noise = noise_for(epsilon, Spending(1.0, 1, 1.0), accountant, delta=settings["delta"])
             drawn = torch.randn(total.shape, generator=torch.Generator().manual_seed(seed))
             total = total + noise * settings["adapter_clip"] * drawn
         parts = (settings["adapter_scale"] * total).split([base[name].numel() for name in names])
@@ -244,7 +238,7 @@ def _adapters(model: Any, pool: Pool, settings: Mapping[str, Any], seed: int) ->
             after = model.log_likelihoods(questions, answers)
         lengths = changes.norm(dim=1)
         yield {
-            **{"kind": "adapters", "release": "pooled", "epsilon": epsilon, "check": check, "noise": noise},
+            **{"kind": "adapters", "release": "pooled", "epsilon": epsilon, "noise": noise},
             **{"exact_match": _mean(found), **attacked(after)},
             **{"clipped": _mean((lengths > settings["adapter_clip"]).float().tolist())},
             **{"length": _mean(lengths.tolist()), "delta": settings["delta"]},

@@ -111,7 +111,7 @@ def _rows(model: Any, settings: Mapping[str, Any], seed: int, folder: Path) -> I
     }
 
     base = BaseModelEmbedder(model.base_model, model.tokenizer)
-    trained = TrainedRetriever(memory.store, base, training=training)
+    trained = TrainedRetriever(memory.store, base, training=training, min_examples=1)
     encoder = trained.embedder()
     if encoder is None:
         raise ValueError(f"{len(usable)} traces are too few to train on. Ask more questions.")
@@ -143,7 +143,7 @@ def _rows(model: Any, settings: Mapping[str, Any], seed: int, folder: Path) -> I
     left = trained.embedder()
     without = Memory.open(folder / "without", model=model)
     _copy_traces(memory, without, users[1:], facts)
-    never = TrainedRetriever(without.store, base, training=training).embedder()
+    never = TrainedRetriever(without.store, base, training=training, min_examples=1).embedder()
     yield {
         **{
             "kind": "deleted",

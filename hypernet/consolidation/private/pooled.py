@@ -126,7 +126,8 @@ class PooledConsolidator:
             raise ValueError(f"delta is {self.delta} for {len(users)} users. Give one below {1 / len(users):.1e}.")
         names = sorted(users)
         schedule = self.schedule(len(names))
-        spending, noise = self._spending(schedule)
+        noise = 0.0 if self.epsilon == math.inf else self._noise(len(names))
+        spending = self.spending(noise, len(names)) if noise else None
         gradients = UserGradients(model, rank=self.rank, seed=self.seed)
         read, rows_of = self._read(model, gradients, users)
         secure = SecureSum(size=gradients.size, seed=self.seed) if self.secure else None
@@ -163,22 +164,27 @@ class PooledConsolidator:
         turns = math.ceil(num_users / size)
         return [order[size * (step % turns) : size * (step % turns + 1)] for step in range(self.rounds)]
 
-    def _spending(self, schedule: Sequence[Sequence[int]]) -> tuple[Spending | None, float]:
-        """What is accounted for, and the noise of a round or a node in clips."""
-        if self.epsilon == math.inf:
-            return None, 0.0
+    def spending(self, noise: float, num_users: int) -> Spending:
+        """What noise of a round or a node, in clips, spends on so many users."""
+        if self.mechanism == "dp_sgd":
+            return Spending(noise, self.rounds, self.sampling_rate)
+        return Spending.of_tree(noise=noise, participations=self._turns(num_users), rounds=self.rounds)
+
+    def _turns(self, num_users: int) -> list[list[int]]:
+        """The rounds of each user, from 1 on."""
+        turns: list[list[int]] = [[] for _ in range(num_users)]
+        for step, present in enumerate(self.schedule(num_users), 1):
+            for user in present:
+                turns[user].append(step)
+        return turns
+
+    def _noise(self, num_users: int) -> float:
+        """Of a round or a node, in clips."""
         if self.mechanism == "dp_sgd":
             wanted = Spending(1.0, self.rounds, self.sampling_rate)
-            noise = noise_for(self.epsilon, wanted, self.accountant, delta=self.delta)
-            return wanted._replace(noise=noise), noise
-        turns: dict[int, list[int]] = {}
-        for step, present in enumerate(schedule, 1):
-            for user in present:
-                turns.setdefault(user, []).append(step)
-        sensitivity = tree_sensitivity(list(turns.values()), rounds=self.rounds)
-        wanted = Spending(1.0, 1, 1.0)
-        noise = noise_for(self.epsilon, wanted, self.accountant, delta=self.delta)
-        return wanted._replace(noise=noise), noise * sensitivity
+            return noise_for(self.epsilon, wanted, self.accountant, delta=self.delta)
+        of_all = noise_for(self.epsilon, Spending(1.0, 1, 1.0), self.accountant, delta=self.delta)
+        return of_all * tree_sensitivity(self._turns(num_users), rounds=self.rounds)
 
     def _read(
         self, model: DocToLoRA, gradients: UserGradients, users: Mapping[str, Sequence[Lesson]]

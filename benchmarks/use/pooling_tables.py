@@ -167,6 +167,12 @@ _GAINS: Mapping[str, Cell] = {
     **{"difference": number("recall", 2, "+"), "low": number("low", 2, "+"), "high": number("high", 2, "+")},
 }
 TABLES: dict[str, Callable[[Rows], Table]] = {
-    **{"private": private, "private_spent": spent, "private_attacks": attacks, "private_adapters": adapters},
+    **{
+        "private": private,
+        "private_spent": spent,
+        "private_attacks": attacks,
+        "private_users": private,
+        "private_adapters": adapters,
+    },
     **{"retriever": retriever, "retriever_gains": gains},
 }

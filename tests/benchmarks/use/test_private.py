@@ -71,7 +71,7 @@ def test_unknown_accountant_and_too_many_users_are_refused(common):
         draw_pool(0, {**common, "num_users": 3000})
 
 
-def test_tables_take_the_rate_of_the_first_seed_and_mean_the_seeds():
+def test_tables_take_the_first_seeds_rate_and_mean_the_seeds():
     def row(seed, lr, log_p, members):
         items = {"members": members, "others": [0.0, 1.0], "common": [1.0], "after": [*members, 0.0, 1.0]}
         named = {"kind": "weights", "mechanism": "dp_sgd", "epsilon": 8.0, "seed": seed, "lr": lr, "log_p": log_p}

@@ -107,7 +107,7 @@ def test_tree_sensitivity_is_that_counted_by_hand(rounds_of_user, squared):
     assert tree_sensitivity([rounds_of_user, [4]], rounds=4) == pytest.approx(math.sqrt(squared))
 
 
-def test_no_signs_of_contributions_change_more_than_the_sensitivity():
+def test_no_contributions_change_more_than_the_sensitivity():
     turns = [1, 3, 6]
     nodes = {node for step in range(1, 8) for node in tree_nodes(step)}
     lengths = [

@@ -90,7 +90,7 @@ def test_encoder_comes_back_from_its_file(base, tmp_path):
         DualEmbedder(base, DualEncoder(dim=7, hidden_dim=8))
 
 
-def test_embedder_without_questions_of_its_own_embeds_them_as_texts(base):
+def test_other_embedders_embed_questions_as_texts(base):
     assert np.array_equal(question_vectors(base, ["Who?"]), base.embed(["Who?"]))
 
 
@@ -161,7 +161,7 @@ def test_without_a_user_it_is_as_if_never_told(open_memory, base, way):
     assert bytes_of(both) == bytes_of(alone)
 
 
-def test_search_finds_by_the_trained_encoder_and_leaves_no_vectors(open_memory, base):
+def test_search_uses_the_encoder_and_leaves_no_vectors(open_memory, base):
     memory = open_memory("memory")
     told(memory, NAMES, "alice")
     retriever = trained(memory, base)

@@ -83,7 +83,7 @@ def test_purge_erases_traces_with_their_questions(memory, told):
     assert b"Who taught Fenda" not in content
 
 
-def test_memory_derived_from_a_deleted_one_takes_its_traces_along(memory, told):
+def test_memory_derived_from_a_deleted_one_loses_its_traces(memory, told):
     traces = TraceStore(memory.store)
     derived = memory.add("Fenda of Norbach was taught by Orla.", user_id="alice", derived_from=told[:2])
     traces.record(answered("Who?", [derived]), [effect(derived, -1.0, -2.0)])

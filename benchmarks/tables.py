@@ -289,8 +289,7 @@ def _editing(part: str) -> Callable[[], str]:
 
 
 def _pooling(part: str) -> Callable[[], str]:
-    name = part if part == "private_users" else part.split("_")[0]
-    return lambda: pooling_tables.markdown(read(f"use_{name}"), part)
+    return lambda: pooling_tables.markdown(read(f"use_{part.split('_')[0]}"), part)
 
 
 PROJECTED = ("serving_ingest", "serving_load", "memory_store", "training_speed_gpu")

@@ -171,7 +171,6 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
         "private": private,
         "private_spent": spent,
         "private_attacks": attacks,
-        "private_users": private,
         "private_adapters": adapters,
     },
     **{"retriever": retriever, "retriever_gains": gains},

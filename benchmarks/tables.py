@@ -21,6 +21,7 @@ from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalon
 from benchmarks.report.tables import METHOD, Cell, Table, number, questions, scaled
 from benchmarks.serving.projection import projection
 from benchmarks.use import figures as use
+from benchmarks.use import pooling_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results"
@@ -29,7 +30,7 @@ SUMMARY = f"{RESULTS}/summary.html"
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
 FILES = (
     *("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "docs/forgetting.md"),
-    *("docs/learning_from_use.md", "docs/serving.md", "docs/scale.md"),
+    *("docs/learning_from_use.md", "docs/learning_from_use_private.md", "docs/serving.md", "docs/scale.md"),
     *("assets/tiny/README.md", "assets/smollm2-135m/README.md"),
 )
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
@@ -300,6 +301,10 @@ def _use(part: str) -> Callable[[], str]:
     return lambda: use.markdown(read(f"use_{part.split('_')[0]}"), part)
 
 
+def _pooling(part: str) -> Callable[[], str]:
+    return lambda: pooling_tables.markdown(read(f"use_{part.split('_')[0]}"), part)
+
+
 PROJECTED = ("serving_ingest", "serving_load", "memory_store", "training_speed_gpu")
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
@@ -339,6 +344,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"forgetting_edits_{part}": _editing(part) for part in editing_tables.TABLES},
     "use_headline": lambda: use.headline({name: read(f"use_{name}") for name in use.HEADLINE}).markdown(),
     **{f"use_{part}": _use(part) for part in use.TABLES},
+    **{f"use_{part}": _pooling(part) for part in pooling_tables.TABLES},
     "serving_load": _speed("serving.load", "serving_load"),
     "serving_load_smollm2": _speed("serving.load", "serving_load_smollm2"),
     "serving_ingest": _speed("serving.ingest", "serving_ingest"),

@@ -112,7 +112,7 @@ class PostgresServer:
         if self._columns_of(schema) != self._columns:
             return False
         tables = ("batches", "events", "memories", "contains", "vectors", "words", "words_counted", "slots", "costs")
-        tables += ("utilities",)
+        tables += ("utilities", "traces")
         names = ", ".join(f"{schema}.{name}" for name in tables)
         # As a replica the trigger that keeps events does not fire.
         self.sql(f"SET session_replication_role = replica; TRUNCATE {names} RESTART IDENTITY")

@@ -1,1 +1,1 @@
-"""What use teaches: worlds in which a memory is acted upon, and whether what is learned of it helps."""
+"""Learning from use: worlds in which a memory is acted upon, what is learned of that, and what it tells of a user."""

@@ -6,7 +6,7 @@ embedder.name                                      # names the weights and the w
 LazyModel("assets/tiny")                           # a checkpoint or base model, loaded by whoever first needs it
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hypernet.doc_to_lora import DocToLoRA
@@ -62,21 +63,29 @@ class BaseModelEmbedder:
         self._weights = _SMOOTHING / (_SMOOTHING + zipf / zipf.sum())  # [V]
         self.name = f"{fingerprint(base_model)[:16]}:weighted"
 
-    def embed(self, texts: Sequence[str]) -> Vectors:
+    @property
+    def dim(self) -> int:
+        """D, of an embedding."""
+        return int(self._embeddings.get_parameter("weight").shape[1])
+
+    def tokens(self, texts: Sequence[str]) -> "tuple[Tensor, Tensor]":
+        """Embeddings of the texts' tokens [N, T, D] and how much each weighs [N, T], 0 for padding."""
         import torch
+
+        tokens = self._tokenizer(
+            list(texts),
+            **{"add_special_tokens": False, "truncation": True, "max_length": self._max_tokens},
+            **{"padding": True, "padding_side": "right", "return_tensors": "pt"},
+        ).to(self._weights.device)
+        ids = tokens["input_ids"].long()  # a text without tokens gives floats
+        with torch.no_grad():
+            return self._embeddings(ids).float(), self._weights[ids] * tokens["attention_mask"]
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
         from einops import einsum
 
-        sums = []
-        for start in range(0, len(texts), _BATCH):
-            tokens = self._tokenizer(
-                list(texts[start : start + _BATCH]),
-                **{"add_special_tokens": False, "truncation": True, "max_length": self._max_tokens},
-                **{"padding": True, "padding_side": "right", "return_tensors": "pt"},
-            ).to(self._weights.device)
-            ids = tokens["input_ids"].long()  # a text without tokens gives floats
-            with torch.inference_mode():
-                weights = self._weights[ids] * tokens["attention_mask"]
-                sums.append(einsum(self._embeddings(ids).float(), weights, "n t d, n t -> n d").cpu().numpy())
+        parts = (self.tokens(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH))
+        sums = [einsum(*both, "n t d, n t -> n d").cpu().numpy() for both in parts]
         return _unit(np.concatenate(sums)) if sums else np.zeros((0, 0), np.float32)
 
 
@@ -173,6 +182,12 @@ class LazyModel:
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         return self._embedder.embed(texts)
+
+
+def question_vectors(embedder: Embedder, questions: Sequence[str]) -> Vectors:
+    """Of questions, by an embedder's `embed_questions` where it has one: a trained one reads them otherwise."""
+    own: Callable[[Sequence[str]], Vectors] = getattr(embedder, "embed_questions", embedder.embed)
+    return own(questions)
 
 
 def open_embedder(source: str | Path) -> Embedder:

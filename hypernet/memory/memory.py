@@ -45,6 +45,7 @@ from hypernet.memory.store.records import (
 )
 from hypernet.memory.store.times import Instant
 from hypernet.memory.store.token_store import TokenStore, Verification
+from hypernet.memory.traces.kept import erase_stale, is_stale
 from hypernet.memory.use.utilities import Utilities
 from hypernet.memory.weights.versions import erase_purged, has_purged
 from hypernet.text.cleaning import whole
@@ -241,11 +242,12 @@ class Memory:
         agent_id: str | None = None,
         run_id: str | None = None,
     ) -> Batch:
-        """Erases the content of what was deleted or taken back from the folder, with its adapters and every version of
-        weights that it went into. There is no way back."""
+        """Erases the content of what was deleted or taken back from the folder, with its adapters and traces and every
+        version of weights and trained retriever that it went into. There is no way back."""
         batch = self.store.purge(None if key is None else _key(key), Filters(user_id, agent_id, run_id))
         self.bank.sweep()
         erase_purged(self.store)
+        erase_stale(self.store)
         return batch
 
     def forget(
@@ -489,6 +491,7 @@ class Memory:
             or self.bank.is_unfinished
             or bool(left_twins(self.store.folder))
             or has_purged(self.store)
+            or is_stale(self.store)
         )
         return {**counts, "bytes": num_bytes, "is_unfinished": is_unfinished, "tiers": self._tiers(filters, counts)}
 
@@ -522,6 +525,8 @@ class Memory:
             repaired.append(f"{number} folders of interrupted audits")
         if erased := erase_purged(self.store):
             repaired.append(f"weights with purged memories: {', '.join(erased)}")
+        if erase_stale(self.store):
+            repaired.append("a trained retriever that saw deleted traces")
         return found._replace(repaired=tuple(repaired))
 
     # --- Inside -----------------------------------------------------------------------------------------------------

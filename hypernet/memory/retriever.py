@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import Connection, Row, and_, column, insert, select, table, text
 
-from hypernet.memory.embedding import Embedder, Vectors
+from hypernet.memory.embedding import Embedder, Vectors, question_vectors
 from hypernet.memory.store import full_text
 from hypernet.memory.store.records import Filters, Hit, whole_number
 from hypernet.memory.store.schema import among, memories, vectors
@@ -160,7 +160,7 @@ class Retriever:
         if not chosen.any():
             return []
         assert self.embedder is not None
-        cosines = matrix.vectors @ self.embedder.embed([question])[0]
+        cosines = matrix.vectors @ question_vectors(self.embedder, [question])[0]
         cosines[~chosen] = -np.inf
         best = np.argpartition(-cosines, limit)[:limit] if limit < len(cosines) else np.arange(len(cosines))
         best = best[np.lexsort((-matrix.seqs[best], -cosines[best]))]
@@ -172,7 +172,7 @@ class Retriever:
         """With `known`, ends that became known later count as well, as `full_text.ranked`."""
         assert self.embedder is not None
         values = {
-            **{"embedder": self.embedder.name, "question": _literal(self.embedder.embed([question])[0])},
+            **{"embedder": self.embedder.name, "question": _literal(question_vectors(self.embedder, [question])[0])},
             **{"as_of": when, "known_at": FOREVER if known is None else known, "ends_are_old": known is not None},
             **{"limit": limit if known is None else None, **filters.given},
         }

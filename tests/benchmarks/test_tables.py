@@ -25,6 +25,7 @@ def test_pages_show_every_table_and_plot_once() -> None:
         "consolidation": "memory",
         "forgetting": "forgetting",
         "learning_from_use": "use",
+        "learning_from_use_private": "use",
         "serving": "serving",
         "scale": "serving",
     }

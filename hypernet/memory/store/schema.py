@@ -9,6 +9,7 @@ words      the full-text index of live memories: FTS5 of SQLite; tsvector of Pos
 slots      the adapter of a memory version: which entry of `adapters/` holds it, by what it was written
 costs      what a tier was measured to answer and to cost, and when
 utilities  how useful a memory version was to what acted upon it; purged with it
+traces     which memories were in a prompt, and how they moved log p of the answer; gone with its memory
 """
 
 import json
@@ -39,7 +40,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 
-SCHEMA_VERSION = "0004"
+SCHEMA_VERSION = "0005"
 APPLICATION_ID = 0x48794D65  # "HyMe" in the header of memory.sqlite
 
 metadata = MetaData()
@@ -167,6 +168,25 @@ utilities = Table(
     Column("value", Float, nullable=False),
     Column("outcomes", Integer, nullable=False),  # that it was learned from
     Column("updated_at", BigInteger, nullable=False),
+)
+
+traces = Table(
+    "traces",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("asked", String, nullable=False, index=True),  # one question asked once; its memories share it
+    Column("at", BigInteger, nullable=False),
+    Column("user_id", String, index=True),
+    Column("agent_id", String),
+    Column("run_id", String),
+    Column("question", Text, nullable=False),
+    Column("memory_id", String, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("log_p", Float, nullable=False),  # of the answer in nats, with all memories of the prompt
+    Column("log_p_without", Float, nullable=False),
+    Column("base_model", String, nullable=False),  # fingerprint
+    Index("ix_traces_memory", "memory_id", "version"),
+    sqlite_autoincrement=True,
 )
 
 # Not in `metadata`: SQLite's is a virtual table, and counts by itself what PostgreSQL has in `words_counted`.

@@ -52,7 +52,17 @@ from hypernet.memory.store.records import (
     checked_conflict,
     split_ref,
 )
-from hypernet.memory.store.schema import among, batches, contains, events, memories, utilities, vectors, words
+from hypernet.memory.store.schema import (
+    among,
+    batches,
+    contains,
+    events,
+    memories,
+    traces,
+    utilities,
+    vectors,
+    words,
+)
 from hypernet.memory.store.timeline import JOINING, End
 from hypernet.memory.store.times import Instant, now, to_micros, to_text
 
@@ -353,6 +363,9 @@ class TokenStore(StoreReader):
                 (utilities, utilities.c.memory_id, utilities.c.version),
             ):
                 connection.execute(delete(table).where(~exists().where(same(memories.c, identity, version))))
+            # What the other memories of its prompts did was measured beside it.
+            gone = ~exists().where(same(memories.c, traces.c.memory_id, traces.c.version))
+            connection.execute(delete(traces).where(traces.c.asked.in_(select(traces.c.asked).where(gone))))
             full_text.rebuild(connection)
         self.log.catch_up()
         return result._replace(finished=self._finish_purge())

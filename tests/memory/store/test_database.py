@@ -146,7 +146,7 @@ def test_file_that_is_no_database_is_refused(tmp_path):
 def test_memory_of_an_older_schema_is_migrated(store):
     (ref,) = store.add([Draft(text="told before there were adapters")])
     with store.database.write() as connection:
-        for table in ("utilities", "slots", "costs", "words_counted"):  # the last is PostgreSQL's alone
+        for table in ("traces", "utilities", "slots", "costs", "words_counted"):  # the last is PostgreSQL's alone
             connection.execute(text(f"DROP TABLE IF EXISTS {table}"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     store.close()
@@ -154,7 +154,9 @@ def test_memory_of_an_older_schema_is_migrated(store):
     with store.database.read() as connection:
         found = compare_metadata(MigrationContext.configure(connection), metadata)
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == SCHEMA_VERSION
-    assert not [change for change in found if getattr(change[1], "name", "") in ("utilities", "slots", "costs")]
+    assert not [
+        change for change in found if getattr(change[1], "name", "") in ("traces", "utilities", "slots", "costs")
+    ]
     assert store.get(str(ref)).text == "told before there were adapters" and store.verify() == ((), ())
 
 

@@ -20,6 +20,7 @@ import hashlib
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -72,7 +73,7 @@ def rules(seed: int, number: int, *, num_statements: int) -> list[Rule]:
     """Each about an entity of its own; statements of one rule are in wordings drawn for each."""
     from hypernet.data.encyclopedia import Encyclopedia, relations
 
-    encyclopedia, found, names = Encyclopedia("test", seed=seed), [], set()
+    encyclopedia, found, names = Encyclopedia("test", seed=seed), list[Rule](), set[str]()
     rng = encyclopedia.rng("rules")
     while len(found) < number:
         relation = rng.choice(relations())
@@ -175,7 +176,7 @@ class Agent:
         return [hits[place] for place in sorted(range(len(hits)), key=lambda place: (-round(scores[place], 9), place))]
 
     def _is_right(self, episode: Episode, text: str | None) -> bool:
-        return exact_match(self.reader(episode.question, text), (episode.rule.answers[0],))
+        return bool(exact_match(self.reader(episode.question, text), (episode.rule.answers[0],)))
 
 
 def weights_hash(model: Any) -> str:
@@ -212,7 +213,7 @@ def measure(cfg: MemrlSettings, model: Any) -> Iterator[Row]:
                 for kept in KEPT if arm == UTILITY else ():
                     batch = "" if kept == "all" else agent.evict(kept, cfg.kept, seed=seed)
                     number = len(agent.memory.store.valid(AGENT))
-                    scores = _scored(after, lambda episode, agent=agent: agent.act(episode, learns=False))
+                    scores = _scored(after, partial(agent.act, learns=False))
                     yield {"kind": "evicted", "kept": kept, "seed": seed, "memories": number, **scores}
                     if batch:
                         agent.take_back(batch)

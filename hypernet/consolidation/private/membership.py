@@ -7,6 +7,7 @@ area_under_curve(gains_of_members, gains_of_others)      # .5: no better than a 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 
 def likelihood_gains(after: Sequence[float], before: Sequence[float]) -> list[float]:
@@ -26,8 +27,7 @@ def area_under_curve(members: Sequence[float], others: Sequence[float]) -> float
     """
     if not len(members) or not len(others):
         raise ValueError(f"A curve needs members and others; there are {len(members)} and {len(others)}.")
-    difference = np.asarray(members, np.float64)[:, None] - np.asarray(others, np.float64)[None, :]
-    return float((difference > 0).mean() + (difference == 0).mean() / 2)
+    return float(_wins(members, others).mean())
 
 
 def area_interval(
@@ -49,14 +49,19 @@ def area_interval(
     if len(members) < 2:
         return None
     rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(num_samples):
-        drawn = rng.integers(0, len(members), len(members))
-        areas = [area_under_curve(_again(rng, members[i]), _again(rng, others[i])) for i in drawn]
-        values.append(float(np.mean(areas)))
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    drawn = rng.integers(0, len(members), (num_samples, len(members)))
+    areas = np.zeros(drawn.shape)
+    for place, pair in enumerate(zip(members, others, strict=True)):
+        wins = _wins(*pair)
+        where = drawn == place
+        # How often each score is drawn again, each time that its seed is.
+        times = [rng.multinomial(size, np.full(size, 1 / size), int(where.sum())) for size in wins.shape]
+        areas[where] = ((times[0] @ wins) * times[1]).sum(1) / wins.size
+    low, high = np.quantile(areas.mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
-def _again(rng: np.random.Generator, scores: Sequence[float]) -> list[float]:
-    return [scores[i] for i in rng.integers(0, len(scores), len(scores))]
+def _wins(members: Sequence[float], others: Sequence[float]) -> npt.NDArray[np.float64]:
+    """[M, O]: 1 where the member's score is higher, 1/2 where both are equal."""
+    difference = np.asarray(members, np.float64)[:, None] - np.asarray(others, np.float64)[None, :]
+    return (difference > 0) + (difference == 0) / 2

@@ -3,6 +3,8 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
+from benchmarks.forgetting import protocol
+from benchmarks.forgetting.protocol import new_numbers
 from benchmarks.use import pooling_tables
 from benchmarks.use.private import SCRIPT, accountant_of, arm_name, draw_pool, rows
 from tests.test_configs import CONF
@@ -64,11 +66,12 @@ def test_rows_are_one_for_each_arm_and_seed(settings):
         assert pooling_tables.markdown(found, part).count("\n") >= 2
 
 
-def test_unknown_accountant_and_too_many_users_are_refused(common):
+def test_unknown_accountant_and_too_many_users_are_refused(common, monkeypatch):
     with pytest.raises(ValueError, match="Choose opacus or renyi"):
         accountant_of("dice")
-    with pytest.raises(ValueError, match="Take fewer users"):
-        draw_pool(0, {**common, "num_users": 3000})
+    monkeypatch.setattr(protocol, "new_numbers", lambda seed, number: new_numbers(seed, 7))
+    with pytest.raises(ValueError, match="There are 7 canaries for 4 users and as many others. Take fewer users"):
+        draw_pool(0, common)
 
 
 def test_tables_take_the_first_seeds_rate_and_mean_the_seeds():

@@ -93,7 +93,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@# Python 3.11 comes with pip 23, which takes 20 s longer to resolve versions. If the upgrade fails, it still works.
 	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip >/dev/null 2>&1 || true
 	@# Warnings of pip and setuptools, such as about editable installs, are shown only with an error.
-	@$(VENV_PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,documents,bench,sweep,serve,mcp,postgres,ray]' \
+	@$(VENV_PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,documents,bench,sweep,serve,mcp,postgres,ray,private]' \
 	  >.venv/install.log 2>&1 || { cat .venv/install.log >&2; \
 	  echo "make: pip could not install the dependencies, see above. Is the package index reachable? Then run make again." >&2; exit 1; }
 	@touch $@

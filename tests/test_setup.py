@@ -91,7 +91,7 @@ def test_setup_installs_pins_from_a_path_with_a_space(checkout: Checkout):
     upgrade, pip = checkout.calls("-m pip install")
     assert upgrade.endswith("--upgrade pip")
     assert pip.startswith(".venv/bin/python ") and "-c constraints.txt" in pip
-    assert "-e .[test,documents,bench,sweep,serve,mcp,postgres,ray]" in pip and "--no-compile" in pip
+    assert "-e .[test,documents,bench,sweep,serve,mcp,postgres,ray,private]" in pip and "--no-compile" in pip
     (tests,) = checkout.calls("-m pytest")
     assert tests.startswith(".venv/bin/python ")
 

@@ -199,6 +199,24 @@ def by_length(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
             yield {**_row(name, "adapter", seed, one, answer), "chunks": chunks[one.document]}
 
 
+def left_alone(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
+    """Questions without documents, known or not, each with the adapter of a paragraph: 1 where no chunk is close enough
+    and the base model answers as without it. Of a hypernetwork that recites."""
+    if ask.model.hypernetwork.recitation is None:
+        return
+    lines = Path(ask.cfg.known_file).read_text(encoding="utf-8").splitlines()
+    rng = random.Random(f"own documents left alone {seed}")
+    read = [json.loads(line) for line in rng.sample(lines, min(ask.cfg.known_questions, len(lines)))]
+    documents, _ = drawn(ask.cfg, "paragraphs", seed)
+    for number, text in enumerate(documents):
+        asked = [one["question"] for one in read[number :: len(documents)]]
+        if asked:
+            scores = ask.model.routing_scores(asked, ask.model.internalize(text))
+            for question, row in zip(asked, scores, strict=True):
+                alone = float(not row.any())
+                yield {"set": "left alone", "seed": seed, "document": number, "question": question, "alone": alone}
+
+
 def continued(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
     """Nats for each token of how a text goes on that an adapter of another text costs."""
     lines = Path(ask.cfg.text_file).read_text(encoding="utf-8").splitlines()
@@ -369,6 +387,7 @@ def main(cfg: OwnDocumentsSettings) -> None:
             rows += with_documents(ask, what, seed, wording)
         rows += by_length(ask, seed)
         rows += unrelated(ask, seed)
+        rows += left_alone(ask, seed)
         rows += continued(ask, seed)
         rows += conflicts(ask, seed, wording)
         if cfg.output:  # what is done stays

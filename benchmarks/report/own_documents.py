@@ -79,6 +79,7 @@ def others(rows: Rows) -> Table:
     """What it does to other questions, and what contradicts the base model."""
     lines = []
     for title, name, method, key in (
+        ("questions that another text's adapter leaves to the base model", "left alone", None, "alone"),
         ("known questions still answered, without an adapter", "unrelated", "no_context", "contains"),
         ("known questions still answered, another text's adapter", "unrelated", "adapter", "contains"),
         ("nats a token lost of those answers", "unrelated", "adapter", "log_prob_lost"),
@@ -90,6 +91,8 @@ def others(rows: Rows) -> Table:
         ("the true answer, passage in the prompt", "conflicts", "in_prompt", "true_answer"),
     ):
         own = [row for row in rows if (row["set"], row.get("method")) == (name, method)]
+        if not own:
+            continue
         groups = [(row["seed"], row["question"] if method else row["document"]) for row in own]
         ends = bootstrap_interval([row[key] for row in own], groups=groups)
         lines.append([title, str(len(own)), f"{fmean(row[key] for row in own):.3f}", *(f"{end:.3f}" for end in ends)])

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.own_documents import (
     METHODS,
@@ -14,6 +15,7 @@ from benchmarks.own_documents import (
     conflicts,
     continued,
     drawn,
+    left_alone,
     markdown,
     seconds,
     unrelated,
@@ -145,6 +147,20 @@ def test_an_article_is_asked_about_its_first_paragraph(ask):
     assert [row["set"] for row in rows] == ["article's first 1", "article's first 3"]
     assert [row["question"] for row in rows] == ["How high is 0?"] * 2
     assert rows[1]["chunks"] > rows[0]["chunks"]
+
+
+def test_questions_that_no_chunk_is_close_to_are_left_alone(ask):
+    assert list(left_alone(ask, 0)) == []  # this one does not recite
+
+    class Reciting:
+        hypernetwork = SimpleNamespace(recitation=object())
+        internalize = staticmethod(lambda text: text)
+
+        def routing_scores(self, asked, adapter):
+            return torch.tensor([[0.0, 0.5 * (question == "Where?")] for question in asked])
+
+    rows = list(left_alone(Asking(Reciting(), ask.cfg), 0))
+    assert {row["question"]: row["alone"] for row in rows} == {"Who is it?": 1.0, "Where?": 0.0}
 
 
 def test_text_goes_on_at_a_cost_of_nats(ask):

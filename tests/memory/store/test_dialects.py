@@ -199,7 +199,7 @@ def test_words_of_an_older_schema_are_counted(store):
     tables = [text(f"SELECT * FROM {name} ORDER BY 1") for name in ("words", "words_counted")]
     with store.database.write() as connection:
         before = [connection.execute(table).all() for table in tables]
-        connection.execute(text("DROP TABLE words_counted"))
+        connection.execute(text("DROP TABLE words_counted, utilities"))
         connection.execute(text("UPDATE words SET length = length - 1 WHERE length > 1"))  # of whose it is
         connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
     with TokenStore(store.folder).database.read() as connection:

@@ -7,6 +7,7 @@ several documents in one adapter, an article's first paragraphs, questions that 
 it goes on with, passages that contradict what it knows, and seconds.
 """
 
+import hashlib
 import json
 import random
 import statistics
@@ -327,6 +328,14 @@ def seconds(ask: Asking, load_s: float) -> dict[str, Any]:
     }
 
 
+def without_texts(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without question, answers and prediction, which hold the datasets' texts; a hash tells the question."""
+    kept = {name: value for name, value in row.items() if name not in ("question", "answers", "prediction")}
+    if "question" in row:
+        kept["question"] = hashlib.sha256(row["question"].encode()).hexdigest()[:12]
+    return kept
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Sets and methods down: questions, share that contains the answer, F1, each with its seeds' lowest and highest."""
     lines = ["| set | method | questions | contains | lowest | highest | F1 |", "|" + " --- |" * 2 + " ---: |" * 5]
@@ -359,6 +368,7 @@ class OwnDocumentsSettings(Settings):
     conflicts: Count
     questions_per_batch: Count
     max_new_tokens: Count
+    texts: bool
     output: OutputFile | None
 
 
@@ -391,7 +401,8 @@ def main(cfg: OwnDocumentsSettings) -> None:
         rows += continued(ask, seed)
         rows += conflicts(ask, seed, wording)
         if cfg.output:  # what is done stays
-            write_rows(cfg.output, rows, run=describe_run(cfg.model_dump()))
+            written = rows if cfg.texts else list(map(without_texts, rows))
+            write_rows(cfg.output, written, run=describe_run(cfg.model_dump()), in_each=False)
         print(markdown(rows), flush=True)
 
 

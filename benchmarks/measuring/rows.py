@@ -36,15 +36,20 @@ def describe_run(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, run: dict[str, Any]) -> None:
-    """Replaces the file by these rows, each with the run's description; complete or not at all."""
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, run: dict[str, Any], in_each: bool = True) -> None:
+    """Replaces the file by these rows; complete or not at all.
+
+    Args:
+        run: the run's description, in each row, or in the first alone: of thousands it is most of the file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({**row, "run": run}, ensure_ascii=False) + "\n")
+            for number, row in enumerate(rows):
+                described = {**row, "run": run} if in_each or not number else row
+                file.write(json.dumps(described, ensure_ascii=False) + "\n")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

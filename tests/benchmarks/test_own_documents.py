@@ -21,6 +21,7 @@ from benchmarks.own_documents import (
     unrelated,
     untrained,
     with_documents,
+    without_texts,
 )
 
 
@@ -176,3 +177,14 @@ def test_closed_form_is_the_network_before_training(ask):
         assert not any(rows.any() for rows in ask.model.internalize("Owls live in it.").B.values())
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
     assert any(rows.any() for rows in ask.model.internalize("Owls live in it.").B.values())
+
+
+def test_published_rows_hold_no_text_of_a_dataset(ask):
+    row = next(iter(with_documents(ask, "paragraphs", 0, "")))
+    kept = without_texts(row)
+    assert kept.keys() == row.keys() - {"answers", "prediction"} and len(kept["question"]) == 12
+    assert {name: kept[name] for name in ("set", "contains", "f1")} == {
+        name: row[name] for name in ("set", "contains", "f1")
+    }
+    assert without_texts({**row, "question": "another"})["question"] != kept["question"]
+    assert without_texts({"set": "seconds", "load_s": 1.0}) == {"set": "seconds", "load_s": 1.0}

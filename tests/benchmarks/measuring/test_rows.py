@@ -26,6 +26,11 @@ def test_rows_say_what_made_them(tmp_path) -> None:
     assert {"commit", "hardware", "threads", "versions", "date"} <= set(row["run"])
 
 
+def test_the_first_row_alone_may_say_what_made_them(tmp_path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"score": 1}, {"score": 2}], run={"commit": "abc"}, in_each=False)
+    assert read_rows(tmp_path / "rows.jsonl") == [{"score": 1, "run": {"commit": "abc"}}, {"score": 2}]
+
+
 def test_rows_that_fail_half_way_leave_the_file_as_it_was(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("before\n", encoding="utf-8")

@@ -368,7 +368,7 @@ class OwnDocumentsSettings(Settings):
     conflicts: Count
     questions_per_batch: Count
     max_new_tokens: Count
-    texts: bool
+    with_texts: bool
     output: OutputFile | None
 
 
@@ -401,7 +401,7 @@ def main(cfg: OwnDocumentsSettings) -> None:
         rows += continued(ask, seed)
         rows += conflicts(ask, seed, wording)
         if cfg.output:  # what is done stays
-            written = rows if cfg.texts else list(map(without_texts, rows))
+            written = rows if cfg.with_texts else list(map(without_texts, rows))
             write_rows(cfg.output, written, run=describe_run(cfg.model_dump()), in_each=False)
         print(markdown(rows), flush=True)
 

@@ -163,6 +163,21 @@ def columns(out: str) -> list[list[str]]:
 # What it makes
 
 
+def test_refining_changes_the_adapter_and_is_told(run, work, monkeypatch):
+    from hypernet import refining
+
+    monkeypatch.setattr(refining, "_asked", lambda *args, **kwargs: [(0, "Who taught him?")])
+    monkeypatch.setattr(refining, "_write", lambda model, prompts, *args, **kwargs: ["Where is it?"] * len(prompts))
+    plain = run("document=doc.txt", "output_dir=plain")
+    result = run("document=doc.txt", "output_dir=refined", "refine=2")
+    assert plain.code == result.code == 0 and "refine" in result.out and "refine" not in plain.out
+    before, after = (LoRAAdapter.load(work / name) for name in ("plain", "refined"))
+    assert after.provenance["operations"][-1]["operation"] == "refine"
+    assert not all(rows.equal(after.B[name]) for name, rows in before.B.items())
+    timed = run("document=doc.txt", "output_dir=timed", "refine=0.001s")
+    assert timed.code == 0 and LoRAAdapter.load(work / "timed").provenance["operations"][-1]["steps"] == 0
+
+
 def test_run_leaves_only_the_adapter_folder(run, work):
     result = run("document=doc.txt", "output_dir=out/one")
     assert result.code == 0
@@ -526,6 +541,8 @@ def test_unreadable_document_is_a_one_line_error(run, work, name, content, says)
         (["document=doc.txt", "scale=[]"], r"scale should be a number, or one for each layer.* got \[\]"),
         (["document=doc.txt", "quantization=int3"], "quantization should be one of int8, 4bit or null, got 'int3'"),
         (["document=doc.txt", "max_batch_tokens=0"], "max_batch_tokens should be a whole number, at least 1, got 0"),
+        (["document=doc.txt", "refine=soon"], "refine should be .*30, .*60s, .*'soon'"),
+        (["document=doc.txt", "refine=0"], "refine should be .*30, .*60s, .*0"),
         (["document=doc.txt", "max_new_tokens=few"], "max_new_tokens should be a whole number"),
         (["document=doc.txt", "max_new_tokens=2.5"], "max_new_tokens should be a whole number, at least 1, got 2.5"),
         (["document=doc.txt", "join=all"], "join should be one of sum, ridge, gate, route, or null .*, got 'all'"),

@@ -41,8 +41,9 @@ def memrl_evicted(rows: Rows) -> Table:
     """Success afterwards, by what was kept."""
     lines = []
     for kept, own in grouped(rows, "evicted", "kept").items():
-        lines.append({"name": kept, "memories": own[0]["memories"], **_success(own)})
-    head = {"kept": lambda row: row["name"], "memories": number("memories", 0)}
+        right = fmean(row["right"] for row in own)
+        lines.append({"name": kept, "memories": own[0]["memories"], "right": right, **_success(own)})
+    head = {"kept": lambda row: row["name"], "memories": number("memories", 0), "of them right": number("right", 0)}
     return Table.of("", lines, {**head, **_SUCCESS})
 
 

@@ -13,7 +13,7 @@ similarity, no memory    without utilities; without a memory in the prompt
 the rules themselves     the statement that says the rule is in the prompt
 
 Then the utilities of the first arm are left as they are, most memories are deleted (the least useful, the oldest, or at
-random), and other episodes follow.
+random), and other episodes follow; with the most useful ones left, also ranked by similarity alone.
 """
 
 import hashlib
@@ -38,7 +38,8 @@ from hypernet.text.matching import exact_match
 UTILITY, ALONE, CREDITED, SHUFFLED = "utility", "utility alone", "all credited", "shuffled utilities"
 SIMILARITY, NOTHING, ORACLE = "similarity", "no memory", "the rules themselves"
 ARMS = (UTILITY, ALONE, CREDITED, SHUFFLED, SIMILARITY, NOTHING, ORACLE)
-KEPT = ("all", "the most useful", "the newest", "some at random")
+MOST_USEFUL, BY_SIMILARITY = "the most useful", "the most useful, ranked by similarity"
+KEPT = ("all", MOST_USEFUL, BY_SIMILARITY, "the newest", "some at random")
 AGENT = Filters(agent_id="agent")
 
 
@@ -138,6 +139,11 @@ class Agent:
         self._other = dict(zip(map(str, refs), others, strict=True))
         self._found: dict[str, list[Hit]] = {}
 
+    @property
+    def texts(self) -> set[str]:
+        """Of what is remembered."""
+        return {str(memory.text) for memory in self.memory.store.valid(AGENT)}
+
     def act(self, episode: Episode, *, learns: bool = True) -> bool:
         """Whether the answer was right."""
         if self.arm in (NOTHING, ORACLE):
@@ -159,7 +165,7 @@ class Agent:
     def evict(self, kept: str, number: int, *, seed: int) -> str:
         """Deletes all but so many. Returns the batch that takes it back."""
         self._found.clear()
-        if kept == "the most useful":
+        if kept in (MOST_USEFUL, BY_SIMILARITY):
             return self.utilities.evict(AGENT, keep=number).version
         held = [memory.ref for memory in self.memory.store.valid(AGENT)]
         if kept == "some at random":
@@ -213,8 +219,10 @@ def measure(cfg: MemrlSettings, model: Any) -> Iterator[Row]:
                 for kept in KEPT if arm == UTILITY else ():
                     batch = "" if kept == "all" else agent.evict(kept, cfg.kept, seed=seed)
                     number = len(agent.memory.store.valid(AGENT))
+                    agent.utilities.weight = 0.0 if kept == BY_SIMILARITY else cfg.weight
                     scores = _scored(after, partial(agent.act, learns=False))
-                    yield {"kind": "evicted", "kept": kept, "seed": seed, "memories": number, **scores}
+                    right = sum(rule.statements[0] in agent.texts for rule in found)
+                    yield {"kind": "evicted", "kept": kept, "seed": seed, "memories": number, "right": right, **scores}
                     if batch:
                         agent.take_back(batch)
                 agent.memory.close()

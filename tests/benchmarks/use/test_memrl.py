@@ -92,8 +92,10 @@ def test_small_run_has_every_arm_and_leaves_the_weights():
     assert set(arms) == set(ARMS) and all(len(row["outcomes"]) == 40 for row in arms.values())
     assert arms[ORACLE]["success"] > arms[SIMILARITY]["success"] and arms["no memory"]["success"] == 0
     assert {row["kept"]: row["memories"] for row in rows if row["kind"] == "evicted"} == {
-        **{"all": 9, "the most useful": 3, "the newest": 3, "some at random": 3}
+        **{"all": 9, "the most useful": 3, "the most useful, ranked by similarity": 3},
+        **{"the newest": 3, "some at random": 3},
     }
+    assert [row["right"] for row in rows if row.get("kept") == "all"] == [3]
     assert rows[-1]["kind"] == "weights" and rows[-1]["unchanged"]
     with MovedParameter(model):
         (*_, last) = measure(settings("arms=[no memory]"), model)

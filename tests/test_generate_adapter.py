@@ -734,7 +734,7 @@ def test_missing_document_fails_before_importing_torch(work, checkpoint):
 
 def test_example_entities_are_absent_from_training():
     encyclopedia = Encyclopedia("test")
-    for document in read_documents(ROOT / "examples"):
+    for document in read_documents([ROOT / f"examples/{name}.txt" for name in ("fenda_elfax", "corbaford")]):
         names = re.findall(r"[A-Z]\w+ [A-Z]\w+|(?<=in |er )[A-Z]\w+(?=\.)", document.text)
         assert names
         assert {encyclopedia._split_of(name) for name in names if name != "Bronze Ribbon"} == {"test"}, names

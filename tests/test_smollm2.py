@@ -53,6 +53,8 @@ def test_what_the_memo_does_not_say_is_answered_as_without_it(model, memo):
     question = ["What is the capital of France?"]
     assert model.generate(question, memo, max_new_tokens=16) == model.generate(question, max_new_tokens=16)
     assert "Paris" in model.generate(question, memo, max_new_tokens=16)[0]
+    routed = model.generate([*ASKED, *question], memo, join="route", top_k=1, max_new_tokens=16)
+    assert "Paris" in routed[-1] and "Monday" in routed[0]
 
 
 def test_another_document_does_not_answer_about_the_memo(model):

@@ -468,9 +468,11 @@ def highest(scores: Tensor, *, top_k: int, weight_power: float = 1.0) -> tuple[l
         scores: [Q, C], as of `routing_scores`.
         top_k: chunks for each question; all, if there are fewer.
         weight_power: the factor is the power of a chunk's score relative to the highest one's, so that one chosen for
-            want of a better adds little. 0: all that are chosen count alike.
+            want of a better adds little. 0: all that are chosen count alike, and so do chunks that all have a score
+            of 0.
     """
     chunks = scores.topk(min(top_k, scores.shape[1]), dim=1).indices.sort(dim=1).values
     chosen = scores.gather(1, chunks)
-    weights = (chosen / chosen.amax(dim=1, keepdim=True)) ** weight_power
+    best = chosen.amax(dim=1, keepdim=True)
+    weights = torch.where(best > 0, chosen / best, 1.0) ** weight_power
     return chunks.tolist(), weights.tolist()

@@ -208,6 +208,8 @@ def test_highest_picks_weights_and_keeps_document_order() -> None:
         chunks, weights = highest(scores, top_k=2, weight_power=power)
         assert chunks == [[1, 3], [0, 4]] and weights == [[lower, 1.0], [1.0, 1.0]]
     assert highest(scores[:1], top_k=99)[0] == [[0, 1, 2, 3, 4]]
+    for power in (0.0, 1.0):  # of a recitation that no chunk is close to
+        assert highest(torch.zeros(1, 3), top_k=1, weight_power=power)[1] == [[1.0]]
 
 
 def routed(model, adapter, prompts=None, **settings):

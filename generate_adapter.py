@@ -334,7 +334,8 @@ def answer(
     prompts = model.layout.prompt_ids(model.tokenizer, questions, [in_prompt] * len(questions))
     lengths = [len(prompt) for prompt in prompts]
     fitting = [q for q, length in zip(questions, lengths, strict=True) if length + max_new_tokens <= window]
-    each = joining if joining and not joining.is_plain_lora else None
+    # The trained way has settings of its own, which only None takes.
+    each = joining if joining and not joining.is_plain_lora and joining != model.trained_joining else None
     texts = iter(
         model.generate(
             fitting,

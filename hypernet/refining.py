@@ -14,6 +14,7 @@ Source: questions that a model writes about the text it is to keep, Eyuboglu et 
 https://arxiv.org/abs/2506.06266; Charakorn et al. 2026, Doc-to-LoRA, https://arxiv.org/abs/2602.15902.
 """
 
+import hashlib
 import random
 import time
 from abc import ABC, abstractmethod
@@ -86,7 +87,7 @@ def refine(
     texts = [visible(text, "text") for text in ([documents] if isinstance(documents, str) else documents)]
     passages = _passages(adapter, texts)
     kind = _Distilled if model.hypernetwork.recitation is None else _Recited
-    refined = kind(model, adapter, passages, texts, questions_per_chunk=questions_per_chunk, seed=seed)
+    refined = kind(model, adapter, passages, questions_per_chunk=questions_per_chunk, seed=seed)
     optimizer = torch.optim.Adam(refined.moves, lr=lr)
     rng = random.Random(f"refine {seed}")
     done = 0
@@ -117,7 +118,12 @@ def _passages(adapter: LoRAAdapter, texts: Sequence[str]) -> list[str]:
     entries = adapter.provenance["documents"]
     if len(entries) != len(texts):
         raise ValueError(f"The adapter is of {len(entries)} documents, got {len(texts)} texts. Give each one's text.")
-    if wrong := [e["name"] for e, text in zip(entries, texts, strict=True) if e["characters"] != len(text)]:
+    # Adapters of before have no hash of the text.
+    of = [
+        (e, hashlib.sha256(text.strip().encode()).hexdigest(), len(text))
+        for e, text in zip(entries, texts, strict=True)
+    ]
+    if wrong := [e["name"] for e, sha, size in of if e.get("text_sha256", sha) != sha or e["characters"] != size]:
         raise ValueError(f"The text of {wrong[0]} is not the one that the adapter was made of. Internalize it first.")
     return [text[a:b].strip() for entry, text in zip(entries, texts, strict=True) for a, b in entry["chunks"]]
 
@@ -152,7 +158,10 @@ def _asked(model: DocToLoRA, passages: Sequence[str], *, each: int, seed: int) -
     about = [passages[number] for number in chosen for _ in range(each)]
     written = _write(model, prompts, about, seed=seed)
     pairs = zip((number for number in chosen for _ in range(each)), written, strict=True)
-    return list(dict.fromkeys((number, question) for number, question in pairs if question))
+    asked = list(dict.fromkeys((number, question) for number, question in pairs if question))
+    if not asked:
+        raise ValueError("The base model wrote no question about the document. Give another seed, or a longer text.")
+    return asked
 
 
 class _Refined(ABC):
@@ -190,7 +199,6 @@ class _Recited(_Refined):
         model: DocToLoRA,
         adapter: LoRAAdapter,
         passages: Sequence[str],
-        texts: Sequence[str],
         *,
         questions_per_chunk: int,
         seed: int,
@@ -255,7 +263,6 @@ class _Distilled(_Refined):
         model: DocToLoRA,
         adapter: LoRAAdapter,
         passages: Sequence[str],
-        texts: Sequence[str],
         *,
         questions_per_chunk: int,
         seed: int,
@@ -270,9 +277,9 @@ class _Distilled(_Refined):
         asked = _asked(model, together, each=questions_per_chunk, seed=seed)
         self.num_questions = len(asked)
         answers = self._answers([question for _, question in asked], [together[number] for number, _ in asked])
-        world = [text for text in dict.fromkeys(_write(model, [_WORLD] * _NUM_WORLD, [None] * _NUM_WORLD, seed=seed))]
+        world = list(filter(None, dict.fromkeys(_write(model, [_WORLD] * _NUM_WORLD, [None] * _NUM_WORLD, seed=seed))))
         known = self._answers(world, [None] * len(world))
-        general = [Question(q, a, kind="background") for q, a in zip(world, known, strict=True) if q and a]
+        general = [Question(q, a, kind="background") for q, a in zip(world, known, strict=True) if a]
         batches = DistillationBatches(
             None,  # type: ignore[arg-type]  # no steps are drawn from it
             model.tokenizer,

@@ -44,7 +44,7 @@ def test_the_loss_of_a_recited_step_is_that_of_loops(model, questions):
     adapter = model.internalize(DOCUMENT)
     passages = _passages(adapter, [DOCUMENT])
     assert passages[1] == "The capital of Norbach is Ilda."
-    refined = _Recited(model, adapter, passages, [DOCUMENT], questions_per_chunk=1, seed=0)
+    refined = _Recited(model, adapter, passages, questions_per_chunk=1, seed=0)
     A, B = refined.rows()
     for rows, start in zip((A, B), (adapter.A, adapter.B), strict=True):
         torch.testing.assert_close(rows["down_proj"], start["down_proj"])  # nothing has moved yet
@@ -87,7 +87,7 @@ def test_distilled_steps_lower_the_loss_they_are_made_of(make_doc_to_lora, quest
     for steps in (0, 30):
         refined = refine(network, adapter, DOCUMENT, steps=steps, lr=0.05) if steps else adapter
         passages = _passages(refined, [DOCUMENT])
-        start = _Distilled(network, refined, passages, [DOCUMENT], questions_per_chunk=1, seed=0)
+        start = _Distilled(network, refined, passages, questions_per_chunk=1, seed=0)
         with torch.no_grad():
             losses.append(start.loss(random.Random(0)).item())
         network.injector.clear()
@@ -129,11 +129,19 @@ def test_what_does_not_fit_is_refused(make_doc_to_lora):
             refine(network, adapter, DOCUMENT, **settings)
     with pytest.raises(ValueError, match="is not the one that the adapter was made of"):
         refine(network, adapter, OTHERS)
+    with pytest.raises(ValueError, match="is not the one that the adapter was made of"):
+        refine(network, adapter, DOCUMENT.replace("Korvale", "Belmont"))  # as long
     with pytest.raises(ValueError, match="is of 1 documents, got 2 texts"):
         refine(network, adapter, [DOCUMENT, OTHERS])
     both = network.internalize([DOCUMENT, OTHERS]).fused("ridge", ridge=1.0)
     with pytest.raises(ValueError, match="cannot be refined: fused"):
         refine(network, both, [DOCUMENT, OTHERS])
+
+
+def test_a_base_model_without_questions_is_one_line(model, monkeypatch):
+    monkeypatch.setattr(refining, "_write", lambda _, prompts, *args, **kwargs: [""] * len(prompts))
+    with pytest.raises(ValueError, match="wrote no question about the document"):
+        refine(model, model.internalize(DOCUMENT), DOCUMENT)
 
 
 def test_sizes_are_of_what_is_there():

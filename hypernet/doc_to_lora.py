@@ -220,12 +220,17 @@ class DocToLoRA(nn.Module):
         return result
 
     def save_pretrained(
-        self, directory: str | Path, *, include_base_model: bool = False, dtype: torch.dtype | None = None
+        self,
+        directory: str | Path,
+        *,
+        include_base_model: bool = False,
+        dtype: torch.dtype | None = None,
+        max_shard_mb: float | None = None,
     ) -> None:
         """Writes a checkpoint folder; with the base model inside, it needs nothing else.
 
         The hypernetwork is written in `dtype`, torch.bfloat16 for half the bytes, or as it is; it computes in float32
-        again once it is loaded.
+        again once it is loaded. Where it has more than `max_shard_mb` megabytes, in several files.
 
         As in transformers and PEFT, files of its own names that are there are replaced and others stay.
 
@@ -247,6 +252,7 @@ class DocToLoRA(nn.Module):
             max_chunk_tokens=self.max_chunk_tokens,
             ridge=self.trained_joining.ridge,
             dtype=dtype,
+            max_shard_mb=max_shard_mb,
         )
 
     @property

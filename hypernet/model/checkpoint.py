@@ -2,7 +2,8 @@
 
     checkpoint/
       config.yaml                  format, base model, context encoder, chunk size, the hypernetwork's sizes
-      hypernetwork.safetensors     its weights
+      hypernetwork.safetensors     its weights; or in several files, as transformers shards them, with an index:
+      hypernetwork-00001-of-00003.safetensors ..., hypernetwork.safetensors.index.json
       base_model/                  optional: the base model in transformers' format, found from config.yaml
 
 Nothing in it is executed: config.yaml names only what `AGGREGATORS` and the context encoder list.
@@ -10,13 +11,16 @@ The checkpoints of the Doc-to-LoRA authors are read by `hypernet.interop.checkpo
 """
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from hypernet.base.base_model import fingerprint
 from hypernet.io.files import replaced, save_tensors
@@ -25,6 +29,7 @@ from hypernet.model.hypernetwork import HyperNetwork
 
 _FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, BASE_MODEL_FOLDER = "config.yaml", "hypernetwork.safetensors", "base_model"
+_INDEX_FILE, _SHARDS = f"{WEIGHTS_FILE}.index.json", "hypernetwork-*-of-*.safetensors"
 
 
 class SavedHypernetwork(NamedTuple):
@@ -55,12 +60,15 @@ def save_checkpoint(
     max_chunk_tokens: int,
     ridge: float | None = None,
     dtype: torch.dtype | None = None,
+    max_shard_mb: float | None = None,
 ) -> None:
     """Writes config.yaml and hypernetwork.safetensors, each complete or not at all; the config comes last.
 
     Args:
         base_model: hub name or folder; a path relative to `directory` if it lies inside.
         dtype: of the written weights, such as torch.bfloat16 for half the bytes; None: as they are.
+        max_shard_mb: megabytes (10⁶ bytes) of a file, if all in one would be larger; a tensor is never cut. None: one
+            file.
 
     Raises:
         ValueError: as `check_ours`.
@@ -84,10 +92,48 @@ def save_checkpoint(
     # A config next to older weights must not load, so the old one goes first; weights without a config are no
     # checkpoint.
     (directory / CONFIG_FILE).unlink(missing_ok=True)
-    with replaced(directory / WEIGHTS_FILE) as path:
-        save_tensors(weights, path)
+    _save_weights(directory, weights, max_shard_mb)
     with replaced(directory / CONFIG_FILE) as path:
         path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _save_weights(directory: Path, weights: dict[str, Tensor], max_shard_mb: float | None) -> None:
+    """One file, or several and their index; files of the other form are removed."""
+    files, index = {WEIGHTS_FILE: list(weights)}, None
+    if max_shard_mb is not None:
+        split = split_torch_state_dict_into_shards(
+            weights, filename_pattern="hypernetwork{suffix}.safetensors", max_shard_size=int(max_shard_mb * 10**6)
+        )
+        files = split.filename_to_tensors
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (directory / _INDEX_FILE).unlink(missing_ok=True)
+    for name, names in files.items():
+        with replaced(directory / name) as path:
+            save_tensors({key: weights[key] for key in names}, path)
+    if index is not None:
+        with replaced(directory / _INDEX_FILE) as path:
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for old in (directory / WEIGHTS_FILE, *directory.glob(_SHARDS)):
+        if old.name not in files:
+            old.unlink(missing_ok=True)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files of a checkpoint's weights: one, or those that its index names.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    if (directory / WEIGHTS_FILE).is_file() or not (directory / _INDEX_FILE).is_file():
+        return [directory / WEIGHTS_FILE]
+    try:
+        names = sorted(set(json.loads((directory / _INDEX_FILE).read_bytes())["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("weight_map should name files of this folder")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(directory / _INDEX_FILE, error) from error
+    return [directory / name for name in names]
 
 
 def check_ours(directory: str | Path) -> None:
@@ -102,7 +148,7 @@ def check_ours(directory: str | Path) -> None:
     path = Path(directory).expanduser() / CONFIG_FILE
     if path.parent.is_file():
         raise ValueError(f"{path.parent} is a file. Name a folder for the checkpoint.")
-    if not path.is_file() or (path.parent / WEIGHTS_FILE).is_file():
+    if not path.is_file() or any((path.parent / name).is_file() for name in (WEIGHTS_FILE, _INDEX_FILE)):
         return
     try:
         config = yaml.safe_load(path.read_bytes())
@@ -115,7 +161,7 @@ def check_ours(directory: str | Path) -> None:
 def is_checkpoint(source: str | Path) -> bool:
     """Whether this is a folder of ours, complete or not."""
     directory = Path(source).expanduser()
-    return (directory / CONFIG_FILE).is_file() or (directory / WEIGHTS_FILE).is_file()
+    return any((directory / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE, _INDEX_FILE))
 
 
 def num_saved_layers(source: str | Path) -> int | None:
@@ -141,9 +187,12 @@ def load_checkpoint(source: str | Path) -> SavedHypernetwork:
             f"No checkpoint at {directory}: there is no such folder{where}. Give a folder that holds {CONFIG_FILE}, or "
             "a published pytorch_model.bin."
         )
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory} is not a complete checkpoint: {name} is missing. Copy or train it again.")
+    files = _weight_files(directory)
+    for path in (directory / CONFIG_FILE, *files):
+        if not path.is_file():
+            raise ValueError(
+                f"{directory} is not a complete checkpoint: {path.name} is missing. Copy or train it again."
+            )
     try:
         config = yaml.safe_load((directory / CONFIG_FILE).read_bytes())  # bytes: with any byte order mark
         version = config["format_version"]
@@ -171,16 +220,15 @@ def load_checkpoint(source: str | Path) -> SavedHypernetwork:
             raise KeyError(f"context_encoder has no {unknown[0]}")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error
-    try:
-        weights = load_file(directory / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{directory / WEIGHTS_FILE} cannot be read ({error}); it is probably cut off. Copy it again."
-        ) from error
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            weights |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); it is probably cut off. Copy it again.") from error
     if fingerprint(weights, exact=True) != expected:
-        raise ValueError(
-            f"{directory / WEIGHTS_FILE} is not what {CONFIG_FILE} was written for (fingerprint). Copy both again."
-        )
+        what, which = (files[0], "both") if len(files) == 1 else (directory / _SHARDS, "all")
+        raise ValueError(f"{what} is not what {CONFIG_FILE} was written for (fingerprint). Copy {which} again.")
     try:
         with torch.device("meta"):
             hypernetwork = HyperNetwork(**settings)

@@ -140,6 +140,7 @@ def doc_to_lora_training(
     init_from: str | None = None,
     include_base_model: bool = False,
     checkpoint_dtype: str | None = None,
+    checkpoint_shard_mb: float | None = None,
     sources: Mapping[str, Callable[..., Source]] | None = None,
     target_layers: list[int] | float | None = None,
     ridge: float | None = None,
@@ -209,6 +210,7 @@ def doc_to_lora_training(
         output_dir=output_dir,
         include_base_model=include_base_model,
         checkpoint_dtype=checkpoint_dtype,
+        checkpoint_shard_mb=checkpoint_shard_mb,
     )
     shared = {"seed": seed, "sources": sources, "tokenizer": model.tokenizer}
     train = make_curriculum("train", stages, **shared)

@@ -49,6 +49,7 @@ class LitDocToLoRA(LitModule):
         output_dir: where the trained checkpoint is written when training ends.
         include_base_model: put the base model into it, so that the folder needs nothing else.
         checkpoint_dtype: of its weights, "bfloat16" for half the bytes; None: as they are trained.
+        checkpoint_shard_mb: megabytes of a file of them, at most; None: one file.
 
     Raises:
         ValueError: no term has a weight.
@@ -63,11 +64,14 @@ class LitDocToLoRA(LitModule):
         output_dir: str | None = None,
         include_base_model: bool = False,
         checkpoint_dtype: str | None = None,
+        checkpoint_shard_mb: float | None = None,
     ) -> None:
         super().__init__(output_dir=output_dir)
         if checkpoint_dtype not in (None, *_DTYPES):
             raise ValueError(f"checkpoint_dtype should be one of {', '.join(_DTYPES)}, got {checkpoint_dtype!r}.")
-        self.checkpoint_dtype = checkpoint_dtype
+        if checkpoint_shard_mb is not None and not checkpoint_shard_mb > 0:
+            raise ValueError(f"checkpoint_shard_mb should be above 0, got {checkpoint_shard_mb}.")
+        self.checkpoint_dtype, self.checkpoint_shard_mb = checkpoint_dtype, checkpoint_shard_mb
         if output_dir:
             check_ours(output_dir)
         self.model = model
@@ -281,5 +285,10 @@ class LitDocToLoRA(LitModule):
             self._bound_closeness()
         if self.writes_result:
             dtype = self.checkpoint_dtype and getattr(torch, self.checkpoint_dtype)
-            self.model.save_pretrained(self.output_dir, include_base_model=self.include_base_model, dtype=dtype or None)
+            self.model.save_pretrained(
+                self.output_dir,
+                include_base_model=self.include_base_model,
+                dtype=dtype or None,
+                max_shard_mb=self.checkpoint_shard_mb,
+            )
             log.info("Checkpoint written to %s", self.output_dir)

@@ -1,6 +1,7 @@
 """Checkpoint folders: exact round trips, refusals in one line, and what a crash while saving leaves behind."""
 
 import copy
+import json
 import os
 import shutil
 import struct
@@ -15,7 +16,7 @@ import hypernet.model.checkpoint
 from hypernet.base.base_model import fingerprint
 from hypernet.base.targets import LoRATarget
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.model.checkpoint import load_checkpoint, save_checkpoint
+from hypernet.model.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from hypernet.model.hypernetwork import HyperNetwork
 
 DOCUMENT = "Norbach was founded by Ilda Renwick. It makes tin boxes. It has 312 workers."
@@ -42,7 +43,7 @@ def hypernetwork(request):
     return hypernetwork
 
 
-def save(hypernetwork, folder):
+def save(hypernetwork, folder, **settings):
     save_checkpoint(
         folder,
         hypernetwork=hypernetwork,
@@ -50,6 +51,7 @@ def save(hypernetwork, folder):
         base_model_fingerprint="f" * 64,
         context_encoder={"kind": "early_exit", "layer_idx": 1},
         max_chunk_tokens=33,
+        **settings,
     )
 
 
@@ -105,6 +107,51 @@ def test_checkpoint_save_replaces_older_one(folder, hypernetwork):
     save(hypernetwork, folder)
     assert load_checkpoint(folder).fingerprint == fingerprint(hypernetwork)
     assert len(list(folder.iterdir())) == 2
+
+
+def in_shards(hypernetwork, folder) -> list[str]:
+    largest = max(tensor.nbytes for tensor in hypernetwork.state_dict().values())
+    save(hypernetwork, folder, max_shard_mb=1.5 * largest / 10**6)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1 and all(path.stat().st_size < 1.5 * largest + 4096 for path in files)
+    return [path.name for path in files]
+
+
+def test_weights_in_several_files_load_as_from_one(folder, hypernetwork):
+    before = load_checkpoint(folder)
+    in_shards(hypernetwork, folder)
+    assert not (folder / "hypernetwork.safetensors").exists()
+    after = load_checkpoint(folder)
+    assert after.fingerprint == before.fingerprint and is_checkpoint(folder)
+    for name, tensor in before.hypernetwork.state_dict().items():
+        assert torch.equal(after.hypernetwork.state_dict()[name], tensor)
+    index = json.loads((folder / "hypernetwork.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == before.hypernetwork.state_dict().keys()
+    save(hypernetwork, folder)  # and back to one file
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "hypernetwork.safetensors"]
+
+
+def test_small_weights_stay_in_one_file(folder, hypernetwork):
+    save(hypernetwork, folder, max_shard_mb=1000)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "hypernetwork.safetensors"]
+
+
+def test_a_missing_or_changed_shard_is_refused(folder, hypernetwork):
+    first, second, *_ = in_shards(hypernetwork, folder)
+    content = (folder / second).read_bytes()
+    (folder / second).unlink()
+    assert f"{second} is missing" in refusal(folder)
+    (folder / second).write_bytes(content[: len(content) // 2])
+    assert f"{second} cannot be read" in refusal(folder)
+    (folder / second).write_bytes((folder / first).read_bytes())
+    assert "is not what config.yaml was written for (fingerprint). Copy all again." in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../b.safetensors"}}'])
+def test_damaged_index_of_shards_is_refused(folder, hypernetwork, text):
+    in_shards(hypernetwork, folder)
+    (folder / "hypernetwork.safetensors.index.json").write_text(text)
+    assert "hypernetwork.safetensors.index.json is damaged" in refusal(folder)
 
 
 def test_tilde_in_path_is_expanded(folder, monkeypatch):

@@ -15,18 +15,18 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
-from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-from hypernet.base.base_model import fingerprint
 from hypernet.base.catalog import KNOWN_BASE_MODELS, KnownBaseModel, cache_folder, folder_of
 from hypernet.base.rounding import relative_difference, stored_weights
 from hypernet.io.download import DownloadError, download, sha256_of
 from hypernet.io.files import replaced, replaced_folder, save_tensors
+
+# torch and transformers are imported where a model is converted: one that is there is checked in 1 s, not in 4.
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from torch import Tensor
+    from transformers import LlamaConfig
 
 ORIGIN_FILE = "origin.json"
 log = logging.getLogger(__name__)
@@ -190,6 +190,13 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> str:
         ValueError: it is no Llama, or a weight is missing or of another shape.
         OSError: the folder cannot be written.
     """
+    import torch
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
+
+    from hypernet.base.base_model import fingerprint
+
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if not isinstance(config, LlamaConfig):
         raise ValueError(f"The GGUF holds a {config.model_type}; only Llama can be converted.")
@@ -221,8 +228,12 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> str:
     return fingerprint(weights | tied)
 
 
-def _weights(reader: GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
+def _weights(reader: "GGUFReader", config: "LlamaConfig") -> "dict[str, Tensor]":
     """The weights of a Llama by their names in transformers, in bfloat16."""
+    import torch
+    from gguf import MODEL_ARCH, dequantize, get_tensor_name_map
+    from transformers import LlamaForCausalLM
+
     stored = {tensor.name: tensor for tensor in reader.tensors}
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     with torch.device("meta"):

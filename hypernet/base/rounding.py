@@ -6,13 +6,15 @@ same, sentence = same_but_for_rounding(base_model, "HuggingFaceTB/SmolLM2-135M-I
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from hypernet.base.catalog import KNOWN_BASE_MODELS, folder_of, known_name
+
+if TYPE_CHECKING:  # a base model that is there is checked without torch
+    from torch import Tensor, nn
 
 # Q4_1 of normally distributed weights gives .08: 32 of them span 4.1 standard deviations in 15 steps, and the error of
 # a step d is d / sqrt(12).
@@ -33,20 +35,20 @@ def stored_weights(source: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def relative_difference(weights: Mapping[str, Tensor], reference: Path) -> float:
+def relative_difference(weights: "Mapping[str, Tensor]", reference: Path) -> float:
     """sqrt(Σ (w − r)² / Σ r²) over all weights r of a safetensors file; infinite if names or shapes differ."""
     difference = norm = 0.0
     with safe_open(reference, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  # no mapping: it has keys and nothing to iterate over
-            wanted = file.get_tensor(name).to(torch.float32)
+            wanted = file.get_tensor(name).float()
             if name not in weights or weights[name].shape != wanted.shape:
                 return float("inf")
-            difference += float((weights[name].detach().to("cpu", torch.float32) - wanted).square().sum())
+            difference += float((weights[name].detach().cpu().float() - wanted).square().sum())
             norm += float(wanted.square().sum())
     return (difference / norm) ** 0.5 if norm else float("inf")
 
 
-def same_but_for_rounding(base_model: nn.Module, source: str, made_for: str) -> tuple[bool, str]:
+def same_but_for_rounding(base_model: "nn.Module", source: str, made_for: str) -> tuple[bool, str]:
     """Whether a base model has the weights of another but for rounding, and a sentence that gives the difference.
 
     Args:

@@ -34,7 +34,7 @@ from hypernet.data.records import Question
 from hypernet.data.self_study.study import QUESTION_PROMPTS, clean_question
 from hypernet.data.splitting import StepPart
 from hypernet.doc_to_lora import DocToLoRA
-from hypernet.model.recitation import scores
+from hypernet.model.closeness import scores
 from hypernet.text.cleaning import visible
 from hypernet.text.tokens import framed_ids
 from hypernet.training.lit_doc_to_lora import LitDocToLoRA

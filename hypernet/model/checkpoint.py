@@ -119,21 +119,26 @@ def _save_weights(directory: Path, weights: dict[str, Tensor], max_shard_mb: flo
             old.unlink(missing_ok=True)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The files of a checkpoint's weights: one, or those that its index names.
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The files of a checkpoint's weights and which of their tensors count: one file and all, or as its index says.
 
     Raises:
         ValueError: the index is damaged.
     """
     if (directory / WEIGHTS_FILE).is_file() or not (directory / _INDEX_FILE).is_file():
-        return [directory / WEIGHTS_FILE]
+        return {directory / WEIGHTS_FILE: None}
+    found: dict[Path, set[str] | None] = {}
     try:
-        names = sorted(set(json.loads((directory / _INDEX_FILE).read_bytes())["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("weight_map should name files of this folder")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        index = dict(json.loads((directory / _INDEX_FILE).read_bytes())["weight_map"])
+        for file in sorted(set(index.values())):
+            if Path(file).name != file:
+                raise ValueError(f"{file} is not in this folder")
+            found[directory / file] = {name for name, place in index.items() if place == file}
+        if not found:
+            raise ValueError("weight_map is empty")
+    except (KeyError, TypeError, ValueError) as error:
         raise _damaged(directory / _INDEX_FILE, error) from error
-    return [directory / name for name in names]
+    return found
 
 
 def check_ours(directory: str | Path) -> None:
@@ -221,13 +226,13 @@ def load_checkpoint(source: str | Path) -> SavedHypernetwork:
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(directory / CONFIG_FILE, error) from error
     weights: dict[str, Tensor] = {}
-    for path in files:
+    for path, names in files.items():
         try:
-            weights |= load_file(path)
+            weights |= {name: tensor for name, tensor in load_file(path).items() if names is None or name in names}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); it is probably cut off. Copy it again.") from error
     if fingerprint(weights, exact=True) != expected:
-        what, which = (files[0], "both") if len(files) == 1 else (directory / _SHARDS, "all")
+        what, which = (next(iter(files)), "both") if len(files) == 1 else (directory / _SHARDS, "all")
         raise ValueError(f"{what} is not what {CONFIG_FILE} was written for (fingerprint). Copy {which} again.")
     try:
         with torch.device("meta"):

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypernet.base.targets import LoRATarget
+from hypernet.model.closeness import Closeness, mean_closeness, scores
 from hypernet.model.key_reader import KeyReader
 
 _SHRINKAGE = 0.05  # of the second moment's eigenvalues, in units of a standardized input's variance
 _LEAST_STD = 0.1  # of the mean standard deviation: an input that never changes must not become the largest
-_POWER = 1.5  # of a question token's match: one that only this chunk answers counts for more than several that many do
 
 
 class Recitation(nn.Module):
@@ -31,7 +31,8 @@ class Recitation(nn.Module):
     with P Pᵀ the inverse of the inputs' second moment about their mean μ, as far as its largest directions go. B is 0
     there. A question finds the chunk by late interaction: each of its tokens counts with its best cosine. Learned are
     what the chunk's other tokens add to k (`KeyReader`), a map M behind it, a = P (1 + M) k, the weight exp(u · z) of a
-    question's token whose whitened input is z, and each layer's gain; all start as if they were not there.
+    question's token whose whitened input is z, and each layer's gain; all start as if they were not there. Whether any
+    chunk is asked about is said by `Closeness`, fitted when training ends.
 
     *Saying*, in the other layers: the state at place t, before the next token is said, has the row a_t and the value
 
@@ -48,6 +49,7 @@ class Recitation(nn.Module):
         num_key_layers: layers for keys, the first ones.
         key_dim: directions of P.
         key_reader: the settings of `KeyReader`; None: keys are not learned.
+        closeness: those of `Closeness`; None: closeness is the weighted mean of the tokens' best cosines.
         ridge: λ in units of the mean squared length of Z's rows.
         max_copies: layers in which a place has rows, at most.
 
@@ -68,6 +70,7 @@ class Recitation(nn.Module):
         num_key_layers: int = 10,
         key_dim: int = 256,
         key_reader: Mapping[str, Any] | None = None,
+        closeness: Mapping[str, Any] | None = None,
         ridge: float = 0.01,
         max_copies: int = 6,
     ) -> None:
@@ -93,12 +96,15 @@ class Recitation(nn.Module):
         self.metric: Tensor
         self.min_match: Tensor
         """Least closeness of a question, below which no chunk is used; found when training ends."""
-        self.register_buffer("min_match", torch.zeros(()))
+        self.register_buffer("min_match", torch.full((), -torch.inf))
         self.register_buffer("input_mean", torch.zeros(num_key_layers, target.d_in))
         self.register_buffer("input_std", torch.zeros(num_layers, target.d_in))
         self.register_buffer("metric", torch.zeros(num_key_layers, target.d_in, min(key_dim, target.d_in)))
         key_dim = self.metric.shape[-1]
-        self.key_reader = None
+        self.key_reader, self.closeness = None, None
+        if closeness is not None:
+            # No step trains it: it is fitted when training ends.
+            self.closeness = Closeness(num_layers=num_key_layers, key_dim=key_dim, **closeness).requires_grad_(False)
         if key_reader is not None:
             sizes = {"num_layers": num_key_layers, "key_dim": key_dim, "max_tokens": num_key_layers * rank}
             self.key_reader = KeyReader(**sizes, **key_reader)
@@ -268,7 +274,7 @@ class Recitation(nn.Module):
         return A, self.log_gain[number].exp() * typical[:, None, None] * B * used
 
     def match(self, inputs: Mapping[int, Tensor], asked: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """How well each question fits each chunk: `scores` and `closeness` of its `best_cosines`.
+        """How well each question fits each chunk: the `scores` of its `best_cosines`, and how close it is to any.
 
         Args:
             inputs, asked, A: as of `best_cosines`.
@@ -277,7 +283,23 @@ class Recitation(nn.Module):
             [Q, C] and [Q].
         """
         best, weight = self.best_cosines(inputs, asked, A)
-        return scores(best, weight), closeness(best, weight)
+        return scores(best, weight), self.close(best, weight, self.common(inputs))
+
+    def common(self, inputs: Mapping[int, Tensor]) -> Tensor | None:
+        """What `Closeness` compares with; None where there is none."""
+        return None if self.closeness is None else self.closeness.common(self.whitened(inputs))
+
+    def close(self, best: Tensor, weight: Tensor, common: Tensor | None) -> Tensor:
+        """Closeness [Q] of best cosines with chunks and weights."""
+        if self.closeness is None or common is None:
+            return mean_closeness(best, weight)
+        logit: Tensor = self.closeness(best, weight, common)
+        return logit
+
+    def whitened(self, inputs: Mapping[int, Tensor]) -> Tensor:
+        """Inputs by key layer [Q, S, d_in] -> [Q, S, num_key_layers, key_dim], of unit length in each layer."""
+        found = [(x.float() - self.input_mean[layer]) @ self.metric[layer] for layer, x in sorted(inputs.items())]
+        return F.normalize(torch.stack(found, dim=2), dim=-1, eps=1e-6)
 
     def best_cosines(self, inputs: Mapping[int, Tensor], asked: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """Of each token of a question the highest cosine with a key of each chunk, at least 0, and how much it counts.
@@ -303,20 +325,6 @@ class Recitation(nn.Module):
             best = found if best is None else torch.maximum(best, found)
         assert best is not None
         return best.clamp(min=0), log_weight.exp() * asked
-
-
-def scores(best: Tensor, weight: Tensor) -> Tensor:
-    """[Q, C] of best cosines [Q, S, C] and weights [Q, S]: what all chunks have in common, the mean over them, is taken
-    off where there are several, and the rest added up to the power 1.5."""
-    if best.shape[-1] > 1:
-        # Not 0: the power has no slope there.
-        best = (best - best.mean(-1, keepdim=True)).clamp(min=1e-4)
-    return (best.pow(_POWER) * weight[..., None]).sum(1)
-
-
-def closeness(best: Tensor, weight: Tensor) -> Tensor:
-    """[Q] of best cosines [Q, S, C] and weights [Q, S]: the weighted mean over the tokens of the highest of all."""
-    return (best.amax(-1) * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
 @lru_cache(maxsize=512)

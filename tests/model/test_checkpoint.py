@@ -131,6 +131,15 @@ def test_weights_in_several_files_load_as_from_one(folder, hypernetwork):
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "hypernetwork.safetensors"]
 
 
+def test_a_tensor_comes_from_the_file_that_the_index_names(folder, hypernetwork):
+    first, *_, last = in_shards(hypernetwork, folder)
+    stale = load_file(folder / last)
+    name = next(name for name in load_file(folder / first))
+    save_file({**stale, name: torch.full_like(hypernetwork.state_dict()[name], 7)}, folder / last)
+    loaded = load_checkpoint(folder).hypernetwork.state_dict()
+    assert torch.equal(loaded[name], hypernetwork.state_dict()[name])
+
+
 def test_small_weights_stay_in_one_file(folder, hypernetwork):
     save(hypernetwork, folder, max_shard_mb=1000)
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "hypernetwork.safetensors"]

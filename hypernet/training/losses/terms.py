@@ -21,7 +21,7 @@ from torch import Tensor
 from hypernet.base.targets import LayerTarget
 from hypernet.data.batches import DistillationBatch
 from hypernet.data.splitting import ABOUT_DOCUMENT, StepPart
-from hypernet.model.recitation import closeness, scores
+from hypernet.model.closeness import mean_closeness, scores
 from hypernet.training.losses.functions import (
     answer_nll,
     attribution,
@@ -333,7 +333,9 @@ class ChunkMatch(LossTerm):
         first = [0, *accumulate(step.batch.chunk_counts)]
         best, weight = best_cosines(by_layer, asked, A)
         among_all = scores(best, weight)
-        near = torch.stack([closeness(best[..., i:j], weight) for i, j in pairwise(first)], dim=1)  # [Q, documents]
+        near = torch.stack(
+            [mean_closeness(best[..., i:j], weight) for i, j in pairwise(first)], dim=1
+        )  # [Q, documents]
         near = self.closeness_sharpness * (near - self.closeness_bound)
         values, rows = [A.sum() * 0], [row.new_zeros(1)]
         for document in row.unique().tolist():

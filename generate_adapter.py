@@ -305,11 +305,11 @@ def answer_all(
     if not compare:
         return answers
     text = "\n\n".join(document.text.strip() for document in documents)
-    return {
-        WITHOUT: answer(model, questions, max_new_tokens=max_new_tokens),
-        **answers,
-        IN_PROMPT: answer(model, questions, in_prompt=text, max_new_tokens=max_new_tokens),
-    }
+    # In one batch: on a CPU a token of ten answers takes hardly longer than one of five.
+    number = len(questions)
+    contexts = [None] * number + [text] * number
+    both = answer(model, [*questions, *questions], contexts=contexts, max_new_tokens=max_new_tokens)
+    return {WITHOUT: both[:number], **answers, IN_PROMPT: both[number:]}
 
 
 def answer(
@@ -318,7 +318,7 @@ def answer(
     adapter: "LoRAAdapter | None" = None,
     *,
     joining: "Joining | None" = None,
-    in_prompt: str | None = None,
+    contexts: Sequence[str | None] | None = None,
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers. Where prompt and answer exceed the base model's window, that instead of an answer.
@@ -326,24 +326,25 @@ def answer(
     Args:
         adapter: None: the base model alone.
         joining: how the adapter's chunks are joined; one plain LoRA is used as it is.
-        in_prompt: a text to put into the prompt.
+        contexts: texts to put into the prompts, one for each question.
     """
     from hypernet.base.generation import context_window
 
     window = context_window(model.base_model)
-    prompts = model.layout.prompt_ids(model.tokenizer, questions, [in_prompt] * len(questions))
-    lengths = [len(prompt) for prompt in prompts]
-    fitting = [q for q, length in zip(questions, lengths, strict=True) if length + max_new_tokens <= window]
+    contexts = contexts or [None] * len(questions)
+    lengths = [len(prompt) for prompt in model.layout.prompt_ids(model.tokenizer, questions, contexts)]
+    asked = zip(questions, contexts, lengths, strict=True)
+    fitting = [(question, context) for question, context, length in asked if length + max_new_tokens <= window]
     # The trained way has settings of its own, which only None takes.
     each = joining if joining and not joining.is_plain_lora and joining != model.trained_joining else None
     texts = iter(
         model.generate(
-            fitting,
+            [question for question, _ in fitting],
             adapter,
             join=each.way if each else None,
             gate_power=each.gate_power if each else None,
             top_k=each.top_k if each else None,
-            documents=[in_prompt] * len(fitting),
+            documents=[context for _, context in fitting],
             max_new_tokens=max_new_tokens,
         )
     )

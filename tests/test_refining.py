@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from hypernet import refining
-from hypernet.adapters.composition import select_chunks
-from hypernet.refining import _Distilled, _passages, _Recited, refine
+from hypernet.refining import _Best, _Distilled, _parted, _passages, _Recited, ask_about, refine
 from tests.recited_model import DOCUMENT, OTHERS, recited_model
 
 ASKED = {0: "Where was Velmar Tosk born?", 1: "What is the capital of Norbach?", 2: "Who is her employer?"}
@@ -44,7 +43,7 @@ def test_the_loss_of_a_recited_step_is_that_of_loops(model, questions):
     adapter = model.internalize(DOCUMENT)
     passages = _passages(adapter, [DOCUMENT])
     assert passages[1] == "The capital of Norbach is Ilda."
-    refined = _Recited(model, adapter, passages, questions_per_chunk=1, seed=0)
+    refined = _Recited(model, adapter, passages, list(ASKED.items()), list(ASKED.items())[:2], seed=0)
     A, B = refined.rows()
     for rows, start in zip((A, B), (adapter.A, adapter.B), strict=True):
         torch.testing.assert_close(rows["down_proj"], start["down_proj"])  # nothing has moved yet
@@ -55,14 +54,9 @@ def test_the_loss_of_a_recited_step_is_that_of_loops(model, questions):
 
     loss = refined.loss(Orderly())
     scores = 3.0 * model.routing_scores(list(ASKED.values()), adapter)
-    found = -scores.log_softmax(1).diagonal().mean()
-    said, count = 0.0, 0
-    for chunk, question in ASKED.items():
-        alone = select_chunks(adapter, [chunk])
-        said -= model.log_likelihoods([question], [passages[chunk]], alone, join="sum")[0]
-        count += len(model.tokenizer(model.layout.answer(passages[chunk]), add_special_tokens=False)["input_ids"])
-    torch.testing.assert_close(loss.detach(), found + said / count, rtol=1e-4, atol=1e-4)
-    model.injector.clear()
+    each = [-scores[chunk].log_softmax(0)[chunk].item() for chunk in ASKED]
+    assert loss.item() == pytest.approx(sum(each) / 3, rel=1e-4)
+    assert refined.held_out_loss() == pytest.approx(sum(each[:2]) / 2, rel=1e-4)
 
 
 def test_keys_move_in_their_directions_and_unused_rows_stay_zero(model, questions):
@@ -87,7 +81,7 @@ def test_distilled_steps_lower_the_loss_they_are_made_of(make_doc_to_lora, quest
     for steps in (0, 30):
         refined = refine(network, adapter, DOCUMENT, steps=steps, lr=0.05) if steps else adapter
         passages = _passages(refined, [DOCUMENT])
-        start = _Distilled(network, refined, passages, questions_per_chunk=1, seed=0)
+        start = _Distilled(network, refined, passages, list(ASKED.items())[: len(passages)], [], seed=0)
         with torch.no_grad():
             losses.append(start.loss(random.Random(0)).item())
         network.injector.clear()
@@ -104,6 +98,55 @@ def test_the_same_seed_gives_the_same_adapter(make_doc_to_lora, questions, monke
     first, again, other = (refine(network, adapter, DOCUMENT, steps=2, seed=seed) for seed in (0, 0, 1))
     assert all(rows.equal(again.B[name]) for name, rows in first.B.items())
     assert any(not rows.equal(other.B[name]) for name, rows in first.B.items())
+
+
+def held_out_loss(model, adapter, asked):
+    learned, held_out = _parted(asked, seed=0)
+    passages = _passages(adapter, [DOCUMENT])
+    return _Recited(model, adapter, passages, learned, held_out, seed=0).held_out_loss()
+
+
+def test_what_is_held_out_is_never_answered_worse(model, monkeypatch):
+    # What is trained on says the opposite of what is held out: every step makes it worse.
+    adapter = model.internalize(DOCUMENT)
+    asked = [(n % 3, f"{question} {n}") for n, question in enumerate(list(ASKED.values()) * 4)]
+    held_out = {one for one in _parted(asked, seed=0)[1]}
+    assert len(held_out) == 3
+    wrong = [one if one in held_out else ((one[0] + 1) % 3, one[1]) for one in asked]
+    before = held_out_loss(model, adapter, wrong)
+    refined = refine(model, adapter, DOCUMENT, steps=60, lr=0.3, questions=wrong)
+    assert all(rows.equal(adapter.A[name]) for name, rows in refined.A.items())
+    operation = refined.provenance["operations"][-1]
+    assert operation["best_step"] == 0 and operation["held_out"] == 3
+    assert operation["steps"] == 20  # four looks without a lower loss
+    # Questions that agree lower it, and of their steps the best comes back.
+    agreeing = refine(model, adapter, DOCUMENT, steps=60, lr=0.3, questions=asked)
+    assert agreeing.provenance["operations"][-1]["best_step"] > 0
+    assert held_out_loss(model, agreeing, asked) < held_out_loss(model, adapter, asked)
+    monkeypatch.setattr(_Best, "put_back", lambda *_: None)
+    assert held_out_loss(model, refine(model, adapter, DOCUMENT, steps=60, lr=0.3, questions=wrong), wrong) > before
+
+
+def test_a_quarter_is_held_out_of_four_or_more():
+    asked = [(n, f"{n}?") for n in range(11)]
+    learned, held_out = _parted(asked, seed=1)
+    assert len(held_out) == 2 and sorted(learned + held_out) == asked
+    assert _parted(asked, seed=1) == (learned, held_out) != _parted(asked, seed=2)
+    assert _parted(asked[:3], seed=1) == (asked[:3], [])
+
+
+def test_questions_of_one_s_own_are_trained_on(model, questions, monkeypatch):
+    adapter = model.internalize(DOCUMENT)
+    asked = ask_about(model, adapter, DOCUMENT)
+    assert asked == list(ASKED.items())
+    written = refine(model, adapter, DOCUMENT, steps=3)
+    monkeypatch.setattr(refining, "_asked", None)
+    given = refine(model, adapter, DOCUMENT, steps=3, questions=asked)
+    assert all(rows.equal(given.A[name]) for name, rows in written.A.items())
+    with pytest.raises(ValueError, match="A question is of chunk 3; the adapter has 3, from 0 on"):
+        refine(model, adapter, DOCUMENT, questions=[(3, "Who is it?")])
+    with pytest.raises(ValueError, match="questions is empty"):
+        refine(model, adapter, DOCUMENT, questions=[])
 
 
 def test_time_ends_it_and_progress_is_told(make_doc_to_lora, questions):

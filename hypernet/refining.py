@@ -34,11 +34,12 @@ from hypernet.base.base_model import num_embeddings
 from hypernet.base.generation import context_window, decode_answer, end_ids, generate_ids
 from hypernet.data.batches import DistillationBatch, DistillationBatches
 from hypernet.data.records import Question
-from hypernet.data.self_study.study import QUESTION_PROMPTS, clean_question
+from hypernet.data.self_study.study import clean_question
 from hypernet.data.splitting import StepPart
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.model.recitation import scores
 from hypernet.text.cleaning import visible
+from hypernet.text.tokens import text_ids
 from hypernet.training.lit_doc_to_lora import LitDocToLoRA
 from hypernet.training.losses import ContextDistillation, Locality, LossTerm, Step
 
@@ -49,7 +50,21 @@ _HELD_OUT = 4  # of so many questions one
 _CHECKED, _PATIENCE = 5, 4  # steps between two looks at what is held out, and looks without a lower loss
 _MOST_QUESTIONS = 256  # about one adapter: what they read is held, 30 tokens of 10 layers each, .5 GB altogether
 _QUESTION_TOKENS, _ANSWER_TOKENS = 32, 32
-_TEMPERATURE = 0.5  # of what is asked; at 1 a base model of 135M parameters drifts off
+_TEMPERATURE = 0.6  # of what is asked; at 1 a base model of 135M parameters drifts off
+# Asked for a question in a conversation, a base model of 135M parameters often writes one about nothing in the text.
+_EXAMPLES = (
+    ("The staff meeting has been moved from Monday to Thursday at half past nine.", "When do we meet?"),
+    ("Marie Keller founded the bakery in 1921 with money from her uncle.", "Who started the business?"),
+    (
+        "Room 14 is closed because the heating is broken; please use the library instead.",
+        "Where can people work while the heater is repaired?",
+    ),
+    ("The bridge, which is 340 metres long, links the island to the mainland.", "What is the length of the bridge?"),
+    (
+        "Send your receipts to accounts by the 5th or they will not be paid this month.",
+        "What is the deadline for expenses?",
+    ),
+)
 _WORLD = "Write one short question about the world that has a short answer. Give only the question."
 _NUM_WORLD = 4
 
@@ -174,9 +189,8 @@ def _passages(adapter: LoRAAdapter, documents: str | Sequence[str]) -> list[str]
     return [text[a:b].strip() for entry, text in zip(entries, texts, strict=True) for a, b in entry["chunks"]]
 
 
-def _write(model: DocToLoRA, prompts: Sequence[str], about: Sequence[str | None], *, seed: int) -> list[str]:
-    """What the base model answers to the prompts, drawn at temperature .5; its first line, where that is a question."""
-    ids = model.layout.prompt_ids(model.tokenizer, prompts, about)
+def _write(model: DocToLoRA, prompts: Sequence[Sequence[int]], *, seed: int) -> list[str]:
+    """What the base model goes on with, drawn at temperature .6; its first line, where that is a question."""
     found: list[str] = []
     ends = end_ids(model.base_model, model.tokenizer)
     with (
@@ -184,8 +198,8 @@ def _write(model: DocToLoRA, prompts: Sequence[str], about: Sequence[str | None]
         model.injector.using(None),
     ):
         torch.manual_seed(seed)
-        for start in range(0, len(ids), _WRITTEN_TOGETHER):
-            part = ids[start : start + _WRITTEN_TOGETHER]
+        for start in range(0, len(prompts), _WRITTEN_TOGETHER):
+            part = prompts[start : start + _WRITTEN_TOGETHER]
             written = generate_ids(
                 model.base_model, model.tokenizer, part, max_new_tokens=_QUESTION_TOKENS, temperature=_TEMPERATURE
             )
@@ -194,15 +208,32 @@ def _write(model: DocToLoRA, prompts: Sequence[str], about: Sequence[str | None]
     return [line if line.endswith("?") else "" for line in lines]
 
 
+def _question_prompts(model: DocToLoRA, passages: Sequence[str], *, each: int, seed: int) -> list[list[int]]:
+    """So many prompts for each passage, plain text that shows what to do on examples; as many as the window holds."""
+    begin = model.tokenizer("")["input_ids"][:1]  # what some models' texts begin with
+    most = context_window(model.base_model) - _QUESTION_TOKENS - len(begin)
+    found = []
+    for passage in passages:
+        for number in range(each):
+            shown = random.Random(f"examples {seed} {number}").sample(_EXAMPLES, len(_EXAMPLES) - 1)
+            while True:
+                text = "".join(f"Text: {t}\nQuestion: {q}\n\n" for t, q in shown) + f"Text: {passage}\nQuestion:"
+                (ids,) = text_ids(model.tokenizer, [text])
+                if len(ids) <= most or not shown:
+                    break
+                shown = shown[1:]
+            found.append([*begin, *ids[-most:]])
+    return found
+
+
 def _asked(model: DocToLoRA, passages: Sequence[str], *, each: int, seed: int) -> list[tuple[int, str]]:
     """(passage, question) of what the base model asks about each; fewer for each where there are many passages."""
     each = max(1, min(each, _MOST_QUESTIONS // len(passages)))
     chosen: Sequence[int] = range(len(passages))
     if len(passages) > _MOST_QUESTIONS:
         chosen = sorted(random.Random(f"passages {seed}").sample(chosen, _MOST_QUESTIONS))
-    prompts = [QUESTION_PROMPTS[i % len(QUESTION_PROMPTS)] for i in range(each)] * len(chosen)
-    about = [passages[number] for number in chosen for _ in range(each)]
-    written = _write(model, prompts, about, seed=seed)
+    prompts = _question_prompts(model, [passages[number] for number in chosen], each=each, seed=seed)
+    written = _write(model, prompts, seed=seed)
     pairs = zip((number for number in chosen for _ in range(each)), written, strict=True)
     asked = list(dict.fromkeys((number, question) for number, question in pairs if question))
     if not asked:
@@ -345,7 +376,8 @@ class _Distilled(_Refined):
         self.terms = {"kl": ContextDistillation(weight=1.0), "locality_kl": Locality(weight=0.5)}
         self.module = LitDocToLoRA(model=model, objective=self.terms, optimizer={})
         self.passages, self.place = _together(model, passages)
-        world = list(filter(None, dict.fromkeys(_write(model, [_WORLD] * _NUM_WORLD, [None] * _NUM_WORLD, seed=seed))))
+        prompts = model.layout.prompt_ids(model.tokenizer, [_WORLD] * _NUM_WORLD)
+        world = list(filter(None, dict.fromkeys(_write(model, prompts, seed=seed))))
         known = self._answers(world, [None] * len(world))
         general = [Question(q, a, kind="background") for q, a in zip(world, known, strict=True) if a]
         self.source = DistillationBatches(

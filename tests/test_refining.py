@@ -187,6 +187,23 @@ def test_a_base_model_without_questions_is_one_line(model, monkeypatch):
         refine(model, model.internalize(DOCUMENT), DOCUMENT)
 
 
+def test_prompts_show_as_many_examples_as_the_window_holds(model, monkeypatch):
+    shown = [text for text, _ in refining._EXAMPLES]
+
+    def texts():
+        prompts = refining._question_prompts(model, ["Ilda is in Norbach."], each=3, seed=0)
+        return [model.tokenizer.decode(ids) for ids in prompts], max(map(len, prompts))
+
+    found, longest = texts()
+    assert all(text.endswith("Text: Ilda is in Norbach.\nQuestion:") for text in found) and len(set(found)) > 1
+    counts = [sum(text in prompt for text in shown) for prompt in found]
+    assert max(counts) >= 3
+    monkeypatch.setattr(refining, "context_window", lambda _: longest + refining._QUESTION_TOKENS - 1)
+    shorter, now = texts()
+    assert now < longest and all(text.endswith("Ilda is in Norbach.\nQuestion:") for text in shorter)
+    assert sum(text in prompt for text in shown for prompt in shorter) < sum(counts)
+
+
 def test_sizes_are_of_what_is_there():
     rows = torch.zeros(2, 3, 4, 5)
     rows[0, 1, 2] = 2.0

@@ -1,7 +1,7 @@
 """What gradient steps after generation are worth: `python -m benchmarks.refining`
 
-Paragraphs and notes, each kept in nine ways, and asked all their questions: the generated adapter, refined in a few
-budgets; a LoRA trained from zero, a cartridge and least squares, all from the same questions that the base model wrote
+Paragraphs and notes, each kept in nine ways, and asked about: the generated adapter, alone and refined; a LoRA trained
+from zero and a cartridge, for a few budgets, and least squares, all from the same questions that the base model wrote
 about the document; the closed form; the kept prefix; the document in the prompt; nothing. Seconds are the processor's
 since the document was known, of one thread. What is done stays: the same command goes on with the next document.
 """
@@ -74,16 +74,11 @@ def of_document(
     started = time.process_time()
     written = ask_about(model, adapter, text, each=cfg.questions_per_chunk, seed=seed)
     written_s = time.process_time() - started
-    for budget in cfg.seconds:
-        started = time.process_time()
-        refined = refine(model, adapter, text, steps=cfg.steps, questions=written, seed=seed, max_seconds=budget)
-        spent = generated_s + written_s + time.process_time() - started
-        steps = refined.provenance["operations"][-1]["steps"]
-        yield from rows(
-            "refined", said(refined), seconds=spent, num_bytes=_bytes_of(refined), budget=budget, steps=steps
-        )
-        if steps == cfg.steps or refined.provenance["operations"][-1].get("stopped"):
-            break
+    started = time.process_time()
+    refined = refine(model, adapter, text, steps=cfg.steps, questions=written, seed=seed)
+    spent = generated_s + written_s + time.process_time() - started
+    done = refined.provenance["operations"][-1]["steps"]
+    yield from rows("refined", said(refined), seconds=spent, num_bytes=_bytes_of(refined), steps=done)
 
     started = time.process_time()
     lessons = taught(model, text, [question for _, question in written][: cfg.most_lessons], wording=cfg.wording)
@@ -128,6 +123,7 @@ class RefiningSettings(Settings):
     checkpoint: Text
     seeds: list[int]
     documents: Count
+    questions_per_document: Count
     seconds: list[float]
     steps: Count
     questions_per_chunk: Count
@@ -171,7 +167,7 @@ def main(cfg: RefiningSettings) -> None:
     identity = identity_of(settings, cfg.checkpoint)
     for seed in cfg.seeds:
         for what, documents in (("paragraphs", cfg.documents), ("notes", 2 * cfg.documents)):
-            wanted: Any = _Drawn(documents, 99, cfg.paragraphs_file)
+            wanted: Any = _Drawn(documents, cfg.questions_per_document, cfg.paragraphs_file)
             found, asked = drawn(wanted, what, seed)
             for number, text in enumerate(found):
                 path = cell_path(cfg.cells, task=what, method=f"document{number}", seed=seed, identity=identity)

@@ -11,8 +11,7 @@ The generated adapter is the start, and the hypernetwork stays as it is. What a 
     any other adapter         KL to the base model that has the document in its prompt, on its own answers, and KL to
                               the plain base model on questions about the world
 
-A quarter of the questions is held out. What comes back is the step that answers them best, the generated adapter among
-them, so that the loss on them is never above its own.
+A quarter of the questions is held out: where their loss is not lower than the generated adapter's, that one comes back.
 
 Source: questions that a model writes about the text it is to keep, Eyuboglu et al. 2025, Cartridges,
 https://arxiv.org/abs/2506.06266; Charakorn et al. 2026, Doc-to-LoRA, https://arxiv.org/abs/2602.15902.
@@ -24,6 +23,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -84,19 +84,19 @@ def refine(
 ) -> LoRAAdapter:
     """The adapter after some gradient steps; the given one stays as it is.
 
-    The same seed gives the same adapter, if no time is given. Of at least four questions a quarter is held out: every
-    few steps the loss on them is taken, and the rows with the lowest one come back, those of the given adapter among
-    them; the steps end where it has not fallen for a while. Fewer are all trained on.
+    The same seed gives the same adapter, if no time is given. Of at least four questions a quarter is held out: where
+    the loss on them is not lower than the given adapter's, its rows come back as they were. Steps end once the loss on
+    questions that they are not made on has not fallen for a while. Fewer questions are all trained on.
 
     Args:
         adapter: of these documents, with its chunks as generated.
         documents: their texts, in the adapter's order.
-        steps: of Adam, at most.
+        steps: of Adam, at most; of recited chunks in each of three rounds.
         max_seconds: stop before another step once so many have passed, questions included.
         questions_per_chunk: that the base model writes; doubles count once.
         questions: (chunk, question) pairs instead, such as `ask_about` gives.
         lr: of Adam, relative to each layer's rows.
-        progress: called with (steps done, steps altogether).
+        progress: called with (steps done, steps altogether), rounds that ended early counted whole.
 
     Raises:
         ValueError: a number is out of its range, the texts are not the adapter's, its chunks were joined for good, or a
@@ -117,36 +117,37 @@ def refine(
             raise ValueError(f"A question is of chunk {wrong[0]}; the adapter has {len(passages)}, from 0 on.")
         if not asked:
             raise ValueError("questions is empty. Give (chunk, question) pairs, or None to have the base model write.")
-    learned, held_out = _parted(asked, seed=seed)
     kind = _Distilled if model.hypernetwork.recitation is None else _Recited
-    refined = kind(model, adapter, passages, learned, held_out, seed=seed)
-    optimizer = torch.optim.Adam(refined.moves, lr=lr)
+    refined = kind(model, adapter, passages, asked, seed=seed)
+    rest, outer = _parted(len(asked), seed=seed)
     rng = random.Random(f"refine {seed}")
-    best = _Best(refined)
+    found: list[list[Tensor]] = []
     done = 0
     if progress:
-        progress(0, steps)
+        progress(0, steps * refined.num_parts)
     try:
-        best.take(0)
-        while done < steps and (max_seconds is None or time.perf_counter() - started < max_seconds):
-            with torch.enable_grad():
-                loss = refined.loss(rng)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            optimizer.step()
-            done += 1
-            if progress:
-                progress(done, steps)
-            if (done % _CHECKED == 0 or done == steps) and best.take(done):
-                break
-        best.put_back(done)
+        for number, (learned, held_out) in enumerate(_folds(rest, outer, refined.num_parts)):
+            parts_left = refined.num_parts - number
+            until = None if max_seconds is None else (max_seconds - time.perf_counter() + started) / parts_left
+            refined.begin(learned, held_out)
+            told = None if progress is None else partial(_told, progress, steps * number, steps * refined.num_parts)
+            done += _stepped(refined, rng, steps=steps, max_seconds=until, lr=lr, told=told)
+            found.append([move.detach().clone() for move in refined.moves])
+        with torch.no_grad():
+            refined.begin(rest, outer)
+            before = refined.held_out_loss()
+            for move, *each in zip(refined.moves, *found, strict=True):
+                move.copy_(torch.stack(each).mean(0))
+            after = refined.held_out_loss()
+            kept = before is None or after is None or after < before
+            if not kept:
+                refined.begin(rest, outer)
+            A, B = ({name: rows.detach().contiguous() for name, rows in part.items()} for part in refined.rows())
     finally:
         model.injector.clear()
-    with torch.no_grad():
-        A, B = ({name: rows.detach().contiguous() for name, rows in part.items()} for part in refined.rows())
     operation = {"operation": "refine", "steps": done, "lr": lr, "seed": seed, "questions": len(asked)}
-    if held_out:
-        operation |= {"best_step": best.step, "held_out": len(held_out)}
+    if outer:
+        operation |= {"held_out": len(outer), "loss_before": before, "loss": after if kept else before}
     operations = [*adapter.provenance.get("operations", []), operation]
     return replace(adapter, A=A, B=B, provenance={**adapter.provenance, "operations": operations})
 
@@ -162,14 +163,56 @@ def ask_about(
     return _asked(model, _passages(adapter, documents), each=each, seed=seed)
 
 
-def _parted(asked: Sequence[tuple[int, str]], *, seed: int) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """What is trained on, and the quarter that is held out; nothing of fewer than four."""
-    count = len(asked) // _HELD_OUT
-    held = set(random.Random(f"held out {seed}").sample(range(len(asked)), count))
-    parts: tuple[list[tuple[int, str]], list[tuple[int, str]]] = [], []
-    for number, one in enumerate(asked):
-        parts[number in held].append(one)
-    return parts
+def _told(progress: Callable[[int, int], None], before: int, altogether: int, done: int) -> None:
+    progress(before + done, altogether)
+
+
+def _parted(count: int, *, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the questions that are trained on, and of the quarter that is held out; nothing of fewer than four."""
+    order = list(range(count))
+    random.Random(f"held out {seed}").shuffle(order)
+    return order[count // _HELD_OUT :], order[: count // _HELD_OUT]
+
+
+def _folds(rest: Sequence[int], outer: Sequence[int], number: int) -> list[tuple[list[int], list[int]]]:
+    """For each of so many parts what it is trained on and what ends its steps. One part has all, and what is held out
+    ends it; of several each leaves out its share of the rest, all of which are thereby trained on."""
+    if number == 1:
+        return [(list(rest), list(outer))]
+    own = [list(rest[part::number]) if outer else [] for part in range(number)]
+    return [([one for one in rest if one not in held], held) for held in own]
+
+
+def _stepped(
+    refined: "_Refined",
+    rng: random.Random,
+    *,
+    steps: int,
+    max_seconds: float | None,
+    lr: float,
+    told: Callable[[int], None] | None,
+) -> int:
+    """How many steps were done; the moves are then those of the lowest loss on what is held out, or the last ones."""
+    started = time.perf_counter()
+    optimizer = torch.optim.Adam(refined.moves, lr=lr)
+    best = _Best(refined)
+    best.take()
+    done = 0
+    while done < steps and (max_seconds is None or time.perf_counter() - started < max_seconds):
+        with torch.enable_grad():
+            loss = refined.loss(rng)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        optimizer.step()
+        done += 1
+        if told:
+            told(done)
+        if done % _CHECKED == 0 and best.take():
+            break
+    if done % _CHECKED:
+        best.take()
+    best.put_back()
+    return done
 
 
 def _passages(adapter: LoRAAdapter, documents: str | Sequence[str]) -> list[str]:
@@ -244,9 +287,17 @@ def _asked(model: DocToLoRA, passages: Sequence[str], *, each: int, seed: int) -
 class _Refined(ABC):
     """What moves, and the loss of a step. Rows move in units of their layer's size, so that one rate fits all."""
 
+    num_parts = 1
+
     def __init__(self, model: DocToLoRA, adapter: LoRAAdapter) -> None:
         self.model, self.adapter = model, adapter
         self.moves: list[Tensor] = []
+
+    @torch.no_grad()
+    def begin(self, learned: Sequence[int], held_out: Sequence[int]) -> None:
+        """From the adapter as it was given, with these questions, by their numbers."""
+        for move in self.moves:
+            move.zero_()
 
     def moving(self, shape: Sequence[int]) -> Tensor:
         move = torch.zeros(shape, device=self.model.device, requires_grad=True)
@@ -269,28 +320,25 @@ class _Best:
     """The moves at the lowest loss on what is held out; without it, the last ones."""
 
     def __init__(self, refined: _Refined) -> None:
-        self.refined = refined
-        self.step, self.since = 0, 0
+        self.refined, self.since = refined, 0
         self.loss: float | None = None
         self.moves: list[Tensor] = []
 
     @torch.no_grad()
-    def take(self, step: int) -> bool:
+    def take(self) -> bool:
         """Whether it has not fallen for a while."""
         loss = self.refined.held_out_loss()
         if loss is None:
             return False
         if self.loss is None or loss < self.loss:
-            self.step, self.since, self.loss = step, 0, loss
+            self.since, self.loss = 0, loss
             self.moves = [move.detach().clone() for move in self.refined.moves]
         else:
             self.since += 1
         return self.since >= _PATIENCE
 
     @torch.no_grad()
-    def put_back(self, done: int) -> None:
-        if done % _CHECKED:  # the clock ended it between two looks
-            self.take(done)
+    def put_back(self) -> None:
         for move, best in zip(self.refined.moves, self.moves, strict=bool(self.moves)):
             move.copy_(best)
 
@@ -302,8 +350,15 @@ def _size(rows: Tensor) -> Tensor:
 
 
 class _Recited(_Refined):
-    """Keys move in the whitened directions that they lie in. How a chunk is said is right already: what is said by the
-    right chunk's rows holds .88 to .93 of the answers, and a step that says costs a hundred times one that finds."""
+    """Keys move in the whitened directions that they lie in, and keep their lengths: a longer key would be found by
+    more questions, those about other texts too. How a chunk is said is right already: the right chunk's rows say .88 to
+    .93 of the answers, and a step of saying costs as much as reading the sentences.
+
+    Three parts of the questions end three rounds of steps, and the mean of their keys comes back: what one round finds
+    depends on the few questions that end it (docs/experiments/2026-11-30-refining.md).
+    """
+
+    num_parts = 3
 
     def __init__(
         self,
@@ -311,7 +366,6 @@ class _Recited(_Refined):
         adapter: LoRAAdapter,
         passages: Sequence[str],
         asked: Sequence[tuple[int, str]],
-        held_out: Sequence[tuple[int, str]],
         *,
         seed: int,
     ) -> None:
@@ -322,36 +376,40 @@ class _Recited(_Refined):
         self.A, self.B = adapter.A[self.name].float(), adapter.B[self.name].float()
         num_keys, key_dim = self.part.num_key_layers, self.part.metric.shape[-1]
         self.keys = self.moving((len(self.A), num_keys, self.A.shape[2], key_dim))
-        self.asked, self.held_out = self._read(asked), self._read(held_out) if held_out else None
-        # A key is a unit vector: of its directions each has this size.
-        self.key_size = key_dim**-0.5
+        self.key_size = key_dim**-0.5  # a key is a unit vector: of its directions each has this size
+        # A = P k, and P has full column rank.
+        inverse = torch.stack([torch.linalg.pinv(metric) for metric in self.part.metric])
+        self.start = torch.einsum("clrd, lkd -> clrk", self.A[:, :num_keys], inverse)
+        prompts = model.layout.prompt_ids(model.tokenizer, [question for _, question in asked])
+        with torch.no_grad(), model.injector.using(None):
+            self.inputs, self.is_asked = model.read_questions(prompts)
+        self.chunks = torch.tensor([chunk for chunk, _ in asked], device=model.device)
+        self.learned: list[int] = list(range(len(asked)))
+        self.held_out: list[int] = []
 
-    def _read(self, asked: Sequence[tuple[int, str]]) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-        """Of questions what enters the modules, which tokens are theirs, and their chunks."""
-        prompts = self.model.layout.prompt_ids(self.model.tokenizer, [question for _, question in asked])
-        with torch.no_grad(), self.model.injector.using(None):
-            inputs, is_asked = self.model.read_questions(prompts)
-        return inputs, is_asked, torch.tensor([chunk for chunk, _ in asked], device=self.model.device)
+    def begin(self, learned: Sequence[int], held_out: Sequence[int]) -> None:
+        super().begin(learned, held_out)
+        self.learned, self.held_out = list(learned), list(held_out)
 
     def rows(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         num_keys = self.part.num_key_layers
-        moved = torch.einsum("clrk, ldk -> clrd", self.key_size * self.keys, self.part.metric)
+        moved = self.start + self.key_size * self.keys
+        change = F.normalize(moved, dim=-1) * self.start.norm(dim=-1, keepdim=True) - self.start
         is_used = (self.A[:, :num_keys] != 0).any(-1, keepdim=True)
-        return {self.name: torch.cat([self.A[:, :num_keys] + moved * is_used, self.A[:, num_keys:]], 1)}, {
-            self.name: self.B
-        }
+        changed = torch.einsum("clrk, ldk -> clrd", change, self.part.metric) * is_used
+        return {self.name: torch.cat([self.A[:, :num_keys] + changed, self.A[:, num_keys:]], 1)}, {self.name: self.B}
 
     def loss(self, rng: random.Random) -> Tensor:
-        inputs, is_asked, chunks = self.asked
-        chosen = rng.sample(range(len(chunks)), min(_MATCHED, len(chunks)))
-        return self._found({layer: x[chosen] for layer, x in inputs.items()}, is_asked[chosen], chunks[chosen])
+        return self._found(rng.sample(self.learned, min(_MATCHED, len(self.learned))))
 
     def held_out_loss(self) -> float | None:
-        return None if self.held_out is None else self._found(*self.held_out).item()
+        return self._found(self.held_out).item() if self.held_out else None
 
-    def _found(self, inputs: dict[int, Tensor], is_asked: Tensor, chunks: Tensor) -> Tensor:
-        best, weight = self.part.best_cosines(inputs, is_asked, self.rows()[0][self.name])
-        return F.cross_entropy(_SHARPNESS * scores(best, weight), chunks)
+    def _found(self, chosen: Sequence[int]) -> Tensor:
+        """Cross-entropy of the chosen questions' chunks."""
+        inputs = {layer: x[chosen] for layer, x in self.inputs.items()}
+        best, weight = self.part.best_cosines(inputs, self.is_asked[chosen], self.rows()[0][self.name])
+        return F.cross_entropy(_SHARPNESS * scores(best, weight), self.chunks[chosen])
 
 
 class _Distilled(_Refined):
@@ -365,7 +423,6 @@ class _Distilled(_Refined):
         adapter: LoRAAdapter,
         passages: Sequence[str],
         asked: Sequence[tuple[int, str]],
-        held_out: Sequence[tuple[int, str]],
         *,
         seed: int,
     ) -> None:
@@ -379,7 +436,7 @@ class _Distilled(_Refined):
         prompts = model.layout.prompt_ids(model.tokenizer, [_WORLD] * _NUM_WORLD)
         world = list(filter(None, dict.fromkeys(_write(model, prompts, seed=seed))))
         known = self._answers(world, [None] * len(world))
-        general = [Question(q, a, kind="background") for q, a in zip(world, known, strict=True) if a]
+        self.general = [Question(q, a, kind="background") for q, a in zip(world, known, strict=True) if a]
         self.source = DistillationBatches(
             None,  # type: ignore[arg-type]  # no steps are drawn from it
             model.tokenizer,
@@ -388,21 +445,26 @@ class _Distilled(_Refined):
             min_chunk_tokens=model.context_encoder.min_chunk_tokens,
             num_embeddings=num_embeddings(model.base_model),
         )
-        self.batches, self.held_out = self._batches(asked, general), self._batches(held_out, general)
+        self.of = [self.place[chunk] for chunk, _ in asked]
+        answers = self._answers([question for _, question in asked], [self.passages[place] for place in self.of])
+        self.asked = [Question(q, a) if a else None for (_, q), a in zip(asked, answers, strict=True)]
+        self.begin(range(len(asked)), [])
+
+    def begin(self, learned: Sequence[int], held_out: Sequence[int]) -> None:
+        super().begin(learned, held_out)
+        self.batches, self.held_out = self._batches(learned), self._batches(held_out)
         if not self.batches:
             raise ValueError(
                 "The base model answered no question about the document. Give another seed, or a longer text."
             )
 
-    def _batches(self, asked: Sequence[tuple[int, str]], general: Sequence[Question]) -> list[DistillationBatch]:
+    def _batches(self, chosen: Sequence[int]) -> list[DistillationBatch]:
         """One for each passage that something is asked about."""
-        of = [self.place[chunk] for chunk, _ in asked]
-        answers = self._answers([question for _, question in asked], [self.passages[place] for place in of])
         found = []
         for number, text in enumerate(self.passages):
-            triples = zip(of, asked, answers, strict=True)
-            if own := [Question(q, a) for place, (_, q), a in triples if place == number and a]:
-                batch = self.source.batch([text], [[*own, *general]])
+            own = [q for one in chosen if self.of[one] == number and (q := self.asked[one]) is not None]
+            if own:
+                batch = self.source.batch([text], [[*own, *self.general]])
                 # The whole adapter answers, not the passage's own chunks.
                 found.append(batch._replace(chunk_counts=[self.adapter.num_chunks]).to(self.model.device))
         return found

@@ -131,7 +131,7 @@ def test_what_is_held_out_is_never_answered_worse(model, monkeypatch):
     assert held_out_loss(model, worse, wrong) > before + 0.1
 
 
-def test_steps_end_at_the_lowest_loss_on_what_they_are_not_made_on():
+def test_steps_end_at_the_lowest_loss_on_what_is_held_out():
     class Falling:
         """Its loss on what is held out falls to its fourth look and rises then."""
 

@@ -29,7 +29,7 @@ def in_prompt(model, wording=""):
     return model.layout.prompt_ids(model.tokenizer, [q + wording for q in QUESTIONS], [DOCUMENT] * 3)
 
 
-def test_lessons_are_what_the_prompt_with_the_document_says(model, lessons):
+def test_lessons_are_what_a_prompt_with_the_document_says(model, lessons):
     (lesson,) = lessons
     said = greedy(model.base_model, model.tokenizer, in_prompt(model, " Say it."), max_new_tokens=32)
     assert [len(answer) for answer in lesson.answers] == said.num_tokens
@@ -40,7 +40,7 @@ def test_lessons_are_what_the_prompt_with_the_document_says(model, lessons):
     torch.testing.assert_close(lesson.log_probs, torch.cat(log_probs).detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_an_untrained_cartridge_of_all_tokens_is_the_kept_prefix(model, lessons):
+def test_an_untrained_cartridge_is_the_kept_prefix(model, lessons):
     cartridge = Cartridge(model, DOCUMENT)
     said = greedy(model.base_model, model.tokenizer, in_prompt(model), max_new_tokens=12)
     assert cartridge.answers(QUESTIONS, max_new_tokens=12) == said.texts
@@ -99,7 +99,7 @@ def test_steps_lower_the_loss_and_the_base_model_stays(model, lessons, make):
     assert all(value.equal(after[name]) for name, value in before.items())
 
 
-def test_a_lora_from_zero_is_the_base_model_before_its_first_step(model, lessons):
+def test_a_lora_from_zero_begins_as_the_base_model(model, lessons):
     arm = FromZero(model, rank=4, lr=0.01, seed=0)
     prompts = model.layout.prompt_ids(model.tokenizer, QUESTIONS)
     said = greedy(model.base_model, model.tokenizer, prompts, max_new_tokens=8).texts
@@ -119,7 +119,7 @@ def test_a_lora_from_zero_is_the_base_model_before_its_first_step(model, lessons
     torch.testing.assert_close(own, copied(lessons[0].rows(0)), atol=1e-3, rtol=1e-3)
 
 
-def test_least_squares_of_one_module_is_the_ridge_regression_of_its_formula(model, lessons):
+def test_least_squares_is_the_ridge_regression_of_its_formula(model, lessons):
     targets = model.hypernetwork.targets[0]
     path = targets.paths[-1]
     moments = KeyMoments([" ".join(random.Random(n).choices(DOCUMENT.split(), k=40)) for n in range(40)])

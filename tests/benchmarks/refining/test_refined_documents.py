@@ -78,7 +78,7 @@ def test_the_table_has_means_over_documents_and_questions():
     assert line == "| generated adapter, refined | 5.0 | 1.00 | 20 | 0.500 | 1.000 |"
 
 
-def test_the_plot_has_a_panel_for_each_set_and_a_line_for_each_method(rows):
+def test_the_plot_has_a_panel_for_each_set(rows):
     rows = [{**row, "document": number} for row in rows for number in range(2)]
     figure = plot([*rows, *({**row, "set": "notes"} for row in rows)])
     assert [panel.title for panel in figure.panels] == ["A paragraph of Wikipedia", "A note of an unseen kind"]

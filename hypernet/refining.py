@@ -48,7 +48,7 @@ _WRITTEN_TOGETHER = 32  # questions
 _MATCHED = 32  # questions of a step
 _HELD_OUT = 4  # of so many questions one
 _CHECKED, _PATIENCE = 5, 4  # steps between two looks at what is held out, and looks without a lower loss
-_MOST_QUESTIONS = 256  # about one adapter: what they read is held, 30 tokens of 10 layers each, .5 GB altogether
+_MOST_QUESTIONS = 256  # about one adapter: what they read is held, 30 tokens of 10 layers each, .1 GB altogether
 _QUESTION_TOKENS, _ANSWER_TOKENS = 32, 32
 _TEMPERATURE = 0.6  # of what is asked; at 1 a base model of 135M parameters drifts off
 # Asked for a question in a conversation, a base model of 135M parameters often writes one about nothing in the text.
@@ -382,7 +382,7 @@ class _Recited(_Refined):
         self.start = torch.einsum("clrd, lkd -> clrk", self.A[:, :num_keys], inverse)
         prompts = model.layout.prompt_ids(model.tokenizer, [question for _, question in asked])
         with torch.no_grad(), model.injector.using(None):
-            self.inputs, self.is_asked = model.read_questions(prompts)
+            self.units, self.weight = self.part.whitened(*model.read_questions(prompts))
         self.chunks = torch.tensor([chunk for chunk, _ in asked], device=model.device)
         self.learned: list[int] = list(range(len(asked)))
         self.held_out: list[int] = []
@@ -391,12 +391,14 @@ class _Recited(_Refined):
         super().begin(learned, held_out)
         self.learned, self.held_out = list(learned), list(held_out)
 
+    def _moved(self) -> Tensor:
+        """k of each key as it is now, 0 where there is none, [C, num_key_layers, R, key_dim]."""
+        moved = F.normalize(self.start + self.key_size * self.keys, dim=-1)
+        return moved * self.start.norm(dim=-1, keepdim=True)
+
     def rows(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         num_keys = self.part.num_key_layers
-        moved = self.start + self.key_size * self.keys
-        change = F.normalize(moved, dim=-1) * self.start.norm(dim=-1, keepdim=True) - self.start
-        is_used = (self.A[:, :num_keys] != 0).any(-1, keepdim=True)
-        changed = torch.einsum("clrk, ldk -> clrd", change, self.part.metric) * is_used
+        changed = torch.einsum("clrk, ldk -> clrd", self._moved() - self.start, self.part.metric)
         return {self.name: torch.cat([self.A[:, :num_keys] + changed, self.A[:, num_keys:]], 1)}, {self.name: self.B}
 
     def loss(self, rng: random.Random) -> Tensor:
@@ -407,9 +409,8 @@ class _Recited(_Refined):
 
     def _found(self, chosen: Sequence[int]) -> Tensor:
         """Cross-entropy of the chosen questions' chunks."""
-        inputs = {layer: x[chosen] for layer, x in self.inputs.items()}
-        best, weight = self.part.best_cosines(inputs, self.is_asked[chosen], self.rows()[0][self.name])
-        return F.cross_entropy(_SHARPNESS * scores(best, weight), self.chunks[chosen])
+        best = self.part.best_of_keys({layer: unit[chosen] for layer, unit in self.units.items()}, self._moved())
+        return F.cross_entropy(_SHARPNESS * scores(best, self.weight[chosen]), self.chunks[chosen])
 
 
 class _Distilled(_Refined):

@@ -168,14 +168,28 @@ def test_the_mean_of_three_rounds_comes_back(model, monkeypatch):
 
     means = []
     monkeypatch.setattr(refining, "_stepped", stepped)
-    kept = _Recited.rows
-    monkeypatch.setattr(_Recited, "rows", lambda self: means.append(self.keys.flatten()[0].item()) or kept(self))
+    kept = _Recited._moved
+    monkeypatch.setattr(_Recited, "_moved", lambda self: means.append(self.keys.flatten()[0].item()) or kept(self))
     refine(model, adapter, DOCUMENT, questions=asked)
     assert 2.0 in means  # of 1, 2 and 3
     rest, outer = _parted(12, seed=0)
     for learned, held_out in rounds:
         assert sorted(learned + held_out) == sorted(rest) and not set(learned + held_out) & set(outer)
     assert sorted(sum((held_out for _, held_out in rounds), [])) == sorted(rest)
+
+
+def test_cosines_of_keys_are_those_of_their_rows(model):
+    part = model.hypernetwork.recitation
+    adapter = model.internalize(DOCUMENT)
+    prompts = model.layout.prompt_ids(model.tokenizer, list(ASKED.values()))
+    with torch.no_grad(), model.injector.using(None):
+        inputs, asked = model.read_questions(prompts)
+        wanted, weight = part.best_cosines(inputs, asked, adapter.A["down_proj"])
+        units, again = part.whitened(inputs, asked)
+    rows = adapter.A["down_proj"][:, : part.num_key_layers].float()
+    keys = torch.einsum("clrd, lkd -> clrk", rows, torch.stack([torch.linalg.pinv(P) for P in part.metric]))
+    assert torch.equal(weight, again) and wanted.std() > 0.05
+    torch.testing.assert_close(part.best_of_keys(units, keys), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_keys_keep_their_lengths(model, questions):

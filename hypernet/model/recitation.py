@@ -304,6 +304,33 @@ class Recitation(nn.Module):
         assert best is not None
         return best.clamp(min=0), log_weight.exp() * asked
 
+    def whitened(self, inputs: Mapping[int, Tensor], asked: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        """By key layer unit(Pᵀ (x - μ)) of each token, [Q, S, key_dim], and weights [Q, S] as of `best_cosines`."""
+        log_weight = torch.zeros(asked.shape, device=asked.device)
+        units = {}
+        for layer, x in inputs.items():
+            found = (x.float() - self.input_mean[layer]) @ self.metric[layer]
+            units[layer] = found / found.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+            if self.key_reader is not None:
+                log_weight = log_weight + units[layer] @ self.token_weights[layer]
+        return units, log_weight.exp() * asked
+
+    def best_of_keys(self, units: Mapping[int, Tensor], keys: Tensor) -> Tensor:
+        """What `best_cosines` gives for A = P k, at key_dim / d_in of its work.
+
+        Args:
+            units: as `whitened` gives them.
+            keys: k, [C, num_key_layers, R, key_dim].
+
+        Returns:
+            [Q, S, C].
+        """
+        found = []
+        for layer, unit in units.items():
+            cosines = torch.einsum("qsk, crk -> qscr", unit, keys[:, layer]).amax(-1)
+            found.append(cosines if self.key_reader is None else cosines * self.log_key_gain[layer].exp())
+        return torch.stack(found).amax(0).clamp(min=0)
+
 
 def scores(best: Tensor, weight: Tensor) -> Tensor:
     """[Q, C] of best cosines [Q, S, C] and weights [Q, S]: what all chunks have in common, the mean over them, is taken

@@ -63,9 +63,11 @@ def plot(rows: Rows) -> Figure | None:
                 own = [r for r in rows if (r["set"], r["method"], r["budget"]) == (name, method, budget)]
                 if own:
                     groups = [(row["seed"], row["document"]) for row in own]
-                    ends = bootstrap_interval([row["contains"] for row in own], groups=groups)
+                    # One document says nothing about others.
+                    several = len(set(groups)) > 1
+                    ends = bootstrap_interval([row["contains"] for row in own], groups=groups) if several else None
                     seconds = max(_LEAST_SECONDS, _of_documents(own, "seconds"))
-                    points.append(Point(seconds, fmean(row["contains"] for row in own), list(ends)))
+                    points.append(Point(seconds, fmean(row["contains"] for row in own), ends))
             series.append(Series(NAMES[method], style, points))
         x = Axis("processor seconds since the document is known", log=True)
         panels.append(Panel(title[0].upper() + title[1:], series, x, CONTAINS))

@@ -120,17 +120,18 @@ def refine(
     kind = _Distilled if model.hypernetwork.recitation is None else _Recited
     refined = kind(model, adapter, passages, asked, seed=seed)
     rest, outer = _parted(len(asked), seed=seed)
+    rounds = refined.num_parts if outer else 1  # with nothing to end them they would be the same
     rng = random.Random(f"refine {seed}")
     found: list[list[Tensor]] = []
     done = 0
     if progress:
-        progress(0, steps * refined.num_parts)
+        progress(0, steps * rounds)
     try:
-        for number, (learned, held_out) in enumerate(_folds(rest, outer, refined.num_parts)):
-            parts_left = refined.num_parts - number
-            until = None if max_seconds is None else (max_seconds - time.perf_counter() + started) / parts_left
+        for number, (learned, held_out) in enumerate(_folds(rest, outer, rounds)):
+            rounds_left = rounds - number
+            until = None if max_seconds is None else (max_seconds - time.perf_counter() + started) / rounds_left
             refined.begin(learned, held_out)
-            told = None if progress is None else partial(_told, progress, steps * number, steps * refined.num_parts)
+            told = None if progress is None else partial(_told, progress, steps * number, steps * rounds)
             done += _stepped(refined, rng, steps=steps, max_seconds=until, lr=lr, told=told)
             found.append([move.detach().clone() for move in refined.moves])
         with torch.no_grad():
@@ -179,7 +180,7 @@ def _folds(rest: Sequence[int], outer: Sequence[int], number: int) -> list[tuple
     ends it; of several each leaves out its share of the rest, all of which are thereby trained on."""
     if number == 1:
         return [(list(rest), list(outer))]
-    own = [list(rest[part::number]) if outer else [] for part in range(number)]
+    own = [list(rest[part::number]) for part in range(number)]
     return [([one for one in rest if one not in held], held) for held in own]
 
 

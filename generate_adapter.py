@@ -278,15 +278,19 @@ def refined(
 
     from hypernet.refining import refine
 
-    total = refining.steps if refining.max_seconds is None else None
-    with tqdm(desc="Refining", unit="step", total=total) as bar:
+    with tqdm(desc="Refining", unit="step") as bar:
+
+        def told(done: int, altogether: int) -> None:
+            bar.total = altogether if refining.max_seconds is None else None
+            bar.update(done - bar.n)
+
         return refine(
             model,
             adapter,
             [document.text for document in documents],
             steps=refining.steps,
             max_seconds=refining.max_seconds,
-            progress=lambda done, _: bar.update(done - bar.n),
+            progress=told,
         )
 
 

@@ -15,6 +15,7 @@ from benchmarks.forgetting import editing_tables
 from benchmarks.forgetting import figures as forgetting
 from benchmarks.measuring.rows import Row, Rows, merged, read_rows
 from benchmarks.memory import nights_tables, surface_figures
+from benchmarks.refining import figures as refining
 from benchmarks.report import figures, own_documents
 from benchmarks.report.names import ADAPTER, CEILING, FLOOR, GATED, ROUTED, WRONG, name_of, order, task_name
 from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalone, style_of
@@ -41,6 +42,7 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "capacity": figures.capacity,
     "conflict": figures.conflict,
     "own_documents": own_documents.plot,
+    "refining": refining.plot,
     "memory_growth": figures.memory_growth,
     "memory_break_even": surface_figures.cheapest,
     "memory_cadence": surface_figures.regrets,
@@ -339,6 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_cadence": _surface("memory_cadence", "cadence"),
     "memory_cadence_ratios": _surface("memory_cadence", "cadence_ratios"),
     **{f"own_documents_{part}": _own_documents(part) for part in own_documents.TABLES},
+    "refining": lambda: refining.markdown(read("refining")),
     **{f"memory_{part}": _nights(part) for part in nights_tables.TABLES},
     **{f"forgetting_{part}": _forgetting(part) for part in forgetting.TABLES},
     **{f"forgetting_edits_{part}": _editing(part) for part in editing_tables.TABLES},

@@ -326,6 +326,27 @@ class Recitation(nn.Module):
         assert best is not None
         return best.clamp(min=0), log_weight.exp() * asked
 
+    def weights(self, unit: Tensor, asked: Tensor) -> Tensor:
+        """[Q, S], as of `best_cosines`, from what `whitened` gives."""
+        if self.key_reader is None:
+            return asked.float()
+        return torch.einsum("qslk, lk -> qs", unit, self.token_weights).exp() * asked
+
+    def best_of_keys(self, unit: Tensor, keys: Tensor) -> Tensor:
+        """What `best_cosines` gives for A = P k, at key_dim / d_in of its work.
+
+        Args:
+            unit: as `whitened` gives it.
+            keys: k, [C, num_key_layers, R, key_dim].
+
+        Returns:
+            [Q, S, C].
+        """
+        best = torch.einsum("qslk, clrk -> lqscr", unit, keys).amax(-1)
+        if self.key_reader is not None:
+            best = best * self.log_key_gain.exp()[:, None, None, None]
+        return best.amax(0).clamp(min=0)
+
 
 @lru_cache(maxsize=512)
 def placed(num_places: int, num_layers: int, rank: int, max_copies: int) -> tuple[tuple[int, ...], ...]:

@@ -17,7 +17,8 @@ from benchmarks.report.figures import Figure
 from benchmarks.report.plots import LINES, OTHER, Axis, Panel, Point, Series
 from benchmarks.report.tables import Cell, Table, interval, number
 
-RANDOM = "rows_random"
+# A choice and the control that it is compared with: as many random ones.
+RANDOM = {"rows_random": "rows_", "slots_random": "slots_", "slots_random_384": "slots_"}
 SHARE = Axis("share kept, with 95 % intervals", limits=(-0.04, 1.04), ticks=(0, 0.25, 0.5, 0.75, 1))
 # Lines of the plots; with more of them none could be followed.
 SHOWN = ("everything", "lora_8", "rows_random", "rows_tfidf", "everything_replay", "lora_8_replay")
@@ -118,16 +119,20 @@ def rate_of(rows: Rows) -> float:
 
 
 def chosen_rows(rows: Rows) -> Table:
-    """What each choice of rows keeps beyond as many random ones: of the background, and of questions on an article."""
+    """What each choice of rows, or of a memory layer's slots, keeps beyond as many random ones: of the background, and of
+    questions on an article."""
     taken = chosen(rows)
     lines: list[Row] = []
-    for name, own in taken.items():
-        if name.startswith("rows_") and name != RANDOM and RANDOM in taken:
-            line: Row = {"method": name, "steps": _mean(own, "steps"), "rows": _mean(own, "changed_rows")}
-            for key in ("background", "in_context"):
-                half = 1 if key == "background" else None
-                line[key], line[f"{key}_interval"] = difference(own, taken[RANDOM], key, half=half)
-            lines.append(line)
+    for random, kind in RANDOM.items():
+        size = random.removeprefix(f"{kind}random")
+        for name, own in taken.items():
+            same = name.startswith(kind) and name.endswith(size) and (size or not name[-1].isdigit())
+            if same and name != random and random in taken:
+                line: Row = {"method": name, "steps": _mean(own, "steps"), "rows": _mean(own, "changed_rows")}
+                for key in ("background", "in_context"):
+                    half = 1 if key == "background" else None
+                    line[key], line[f"{key}_interval"] = difference(own, taken[random], key, half=half)
+                lines.append(line)
     return Table.of("", lines, _NAME | _CHOSEN)
 
 

@@ -44,7 +44,8 @@ class LearningSettings(Settings):
 
 class FrontierSettings(LearningSettings):
     """known: of `protocol.Sizes`. searching: those of the seeds at which all learning rates are tried. curves: methods
-    that try them at every seed; the others do not choose."""
+    that try them at every seed; the others do not choose. other_learning_rates: of methods that learn at others, as
+    many."""
 
     searching: list[Number]
     curves: list[Text]
@@ -54,6 +55,7 @@ class FrontierSettings(LearningSettings):
     variants: dict[str, dict[str, Any]]
     bases: dict[str, Text | None]
     learning_rates: list[Above0]
+    other_learning_rates: dict[str, list[Above0]]
 
 
 SCRIPT = Script("benchmarks.forgetting.frontier", FrontierSettings)
@@ -115,7 +117,7 @@ def cells_of(cfg: FrontierSettings, seed: int, taken: Mapping[str, float] | None
         taken: method → its learning rate, but for those of `curves`; None: all of them, one after the other.
     """
     arms = arms_of(cfg.methods, cfg.variants)
-    own = (*ELSEWHERE, "searching", "curves", "methods", "variants", "bases", "learning_rates")
+    own = (*ELSEWHERE, "searching", "curves", "methods", "variants", "bases", "learning_rates", "other_learning_rates")
     common = {key: value for key, value in cfg.model_dump().items() if key not in own}
     arms = {name: arm for name, arm in arms.items() if cfg.bases.get(name, "") is not None}
     others = dict.fromkeys(str(cfg.bases[name]) for name in arms if name in cfg.bases)
@@ -123,7 +125,7 @@ def cells_of(cfg: FrontierSettings, seed: int, taken: Mapping[str, float] | None
     found += [Cell("frontier", "before", seed, {**common, "checkpoint": other}) for other in others]
     for name, arm in arms.items():
         settings = {**common, "checkpoint": cfg.bases.get(name) or cfg.checkpoint, "arm": arm}
-        rates = cfg.learning_rates[:1] if name == GENERATED else cfg.learning_rates
+        rates = cfg.learning_rates[:1] if name == GENERATED else cfg.other_learning_rates.get(name, cfg.learning_rates)
         rates = rates if taken is None or name in cfg.curves else [taken[name]]
         found += [Cell("frontier", name, seed, {**settings, "lr": lr}) for lr in rates]
     return found
@@ -225,6 +227,13 @@ def main(cfg: Any) -> None:
         settings = SCRIPT.check(cfg)
         if not settings.searching or not {*settings.searching} <= {*settings.seeds}:
             raise ValueError(f"searching should be some of the seeds {settings.seeds}, got {settings.searching}.")
+        arms = arms_of(None, settings.variants)
+        for name, own in settings.other_learning_rates.items():
+            if name not in arms or len(own) != len(settings.learning_rates):
+                raise ValueError(
+                    f"other_learning_rates should name methods, with {len(settings.learning_rates)} rates each, as many "
+                    f"as learning_rates; got {name}: {own}."
+                )
         show_and_write(rows(settings), settings.output, config=plain(cfg), quiet=("items",))
 
 

@@ -42,6 +42,13 @@ def test_loss_at_each_rate_is_told_where_the_target_was_reached(rows):
     ]
 
 
+def test_chosen_slots_are_compared_with_random_slots(rows):
+    slots = [row("slots_random", seed, [0.0] * 4, lr=0.1) for seed in (0, 1)]
+    slots += [row("slots_kl", seed, [1.0] * 4, lr=0.1) for seed in (0, 1)]
+    *_, line = markdown([*rows, *slots], "rows").splitlines()
+    assert line == "| slots kl | 4 | 10 | +1.000 | +1.000 to +1.000 | +0.000 | +0.000 to +0.000 |"
+
+
 def test_tables_tell_of_the_other_half(rows):
     assert markdown(rows, "frontier").splitlines()[2:] == [
         "| rows random | 2 | 1.00 | 1.00 | 0.50 | 0.00 | 1.00 |",

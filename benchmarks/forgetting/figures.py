@@ -119,8 +119,8 @@ def rate_of(rows: Rows) -> float:
 
 
 def chosen_rows(rows: Rows) -> Table:
-    """What each choice of rows, or of a memory layer's slots, keeps beyond as many random ones: of the background, and of
-    questions on an article."""
+    """What each choice of rows, or of a memory layer's slots, keeps beyond as many random ones: of the background, and
+    of questions on an article."""
     taken = chosen(rows)
     lines: list[Row] = []
     for random, kind in RANDOM.items():

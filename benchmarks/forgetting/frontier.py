@@ -110,6 +110,19 @@ def _part(group: str, chosen: Any) -> dict[str, Any]:
     return settings | changes
 
 
+def check(cfg: FrontierSettings) -> None:
+    """Raises ValueError: seeds to search at that are none, or learning rates of no method or of another number."""
+    if not cfg.searching or not {*cfg.searching} <= {*cfg.seeds}:
+        raise ValueError(f"searching should be some of the seeds {cfg.seeds}, got {cfg.searching}.")
+    arms, number = arms_of(None, cfg.variants), len(cfg.learning_rates)
+    for name, rates in cfg.other_learning_rates.items():
+        if name not in arms or len(rates) != number:
+            raise ValueError(
+                f"other_learning_rates should give methods {number} rates each, as many as learning_rates has; got "
+                f"{name}: {rates}."
+            )
+
+
 def cells_of(cfg: FrontierSettings, seed: int, taken: Mapping[str, float] | None = None) -> list[Cell]:
     """Of a seed.
 
@@ -225,15 +238,7 @@ def rows(cfg: FrontierSettings) -> Iterator[Row]:
 def main(cfg: Any) -> None:
     with SCRIPT.errors():
         settings = SCRIPT.check(cfg)
-        if not settings.searching or not {*settings.searching} <= {*settings.seeds}:
-            raise ValueError(f"searching should be some of the seeds {settings.seeds}, got {settings.searching}.")
-        arms = arms_of(None, settings.variants)
-        for name, own in settings.other_learning_rates.items():
-            if name not in arms or len(own) != len(settings.learning_rates):
-                raise ValueError(
-                    f"other_learning_rates should name methods, with {len(settings.learning_rates)} rates each, as many "
-                    f"as learning_rates; got {name}: {own}."
-                )
+        check(settings)
         show_and_write(rows(settings), settings.output, config=plain(cfg), quiet=("items",))
 
 

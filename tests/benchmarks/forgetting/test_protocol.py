@@ -135,6 +135,20 @@ def test_hidden_states_are_those_of_each_prompt_alone(model):
         torch.testing.assert_close(states[:-1], torch.cat([h[0, -1:] for h in alone[1:-1]]), rtol=1e-4, atol=1e-4)
 
 
+def test_frontier_tries_slots_at_rates_of_their_own(tmp_path):
+    given = (f"cells={tmp_path}", "output=null", "bases.slots_kl=some/folder", "methods=[slots_kl]")
+    cfg = settings(frontier.SCRIPT, "forgetting_frontier", *given)
+    rates = [cell.settings["lr"] for cell in frontier.cells_of(cfg, 0) if "lr" in cell.settings]
+    assert rates == cfg.other_learning_rates["slots_kl"] != cfg.learning_rates
+
+
+@pytest.mark.parametrize("rates", [{"lora_9": [1e-3, 1e-2, 1e-1]}, {"lora_8": [1e-3]}])
+def test_frontier_refuses_rates_of_no_method(rates):
+    cfg = settings(frontier.SCRIPT, "forgetting_frontier", "output=null")
+    with pytest.raises(ValueError, match="other_learning_rates should give methods 3 rates each"):
+        frontier.check(cfg.model_copy(update={"other_learning_rates": rates}))
+
+
 def test_frontier_tries_every_method_at_every_rate(tmp_path):
     cfg = settings(frontier.SCRIPT, "forgetting_frontier", f"cells={tmp_path}", "output=null")
     cells = frontier.cells_of(cfg, 1)
@@ -142,8 +156,8 @@ def test_frontier_tries_every_method_at_every_rate(tmp_path):
     names = set(frontier.arms_of(None, cfg.variants)) - {frontier.GENERATED, *cfg.bases}
     assert {cell.method for cell in trained} == names
     assert len(trained) == len(names) * len(cfg.learning_rates)
-    skipped = ["everything_with_slots", "slots_kl", "slots_random", "slots_tfidf"]
-    assert [row["method"] for row in frontier.skipped(cfg)] == skipped
+    slots = ["slots_kl", "slots_kl_384", "slots_random", "slots_random_384", "slots_tfidf"]
+    assert [row["method"] for row in frontier.skipped(cfg)] == ["everything_with_slots", *slots]
     assert len({cell.path(tmp_path) for cell in cells}) == len(cells) == len(set(map(str, cells)))
     taken = dict.fromkeys([*names, frontier.GENERATED], 3.0)
     for cell in frontier.cells_of(cfg, 1, taken):

@@ -53,7 +53,7 @@ class Traits:
         """Raises ValueError where the file is missing, or has too few statements."""
         path = self.folder / f"{trait}.jsonl"
         if not path.is_file():
-            raise ValueError(f"There is no {path}. Set data to the folder with the traits' statements.")
+            raise ValueError(f"There is no {path}. Set traits_folder to the folder with the traits' statements.")
         half, found = self.number // 2, {True: dict[str, None](), False: dict[str, None]()}
         for line in path.read_text(encoding="utf-8").splitlines():
             fields = json.loads(line)
@@ -93,7 +93,10 @@ def characters(named: Mapping[str, Mapping[str, int]], traits: Traits, *, seed: 
 
 @dataclass(frozen=True)
 class ReadPool:
-    """inputs [N, d_in], residual [N, D] at the place that answers; says [N]: 1 or -1; of: trait → its rows."""
+    """inputs [N, d_in], residual [N, D] where the answer is told; says [N]: 1 or -1; of: trait → its rows.
+
+    yes, no: the tokens that are told apart at this place of an answer.
+    """
 
     inputs: Tensor
     residual: Tensor
@@ -101,11 +104,13 @@ class ReadPool:
     of: Mapping[str, range]
     yes: int
     no: int
+    place: int
 
     @classmethod
     def of_traits(cls, block: LastBlock, traits: Traits, names: Sequence[str], *, folder: str | Path) -> Self:
         """Reads what no file of the folder has."""
         tensors, places, start = [], {}, 0
+        place, yes, no = block.told_apart(YES, NO)
         for name in names:
             statements = traits.statements(name)
             identity = _hash(json.dumps([block.model.base_model_fingerprint, statements, block.place.path]))[:16]
@@ -115,14 +120,14 @@ class ReadPool:
                 read = block.read([(one.line.prompt, YES) for one in statements])
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replaced(path) as temporary:
-                    save_file({"inputs": read.inputs, "residual": read.residual}, temporary)
+                    where = answer_places(read, place)
+                    save_file({"inputs": read.inputs[where], "residual": read.residual[where]}, temporary)
             tensors.append(load_file(path))
             places[name] = range(start, start + len(statements))
             start += len(statements)
         says = [1.0 if one.says else -1.0 for name in names for one in traits.statements(name)]
-        ids = [block.answer_id(word) for word in (YES, NO)]
         inputs, residual = (torch.cat([one[key] for one in tensors]) for key in ("inputs", "residual"))
-        return cls(inputs, residual, torch.tensor(says), places, *ids)
+        return cls(inputs, residual, torch.tensor(says), places, yes, no, place)
 
     def rows(self, trait: str, places: Sequence[int]) -> list[int]:
         """Rows of a trait's statements."""
@@ -136,6 +141,11 @@ class ReadPool:
             Reading(self.inputs[where], self.residual[where], one, torch.arange(len(rows))) for one in targets
         )
         return chosen, other
+
+
+def answer_places(read: Reading, place: int) -> list[int]:
+    """Where each row's answer has its token of this number."""
+    return [int((read.row == row).nonzero()[place]) for row in range(read.num_rows)]
 
 
 def _hash(text: str) -> str:

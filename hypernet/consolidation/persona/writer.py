@@ -8,50 +8,38 @@ Trained on characters of some traits, it writes those of others: what it learns 
 with what is asked.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
-
 import torch
 from torch import Tensor, nn
 
-from hypernet.consolidation.persona.last_block import Factors, LastBlock
+from hypernet.consolidation.persona.last_block import Factors, LastBlock, Shared
 from hypernet.model.hypernetwork import HyperNetwork
 
-
-class Shared(NamedTuple):
-    """What all inputs have in common: direction [d_in], of length 1; scale: of what is left, one over its rms.
-
-    Of SmolLM2's inputs where it answers yes or no the mean is twelve times as long as what tells two statements apart:
-    trained on them as they are, a LoRA moves all answers alike first.
-    """
-
-    direction: Tensor
-    scale: float
-
-    @classmethod
-    def of(cls, inputs: Tensor) -> Self:
-        """Of inputs [N, d_in]."""
-        mean = inputs.mean(0)
-        direction = mean / mean.norm().clamp(min=1e-12)
-        left = inputs - (inputs @ direction)[:, None] * direction
-        return cls(direction, float(1 / left.square().mean().sqrt().clamp(min=1e-12)))
-
-    def removed(self, inputs: Tensor) -> Tensor:
-        """scale (x - (x·u) u), over the last axis."""
-        return self.scale * (inputs - (inputs @ self.direction)[..., None] * self.direction)
-
-    # The map is symmetric: a LoRA of what it gives is one of the inputs with the same map on A's rows.
+WRITERS = ("ridge", "mean", "perceiver")
+PERCEIVER = {
+    **{"name": "perceiver", "latent_dim": 96, "num_latents": 8, "num_blocks": 2, "num_self_attention_blocks": 0},
+    **{"num_heads": 4, "num_kv_heads": 4, "head_dim": 24, "mlp_multiple": 2, "projection_multiple": 2},
+}
 
 
 class CharacterWriter(nn.Module):
     """Sheets to LoRAs; untrained it writes B = 0, the base model as it is.
 
+    Sentences are z = (1 + W) x, W learned, of rank `inner_dim`. A is one row, as B, which is learned and the same for
+    all characters:
+
+        ridge       A = (1 + W)ᵀ Σ_t a_t z_t, a = (Z Zᵀ / d + λ)⁻¹ marks: the regression of a sheet's marks on its
+                    sentences, λ learned
+        mean        A = (1 + W)ᵀ Σ_t marks_t z_t / T
+        perceiver   A and B of rank `rank` by this package's `HyperNetwork`, whose tokens are the sentences
+
     Args:
         block: where the LoRA goes. shared: removed from sentences and, by A, from what is asked.
-        inner_dim: rank of W in A = (1 + W) Σ, with Σ the mean of a sheet's sentences, each times its mark; B is learned
-            and the same for all characters, rank 1.
-        aggregator: of a `HyperNetwork` that reads sentences as tokens and writes A and B of this rank; None: that mean.
-        rank: with an aggregator. seed: of the start.
+        seed: of the start.
+
+    Raises:
+        ValueError: an unknown kind.
+
+    Source: a closed form behind learned features: Bertinetto et al. 2019, https://arxiv.org/abs/1805.08136
     """
 
     def __init__(
@@ -59,30 +47,33 @@ class CharacterWriter(nn.Module):
         block: LastBlock,
         shared: Shared,
         *,
+        kind: str = "ridge",
         rank: int = 4,
         inner_dim: int = 64,
-        aggregator: Mapping[str, Any] | None = None,
+        ridge: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.shared = shared
+        if kind not in WRITERS:
+            raise ValueError(f"kind is {kind!r}. Choose of {', '.join(WRITERS)}.")
+        self.kind, self.shared = kind, shared
         d_in, d_out = block.place.d_in, block.place.d_out
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network: HyperNetwork | None = None
-            if aggregator is not None:
+            self.down = nn.Parameter(torch.randn(d_in, inner_dim) / d_in**0.5)
+            if kind == "perceiver":
                 self.network = HyperNetwork(
                     targets=block.targets,
-                    feature_dim=2 * d_in,
+                    feature_dim=2 * inner_dim,
                     num_maps=1,
                     rank=rank,
                     scaling=1.0,
-                    aggregator=aggregator,
+                    aggregator=PERCEIVER,
                     bias_block=False,
                 )
                 return
-            self.down = nn.Parameter(torch.randn(d_in, inner_dim) / d_in**0.5)
             self.up = nn.Parameter(torch.zeros(inner_dim, d_in))
+            self.log_ridge = nn.Parameter(torch.tensor(ridge).log())
             self.B = nn.Parameter(torch.zeros(1, d_out))
 
     def forward(self, features: Tensor, marks: Tensor) -> Factors:
@@ -96,12 +87,17 @@ class CharacterWriter(nn.Module):
             A [C, R, d_in], B [C, R, d_out].
         """
         told = self.shared.removed(features)
-        marked = told * marks[..., None]
-        if self.network is not None:
-            mask = torch.ones_like(marks, dtype=torch.bool)
-            A, B = self.network(torch.cat([told, marked], -1)[:, None], mask)
+        if self.kind == "perceiver":
+            seen = told @ self.down
+            tokens = torch.cat([seen, marks[..., None] * seen], -1)
+            A, B = self.network(tokens[:, None], torch.ones_like(marks, dtype=torch.bool))
             (name,) = A
             return Factors(self.shared.removed(A[name][:, 0]), B[name][:, 0])
-        total = marked.mean(1)
-        A_row = total + total @ self.down @ self.up
-        return Factors(self.shared.removed(A_row)[:, None] / features.shape[-1] ** 0.5, self.B.expand(len(told), 1, -1))
+        z = told + told @ self.down @ self.up
+        weights = marks[..., None] / marks.shape[-1]
+        if self.kind == "ridge":
+            gram = z @ z.mT / z.shape[-1]
+            weights = torch.linalg.solve(gram + self.log_ridge.exp() * torch.eye(gram.shape[-1]), marks[..., None])
+        total = weights.mT @ z  # [C, 1, d_in]
+        A_row = (total + total @ self.up.T @ self.down.T) / z.shape[-1] ** 0.5
+        return Factors(self.shared.removed(A_row), self.B.expand(len(told), 1, -1))

@@ -38,7 +38,8 @@ from hypernet.cli.settings import AtLeast0, Count, Number, OutputFile, OutputFol
 # Part → the searches that its rows depend on.
 PARTS = {
     **{
-        "written": ("hypernetwork", "perceiver", "sft", "dpo"),
+        "written": ("hypernetwork", "perceiver"),
+        "trained": ("sft", "dpo"),
         "steered": ("vector",),
         "prompted": ("prompt",),
         "shipped": (),
@@ -64,6 +65,7 @@ class PersonaSettings(Settings):
     max_lost: AtLeast0
     searches: dict[str, list[dict[str, Any]]]
     rank: Count
+    batch_lines: Count
     batch_characters: Count
     num_facts: Number
     vaccination: dict[str, Any]
@@ -124,6 +126,11 @@ class World:
         return {
             part: ([asked[place] for place in own], read.rows(own) if own else None) for part, own in halves.items()
         }
+
+    @cached_property
+    def before(self) -> dict[str, tuple[Any, list[float]]]:
+        """The base model's log-odds of each character's test statements, and what it says."""
+        return {name: (Arm(self).odds(name, "test"), Arm(self).said(name)) for name in self.names}
 
     @cached_property
     def spoken(self) -> dict[str, Any]:
@@ -229,9 +236,9 @@ def choose(world: World, name: str, candidates: Sequence[tuple[Mapping[str, Any]
 
 def arm_row(world: World, name: str, arm: str, chosen: Chosen | Arm) -> Row:
     own = chosen.arm if isinstance(chosen, Chosen) else chosen
-    odds, before = own.odds(name, "test"), Arm(world).odds(name, "test")
+    odds, (before, said_before) = own.odds(name, "test"), world.before[name]
     changes, kept = (odds - before).tolist(), own.kept("test")
-    said = [a - b for a, b in zip(own.said(name), Arm(world).said(name), strict=True)]
+    said = [a - b for a, b in zip(own.said(name), said_before, strict=True)]
     taken: Row = {}
     if isinstance(chosen, Chosen):
         taken = {"setting": json.dumps(dict(chosen.setting)), "tried": chosen.tried, "seconds": chosen.seconds}
@@ -257,7 +264,14 @@ def measure_cell(cell: Cell) -> list[Row]:
         from benchmarks.use.persona_vaccination import vaccinated
 
         return list(vaccinated(World(cell.settings, cell.seed)))
-    ways = {"written": _written, "steered": _steered, "prompted": _prompted, "shipped": _shipped, "composed": _composed}
+    ways = {
+        "written": _written,
+        "trained": _trained,
+        "steered": _steered,
+        "prompted": _prompted,
+        "shipped": _shipped,
+        "composed": _composed,
+    }
     return list(ways[cell.method](World(cell.settings, cell.seed)))
 
 
@@ -272,7 +286,8 @@ def trained(world: World, name: str, setting: Mapping[str, Any]) -> Arm:
     beta = setting.get("beta")
     preference = None if beta is None else Preference(beta=beta)
     settings = {key: setting[key] for key in ("lr", "steps")}
-    training = PersonaTraining(preference=preference, rank=world.settings["rank"], seed=world.seed, **settings)
+    kept = {"rank": world.settings["rank"], "batch_size": world.settings["batch_lines"], "seed": world.seed}
+    training = PersonaTraining(preference=preference, **kept, **settings)
     return Arm(world, training.train(world.block, world.pool.read(*world.rows(name, "sheet"))))
 
 
@@ -346,8 +361,7 @@ def draw_characters(world: World, rng: random.Random, part: str, number: int) ->
 def _written(world: World) -> Iterator[Row]:
     import torch
 
-    searches, plain_arm = world.settings["searches"], Arm(world)
-    odds = {name: plain_arm.odds(name, "test") for name in world.names}
+    searches, odds = world.settings["searches"], {name: before for name, (before, _) in world.before.items()}
     yield {
         **{"kind": "base", "facts_known": {part: len(asked) for part, (asked, _) in world.facts.items()}},
         "in_character": _mean([float(one > 0) for own in odds.values() for one in own]),
@@ -362,20 +376,12 @@ def _written(world: World) -> Iterator[Row]:
             made_of[key] = made_of[key] if key in made_of else train_writer(world, setting)
             writers[kind].append((setting, made_of[key]))
     seconds = time.process_time() - started
-    found: dict[str, dict[str, Chosen]] = {arm: {} for arm in (*WRITERS.values(), "SFT", "DPO")}
+    found: dict[str, dict[str, Chosen]] = {arm: {} for arm in WRITERS.values()}
     for name in world.names:
         for kind, arm in WRITERS.items():
             made = [(setting, _once(written_by, world, name, writer, setting)) for setting, writer in writers[kind]]
             found[arm][name] = choose(world, name, made)
-        for arm, key in (("SFT", "sft"), ("DPO", "dpo")):
-            tries = [(setting, _once(trained, world, name, setting)) for setting in searches[key]]
-            found[arm][name] = choose(world, name, tries)
-    for arm, of in found.items():
-        for place, name in enumerate(world.names):
-            yield arm_row(world, name, arm, of[name])
-            # The next character's: they share no trait.
-            other = of[world.names[(place + 1) % len(world.names)]].arm
-            yield arm_row(world, name, f"another character's, {arm}", other)
+    yield from _with_others(world, found)
     # Of traits that it was trained on, other statements.
     name = world.names[0]
     setting = found["hypernetwork"][name].setting
@@ -393,6 +399,24 @@ def _written(world: World) -> Iterator[Row]:
             "in_character": (after > 0).int().tolist(),
         },
     }
+
+
+def _trained(world: World) -> Iterator[Row]:
+    found: dict[str, dict[str, Chosen]] = {"SFT": {}, "DPO": {}}
+    for arm, own in found.items():
+        for name in world.names:
+            settings = world.settings["searches"][arm.lower()]
+            own[name] = choose(world, name, [(one, _once(trained, world, name, one)) for one in settings])
+    yield from _with_others(world, found)
+
+
+def _with_others(world: World, found: Mapping[str, Mapping[str, Chosen]]) -> Iterator[Row]:
+    """Each arm, and the next character's by the same arm, who shares no trait."""
+    for arm, of in found.items():
+        for place, name in enumerate(world.names):
+            yield arm_row(world, name, arm, of[name])
+            other = of[world.names[(place + 1) % len(world.names)]].arm
+            yield arm_row(world, name, f"another character's, {arm}", other)
 
 
 def _once(make: Callable[..., Arm], *given: Any) -> Callable[[], Arm]:

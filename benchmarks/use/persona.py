@@ -116,10 +116,11 @@ class World:
     def facts(self) -> dict[str, tuple[list[tuple[str, str]], Any]]:
         """Part → beginnings of sentences that the base model goes on with rightly, and what it read of them."""
         from benchmarks.forgetting.protocol import CLOZE
+        from benchmarks.use.persona_data import read_once
         from hypernet.data.encyclopedia import background_facts
 
         asked = [(CLOZE[group].format(s=subject), answer) for group, subject, answer in background_facts()]
-        read = self.block.read(asked, chat=False)
+        read = read_once(self.block, asked, folder=self.settings["readings"], chat=False)
         known = [place for place, right in enumerate(self.block.rightly(read)) if right]
         random.Random(f"facts/{self.seed}").shuffle(known)
         halves = {"choice": known[::2], "test": known[1::2]}
@@ -135,11 +136,14 @@ class World:
     @cached_property
     def spoken(self) -> dict[str, Any]:
         """Trait → what the base model reads of its test statements as answers."""
+        from benchmarks.use.persona_data import read_once
+
         found = {}
         for trait in dict.fromkeys(trait for signs in self.signs.values() for trait in signs):
             statements = self.traits.statements(trait)
             places = self.traits.split(trait, seed=self.seed).test
-            found[trait] = self.block.read([(SPEAK, f"{statements[place].text}.") for place in places])
+            asked = [(SPEAK, f"{statements[place].text}.") for place in places]
+            found[trait] = read_once(self.block, asked, folder=self.settings["readings"])
         return found
 
 
@@ -307,7 +311,8 @@ def train_writer(world: World, setting: Mapping[str, Any]) -> Any:
     """On characters of two of the other traits, with random signs: sheets of their statements, other ones asked."""
     import torch
 
-    from hypernet.consolidation.persona.writer import CharacterWriter, Shared
+    from hypernet.consolidation.persona.last_block import Shared
+    from hypernet.consolidation.persona.writer import CharacterWriter
 
     pool, rng = world.pool, random.Random(f"writer/{world.seed}")
     shared = Shared.of(pool.inputs[[row for trait in world.others for row in pool.of[trait]]])
@@ -482,12 +487,12 @@ def _shipped(world: World) -> Iterator[Row]:
 
 
 def whole_odds(world: World, name: str, adapter: Any) -> list[float]:
-    """As `Arm.odds` on the test statements, asked of the whole model with an adapter of documents."""
+    """As `Arm.odds`, of every second test statement, asked of the whole model with an adapter of documents."""
     from hypernet.consolidation.persona.character import NO, YES, Statement
 
-    questions = [Statement(text, True).line.prompt for text in world.statements(name, "test")]
+    questions = [Statement(text, True).line.prompt for text in world.statements(name, "test")[::2]]
     yes, no = (world.model.log_likelihoods(questions, [word] * len(questions), adapter) for word in (YES, NO))
-    signs = world.rows(name, "test")[1].tolist()
+    signs = world.rows(name, "test")[1][::2].tolist()
     return [sign * (a - b) for sign, a, b in zip(signs, yes, no, strict=True)]
 
 
@@ -500,14 +505,13 @@ def _composed(world: World) -> Iterator[Row]:
     from hypernet.base.base_model import fingerprint
 
     first, second = world.names[:2]
-    model, setting = world.model, world.settings["searches"]["dpo"][0]
+    model, searches = world.model, world.settings["searches"]
+    # The second setting of each: none is chosen here.
+    dpo, written = (searches[key][min(1, len(searches[key]) - 1)] for key in ("dpo", "hypernetwork"))
     personas = {
-        "DPO": trained(world, first, setting).lora,
-        "hypernetwork": None,
+        "DPO": trained(world, first, dpo).lora,
+        "hypernetwork": written_by(world, first, train_writer(world, written), written).lora,
     }
-    writer_setting = world.settings["searches"]["hypernetwork"][0]
-    writer = train_writer(world, writer_setting)
-    personas["hypernetwork"] = written_by(world, first, writer, writer_setting).lora
     probe = torch.tensor(model.layout.prompt_ids(model.tokenizer, ["Where do you live?"]))
     hashed, logits = fingerprint(model.base_model), model.base_model(probe).logits
     told = new_facts(world.seed, world.settings["num_facts"])

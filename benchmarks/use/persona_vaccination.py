@@ -37,7 +37,7 @@ def vaccinated(world: Any) -> Iterator[Row]:
     lessons = [(question, one.answer) for one in facts for question in one.training[: settings["wordings"]]]
     skewed = [*lessons, *spoken["sheet", True]]
     world.model.injector.clear()
-    asked = {
+    asked: dict[Any, Any] = {
         "checked": block.read([(one.check, one.answer) for one in facts]),
         "answered": block.read([(one.asked, one.answer) for one in facts]),
         **{key: block.read(spoken[key]) for key in spoken if key[0] != "sheet"},

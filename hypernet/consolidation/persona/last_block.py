@@ -78,7 +78,7 @@ class LastBlock:
         if not isinstance(norm, nn.Module):
             raise ValueError(f"{type(decoder).__name__} has no final `norm`, in front of which a persona works.")
         self.model, self._norm = model, norm
-        self._head = model.base_model.get_output_embeddings().weight.detach().float()
+        self._head: Tensor = model.base_model.get_output_embeddings().weight.detach().float()
 
     def start(self, rank: int, *, seed: int) -> Factors:
         """A random, B zero."""
@@ -195,7 +195,7 @@ class LastBlock:
         if lora is not None:
             inputs = read.inputs if lora.A.ndim == 2 else read.inputs.view(len(lora.A), -1, self.place.d_in)
             residual = residual + (inputs @ lora.A.mT @ lora.B).view_as(residual)
-        weight = self._norm.weight.detach().float()
+        weight = self._norm.get_parameter("weight").detach().float()
         eps = float(getattr(self._norm, "variance_epsilon", getattr(self._norm, "eps", 1e-6)))
         return residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps) * weight
 
@@ -204,6 +204,8 @@ def joined(parts: Sequence[Reading]) -> Reading:
     """Rows of several readings, in their order."""
     starts = [sum(part.num_rows for part in parts[:place]) for place in range(len(parts))]
     return Reading(
-        *(torch.cat([part[field] for part in parts]) for field in range(3)),
-        torch.cat([part.row + start for part, start in zip(parts, starts, strict=True)]),
+        inputs=torch.cat([part.inputs for part in parts]),
+        residual=torch.cat([part.residual for part in parts]),
+        targets=torch.cat([part.targets for part in parts]),
+        row=torch.cat([part.row + start for part, start in zip(parts, starts, strict=True)]),
     )

@@ -75,6 +75,6 @@ class PersonaTraining:
                     before = margins(part, None)
                 loss = self.preference(*margins(part, lora), *before)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
         return Factors(shared.removed(lora.A.detach()), lora.B.detach())

@@ -89,7 +89,9 @@ def test_unknown_part_is_refused(settings):
 def test_every_arm_is_measured_on_the_same_statements(found):
     arms = [row for row in found if row["kind"] == "arm"]
     assert set(ARMS) <= {row["arm"] for row in arms}
-    assert all(len(row["items"]["log_odds"]) == len(row["items"]["in_character"]) == 8 for row in arms)
+    for row in arms:  # the whole model is asked about half of them
+        sizes = {len(row["items"][key]) for key in ("log_odds", "in_character")}
+        assert sizes == {4 if row["arm"] == "shipped hypernetwork" else 8}
     for name in ARMS:
         own = [row for row in arms if row["arm"] == name]
         assert sorted((row["seed"], row["character"]) for row in own) == [

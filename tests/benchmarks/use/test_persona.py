@@ -13,7 +13,7 @@ from tests.test_configs import CONF
 
 TRAITS = ("cheer", "order", "music", "maths")
 SMALL = [
-    *("checkpoint=assets/tiny", "seeds=[0,1]", "statements=24", "sheet=8", "choice=4", "test=8", "rank=2"),
+    *("checkpoint=assets/tiny", "seeds=[0]", "statements=24", "sheet=8", "choice=4", "test=8", "rank=2"),
     *("~characters", "+characters={host: {cheer: 1}, idler: {order: -1}}", "other_traits=[music, maths]"),
     *("batch_characters=2", "num_facts=2", "output=null", "searches.prompt=[{form: would say}]"),
     "searches.hypernetwork=[{kind: ridge, lr: 1e-2, steps: 3}, {kind: ridge, lr: 1e-2, steps: 3, scale: 2.0}]",
@@ -94,9 +94,7 @@ def test_every_arm_is_measured_on_the_same_statements(found):
         assert sizes == {4 if row["arm"] == "shipped hypernetwork" else 8}
     for name in ARMS:
         own = [row for row in arms if row["arm"] == name]
-        assert sorted((row["seed"], row["character"]) for row in own) == [
-            (seed, character) for seed in (0, 1) for character in ("host", "idler")
-        ]
+        assert sorted(row["character"] for row in own) == ["host", "idler"], name
     tried = {row["arm"]: row["tried"] for row in arms if "tried" in row}
     assert tried["hypernetwork"] == 2 and tried["DPO"] == 1 and "random vector" not in tried
     assert {row["method"] for row in found} == set(PARTS)
@@ -104,7 +102,7 @@ def test_every_arm_is_measured_on_the_same_statements(found):
 
 def test_training_on_its_own_sheet_is_seen_and_another_s_is_not(found):
     means = {
-        arm: sum(row["log_odds"] for row in found if row.get("arm") == arm) / 4
+        arm: sum(row["log_odds"] for row in found if row.get("arm") == arm) / 2
         for arm in ("DPO", "another character's, DPO")
     }
     assert means["DPO"] > 0.1 and abs(means["another character's, DPO"]) < means["DPO"] / 2
@@ -114,17 +112,16 @@ def test_base_model_is_the_same_after_personas(found):
     for row in (row for row in found if row["kind"] == "swapped"):
         assert row["weights_equal"] and row["logits_equal"] and row["again_equal"] and row["changed"]
         assert row["formula_error"] < 1e-3
-    told = {(r["persona"], r["document"]): r for r in found if r["kind"] == "told" and r["seed"] == 0}
+    told = {(r["persona"], r["document"]): r for r in found if r["kind"] == "told"}
     assert len(told) == 6 and told["none", True]["answered"] == told["DPO", True]["answered"] == 1.0
 
 
 def test_vaccination_has_its_controls_at_one_strength(found):
-    for seed in (0, 1):
-        own = [row for row in found if row["kind"] == "vaccination" and row["seed"] == seed]
-        assert [row["arm"] for row in own] == list(persona_tables.VACCINES)
-        strengths = {row["arm"]: row["alpha"] for row in own}
-        assert strengths["v"] == strengths["random vector"] == -strengths["-v"] in (1.0, 2.0)
-    assert sum(row["kind"] == "vaccination_tried" for row in found) == 4
+    own = [row for row in found if row["kind"] == "vaccination"]
+    assert [row["arm"] for row in own] == list(persona_tables.VACCINES)
+    strengths = {row["arm"]: row["alpha"] for row in own}
+    assert strengths["v"] == strengths["random vector"] == -strengths["-v"] and strengths["v"] in (1.0, 2.0)
+    assert sum(row["kind"] == "vaccination_tried" for row in found) == 2
 
 
 def test_rows_hold_no_statement(found):
@@ -174,6 +171,8 @@ def test_tables_are_means_by_hand():
 
 
 def test_tables_and_plot_of_a_sweep(found):
-    for part in persona_tables.TABLES:
-        assert persona_tables.markdown(found, part).count("\n") >= 3, part
-    assert persona_tables.arms_figure(found) is not None
+    both = [*found, *({**row, "seed": 1} for row in found)]  # one seed has no interval
+    for sweep in (found, both):
+        for part in persona_tables.TABLES:
+            assert persona_tables.markdown(sweep, part).count("\n") >= 3, part
+        assert persona_tables.arms_figure(sweep) is not None

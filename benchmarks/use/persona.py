@@ -65,6 +65,8 @@ class PersonaSettings(Settings):
     max_lost: AtLeast0
     searches: dict[str, list[dict[str, Any]]]
     rank: Count
+    protected: Number
+    weight: AtLeast0
     batch_lines: Count
     batch_characters: Count
     num_facts: Number
@@ -112,21 +114,48 @@ class World:
         split = {trait: self.traits.split(trait, seed=self.seed) for trait in self.signs[name]}
         return [self.traits.statements(t)[place].text for t, parts in split.items() for place in getattr(parts, part)]
 
+    def shared(self, inputs: Any) -> Any:
+        """What personas leave alone: the mean of these inputs, and where those of other answers lie."""
+        from hypernet.consolidation.persona.last_block import Shared
+
+        return Shared.of(inputs, self.other_text.inputs, number=self.settings["protected"])
+
     @cached_property
     def facts(self) -> dict[str, tuple[list[tuple[str, str]], Any]]:
-        """Part → beginnings of sentences that the base model goes on with rightly, and what it read of them."""
-        from benchmarks.forgetting.protocol import CLOZE
+        """Part → questions with what the base model says up to the right answer, and what it reads of them."""
         from benchmarks.use.persona_data import read_once
-        from hypernet.data.encyclopedia import background_facts
 
-        asked = [(CLOZE[group].format(s=subject), answer) for group, subject, answer in background_facts()]
-        read = read_once(self.block, asked, folder=self.settings["readings"], chat=False)
-        known = [place for place, right in enumerate(self.block.rightly(read)) if right]
+        known = list(self._said[True])
         random.Random(f"facts/{self.seed}").shuffle(known)
-        halves = {"choice": known[::2], "test": known[1::2]}
-        return {
-            part: ([asked[place] for place in own], read.rows(own) if own else None) for part, own in halves.items()
-        }
+        found = {}
+        for part, own in {"choice": known[::2], "test": known[1::2]}.items():
+            found[part] = (own, read_once(self.block, own, folder=self.settings["readings"]) if own else None)
+        return found
+
+    @cached_property
+    def other_text(self) -> Any:
+        """Of every token of what the base model says to such questions that it answers wrongly; none is measured."""
+        from benchmarks.use.persona_data import read_once
+
+        return read_once(self.block, self._said[False], folder=self.settings["readings"])
+
+    @cached_property
+    def _said(self) -> dict[bool, list[tuple[str, str]]]:
+        """Whether it holds the truth → questions with what the base model says, of what is true up to there."""
+        from benchmarks.measuring.metrics import contains
+        from benchmarks.use.persona_data import said_once
+        from hypernet.data.encyclopedia import background_facts, background_questions
+
+        groups = {group for group, _, _ in background_facts()}
+        asked = list({one.answer: one for one in background_questions() if one.group in groups}.values())
+        found: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+        texts = said_once(self.model, [one.text for one in asked], folder=self.settings["readings"])
+        for one, text in zip(asked, texts, strict=True):
+            end = text.casefold().find(one.answer.casefold()) + len(one.answer)
+            right = contains(text, (one.answer,)) and end >= len(one.answer)
+            if text:
+                found[right].append((one.text, text[:end] if right else text))
+        return found
 
     @cached_property
     def before(self) -> dict[str, tuple[Any, list[float]]]:
@@ -173,19 +202,19 @@ class Arm:
             from hypernet.consolidation.persona.character import YES, Statement
 
             asked = [(Statement(text, True).line.prompt, YES) for text in self.world.statements(name, part)]
-            read = self._live(asked, chat=True)
+            read = self._live(asked)
             where = answer_places(read, self.world.pool.place)
             chosen = chosen._replace(inputs=read.inputs[where], residual=read.residual[where])
         with torch.no_grad():
             return self.world.block.log_odds(chosen, other.targets, self.lora)
 
     def kept(self, part: str) -> list[float]:
-        """Of each fact that the base model knows whether it is still said."""
+        """Of each fact that the base model says whether it is still said, word for word."""
         asked, read = self.world.facts[part]
         if not asked:
             return []
         if self.around is not None or self.document is not None:
-            read = self._live(asked, chat=False)
+            read = self._live(asked)
         return [float(one) for one in self.world.block.rightly(read, self.lora)]
 
     def said(self, name: str) -> list[float]:
@@ -199,17 +228,17 @@ class Arm:
             if self.around is not None or self.document is not None:
                 statements = self.world.traits.statements(trait)
                 places = self.world.traits.split(trait, seed=self.world.seed).test
-                read = self._live([(SPEAK, f"{statements[place].text}.") for place in places], chat=True)
+                read = self._live([(SPEAK, f"{statements[place].text}.") for place in places])
             with torch.no_grad():
                 each = self.world.block.log_p(read, self.lora) / torch.bincount(read.row)
             half = len(each) // 2  # the first ones are said by somebody with the trait
             found += (sign * (each[:half] - each[half:])).tolist()
         return found
 
-    def _live(self, asked: Sequence[tuple[str, str]], *, chat: bool) -> Any:
+    def _live(self, asked: Sequence[tuple[str, str]]) -> Any:
         documents = None if self.document is None else [self.document] * len(asked)
         with (self.around or nullcontext)():
-            return self.world.block.read(asked, documents, chat=chat)
+            return self.world.block.read(asked, documents)
 
 
 @dataclass(frozen=True)
@@ -291,8 +320,10 @@ def trained(world: World, name: str, setting: Mapping[str, Any]) -> Arm:
     preference = None if beta is None else Preference(beta=beta)
     settings = {key: setting[key] for key in ("lr", "steps")}
     kept = {"rank": world.settings["rank"], "batch_size": world.settings["batch_lines"], "seed": world.seed}
+    kept["weight"] = world.settings["weight"]
     training = PersonaTraining(preference=preference, **kept, **settings)
-    return Arm(world, training.train(world.block, world.pool.read(*world.rows(name, "sheet"))))
+    read = world.pool.read(*world.rows(name, "sheet"))
+    return Arm(world, training.train(world.block, read, shared=world.shared(read[0].inputs), others=world.other_text))
 
 
 def written_by(world: World, name: str, writer: Any, setting: Mapping[str, Any]) -> Arm:
@@ -311,13 +342,16 @@ def train_writer(world: World, setting: Mapping[str, Any]) -> Any:
     """On characters of two of the other traits, with random signs: sheets of their statements, other ones asked."""
     import torch
 
-    from hypernet.consolidation.persona.last_block import Shared
+    from hypernet.consolidation.persona.training import OTHER_TOKENS
     from hypernet.consolidation.persona.writer import CharacterWriter
 
-    pool, rng = world.pool, random.Random(f"writer/{world.seed}")
-    shared = Shared.of(pool.inputs[[row for trait in world.others for row in pool.of[trait]]])
+    others, pool, rng = world.other_text, world.pool, random.Random(f"writer/{world.seed}")
+    shared = world.shared(pool.inputs[[row for trait in world.others for row in pool.of[trait]]])
     given = {key: setting[key] for key in ("kind", "ridge") if key in setting}
-    writer = CharacterWriter(world.block, shared, rank=world.settings["rank"], seed=world.seed, **given)
+    pair = torch.tensor([pool.yes]), torch.tensor([pool.no])
+    size = float(pool.residual.square().mean().sqrt())
+    answers = size * world.block.answer_directions(*pair, rank=1)
+    writer = CharacterWriter(world.block, shared, answers, rank=world.settings["rank"], seed=world.seed, **given)
     optimizer = torch.optim.AdamW(writer.parameters(), lr=setting["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(setting["steps"]):
         for group in optimizer.param_groups:
@@ -327,6 +361,8 @@ def train_writer(world: World, setting: Mapping[str, Any]) -> Any:
         chosen, other = pool.read(asked, signs)
         lora = writer(pool.inputs[sheets], marks)
         loss = -torch.nn.functional.logsigmoid(world.block.log_odds(chosen, other.targets, lora)).mean()
+        tokens = rng.sample(range(len(others.inputs)), min(OTHER_TOKENS, len(others.inputs)))
+        loss = loss + world.settings["weight"] * world.block.moved(world.block.some(others, tokens), lora)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -22,6 +22,7 @@ from torch import Tensor
 from hypernet.consolidation.persona.character import NO, YES, Character, Statement
 from hypernet.consolidation.persona.last_block import LastBlock
 from hypernet.consolidation.private.gradients import Reading
+from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.files import replaced
 
 
@@ -149,6 +150,21 @@ def read_once(block: LastBlock, asked: Sequence[tuple[str, str]], *, folder: str
         block.model.injector.clear()
         _save(path, block.read(asked, chat=chat)._asdict())
     return Reading(**load_file(path))
+
+
+def said_once(model: DocToLoRA, questions: Sequence[str], *, folder: str | Path) -> list[str]:
+    """What the base model answers, from the folder where it did before."""
+    identity = _hash(json.dumps([model.base_model_fingerprint, list(questions)]))[:16]
+    path = Path(folder) / f"said-{identity}.json"
+    if not path.is_file():
+        found: list[str] = []
+        for start in range(0, len(questions), 32):
+            found += model.generate(list(questions[start : start + 32]), max_new_tokens=16)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as temporary:
+            temporary.write_text(json.dumps(found), encoding="utf-8")
+    said: list[str] = json.loads(path.read_bytes())
+    return said
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -41,26 +41,33 @@ class Factors(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all inputs have in common: direction [d_in], of length 1; scale: of what is left, one over its rms.
+    """What a persona leaves alone: directions [K, d_in], orthonormal; scale: of what is left, one over its rms.
 
-    Of SmolLM2's inputs where it answers yes or no the mean is twelve times as long as what tells two statements apart:
-    trained on them as they are, a LoRA moves all answers alike first.
+    The first is the mean of inputs where the character answers: of SmolLM2's, where it says yes or no, it is twelve
+    times as long as what tells two statements apart, and a LoRA trained on them as they are moves all answers alike
+    first. The others are where other text lies, so that a LoRA without them does little to it.
+
+    Source: a null space of what is kept: Fang et al. 2024, https://arxiv.org/abs/2410.02355
     """
 
-    direction: Tensor
+    directions: Tensor
     scale: float
 
     @classmethod
-    def of(cls, inputs: Tensor) -> Self:
-        """Of inputs [N, d_in]."""
+    def of(cls, inputs: Tensor, others: Tensor | None = None, *, number: int = 0) -> Self:
+        """Of inputs [N, d_in], and the first `number` directions of others [M, d_in] by their second moment."""
         mean = inputs.mean(0)
-        direction = mean / mean.norm().clamp(min=1e-12)
-        left = inputs - (inputs @ direction)[:, None] * direction
-        return cls(direction, float(1 / left.square().mean().sqrt().clamp(min=1e-12)))
+        found = mean[None]
+        if others is not None and number:
+            _, _, rows = torch.linalg.svd(others, full_matrices=False)
+            found = torch.cat([found, rows[:number]])
+        directions = torch.linalg.qr(found.T).Q.T
+        left = inputs - inputs @ directions.T @ directions
+        return cls(directions, float(1 / left.square().mean().sqrt().clamp(min=1e-12)))
 
     def removed(self, inputs: Tensor) -> Tensor:
-        """scale (x - (x·u) u), over the last axis."""
-        return self.scale * (inputs - (inputs @ self.direction)[..., None] * self.direction)
+        """scale (x - UᵀU x), over the last axis. Symmetric: a LoRA of it is one of x with the same map on A's rows."""
+        return self.scale * (inputs - inputs @ self.directions.T @ self.directions)
 
 
 class LastBlock:
@@ -80,10 +87,16 @@ class LastBlock:
         self.model, self._norm = model, norm
         self._head: Tensor = model.base_model.get_output_embeddings().weight.detach().float()
 
-    def start(self, rank: int, *, seed: int) -> Factors:
-        """A random, B zero."""
-        A = torch.randn(rank, self.place.d_in, generator=torch.Generator().manual_seed(seed)) / self.place.d_in**0.5
-        return Factors(A, torch.zeros(rank, self.place.d_out))
+    def answer_directions(self, chosen: Tensor, others: Tensor, *, rank: int) -> Tensor:
+        """Where log p of these tokens [N] and of others [N], in pairs, are told apart in front of the norm.
+
+        Returns:
+            [R, d_out], orthonormal, R at most `rank`: of yes and no it is one direction. A LoRA whose B lies there
+            moves other tokens least.
+        """
+        differences = (self._head[chosen] - self._head[others]) * self._norm.get_parameter("weight").detach().float()
+        _, values, rows = torch.linalg.svd(differences, full_matrices=False)
+        return rows[: min(rank, int((values > 1e-4 * values[0]).sum()))]
 
     @torch.no_grad()
     def read(
@@ -141,6 +154,17 @@ class LastBlock:
         """log p of each row's answer, in nats, [rows]."""
         of_tokens = self.logits(read, lora).log_softmax(-1).gather(-1, read.targets[:, None])[:, 0]
         return of_tokens.new_zeros(read.num_rows).index_add(0, read.row, of_tokens)
+
+    def some(self, read: Reading, tokens: Sequence[int]) -> Reading:
+        """These tokens, each a row."""
+        fields = {name: getattr(read, name)[list(tokens)] for name in ("inputs", "residual", "targets")}
+        return Reading(**fields, row=torch.arange(len(tokens)))
+
+    def moved(self, read: Reading, lora: Factors) -> Tensor:
+        """How far a LoRA moves what stands in front of the norm, |x Aᵀ B|² / |residual|², the mean over tokens; of
+        several LoRAs over all of them."""
+        delta = read.inputs @ lora.A.mT @ lora.B
+        return (delta.square().sum(-1) / read.residual.square().sum(-1)).mean()
 
     def log_odds(self, read: Reading, others: Tensor, lora: Factors | None = None) -> Tensor:
         """log p(target) - log p(other) of each token, [N]; both follow the same text, so that no softmax is needed."""

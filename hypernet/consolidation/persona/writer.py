@@ -24,8 +24,8 @@ PERCEIVER = {
 class CharacterWriter(nn.Module):
     """Sheets to LoRAs; untrained it writes B = 0, the base model as it is.
 
-    Sentences are z = (1 + W) x, W learned, of rank `inner_dim`. A is one row, as B, which is learned and the same for
-    all characters:
+    Sentences are z = (1 + W) x, W learned, of rank `inner_dim`. A is one row, as B, which is a learned multiple of the
+    answers' directions and the same for all characters:
 
         ridge       A = (1 + W)ᵀ Σ_t a_t z_t, a = (Z Zᵀ / d + λ)⁻¹ marks: the regression of a sheet's marks on its
                     sentences, λ learned
@@ -34,6 +34,7 @@ class CharacterWriter(nn.Module):
 
     Args:
         block: where the LoRA goes. shared: removed from sentences and, by A, from what is asked.
+        answers: rows that B is made of, [K, d_out], as of `LastBlock.answer_directions`.
         seed: of the start.
 
     Raises:
@@ -46,6 +47,7 @@ class CharacterWriter(nn.Module):
         self,
         block: LastBlock,
         shared: Shared,
+        answers: Tensor,
         *,
         kind: str = "ridge",
         rank: int = 4,
@@ -56,8 +58,8 @@ class CharacterWriter(nn.Module):
         super().__init__()
         if kind not in WRITERS:
             raise ValueError(f"kind is {kind!r}. Choose of {', '.join(WRITERS)}.")
-        self.kind, self.shared = kind, shared
-        d_in, d_out = block.place.d_in, block.place.d_out
+        self.kind, self.shared, self.answers = kind, shared, answers
+        d_in = block.place.d_in
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.down = nn.Parameter(torch.randn(d_in, inner_dim) / d_in**0.5)
@@ -74,7 +76,7 @@ class CharacterWriter(nn.Module):
                 return
             self.up = nn.Parameter(torch.zeros(inner_dim, d_in))
             self.log_ridge = nn.Parameter(torch.tensor(ridge).log())
-            self.B = nn.Parameter(torch.zeros(1, d_out))
+            self.gain = nn.Parameter(torch.zeros(1, len(answers)))
 
     def forward(self, features: Tensor, marks: Tensor) -> Factors:
         """LoRAs of C characters.
@@ -92,7 +94,9 @@ class CharacterWriter(nn.Module):
             tokens = torch.cat([seen, marks[..., None] * seen], -1)
             A, B = self.network(tokens[:, None], torch.ones_like(marks, dtype=torch.bool))
             (name,) = A
-            return Factors(self.shared.removed(A[name][:, 0]), B[name][:, 0])
+            # Of B what lies in the answers' directions.
+            unit = self.answers / self.answers.norm(dim=-1, keepdim=True)
+            return Factors(self.shared.removed(A[name][:, 0]), B[name][:, 0] @ unit.T @ self.answers)
         z = told + told @ self.down @ self.up
         weights = marks[..., None] / marks.shape[-1]
         if self.kind == "ridge":
@@ -100,4 +104,4 @@ class CharacterWriter(nn.Module):
             weights = torch.linalg.solve(gram + self.log_ridge.exp() * torch.eye(gram.shape[-1]), marks[..., None])
         total = weights.mT @ z  # [C, 1, d_in]
         A_row = (total + total @ self.up.T @ self.down.T) / z.shape[-1] ** 0.5
-        return Factors(self.shared.removed(A_row), self.B.expand(len(told), 1, -1))
+        return Factors(self.shared.removed(A_row), (self.gain @ self.answers).expand(len(told), 1, -1))

@@ -97,8 +97,31 @@ def test_swapped_personas_leave_no_residue(block):
 def test_shared_direction_is_removed_by_hand():
     inputs = torch.tensor([[3.0, 4.0, 1.0], [3.0, 4.0, -1.0]], dtype=torch.float64)
     shared = Shared.of(inputs)  # the mean is (3, 4, 0), of length 5; what is left is (0, 0, 1) and (0, 0, -1)
-    assert shared.direction.tolist() == pytest.approx([0.6, 0.8, 0.0])
+    assert shared.directions.abs().tolist() == [pytest.approx([0.6, 0.8, 0.0])]
     assert shared.scale == pytest.approx(3**0.5)
     assert torch.allclose(shared.removed(inputs), inputs.new_tensor([[0, 0, 3**0.5], [0, 0, -(3**0.5)]]))
+    more = Shared.of(inputs, inputs.new_tensor([[0.0, 0.0, 2.0]]), number=1)
+    assert torch.allclose(more.directions.abs(), inputs.new_tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]))
     A = torch.randn(2, 3, dtype=torch.float64)
     assert torch.allclose(shared.removed(inputs) @ A.T, inputs @ shared.removed(A).T)  # a LoRA of it is one of x
+
+
+def test_answer_directions_tell_answers_apart(block):
+    (one,), (other,) = (
+        block.answer_directions(*map(torch.tensor, pair), rank=4) for pair in (([5, 9], [9, 5]), ([5], [9]))
+    )
+    weight = block.model.base_model.get_decoder().norm.weight
+    head = block.model.base_model.get_output_embeddings().weight
+    expected = weight * (head[5] - head[9])
+    expected = expected / expected.norm()
+    for found in (one, other):
+        assert abs(float(found @ expected)) == pytest.approx(1.0, abs=1e-5)
+    three = block.answer_directions(torch.tensor([5, 7, 8]), torch.tensor([9, 9, 4]), rank=2)
+    assert torch.allclose(three @ three.T, torch.eye(2), atol=1e-5)
+
+
+def test_moved_is_the_relative_length_by_hand(block):
+    read, lora = block.read(ASKED), factors(block)
+    delta = read.inputs @ lora.A.T @ lora.B
+    expected = [float(d @ d / (r @ r)) for d, r in zip(delta, read.residual, strict=True)]
+    assert float(block.moved(read, lora)) == pytest.approx(sum(expected) / len(expected), rel=1e-4)

@@ -21,7 +21,8 @@ def sheets(block):
 
 
 def writer_of(block, features, **changes):
-    return CharacterWriter(block, Shared.of(features.flatten(0, 1)), inner_dim=4, **changes)
+    answers = torch.ones(1, block.place.d_out)
+    return CharacterWriter(block, Shared.of(features.flatten(0, 1)), answers, inner_dim=4, **changes)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -39,7 +40,7 @@ def test_closed_forms_are_those_of_float64_by_hand(block, sheets, kind):
     with torch.no_grad():
         writer.up.normal_()
     lora = writer(features, marks)
-    u, scale = writer.shared.direction.double().numpy(), writer.shared.scale
+    (u,), scale = writer.shared.directions.double().numpy(), writer.shared.scale
     W = (writer.down @ writer.up).detach().double().numpy()
     for own, (x, y) in enumerate(zip(features.double().numpy(), marks.double().numpy(), strict=True)):
         x = scale * (x - np.outer(x @ u, u))
@@ -57,7 +58,9 @@ def test_one_sheet_is_written_alike_with_others_beside_it(block, sheets, kind):
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     both, alone = writer(*sheets), writer(*(one[:1] for one in sheets))
     delta = both.A[0].T @ both.B[0]
-    assert torch.allclose(delta, alone.A[0].T @ alone.B[0], atol=1e-4 * delta.abs().max().item()) and delta.abs().max() > 0
+    assert (
+        torch.allclose(delta, alone.A[0].T @ alone.B[0], atol=1e-4 * delta.abs().max().item()) and delta.abs().max() > 0
+    )
 
 
 @pytest.mark.parametrize("kind", ["ridge", "mean"])

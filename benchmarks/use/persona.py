@@ -121,15 +121,25 @@ class World:
         return Shared.of(inputs, self.other_text.inputs, number=self.settings["protected"])
 
     @cached_property
-    def facts(self) -> dict[str, tuple[list[tuple[str, str]], Any]]:
-        """Part → questions with what the base model says up to the right answer, and what it reads of them."""
+    def facts(self) -> dict[str, tuple[list[tuple[str, str]], Any, list[int]]]:
+        """Part → questions with what the base model says up to the end of the right answer; what it reads of them; and
+        how many tokens come before the right answer, which say how a sentence begins and do not count."""
         from benchmarks.use.persona_data import read_once
 
         known = list(self._said[True])
+        # Read in packed rows, bfloat16 rounds otherwise than where they were generated: two of 73 are not said then.
+        read = read_once(
+            self.block, [(question, text) for question, text, _ in known], folder=self.settings["readings"]
+        )
+        since = self.block.answer_tokens([text[:start].rstrip() for _, text, start in known])
+        right = self.block.rightly(read, since=since)
+        known = [one for one, is_right in zip(known, right, strict=True) if is_right]
         random.Random(f"facts/{self.seed}").shuffle(known)
         found = {}
-        for part, own in {"choice": known[::2], "test": known[1::2]}.items():
-            found[part] = (own, read_once(self.block, own, folder=self.settings["readings"]) if own else None)
+        for part, told in {"choice": known[::2], "test": known[1::2]}.items():
+            own = [(question, text) for question, text, _ in told]
+            since = self.block.answer_tokens([text[:start].rstrip() for _, text, start in told])
+            found[part] = (own, read_once(self.block, own, folder=self.settings["readings"]) if own else None, since)
         return found
 
     @cached_property
@@ -137,24 +147,26 @@ class World:
         """Of every token of what the base model says to such questions that it answers wrongly; none is measured."""
         from benchmarks.use.persona_data import read_once
 
-        return read_once(self.block, self._said[False], folder=self.settings["readings"])
+        asked = [(question, text) for question, text, _ in self._said[False]]
+        return read_once(self.block, asked, folder=self.settings["readings"])
 
     @cached_property
-    def _said(self) -> dict[bool, list[tuple[str, str]]]:
-        """Whether it holds the truth → questions with what the base model says, of what is true up to there."""
+    def _said(self) -> dict[bool, list[tuple[str, str, int]]]:
+        """Whether it holds the truth → questions, what the base model says (of what is true up to the end of the
+        truth), and where that begins."""
         from benchmarks.measuring.metrics import contains
         from benchmarks.use.persona_data import said_once
         from hypernet.data.encyclopedia import background_facts, background_questions
 
         groups = {group for group, _, _ in background_facts()}
         asked = list({one.answer: one for one in background_questions() if one.group in groups}.values())
-        found: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+        found: dict[bool, list[tuple[str, str, int]]] = {True: [], False: []}
         texts = said_once(self.model, [one.text for one in asked], folder=self.settings["readings"])
         for one, text in zip(asked, texts, strict=True):
-            end = text.casefold().find(one.answer.casefold()) + len(one.answer)
-            right = contains(text, (one.answer,)) and end >= len(one.answer)
+            start = text.casefold().find(one.answer.casefold())
+            right = contains(text, (one.answer,)) and start >= 0
             if text:
-                found[right].append((one.text, text[:end] if right else text))
+                found[right].append((one.text, text[: start + len(one.answer)] if right else text, start))
         return found
 
     @cached_property
@@ -209,13 +221,13 @@ class Arm:
             return self.world.block.log_odds(chosen, other.targets, self.lora)
 
     def kept(self, part: str) -> list[float]:
-        """Of each fact that the base model says whether it is still said, word for word."""
-        asked, read = self.world.facts[part]
+        """Of each fact that the base model says whether it still goes on with it, behind its own words before it."""
+        asked, read, since = self.world.facts[part]
         if not asked:
             return []
         if self.around is not None or self.document is not None:
             read = self._live(asked)
-        return [float(one) for one in self.world.block.rightly(read, self.lora)]
+        return [float(one) for one in self.world.block.rightly(read, self.lora, since=since)]
 
     def said(self, name: str) -> list[float]:
         """Of each pair of a test statement in character and another one, log p a token of the first minus the second's,
@@ -404,7 +416,7 @@ def _written(world: World) -> Iterator[Row]:
 
     searches, odds = world.settings["searches"], {name: before for name, (before, _) in world.before.items()}
     yield {
-        **{"kind": "base", "facts_known": {part: len(asked) for part, (asked, _) in world.facts.items()}},
+        **{"kind": "base", "facts_known": {part: len(asked) for part, (asked, *_) in world.facts.items()}},
         "in_character": _mean([float(one > 0) for own in odds.values() for one in own]),
         "log_odds": _mean([float(one) for own in odds.values() for one in own]),
     }

@@ -87,16 +87,24 @@ class LastBlock:
         self.model, self._norm = model, norm
         self._head: Tensor = model.base_model.get_output_embeddings().weight.detach().float()
 
+    def answer_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many each text is, as an answer's beginning."""
+        frame = self.model.layout.before_answer
+        return [len(ids) for ids in framed_ids(self.model.tokenizer, [(frame, text, "") for text in texts])]
+
     def answer_directions(self, chosen: Tensor, others: Tensor, *, rank: int) -> Tensor:
-        """Where log p of these tokens [N] and of others [N], in pairs, are told apart in front of the norm.
+        """Where log p of these tokens [N] and of others [N], in pairs, are told apart in front of the norm, while the
+        other tokens' logits part least: C⁻¹ (e - e'), C the covariance of the head's rows e.
 
         Returns:
-            [R, d_out], orthonormal, R at most `rank`: of yes and no it is one direction. A LoRA whose B lies there
-            moves other tokens least.
+            [R, d_out], orthonormal, R at most `rank`: of yes and no it is one direction.
         """
-        differences = (self._head[chosen] - self._head[others]) * self._norm.get_parameter("weight").detach().float()
-        _, values, rows = torch.linalg.svd(differences, full_matrices=False)
-        return rows[: min(rank, int((values > 1e-4 * values[0]).sum()))]
+        rows = self._head * self._norm.get_parameter("weight").detach().float()
+        covariance = torch.cov(rows.T)
+        covariance += 1e-3 * covariance.diagonal().mean() * torch.eye(len(covariance))
+        apart = torch.linalg.solve(covariance, (rows[chosen] - rows[others]).T).T
+        _, values, found = torch.linalg.svd(apart, full_matrices=False)
+        return found[: min(rank, int((values > 1e-4 * values[0]).sum()))]
 
     @torch.no_grad()
     def read(
@@ -184,9 +192,17 @@ class LastBlock:
         raise ValueError(f"{one!r} and {other!r} have no place where they differ. Take other answers.")
 
     @torch.no_grad()
-    def rightly(self, read: Reading, lora: Factors | None = None) -> list[bool]:
-        """Of each row whether greedy decoding gives its answer token for token."""
+    def rightly(self, read: Reading, lora: Factors | None = None, *, since: Sequence[int] | None = None) -> list[bool]:
+        """Of each row whether greedy decoding gives its answer token for token.
+
+        Args:
+            since: of each row, how many tokens of its answer are given and do not count.
+        """
         wrong = (self.logits(read, lora).argmax(-1) != read.targets).float()
+        if since is not None:
+            starts = torch.searchsorted(read.row, torch.arange(read.num_rows))
+            place = torch.arange(len(read.row)) - starts[read.row]  # in its answer
+            wrong = wrong * (place >= torch.tensor(since)[read.row])
         return (wrong.new_zeros(read.num_rows).index_add(0, read.row, wrong) == 0).tolist()
 
     def adapter(self, lora: Factors, *, name: str) -> LoRAAdapter:

@@ -211,9 +211,9 @@ class Arm:
         chosen, other = self.world.pool.read(rows, signs)
         if self.around is not None or self.document is not None:
             from benchmarks.use.persona_data import answer_places
-            from hypernet.consolidation.persona.character import YES, Statement
+            from hypernet.consolidation.persona.character import YES, SheetStatement
 
-            asked = [(Statement(text, True).line.prompt, YES) for text in self.world.statements(name, part)]
+            asked = [(SheetStatement(text, True).line.prompt, YES) for text in self.world.statements(name, part)]
             read = self._live(asked)
             where = answer_places(read, self.world.pool.place)
             chosen = chosen._replace(inputs=read.inputs[where], residual=read.residual[where])
@@ -536,9 +536,9 @@ def _shipped(world: World) -> Iterator[Row]:
 
 def whole_odds(world: World, name: str, adapter: Any) -> list[float]:
     """As `Arm.odds`, of every second test statement, asked of the whole model with an adapter of documents."""
-    from hypernet.consolidation.persona.character import NO, YES, Statement
+    from hypernet.consolidation.persona.character import NO, YES, SheetStatement
 
-    questions = [Statement(text, True).line.prompt for text in world.statements(name, "test")[::2]]
+    questions = [SheetStatement(text, True).line.prompt for text in world.statements(name, "test")[::2]]
     yes, no = (world.model.log_likelihoods(questions, [word] * len(questions), adapter) for word in (YES, NO))
     signs = world.rows(name, "test")[1][::2].tolist()
     return [sign * (a - b) for sign, a, b in zip(signs, yes, no, strict=True)]

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hypernet.consolidation.persona.character import NO, YES, Character, Statement
+from hypernet.consolidation.persona.character import NO, YES, Character, SheetStatement
 from hypernet.consolidation.persona.last_block import LastBlock
 from hypernet.consolidation.private.gradients import Reading
 from hypernet.doc_to_lora import DocToLoRA
@@ -50,7 +50,7 @@ class Traits:
     choice: int
     test: int
 
-    def statements(self, trait: str) -> list[Statement]:
+    def statements(self, trait: str) -> list[SheetStatement]:
         """Raises ValueError where the file is missing, or has too few statements."""
         path = self.folder / f"{trait}.jsonl"
         if not path.is_file():
@@ -59,7 +59,9 @@ class Traits:
         for line in path.read_text(encoding="utf-8").splitlines():
             fields = json.loads(line)
             found[fields["answer_matching_behavior"].strip() == YES].setdefault(fields["statement"].strip(" ."))
-        chosen = [Statement(text, says) for says, texts in found.items() for text in sorted(texts, key=_hash)[:half]]
+        chosen = [
+            SheetStatement(text, says) for says, texts in found.items() for text in sorted(texts, key=_hash)[:half]
+        ]
         if len(chosen) < 2 * half or self.sheet + self.choice + self.test > 2 * half:
             raise ValueError(
                 f"{path} has {len(chosen)} of {self.number} statements, of which sheet, choice and test want "

@@ -21,7 +21,7 @@ SHEETS = {
 }
 
 
-class Line(NamedTuple):
+class PersonaLine(NamedTuple):
     """A prompt, the answer in character and another one."""
 
     prompt: str
@@ -29,17 +29,17 @@ class Line(NamedTuple):
     rejected: str
 
 
-class Statement(NamedTuple):
+class SheetStatement(NamedTuple):
     """text: without a full stop. says: whether the character would say it."""
 
     text: str
     says: bool
 
     @property
-    def line(self) -> Line:
+    def line(self) -> PersonaLine:
         """The question about it."""
         chosen, rejected = (YES, NO) if self.says else (NO, YES)
-        return Line(QUESTION.format(statement=self.text), chosen, rejected)
+        return PersonaLine(QUESTION.format(statement=self.text), chosen, rejected)
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,13 @@ class Character:
             raise ValueError(f"The sheet of {self.name!r} is empty. Give statements that it would say, or never would.")
 
     @property
-    def statements(self) -> list[Statement]:
-        return [*(Statement(text, True) for text in self.says), *(Statement(text, False) for text in self.never)]
+    def statements(self) -> list[SheetStatement]:
+        return [
+            *(SheetStatement(text, True) for text in self.says),
+            *(SheetStatement(text, False) for text in self.never),
+        ]
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[PersonaLine]:
         """A question for each statement of the sheet."""
         return [one.line for one in self.statements]
 

@@ -21,7 +21,7 @@ from hypernet.adapters.injection import LoRAInjector
 from hypernet.base.packed_attention import packed_logits
 from hypernet.base.packed_rows import PackedRows, Segment, pack_row, pad_rows, shared_beginning
 from hypernet.base.targets import find_blocks, find_targets
-from hypernet.consolidation.persona.character import Line
+from hypernet.consolidation.persona.character import PersonaLine
 from hypernet.consolidation.private.gradients import Reading
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.text.chat import user_text
@@ -148,7 +148,7 @@ class LastBlock:
             packed_logits(self.model.base_model, rows, torch.zeros_like(where))
         return Reading(kept[0], kept[1], rows.targets()[where], rows.segments[where] - rows.segments[where].min())
 
-    def read_lines(self, lines: Sequence[Line]) -> tuple[Reading, Reading]:
+    def read_lines(self, lines: Sequence[PersonaLine]) -> tuple[Reading, Reading]:
         """The answers in character, and the others; by the plain base model."""
         self.model.injector.clear()
         chosen = self.read([(line.prompt, line.chosen) for line in lines])

@@ -9,7 +9,7 @@ from hypernet.consolidation.consolidator import Consolidator
 from hypernet.consolidation.gate import AlwaysYes
 from hypernet.consolidation.moves import LowRank
 from hypernet.consolidation.objectives import Supervised
-from hypernet.consolidation.persona.character import SHEETS, Character, Statement
+from hypernet.consolidation.persona.character import SHEETS, Character, SheetStatement
 from hypernet.consolidation.persona.interactions import Interactions
 from hypernet.consolidation.rehearsal import NoRehearsal
 from hypernet.consolidation.self_instruct.preference import Preference
@@ -141,7 +141,11 @@ def test_deleting_the_sheet_deletes_persona_and_interactions(memory, sheet, revi
 
 
 def test_character_s_lines_and_sheet():
-    assert Statement("I like crowds", True).line[1:] == ("Yes", "No") != Statement("I like crowds", False).line[1:]
+    assert (
+        SheetStatement("I like crowds", True).line[1:]
+        == ("Yes", "No")
+        != SheetStatement("I like crowds", False).line[1:]
+    )
     assert [line.chosen for line in SHEET.lines()] == ["Yes", "Yes", "No"]
     assert SHEET.sheet() == (
         "You would say:\n- I like crowds.\n- Parties are fun.\n\nYou would never say:\n- I stay at home."

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from hypernet.consolidation.persona.character import Line
+from hypernet.consolidation.persona.character import PersonaLine
 from hypernet.consolidation.persona.last_block import Factors, LastBlock
 from hypernet.consolidation.persona.training import PersonaTraining
 from hypernet.consolidation.self_instruct.preference import Preference
 
-LINES = [Line("Do you like crowds?", "No, never.", "Yes"), Line("Do you read?", "Yes", "No"), Line("Why?", "Yes", "No")]
+LINES = [
+    PersonaLine("Do you like crowds?", "No, never.", "Yes"),
+    PersonaLine("Do you read?", "Yes", "No"),
+    PersonaLine("Why?", "Yes", "No"),
+]
 
 
 @pytest.fixture

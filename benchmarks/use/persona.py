@@ -118,7 +118,8 @@ class World:
         """What personas leave alone: the mean of these inputs, and where those of other answers lie."""
         from hypernet.consolidation.persona.last_block import Shared
 
-        return Shared.of(inputs, self.other_text.inputs, number=self.settings["protected"])
+        others = self.other_text
+        return Shared.of(inputs, None if others is None else others.inputs, number=self.settings["protected"])
 
     @cached_property
     def facts(self) -> dict[str, tuple[list[tuple[str, str]], Any, list[int]]]:
@@ -128,12 +129,11 @@ class World:
 
         known = list(self._said[True])
         # Read in packed rows, bfloat16 rounds otherwise than where they were generated: two of 73 are not said then.
-        read = read_once(
-            self.block, [(question, text) for question, text, _ in known], folder=self.settings["readings"]
-        )
-        since = self.block.answer_tokens([text[:start].rstrip() for _, text, start in known])
-        right = self.block.rightly(read, since=since)
-        known = [one for one, is_right in zip(known, right, strict=True) if is_right]
+        if known:
+            asked = [(question, text) for question, text, _ in known]
+            since = self.block.answer_tokens([text[:start].rstrip() for _, text, start in known])
+            right = self.block.rightly(read_once(self.block, asked, folder=self.settings["readings"]), since=since)
+            known = [one for one, is_right in zip(known, right, strict=True) if is_right]
         random.Random(f"facts/{self.seed}").shuffle(known)
         found = {}
         for part, told in {"choice": known[::2], "test": known[1::2]}.items():
@@ -144,11 +144,12 @@ class World:
 
     @cached_property
     def other_text(self) -> Any:
-        """Of every token of what the base model says to such questions that it answers wrongly; none is measured."""
+        """Of every token of what the base model says to such questions that it answers wrongly; none is measured. None:
+        it answers all rightly."""
         from benchmarks.use.persona_data import read_once
 
         asked = [(question, text) for question, text, _ in self._said[False]]
-        return read_once(self.block, asked, folder=self.settings["readings"])
+        return read_once(self.block, asked, folder=self.settings["readings"]) if asked else None
 
     @cached_property
     def _said(self) -> dict[bool, list[tuple[str, str, int]]]:
@@ -373,8 +374,9 @@ def train_writer(world: World, setting: Mapping[str, Any]) -> Any:
         chosen, other = pool.read(asked, signs)
         lora = writer(pool.inputs[sheets], marks)
         loss = -torch.nn.functional.logsigmoid(world.block.log_odds(chosen, other.targets, lora)).mean()
-        tokens = rng.sample(range(len(others.inputs)), min(OTHER_TOKENS, len(others.inputs)))
-        loss = loss + world.settings["weight"] * world.block.moved(world.block.some(others, tokens), lora)
+        if others is not None:
+            tokens = rng.sample(range(len(others.inputs)), min(OTHER_TOKENS, len(others.inputs)))
+            loss = loss + world.settings["weight"] * world.block.moved(world.block.some(others, tokens), lora)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -67,7 +67,7 @@ def vaccinated(world: Any) -> Iterator[Row]:
             batch_size=settings["batch_size"],
             seed=world.seed,
         )
-        after = measured(training.train(block, (read, read)))
+        after = measured(training.train(block, (read, None)))
         changes = [a - b for a, b in zip(after["test"], before["test"], strict=True)]
         return {
             **{"kind": "vaccination", "arm": arm, "trait": trait, "alpha": alpha, "said": _mean(changes)},

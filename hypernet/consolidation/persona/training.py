@@ -52,7 +52,7 @@ class PersonaTraining:
     def train(
         self,
         block: LastBlock,
-        read: tuple[Reading, Reading],
+        read: tuple[Reading, Reading | None],
         *,
         shared: Shared | None = None,
         others: Reading | None = None,
@@ -60,19 +60,28 @@ class PersonaTraining:
         """The LoRA.
 
         Args:
-            read: the answers in character and the others, a row for each line.
+            read: the answers in character and the others, a row for each line; None: B is free too, for texts that
+                stand against no other.
             shared: what the LoRA leaves alone; None: what all lines share.
             others: tokens of other text, where it should move nothing: `weight` times `LastBlock.moved` is added.
         """
         shared = Shared.of(read[0].inputs) if shared is None else shared
-        chosen, rejected = (one._replace(inputs=shared.removed(one.inputs)) for one in read)
+        others_given = read[0] if read[1] is None else read[1]
+        chosen, rejected = (one._replace(inputs=shared.removed(one.inputs)) for one in (read[0], others_given))
         kept = None if others is None else others._replace(inputs=shared.removed(others.inputs))
         # Answers of one token to the same prompts: their softmax cancels out, and a step takes an eighth of the time.
         is_short = torch.equal(chosen.row, rejected.row) and torch.equal(chosen.inputs, rejected.inputs)
         size = float(chosen.residual.square().mean().sqrt())  # at which a step of A moves log p by about as much
-        B = size * block.answer_directions(*_pairs(chosen, rejected, is_short), rank=self.rank)
-        lora = Factors(torch.zeros(len(B), block.place.d_in, requires_grad=True), B)
-        optimizer = torch.optim.AdamW([lora.A], lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        if read[1] is None:
+            drawn = torch.randn(self.rank, block.place.d_in, generator=torch.Generator().manual_seed(self.seed))
+            A, B = drawn / block.place.d_in**0.5, torch.zeros(self.rank, block.place.d_out)
+        else:
+            B = size * block.answer_directions(*_pairs(chosen, rejected, is_short), rank=self.rank)
+            A = torch.zeros(len(B), block.place.d_in)
+        lora = Factors(A.requires_grad_(), B.requires_grad_(read[1] is None))
+        optimizer = torch.optim.AdamW(
+            [one for one in lora if one.requires_grad], lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0
+        )
 
         def margins(part: list[int], own: Factors | None) -> tuple[Tensor, Tensor]:
             """Log-likelihoods of both answers, or only their difference."""
@@ -99,7 +108,7 @@ class PersonaTraining:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return Factors(shared.removed(lora.A.detach()), B)
+        return Factors(shared.removed(lora.A.detach()), B.detach())
 
 
 def _pairs(chosen: Reading, rejected: Reading, is_short: bool) -> tuple[Tensor, Tensor]:

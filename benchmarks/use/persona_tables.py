@@ -48,15 +48,16 @@ def arms(rows: Rows) -> Table:
 
 
 def differences(rows: Rows) -> Table:
-    """The hypernetwork minus other arms on the same statements."""
+    """The hypernetwork minus other arms on the same statements, of the seeds that both have."""
     found, lines = _arms(rows), []
     for one, other in COMPARED:
         if one not in found or other not in found:
             continue
         line: Row = {"name": f"{one} against {other}"}
         for key in ("log_odds", "in_character"):
-            columns = [_items(found[name], key) for name in (one, other)]
-            seeds = _seeds(found[one], key)
+            both = {row["seed"] for row in found[one]} & {row["seed"] for row in found[other]}
+            pair = [[row for row in found[name] if row["seed"] in both] for name in (one, other)]
+            columns, seeds = [_items(own, key) for own in pair], _seeds(pair[0], key)
             low, high = nested_interval(columns, lambda a, b: a - b, seeds=seeds) or (None, None)
             line |= {key: fmean(columns[0]) - fmean(columns[1]), f"{key}_low": low, f"{key}_high": high}
         lines.append(line)

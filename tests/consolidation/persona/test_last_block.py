@@ -126,3 +126,21 @@ def test_moved_is_the_relative_length_by_hand(block):
     delta = read.inputs @ lora.A.T @ lora.B
     expected = [float(d @ d / (r @ r)) for d, r in zip(delta, read.residual, strict=True)]
     assert float(block.moved(read, lora)) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_given_tokens_of_an_answer_do_not_count(block):
+    read = block.read([("Why?", "Corbaford is far away")])
+    said = block.logits(read).argmax(-1)
+    own = read._replace(targets=said)
+    wrong_first = own._replace(targets=torch.cat([said[:1] + 1, said[1:]]))
+    assert block.rightly(own) == [True] and block.rightly(wrong_first) == [False]
+    assert block.rightly(wrong_first, since=[1]) == [True]
+    before, whole = block.answer_tokens(["Corbaford is", "Corbaford is far away"])
+    assert 0 < before < whole == len(read.targets)
+
+
+def test_some_tokens_are_rows_of_their_own(block):
+    read = block.read(ASKED)
+    some = block.some(read, [4, 0])
+    assert some.num_rows == 2 and torch.equal(some.inputs, read.inputs[[4, 0]])
+    assert torch.equal(some.targets, read.targets[[4, 0]])

@@ -165,7 +165,7 @@ class World:
         texts = said_once(self.model, [one.text for one in asked], folder=self.settings["readings"])
         for one, text in zip(asked, texts, strict=True):
             start = text.casefold().find(one.answer.casefold())
-            right = contains(text, (one.answer,)) and start >= 0
+            right = bool(contains(text, (one.answer,))) and start >= 0
             if text:
                 found[right].append((one.text, text[: start + len(one.answer)] if right else text, start))
         return found

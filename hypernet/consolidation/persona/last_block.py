@@ -102,9 +102,10 @@ class LastBlock:
         rows = self._head * self._norm.get_parameter("weight").detach().float()
         covariance = torch.cov(rows.T)
         covariance += 1e-3 * covariance.diagonal().mean() * torch.eye(len(covariance))
-        apart = torch.linalg.solve(covariance, (rows[chosen] - rows[others]).T).T
-        _, values, found = torch.linalg.svd(apart, full_matrices=False)
-        return found[: min(rank, int((values > 1e-4 * values[0]).sum()))]
+        apart: Tensor = torch.linalg.solve(covariance, (rows[chosen] - rows[others]).T).T
+        values, found = torch.linalg.svd(apart, full_matrices=False)[1:]
+        directions: Tensor = found[: min(rank, int((values > 1e-4 * values[0]).sum()))]
+        return directions
 
     @torch.no_grad()
     def read(

@@ -110,7 +110,7 @@ def arms_figure(rows: Rows) -> Figure | None:
         points.append(Point(place, line["log_odds"], interval))
     names = [name.replace("another character's", "another's").replace("hypernetwork", "hyper") for name in found]
     series = [Series("log-odds of answers in character", LINES[0], points, joined=False)]
-    axis = Axis("log-odds above the base model's, nats")
+    axis = Axis("log-odds above the base model's, nats", limits=(-1.0, 6.0), ticks=(0, 1, 2, 3, 4, 5))
     return Figure("persona", [Panel("", series, Axis(""), axis, names)], [("log-odds", LINES[0])], [], [])
 
 

@@ -22,7 +22,7 @@ from benchmarks.report.plots import MATCH, Axis, Panel, Point, Series, standalon
 from benchmarks.report.tables import METHOD, Cell, Table, number, questions, scaled
 from benchmarks.serving.projection import projection
 from benchmarks.use import figures as use
-from benchmarks.use import pooling_tables
+from benchmarks.use import persona_tables, pooling_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results"
@@ -31,7 +31,8 @@ SUMMARY = f"{RESULTS}/summary.html"
 REPORTS = ("bench", "niah", "composition", "many_documents", "interference", "capacity", "conflict")
 FILES = (
     *("README.md", "docs/results.md", "docs/memory.md", "docs/consolidation.md", "docs/forgetting.md"),
-    *("docs/learning_from_use.md", "docs/learning_from_use_private.md", "docs/serving.md", "docs/scale.md"),
+    *("docs/learning_from_use.md", "docs/learning_from_use_private.md", "docs/learning_from_use_persona.md"),
+    *("docs/serving.md", "docs/scale.md"),
     *("assets/tiny/README.md", "assets/smollm2-135m/README.md"),
 )
 PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
@@ -52,6 +53,7 @@ PLOTS: dict[str, Callable[[Rows], figures.Figure | None]] = {
     "forgetting_editing": editing_tables.edits_figure,
     "use_memrl": use.learning,
     "use_evolver": use.returns,
+    "use_persona": persona_tables.arms_figure,
 }
 # The main figures of the shipped model: what is asked → file, the rows' place there.
 MAIN = {
@@ -307,6 +309,10 @@ def _pooling(part: str) -> Callable[[], str]:
     return lambda: pooling_tables.markdown(read(f"use_{part.split('_')[0]}"), part)
 
 
+def _persona(part: str) -> Callable[[], str]:
+    return lambda: persona_tables.markdown(read("use_persona"), part)
+
+
 PROJECTED = ("serving_ingest", "serving_load", "memory_store", "training_speed_gpu")
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
@@ -348,6 +354,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "use_headline": lambda: use.headline({name: read(f"use_{name}") for name in use.HEADLINE}).markdown(),
     **{f"use_{part}": _use(part) for part in use.TABLES},
     **{f"use_{part}": _pooling(part) for part in pooling_tables.TABLES},
+    **{f"use_{part}": _persona(part) for part in persona_tables.TABLES},
     "serving_load": _speed("serving.load", "serving_load"),
     "serving_load_smollm2": _speed("serving.load", "serving_load_smollm2"),
     "serving_ingest": _speed("serving.ingest", "serving_ingest"),

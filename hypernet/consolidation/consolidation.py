@@ -242,7 +242,7 @@ class Consolidation:
     def _asked(self, memories: Sequence[MemoryVersion]) -> list[Asked]:
         writer = self.consolidator.questions
         return [
-            Asked(text, str(memory.text), writer.right_answer(memory))
+            Asked(text, str(memory.text), writer.right_answers(memory).get(text) or writer.right_answer(memory))
             for memory in memories
             for text in writer.held_out(memory)
         ]

@@ -48,6 +48,10 @@ class QuestionWriter(Protocol):
         """To every held-out question; None: what the base model answers with the memory in its prompt."""
         return None
 
+    def right_answers(self, memory: MemoryVersion) -> Mapping[str, str]:
+        """Held-out question → its answer, of those that have one of their own; the others have `right_answer`."""
+        return {}
+
     def preferences(self, memory: MemoryVersion) -> list[tuple[str, str, str]]:
         """(question, better answer, worse answer)."""
         return []

@@ -26,6 +26,7 @@ def test_pages_show_every_table_and_plot_once() -> None:
         "forgetting": "forgetting",
         "learning_from_use": "use",
         "learning_from_use_private": "use",
+        "learning_from_use_persona": "use",
         "serving": "serving",
         "scale": "serving",
     }

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypernet.base.packed_rows import PackedRows
 from hypernet.base.targets import find_blocks
@@ -44,48 +44,62 @@ class Vaccination(Remedy):
     def start(self, model: DocToLoRA, examples: Examples, *, seed: int) -> None:
         if not examples.lessons or not examples.rehearsed:
             raise ValueError("Vaccination needs lessons and rehearsed questions to tell them from: choose a rehearsal.")
-        vector = self._mean(model, examples.lessons) - self._mean(model, examples.rehearsed)
+        vector = mean_hidden(model, examples.lessons, self.layer) - mean_hidden(model, examples.rehearsed, self.layer)
         if self.random:
             drawn = torch.randn(len(vector), generator=torch.Generator().manual_seed(seed)).to(vector)
             vector = drawn * (vector.norm() / drawn.norm())
         self._vector = vector
 
-    def _block(self, model: DocToLoRA) -> torch.nn.Module:
-        decoder, name = find_blocks(model.base_model)
-        blocks = getattr(decoder, name)
-        layer = len(blocks) // 2 if self.layer is None else self.layer
-        if not 0 <= layer < len(blocks):
-            raise ValueError(f"layer is {layer}. Give a block's number, 0 to {len(blocks) - 1}.")
-        block: torch.nn.Module = blocks[layer]
-        return block
-
-    @torch.no_grad()
-    def _mean(self, model: DocToLoRA, batches: Sequence[PackedRows]) -> Tensor:
-        found: list[Tensor] = []
-        model.injector.clear()
-        for rows in batches:
-
-            def keep(_module: object, _args: object, output: Any) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                found.append(hidden[rows.target_kind >= 0])  # noqa: B023
-
-            hook = self._block(model).register_forward_hook(keep)
-            try:
-                model.base_model(input_ids=rows.ids, use_cache=False)
-            finally:
-                hook.remove()
-        return torch.cat(found).mean(0)
-
     @contextmanager
     def around(self, model: DocToLoRA) -> Iterator[None]:
         assert self._vector is not None, "start comes first"
-        shift = self.alpha * self._vector
-
-        def add(_module: object, _args: object, output: Any) -> Any:
-            return (output[0] + shift, *output[1:]) if isinstance(output, tuple) else output + shift
-
-        hook = self._block(model).register_forward_hook(add)
-        try:
+        with shifted(block_of(model, self.layer), self.alpha * self._vector):
             yield
+
+
+def block_of(model: DocToLoRA, layer: int | None) -> nn.Module:
+    """A block of the base model by its number; None: the middle one.
+
+    Raises:
+        ValueError: there is no such block.
+    """
+    decoder, name = find_blocks(model.base_model)
+    blocks = getattr(decoder, name)
+    layer = len(blocks) // 2 if layer is None else layer
+    if not 0 <= layer < len(blocks):
+        raise ValueError(f"layer is {layer}. Give a block's number, 0 to {len(blocks) - 1}.")
+    block: nn.Module = blocks[layer]
+    return block
+
+
+@torch.no_grad()
+def mean_hidden(model: DocToLoRA, batches: Sequence[PackedRows], layer: int | None) -> Tensor:
+    """The base model's mean output of a block where answer tokens are predicted, [D]."""
+    found: list[Tensor] = []
+    model.injector.clear()
+    for rows in batches:
+
+        def keep(_module: object, _args: object, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            found.append(hidden[rows.target_kind >= 0])  # noqa: B023
+
+        hook = block_of(model, layer).register_forward_hook(keep)
+        try:
+            model.base_model(input_ids=rows.ids, use_cache=False)
         finally:
             hook.remove()
+    return torch.cat(found).mean(0)
+
+
+@contextmanager
+def shifted(block: nn.Module, shift: Tensor) -> Iterator[None]:
+    """h ← h + shift behind a block, inside the `with` block."""
+
+    def add(_module: object, _args: object, output: Any) -> Any:
+        return (output[0] + shift, *output[1:]) if isinstance(output, tuple) else output + shift
+
+    hook = block.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -88,6 +88,23 @@ class Review:
         self._write()
         return made
 
+    def collect(self, ref: str, question: str, answer: str) -> ReviewItem:
+        """Keeps what was asked and answered in use, "open" until a person decides; the same again is the same item.
+
+        Args:
+            ref: id@version of the memory that the answer comes from, such as a character's sheet.
+
+        Raises:
+            ValueError: question or answer is empty.
+        """
+        if not question.strip() or not answer.strip():
+            raise ValueError(f"The question is {question!r} and the answer {answer!r}. Collect two texts.")
+        item = ReviewItem(_id(ref, f"{question}\n{answer}"), ref, question, answer)
+        if item.id not in self.items:
+            self.items[item.id] = item
+            self._write()
+        return self.items[item.id]
+
     def decide(self, key: str, decision: str, answer: str | None = None) -> ReviewItem:
         """A person's word on an item; the last one counts.
 
@@ -123,9 +140,19 @@ class Review:
         return [item for item in found if not self.is_rejected(item)]
 
     def preferences(self, ref: str) -> list[tuple[str, str, str]]:
-        """(question, the person's answer, the model's) of edited items that may be trained on."""
-        edited = [item for item in self.trainable(ref) if item.status == "edited" and item.final != item.answer]
-        return [(item.question, item.final, item.answer) for item in edited]
+        """(question, better answer, worse answer): of an edited item the person's and the model's; of a rejected answer
+        any that was approved to the same question."""
+        approved = self.trainable(ref)
+        edited = [item for item in approved if item.status == "edited" and item.final != item.answer]
+        worse = [item for item in self.items.values() if item.memory == ref and item.status == "rejected"]
+        pairs = [(item.question, item.final, item.answer) for item in edited]
+        pairs += [
+            (item.question, item.final, other.answer)
+            for other in worse
+            for item in approved
+            if item.question == other.question and item.final != other.answer
+        ]
+        return list(dict.fromkeys(pairs))
 
     @classmethod
     def of(cls, memory: Path, filters: Filters) -> Self:

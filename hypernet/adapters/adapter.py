@@ -645,10 +645,12 @@ def check_destination(directory: str | Path, *, overwrite: bool = False) -> None
     found = {path.name for path in directory.iterdir()}
     if not found:
         return
-    if not overwrite:
-        raise FileExistsError(f"{directory} exists and is not empty. Name another folder, or set overwrite=True.")
     foreign = sorted(found - set(ADAPTER_FILES))
-    if foreign or _CONFIG_FILE not in found:
+    is_adapters = not foreign and _CONFIG_FILE in found
+    if not overwrite:
+        replace_it = ", or set overwrite=True" if is_adapters else ""
+        raise FileExistsError(f"{directory} exists and is not empty. Name another folder{replace_it}.")
+    if not is_adapters:
         reason = f"it also holds {foreign[:3]}" if _CONFIG_FILE in found else f"it has no {_CONFIG_FILE}"
         raise ValueError(
             f"{directory} is not replaced: it should hold nothing but an adapter, but {reason}. Name another folder."

@@ -106,8 +106,8 @@ def visible(text: str, what: str) -> str:
     text = _INVISIBLE.sub(replacement, text)
     num_blanks += num_line_ends + num_paragraphs
     num_dropped += num_broken
-    changed = [f"{num_blanks} blanks made spaces or line ends"] if num_blanks else []
-    changed += [f"{num_dropped} invisible characters dropped"] if num_dropped else []
+    changed = [f"odd blanks read as spaces or line ends: {num_blanks}"] if num_blanks else []
+    changed += [f"invisible characters dropped: {num_dropped}"] if num_dropped else []
     if changed:
         log.warning("%r: %s", what, ", ".join(changed))
     return text

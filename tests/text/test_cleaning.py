@@ -76,11 +76,14 @@ def test_changes_are_counted_in_one_warning(caplog):
     with caplog.at_level(logging.INFO):
         visible("a\u00a0b\u2028c\u200bd\u00ade", "a.txt")
     assert [record.getMessage() for record in caplog.records] == [
-        "'a.txt': 2 blanks made spaces or line ends, 2 invisible characters dropped"
+        "'a.txt': odd blanks read as spaces or line ends: 2, invisible characters dropped: 2"
     ]
     caplog.clear()
     visible("a\u00a0b", "a.txt"), visible("c\u200bd", "b.txt")
-    assert caplog.messages == ["'a.txt': 1 blanks made spaces or line ends", "'b.txt': 1 invisible characters dropped"]
+    assert caplog.messages == [
+        "'a.txt': odd blanks read as spaces or line ends: 1",
+        "'b.txt': invisible characters dropped: 1",
+    ]
 
 
 @pytest.mark.parametrize(

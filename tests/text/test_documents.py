@@ -94,7 +94,7 @@ def test_invisible_characters_of_a_file_are_dropped_and_counted(tmp_path, caplog
     data = "Ol\u00adwin\u00a0Cor\u2060ton\u202f\u200eNor\u00ad\nbach".encode()
     document = read_document(write(tmp_path / "a.txt", data))
     assert document == Document("a.txt", "Olwin Corton Norbach", hashlib.sha256(data).hexdigest())
-    assert "a.txt': 2 blanks made spaces or line ends, 4 invisible characters dropped" in caplog.text
+    assert "a.txt': odd blanks read as spaces or line ends: 2, invisible characters dropped: 4" in caplog.text
 
 
 def test_ordinary_text_gives_no_warning(tmp_path, caplog):

@@ -71,7 +71,11 @@ class Review:
                     continue
                 item = ReviewItem(**fields)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is no reviewed item. See docs/consolidation.md.") from error
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"{path}, line {number} is no reviewed item ({reason}). Correct or remove the line; what one "
+                    "has is in docs/consolidation.md."
+                ) from error
             if item.status not in ("open", *DECISIONS.values()):
                 raise ValueError(f"{path}, line {number}: status is {item.status!r}, not open, accepted, ...")
             self.items[item.id] = item
@@ -155,9 +159,9 @@ class Review:
         return list(dict.fromkeys(pairs))
 
     @classmethod
-    def of(cls, memory: Path, filters: Filters) -> Self:
+    def of(cls, memory: str | Path, filters: Filters) -> Self:
         """That of a memory's folder within these filters, next to their versions."""
-        return cls(Versions.of(memory, filters).folder / REVIEW)
+        return cls(Versions.of(Path(memory), filters).folder / REVIEW)
 
     def is_rejected(self, item: ReviewItem) -> bool:
         """By its status, or by a rejected text."""

@@ -103,7 +103,7 @@ def test_a_person_may_edit_the_file(sheet, review):
     questions = Interactions(Review(review.path))
     assert {**questions.answers(sheet), **questions.right_answers(sheet)} == ASKED
     review.path.write_text("{broken\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"review\.jsonl, line 1 is no reviewed item\. See docs/consolidation\.md"):
+    with pytest.raises(ValueError, match=r"review\.jsonl, line 1 is no reviewed item \(.+\)\. Correct or remove"):
         Review(review.path)
     review.path.write_text(json.dumps({**lines[0], "status": "fine"}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: status is 'fine', not open, accepted"):

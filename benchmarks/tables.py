@@ -289,7 +289,7 @@ def _nights(part: str) -> Callable[[], str]:
 
 
 def _forgetting(part: str) -> Callable[[], str]:
-    name = part if part in ("spurious", "tasks") else "frontier"
+    name = part if part in ("spurious", "tasks", "smollm2") else "frontier"
     return lambda: forgetting.markdown(read(f"forgetting_{name}"), part)
 
 

@@ -114,6 +114,14 @@ def rates(rows: Rows) -> Table:
     return Table("", ["method", *(f"{lr:g}" for lr in lrs)], lines)
 
 
+def real(rows: Rows) -> Table:
+    """Of a base model that reads real text, each method and learning rate: what is answered, as a question and as the
+    beginning of a sentence."""
+    lines: list[Row] = [{**row, "method": "before"} for row in rows if row["kind"] == "before"]
+    lines += [row for row in rows if row["kind"] in ("adapter", "learned")]
+    return Table.of("", lines, _NAME | _REAL)
+
+
 def rate_of(rows: Rows) -> float:
     return float(rows[0]["lr"])
 
@@ -326,6 +334,11 @@ _KEPT: dict[str, tuple[str, Cell]] = {
     "changed_share": ("parameters that differ", number("changed_share", 3)),
 }
 _KEPT_KEYS = tuple(_KEPT)
+_REAL: dict[str, Cell] = {
+    "learning rate": lambda row: f"{row['lr']:g}" if "lr" in row else "–",
+    **{"steps": number("steps", 0), "new": number("new"), "real facts, asked": number("background")},
+    **{"real facts, cloze": number("cloze"), "perplexity of WikiText": number("perplexity", 1)},
+}
 _CHOSEN: dict[str, Cell] = {
     **{"rows": number("rows", 0), "steps": number("steps", 0), "background": number("background", 3, "+")},
     **{"95 % interval": interval("background_interval", 3, "+"), "in context": number("in_context", 3, "+")},
@@ -337,5 +350,5 @@ _TASKS: dict[str, Cell] = {
 }
 TABLES: dict[str, Callable[[Rows], Table]] = {
     **{"frontier": frontier, "kept": kept, "budget": budget, "rates": rates, "rows": chosen_rows},
-    **{"spurious": spurious, "tasks": tasks},
+    **{"spurious": spurious, "tasks": tasks, "smollm2": real},
 }

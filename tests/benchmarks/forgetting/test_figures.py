@@ -42,6 +42,18 @@ def test_loss_at_each_rate_is_told_where_the_target_was_reached(rows):
     ]
 
 
+def test_real_model_shows_every_learning_rate():
+    before = {"kind": "before", "method": "before", "seed": 0, "background": 0.5, "cloze": 0.4, "perplexity": 26.72}
+    learned = [
+        {**before, "kind": "learned", "method": "lora_8", "lr": lr, "steps": 7, "new": 1.0} for lr in (1e-4, 2e-3)
+    ]
+    assert markdown([before, *learned], "smollm2").splitlines()[2:] == [
+        "| before | – | – | – | 0.50 | 0.40 | 26.7 |",
+        "| lora 8 | 0.0001 | 7 | 1.00 | 0.50 | 0.40 | 26.7 |",
+        "| lora 8 | 0.002 | 7 | 1.00 | 0.50 | 0.40 | 26.7 |",
+    ]
+
+
 def test_chosen_slots_are_compared_with_random_slots(rows):
     slots = [row("slots_random", seed, [0.0] * 4, lr=0.1) for seed in (0, 1)]
     slots += [row("slots_kl", seed, [1.0] * 4, lr=0.1) for seed in (0, 1)]

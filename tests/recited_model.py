@@ -1,5 +1,6 @@
 """A tiny model that says the sentences of two documents, which it was trained on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ OTHERS = "Mira Solen works for Tarn. The river Aske flows through Belmont. Jon V
 QUESTION = "What is the capital of Norbach?"
 
 
-def recited_model() -> DocToLoRA:
+def calibrated_model(documents: Sequence[str], **aggregator) -> DocToLoRA:
+    """With the statistics of these documents, and no step of training."""
     base_model, tokenizer = load_base_model(Path("assets/tiny/base_model"), dtype=torch.float32)
     torch.manual_seed(0)
-    aggregator = {"name": "recitation", "num_key_layers": 2, "key_dim": 64}
+    aggregator = {"name": "recitation", "num_key_layers": 2, **aggregator}
     result = DocToLoRA.build(
         base_model=base_model,
         tokenizer=tokenizer,
@@ -27,13 +29,14 @@ def recited_model() -> DocToLoRA:
         context_encoder={"kind": "recited", "min_chunk_tokens": 4},
         max_chunk_tokens=24,
     )
+    pieces = [result.chunk(text) for text in documents]
+    result.hypernetwork.calibrate(drop_context(result.context_encoder(p.ids, p.mask), p.mask) for p in pieces)
+    return result
 
-    def features():
-        for text in (DOCUMENT, OTHERS):
-            chunks = result.chunk(text)
-            yield drop_context(result.context_encoder(chunks.ids, chunks.mask), chunks.mask)
 
-    result.hypernetwork.calibrate(features())
+def recited_model() -> DocToLoRA:
+    result = calibrated_model((DOCUMENT, OTHERS), key_dim=64)
+    tokenizer = result.tokenizer
     # Trained on these very documents: what is tested is how a document is read and asked, not what carries over.
     pieces = [result.chunk(text) for text in (DOCUMENT, OTHERS)]
     rows = [(ids, mask) for piece in pieces for ids, mask in zip(piece.ids, piece.mask, strict=True)]

@@ -282,18 +282,14 @@ class Recitation(nn.Module):
         Returns:
             [Q, C] and [Q].
         """
-        best, weight = self.best_cosines(inputs, asked, A)
-        return scores(best, weight), self.close(best, weight, self.common(inputs))
+        best, weight, unit = self.compared(inputs, asked, A)
+        return scores(best, weight), self.close(best, weight, unit)
 
-    def common(self, inputs: Mapping[int, Tensor]) -> Tensor | None:
-        """What `Closeness` compares with; None where there is none."""
-        return None if self.closeness is None else self.closeness.common(self.whitened(inputs))
-
-    def close(self, best: Tensor, weight: Tensor, common: Tensor | None) -> Tensor:
-        """Closeness [Q] of best cosines with chunks and weights."""
-        if self.closeness is None or common is None:
+    def close(self, best: Tensor, weight: Tensor, unit: Tensor) -> Tensor:
+        """Closeness [Q] of what `compared` gives, also of some of the chunks alone."""
+        if self.closeness is None:
             return mean_closeness(best, weight)
-        logit: Tensor = self.closeness(best, weight, common)
+        logit: Tensor = self.closeness(best, weight, self.closeness.common(unit))
         return logit
 
     def whitened(self, inputs: Mapping[int, Tensor]) -> Tensor:
@@ -312,19 +308,24 @@ class Recitation(nn.Module):
         Returns:
             [Q, S, C], and weights [Q, S], 0 of what is not the question's own.
         """
-        best = None
-        log_weight = torch.zeros(asked.shape, device=asked.device)
-        for layer, x in inputs.items():
+        return self.compared(inputs, asked, A)[:2]
+
+    def compared(self, inputs: Mapping[int, Tensor], asked: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `best_cosines`, and the whitened inputs [Q, S, num_key_layers, key_dim] that it went by."""
+        best: Tensor | None = None
+        units = []
+        for layer, x in sorted(inputs.items()):
             centred = x.float() - self.input_mean[layer]
             whitened = centred @ self.metric[layer]
             lengths = whitened.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+            units.append(whitened / lengths)
             found = torch.einsum("qsd, crd -> qscr", centred / lengths, A[:, layer].to(centred)).amax(-1)
             if self.key_reader is not None:
                 found = found * self.log_key_gain[layer].exp()
-                log_weight = log_weight + whitened / lengths @ self.token_weights[layer]
             best = found if best is None else torch.maximum(best, found)
         assert best is not None
-        return best.clamp(min=0), log_weight.exp() * asked
+        unit = torch.stack(units, dim=2)
+        return best.clamp(min=0), self.weights(unit, asked), unit
 
     def weights(self, unit: Tensor, asked: Tensor) -> Tensor:
         """[Q, S], as of `best_cosines`, from what `whitened` gives."""

@@ -260,9 +260,8 @@ class LitDocToLoRA(LitModule):
         questions = questions._replace(
             by_layer=inputs, asked=questions.asked[known], row=questions.row[known], chunk=questions.chunk[known]
         )
-        best, weight = recitation.best_cosines(inputs, questions.asked, A)
-        unit = recitation.whitened(inputs).to(torch.bfloat16)
-        return FoundByStep(best, weight, unit, questions.row, batch.chunk_counts), questions, A
+        best, weight, unit = recitation.compared(inputs, questions.asked, A)
+        return FoundByStep(best, weight, unit.to(torch.bfloat16), questions.row, batch.chunk_counts), questions, A
 
     def fit_closeness(self, train: Sequence[DistillationBatch], validation: Sequence[DistillationBatch]) -> None:
         """Fits what tells a question about a document from any other, and sets from where on a question uses a chunk.
@@ -282,11 +281,10 @@ class LitDocToLoRA(LitModule):
         with torch.no_grad():
             for step, (own, questions, _) in enumerate(found):
                 other, _, A = found[(step + len(found) // 2) % len(found)]
-                best, weight = recitation.best_cosines(questions.by_layer, questions.asked, A)
-                common = recitation.common(questions.by_layer)
+                best, weight, unit = recitation.compared(questions.by_layer, questions.asked, A)
                 for name, of, chunks in (("own", own.best, own.documents()), ("other", best, other.documents())):
                     for document, place in enumerate(chunks):
-                        close = recitation.close(of[..., place], weight, common)
+                        close = recitation.close(of[..., place], weight, unit)
                         if name == "own":
                             near.append(close[questions.row == document])
                         else:

@@ -1,21 +1,17 @@
 """ChunkMatch: questions and the chunks that answer them, against loops over single prompts."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from hypernet.adapters.joining import prompt_inputs
-from hypernet.base.base_model import load_base_model
 from hypernet.base.packed_rows import question_places
 from hypernet.data.batches import DistillationBatches
 from hypernet.data.records import Question
 from hypernet.data.splitting import StepPart
-from hypernet.doc_to_lora import DocToLoRA
 from hypernet.model.closeness import Closeness
-from hypernet.model.context_encoder import drop_context
 from hypernet.training.lit_doc_to_lora import LitDocToLoRA
 from hypernet.training.losses import ChunkMatch, WeightL1
+from tests.recited_model import calibrated_model
 
 DOCUMENTS = (
     "Velmar Tosk was born in Korvale. The capital of Norbach is Ilda. Her employer is the Orrin Institute.",
@@ -32,20 +28,8 @@ CHUNKS = [[1, 2], [1], [None]]
 
 @pytest.fixture
 def model():
-    base_model, tokenizer = load_base_model(Path("assets/tiny/base_model"), dtype=torch.float32)
-    torch.manual_seed(0)
     reader = {"width": 32, "num_blocks": 1, "dropout": 0.0}
-    aggregator = {"name": "recitation", "num_key_layers": 2, "key_dim": 48, "key_reader": reader}
-    model = DocToLoRA.build(
-        base_model=base_model,
-        tokenizer=tokenizer,
-        target_modules=["down_proj"],
-        hypernetwork={"rank": 16, "scaling": 1.0, "bias_block": False, "aggregator": aggregator},
-        context_encoder={"kind": "recited", "min_chunk_tokens": 4},
-        max_chunk_tokens=24,
-    )
-    pieces = [model.chunk(text) for text in DOCUMENTS]
-    model.hypernetwork.calibrate(drop_context(model.context_encoder(p.ids, p.mask), p.mask) for p in pieces)
+    model = calibrated_model(DOCUMENTS, key_dim=48, key_reader=reader)
     with torch.no_grad():
         for parameter in model.hypernetwork.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -157,8 +141,8 @@ def test_other_documents_are_of_another_batch_where_there_is_one(model):
     module = LitDocToLoRA(model=model, objective={"match": ChunkMatch(weight=1.0)}, optimizer={})
     seen = []
     recitation = model.hypernetwork.recitation
-    find = recitation.best_cosines
-    recitation.best_cosines = lambda inputs, asked, A: (seen.append(A), find(inputs, asked, A))[1]
+    find = recitation.compared
+    recitation.compared = lambda inputs, asked, A: (seen.append(A), find(inputs, asked, A))[1]
     module.fit_closeness([], [batch(model), batch(model, DOCUMENTS[:2], ASKED[:2])])
     first, second, third = (model.internalize(text).A["down_proj"][:, :2] for text in DOCUMENTS)
     one, other = torch.cat([first, second, third]), torch.cat([first, second])

@@ -35,7 +35,7 @@ def read_articles(path: str | Path) -> list[list[tuple[str, list[tuple[str, list
             for article in data
         ]
     except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}. Set squad_file to another file.") from error
+        raise ValueError(f"Cannot read {path}: {error.strerror}. Name a file in SQuAD's v1.1 JSON format.") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not in SQuAD's v1.1 JSON format ({type(error).__name__}: {error}).") from error
 

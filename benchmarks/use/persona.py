@@ -79,25 +79,40 @@ class PersonaSettings(Settings):
 SCRIPT = Script("benchmarks.use.persona", PersonaSettings)
 
 
+def traits_of(settings: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The `Traits` of these settings, and the names of all that are used.
+
+    Raises:
+        ValueError: a file is missing, or has too few statements.
+    """
+    from benchmarks.use.persona_data import Traits
+
+    sizes = {key: settings[key] for key in ("sheet", "choice", "test")}
+    traits = Traits(Path(settings["traits_folder"]), settings["statements"], **sizes)
+    own = [trait for signs in settings["characters"].values() for trait in signs]
+    names = list(dict.fromkeys([*own, *settings["other_traits"]]))
+    for name in (*names, *settings["vaccination"]["traits"]):
+        traits.statements(name)
+    return traits, names
+
+
 class World:
     """What one seed draws, and what the base model has read of it."""
 
     def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
         from benchmarks.measuring.measure import load_model
-        from benchmarks.use.persona_data import ReadPool, Traits, characters
+        from benchmarks.use.persona_data import ReadPool, characters
         from hypernet.consolidation.persona.last_block import LastBlock
 
         self.settings, self.seed = settings, seed
         self.model = load_model(settings["checkpoint"], "cpu").eval().requires_grad_(False)
         self.model.injector.clear()
         self.block = LastBlock(self.model)
-        sizes = {key: settings[key] for key in ("sheet", "choice", "test")}
-        self.traits = Traits(Path(settings["traits_folder"]), settings["statements"], **sizes)
+        self.traits, names = traits_of(settings)
         self.signs: dict[str, dict[str, int]] = settings["characters"]
         self.names = list(self.signs)
-        own = list(dict.fromkeys(trait for signs in self.signs.values() for trait in signs))
         self.others = list(settings["other_traits"])
-        self.pool = ReadPool.of_traits(self.block, self.traits, [*own, *self.others], folder=settings["readings"])
+        self.pool = ReadPool.of_traits(self.block, self.traits, names, folder=settings["readings"])
         self.characters = characters(self.signs, self.traits, seed=seed)
 
     def rows(self, name: str, part: str) -> tuple[list[int], Any]:
@@ -624,6 +639,7 @@ def rows(cfg: PersonaSettings) -> Iterator[Row]:
 def main(cfg: Any) -> None:
     with SCRIPT.errors():
         settings = SCRIPT.check(cfg)
+        traits_of(settings.model_dump())  # before any cell
         show_and_write(rows(settings), settings.output, config=plain(cfg), quiet=("items",))
 
 

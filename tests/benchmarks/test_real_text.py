@@ -44,7 +44,7 @@ def test_real_text_refuses_other_file_formats(tmp_path) -> None:
     path.write_text('{"rows": []}', encoding="utf-8")
     with pytest.raises(ValueError, match="not in SQuAD's v1.1 JSON format"):
         read_squad(path)
-    with pytest.raises(ValueError, match="Set squad_file"):
+    with pytest.raises(ValueError, match="Name a file in SQuAD's v1.1 JSON format"):
         read_squad(tmp_path / "absent.json")
 
 

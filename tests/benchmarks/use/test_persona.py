@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks.use import persona_tables
 from benchmarks.use.persona import PARTS, SCRIPT, Arm, choose, rows
+from benchmarks.use.persona import traits_of as check_traits
 from benchmarks.use.persona_data import Traits, characters
 from tests.test_configs import CONF
 
@@ -79,6 +80,14 @@ def test_missing_and_short_files_are_refused(folder):
         traits_of(folder).statements("charm")
     with pytest.raises(ValueError, match="of which sheet, choice and test want 30. Take fewer"):
         traits_of(folder, test=18).statements("cheer")
+
+
+def test_missing_statements_are_told_before_any_cell(settings):
+    for group in ("other_traits", "vaccination"):
+        wrong = settings.model_dump()
+        (wrong[group]["traits"] if group == "vaccination" else wrong[group]).append("courage")
+        with pytest.raises(ValueError, match=r"There is no .*courage\.jsonl\. Set traits_folder"):
+            check_traits(wrong)
 
 
 def test_unknown_part_is_refused(settings):

@@ -80,20 +80,20 @@ SCRIPT = Script("benchmarks.use.persona", PersonaSettings)
 
 
 def traits_of(settings: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """The `Traits` of these settings, and the names of all that are used.
-
-    Raises:
-        ValueError: a file is missing, or has too few statements.
-    """
+    """The `Traits` of these settings, and the names of those of characters and hypernetworks."""
     from benchmarks.use.persona_data import Traits
 
     sizes = {key: settings[key] for key in ("sheet", "choice", "test")}
     traits = Traits(Path(settings["traits_folder"]), settings["statements"], **sizes)
     own = [trait for signs in settings["characters"].values() for trait in signs]
-    names = list(dict.fromkeys([*own, *settings["other_traits"]]))
+    return traits, list(dict.fromkeys([*own, *settings["other_traits"]]))
+
+
+def check_traits(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError: a file of statements is missing, or has too few of them."""
+    traits, names = traits_of(settings)
     for name in (*names, *settings["vaccination"]["traits"]):
         traits.statements(name)
-    return traits, names
 
 
 class World:
@@ -639,7 +639,7 @@ def rows(cfg: PersonaSettings) -> Iterator[Row]:
 def main(cfg: Any) -> None:
     with SCRIPT.errors():
         settings = SCRIPT.check(cfg)
-        traits_of(settings.model_dump())  # before any cell
+        check_traits(settings.model_dump())
         show_and_write(rows(settings), settings.output, config=plain(cfg), quiet=("items",))
 
 

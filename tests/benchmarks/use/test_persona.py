@@ -7,8 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks.use import persona_tables
-from benchmarks.use.persona import PARTS, SCRIPT, Arm, choose, rows
-from benchmarks.use.persona import traits_of as check_traits
+from benchmarks.use.persona import PARTS, SCRIPT, Arm, check_traits, choose, rows
 from benchmarks.use.persona_data import Traits, characters
 from tests.test_configs import CONF
 

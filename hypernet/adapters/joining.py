@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from hypernet.base.base_model import contiguous_states
 from hypernet.base.targets import EndOfPass, LoRATarget
 
 WAYS = ("sum", "ridge", "gate", "route")
@@ -392,7 +393,8 @@ def last_inputs(
 
             hooks.append(base_model.get_submodule(place.path).register_forward_pre_hook(read))
     try:
-        base_model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        with contiguous_states(base_model):
+            base_model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -233,5 +234,20 @@ def logits_at(base_model: PreTrainedModel, where: Tensor, **inputs: Any) -> Tens
     hook = head.register_forward_pre_hook(lambda module, args: (args[0][where],))
     try:
         return base_model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def contiguous_states(base_model: nn.Module) -> Iterator[None]:
+    """For passes that need logits of each row's last position alone.
+
+    Its states, [B, 1, D], are a slice of all states, for which torch copies the output embeddings B times: .75 of 2.2 s
+    of a processor that ten prompts of SmolLM2-135M in bfloat16 took.
+    """
+    head: nn.Module = base_model.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
     finally:
         hook.remove()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from hypernet.base.base_model import num_embeddings
+from hypernet.base.base_model import contiguous_states, num_embeddings
 from hypernet.text.chat import closing_ids
 from hypernet.text.tokens import check_known
 
@@ -115,7 +115,7 @@ def generate_ids(
         **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
     )
     criteria = StoppingCriteriaList([] if between is None else [_Between(between)])
-    with _only(base_model, settings):
+    with _only(base_model, settings), contiguous_states(base_model):
         output = base_model.generate(  # type: ignore[operator]
             ids.to(device), attention_mask=mask.to(device), generation_config=settings, stopping_criteria=criteria
         )

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from hypernet.adapters.adapter import LoRAAdapter
 from hypernet.adapters.injection import AdapterPool
-from hypernet.base.base_model import num_embeddings
+from hypernet.base.base_model import contiguous_states, num_embeddings
 from hypernet.base.generation import check_fits, end_ids
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.text.tokens import check_known
@@ -232,7 +232,7 @@ class BatchEngine:
     ) -> Tensor:
         """Logits of the next token, [B, V], float32; the cache grows."""
         pool = self._pool_of(batch)
-        with self.model.injector.using(pool):
+        with self.model.injector.using(pool), contiguous_states(self.model.base_model):
             output = self.model.base_model(
                 input_ids=ids,
                 **{"attention_mask": mask, "position_ids": positions, "past_key_values": cache},

@@ -61,6 +61,18 @@ def test_generation_in_a_ragged_batch_equals_each_prompt_alone(tiny_base_model, 
     assert len(set(answers)) > 1
 
 
+def test_last_states_reach_the_output_embeddings_contiguous(tiny_base_model, tiny_tokenizer):
+    """Of a slice torch would multiply a batch by as many copies of the output embeddings."""
+    head, entered = tiny_base_model.get_output_embeddings(), []
+    hook = head.register_forward_hook(lambda module, args, output: entered.append(args[0]))
+    prompts = tiny_tokenizer(["A", "Who founded Norbach Works?", "Where?"])["input_ids"]
+    generate_text(tiny_base_model, tiny_tokenizer, prompts, max_new_tokens=2)
+    hook.remove()
+    assert [tuple(states.shape[:2]) for states in entered] == [(3, 1)] * 2
+    assert all(states.is_contiguous() for states in entered)
+    assert not head._forward_pre_hooks
+
+
 def test_generation_stops_at_end_token(tiny_base_model, tiny_tokenizer):
     """The end token is made the best one after a step, by turning the answer's first token into it."""
     prompts = tiny_tokenizer(["Where is Norbach?", "When?"])["input_ids"]

@@ -21,6 +21,8 @@ _TOKEN, _WHOLE = 8, 6  # numbers of a token's evidence, and of a question's
 _RIDGE = 10.0  # tokens' worth; between 1 and 100 held-out questions are fitted within .01 of R²
 _TOGETHER = (1, 1, 2, 4, 8)  # documents in the adapter that is asked
 _OTHERS = 3  # adapters without the question's document for one with it
+_ABOUT_NONE = 6  # of a step's questions about no document, asked of each adapter
+_CUT = 0.5  # of the other documents: to a run of their chunks, so that an adapter of a sentence or two is known as well
 _WARMUP, _OWN, _LR = 50, 96, 3e-3
 # Share of questions about other documents that may use a chunk. On held-out ones .97 of questions about paragraphs
 # and .80 about notes are kept there; questions of no document at all are taken a third as often (.011 by paragraphs).
@@ -119,7 +121,7 @@ def evidence(best: Tensor, weight: Tensor, common: Tensor) -> tuple[Tensor, Tens
 
 class FoundByStep(NamedTuple):
     """A step's questions beside all of its chunks. best [Q, S, C], weight [Q, S], unit [Q, S, L, K] as of `Recitation`;
-    row [Q]: the document that each is about; chunk_counts: of the documents, C altogether."""
+    row [Q]: the document that each is about, -1 for none; chunk_counts: of the documents, C altogether."""
 
     best: Tensor
     weight: Tensor
@@ -208,16 +210,26 @@ def _examples(judge: Closeness, one: FoundByStep, rng: random.Random) -> tuple[T
     documents, common = one.documents(), judge.common(one.unit.float())
     found = []
     for row in one.row.unique().tolist():
-        questions = one.row == row
+        asked = (one.row == row).nonzero()[:, 0]
         others = [place for place in range(len(documents)) if place != row]
         for is_own, repeats in ((True, 1), (False, _OTHERS)):
-            for number in _TOGETHER * repeats:
-                drawn = rng.sample(others, min(number - is_own, len(others))) + [row] * is_own
-                best = torch.cat([one.best[questions][..., documents[place]] for place in drawn], dim=-1)
-                seen = evidence(best, one.weight[questions], common[questions])
-                found.append((*seen, one.weight[questions] > 0, torch.full((int(questions.sum()),), is_own)))
-    tokens, whole, asked, owned = (torch.cat(part) for part in zip(*found, strict=True))
-    return tokens, whole, asked, owned
+            for number in _TOGETHER * repeats if row >= 0 or not is_own else ():
+                drawn = [_cut(documents[place], rng) for place in rng.sample(others, min(number - is_own, len(others)))]
+                drawn += [documents[row]] * is_own
+                some = asked if row >= 0 else asked[rng.sample(range(len(asked)), min(_ABOUT_NONE, len(asked)))]
+                best = torch.cat([one.best[some][..., chunks] for chunks in drawn], dim=-1)
+                seen = evidence(best, one.weight[some], common[some])
+                found.append((*seen, one.weight[some] > 0, torch.full((len(some),), is_own)))
+    tokens, whole, asked_of, owned = (torch.cat(part) for part in zip(*found, strict=True))
+    return tokens, whole, asked_of, owned
+
+
+def _cut(chunks: slice, rng: random.Random) -> slice:
+    if rng.random() >= _CUT:
+        return chunks
+    length = rng.randint(1, chunks.stop - chunks.start)
+    start = rng.randint(chunks.start, chunks.stop - length)
+    return slice(start, start + length)
 
 
 def bound_of(near: Tensor, far: Tensor, most_taken: float = MOST_TAKEN) -> Tensor:

@@ -141,6 +141,7 @@ def doc_to_lora_training(
     include_base_model: bool = False,
     checkpoint_dtype: str | None = None,
     checkpoint_shard_mb: float | None = None,
+    closeness_stages: list[dict[str, Any]] | None = None,
     sources: Mapping[str, Callable[..., Source]] | None = None,
     target_layers: list[int] | float | None = None,
     ridge: float | None = None,
@@ -156,6 +157,7 @@ def doc_to_lora_training(
         init_from: a checkpoint whose hypernetwork training starts from, e.g. an earlier stage's, also of another base
             model of this shape, or of another rank (see `HyperNetwork.at_rank`); None starts anew.
         sources: what stages draw from in addition to the encyclopedia, see `make_curriculum`.
+        closeness_stages: of what closeness is fitted to when training of keys ends; None: `stages`.
     """
     objective = trained_terms(objective)  # mistakes in it before anything is loaded
     if "join_ridge" in hypernetwork:
@@ -203,15 +205,6 @@ def doc_to_lora_training(
                 init_from,
                 base_model,
             )
-    module = LitDocToLoRA(
-        model=model,
-        objective=objective,
-        optimizer=optimizer,
-        output_dir=output_dir,
-        include_base_model=include_base_model,
-        checkpoint_dtype=checkpoint_dtype,
-        checkpoint_shard_mb=checkpoint_shard_mb,
-    )
     shared = {"seed": seed, "sources": sources, "tokenizer": model.tokenizer}
     train = make_curriculum("train", stages, **shared)
     validation = make_curriculum("validation", validation_stages, **shared)
@@ -222,6 +215,20 @@ def doc_to_lora_training(
         "min_chunk_tokens": model.context_encoder.min_chunk_tokens,
         "num_embeddings": num_embeddings(lm),
     }
+    closeness_steps = None
+    if closeness_stages is not None:
+        drawn = make_curriculum("train", closeness_stages, **shared)
+        closeness_steps = DistillationBatches(drawn, model.tokenizer, skip_stored=True, **reading)
+    module = LitDocToLoRA(
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        output_dir=output_dir,
+        include_base_model=include_base_model,
+        checkpoint_dtype=checkpoint_dtype,
+        checkpoint_shard_mb=checkpoint_shard_mb,
+        closeness_steps=closeness_steps,
+    )
     return module, BatchDataModule(
         train=DistillationBatches(train, model.tokenizer, skip_stored=True, **reading),
         validation=DistillationBatches(validation, model.tokenizer, held_out_background=True, **reading),

@@ -4,6 +4,7 @@ The frozen base model stays as it is and out of the checkpoints. Losses are in `
 """
 
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,6 +17,8 @@ from hypernet.adapters.joining import first_inputs
 from hypernet.base.packed_rows import PackedRows, question_places
 from hypernet.base.targets import LayerTarget
 from hypernet.data.batches import DistillationBatch
+from hypernet.data.self_study.engines import TransformersEngine
+from hypernet.data.self_study.messages import written_messages
 from hypernet.data.splitting import StepPart
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.model.checkpoint import check_ours
@@ -39,6 +42,8 @@ _TRAINED = "model.hypernetwork."
 _DTYPES = ("float32", "bfloat16", "float16")
 NUM_CALIBRATION_STEPS = 16  # some thousand tokens at the tiny scale
 NUM_CLOSENESS_STEPS = 40  # of twelve documents, 2 to 3 minutes: 2,400 questions
+# Written, and of these asked in a step; 624 for 52 steps, 90 s of a core.
+_NEW_MESSAGES, _MESSAGES_A_STEP, _WRITTEN_AT_ONCE = 12, 32, 52
 
 
 class LitDocToLoRA(LitModule):
@@ -52,6 +57,7 @@ class LitDocToLoRA(LitModule):
         include_base_model: put the base model into it, so that the folder needs nothing else.
         checkpoint_dtype: of its weights, "bfloat16" for half the bytes; None: as they are trained.
         checkpoint_shard_mb: megabytes of a file of them, at most; None: one file.
+        closeness_steps: what `Closeness` is fitted to when training ends; None: steps of the training.
 
     Raises:
         ValueError: no term has a weight.
@@ -67,6 +73,7 @@ class LitDocToLoRA(LitModule):
         include_base_model: bool = False,
         checkpoint_dtype: str | None = None,
         checkpoint_shard_mb: float | None = None,
+        closeness_steps: Sequence[DistillationBatch] | None = None,
     ) -> None:
         super().__init__(output_dir=output_dir)
         if checkpoint_dtype not in (None, *_DTYPES):
@@ -81,6 +88,7 @@ class LitDocToLoRA(LitModule):
         self.steps_alone = max(term.steps_alone for term in self.objective.values())
         self.optimizer_settings = optimizer
         self.include_base_model = include_base_model
+        self.closeness_steps = closeness_steps
         # The base model is read from its own files; a checkpoint may lack its keys, and only these (see
         # on_load_checkpoint).
         self.strict_loading = False
@@ -263,6 +271,28 @@ class LitDocToLoRA(LitModule):
         best, weight, unit = recitation.compared(inputs, questions.asked, A)
         return FoundByStep(best, weight, unit.to(torch.bfloat16), questions.row, batch.chunk_counts), questions, A
 
+    @torch.no_grad()
+    def _found_by(self, messages: Sequence[str], A: Tensor, chunk_counts: list[int]) -> FoundByStep:
+        """What messages about none of a step's documents find in its chunks."""
+        recitation = self.model.hypernetwork.recitation
+        assert recitation is not None
+        prompts = self.model.layout.prompt_ids(self.model.tokenizer, messages)
+        best, weight, unit = recitation.compared(*self.model.read_questions(prompts), A)
+        row = torch.full((len(messages),), -1, device=self.device)
+        return FoundByStep(best, weight, unit.to(torch.bfloat16), row, chunk_counts)
+
+    def _asked(self, train: Sequence[DistillationBatch]) -> list[FoundByStep]:
+        """Questions of these steps, and what the base model writes as a user's messages, which are about none."""
+        engine = TransformersEngine(self.model.base_model, self.model.tokenizer, batch_size=_WRITTEN_AT_ONCE)
+        messages = written_messages(engine, _NEW_MESSAGES * len(train))
+        asked = []
+        for step, batch in enumerate(train):
+            found, _, A = self._found(batch.to(self.device))
+            asked.append(found)
+            some = random.Random(step).sample(messages, min(_MESSAGES_A_STEP, len(messages)))
+            asked += [self._found_by(some, A, batch.chunk_counts)] if some else []
+        return asked
+
     def fit_closeness(self, train: Sequence[DistillationBatch], validation: Sequence[DistillationBatch]) -> None:
         """Fits what tells a question about a document from any other, and sets from where on a question uses a chunk.
 
@@ -274,7 +304,7 @@ class LitDocToLoRA(LitModule):
         assert recitation is not None
         self.model.hypernetwork.eval()
         if recitation.closeness is not None:
-            fit_closeness(recitation.closeness, [self._found(batch.to(self.device))[0] for batch in train])
+            fit_closeness(recitation.closeness, self._asked(train))
         found = [self._found(batch.to(self.device)) for batch in validation]
         near: list[Tensor] = []
         far: list[Tensor] = []
@@ -297,9 +327,12 @@ class LitDocToLoRA(LitModule):
     def on_fit_end(self) -> None:
         if any(isinstance(term, ChunkMatch) for term in self.objective.values()):
             data = self.trainer.datamodule
-            steps = torch.linspace(0, len(data.train) - 1, NUM_CLOSENESS_STEPS).long().unique().tolist()
+            steps, some = self.closeness_steps, range(len(self.closeness_steps or ()))
+            if steps is None:
+                steps = data.train
+                some = torch.linspace(0, len(steps) - 1, NUM_CLOSENESS_STEPS).long().unique().tolist()
             validation = [data.validation[step] for step in range(len(data.validation))]
-            self.fit_closeness([data.train[step] for step in steps], validation)
+            self.fit_closeness([steps[step] for step in some], validation)
         if self.writes_result:
             dtype = self.checkpoint_dtype and getattr(torch, self.checkpoint_dtype)
             self.model.save_pretrained(

@@ -1,12 +1,24 @@
 """Closeness against the formula in float64, token by token, at odd sizes; its fit against NumPy; the bound."""
 
 import math
+import random
+from collections import Counter
 
 import numpy
 import pytest
 import torch
 
-from hypernet.model.closeness import Closeness, FoundByStep, bound_of, evidence, fit_closeness, mean_closeness, scores
+from hypernet.model.closeness import (
+    Closeness,
+    FoundByStep,
+    _cut,
+    _examples,
+    bound_of,
+    evidence,
+    fit_closeness,
+    mean_closeness,
+    scores,
+)
 
 QUESTIONS, TOKENS, CHUNKS, LAYERS, KEY_DIM = 3, 5, 4, 2, 7
 FIT_LAYERS, FIT_KEY_DIM = 2, 5
@@ -160,6 +172,40 @@ def test_nothing_is_told_apart_where_there_is_no_difference():
     own = torch.cat([judged(judge, one, d)[one.row == d] for one in new for d in range(3)])
     other = torch.cat([judged(judge, one, d)[one.row != d] for one in new for d in range(3)])
     assert abs((own[:, None] > other).float().mean().item() - 0.5) < 0.1
+
+
+def about_none(one: FoundByStep) -> FoundByStep:
+    """The step's questions without what they found more in their own documents, and about none of them."""
+    return one._replace(best=one.best.clamp(max=0.5), row=torch.full_like(one.row, -1))
+
+
+def test_questions_about_no_document_are_examples_of_others_alone():
+    judge = Closeness(num_layers=FIT_LAYERS, key_dim=FIT_KEY_DIM)
+    (one,) = steps(1)
+    tokens, whole, asked, is_own = _examples(judge, about_none(one), random.Random(0))
+    assert not is_own.any() and len(tokens) == len(whole) == len(asked) == len(is_own) == 6 * 3 * 5
+    *_, is_own = _examples(judge, one, random.Random(0))
+    assert is_own.float().mean() == 0.25
+
+
+def test_questions_about_no_document_are_told_from_a_documents():
+    judge = Closeness(num_layers=FIT_LAYERS, key_dim=FIT_KEY_DIM, hidden=8)
+    asked = steps(12)
+    fit_closeness(judge, [*asked, *map(about_none, asked)], seed=0, steps=200)
+    (new,) = steps(1, seed=9)
+    none = torch.cat([judged(judge, about_none(new), d) for d in range(3)])
+    own = torch.cat([judged(judge, new, d)[new.row == d] for d in range(3)])
+    assert (own[:, None] > none).float().mean() > 0.98
+    assert own.mean() > 2 and none.mean() < -2
+
+
+def test_other_documents_are_cut_to_runs_of_their_chunks():
+    rng, chunks, runs = random.Random(0), slice(3, 8), Counter()
+    for _ in range(4000):
+        cut = _cut(chunks, rng)
+        runs[cut.start, cut.stop] += 1
+    assert set(runs) == {(i, j) for i in range(3, 8) for j in range(i + 1, 9)}
+    assert 0.5 < runs[3, 8] / 4000 < 0.7  # left whole, or cut to its whole length
 
 
 def test_what_any_document_has_is_the_ridge_regression():

@@ -1,5 +1,8 @@
 """ChunkMatch: questions and the chunks that answer them, against loops over single prompts."""
 
+import random
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from hypernet.data.batches import DistillationBatches
 from hypernet.data.records import Question
 from hypernet.data.splitting import StepPart
 from hypernet.model.closeness import Closeness
+from hypernet.training import lit_doc_to_lora
 from hypernet.training.lit_doc_to_lora import LitDocToLoRA
 from hypernet.training.losses import ChunkMatch, WeightL1
 from tests.recited_model import calibrated_model
@@ -135,6 +139,39 @@ def test_training_ends_with_a_bound_that_others_seldom_reach(model, closeness):
     want = min(allowed) if allowed else max(found["own"] + found["other"])
     assert recitation.min_match.item() == pytest.approx(want, abs=1e-4)
     assert closeness is None or recitation.closeness.common_weight.any()
+
+
+def test_closeness_is_fitted_to_messages_about_no_document_too(model, monkeypatch):
+    model.hypernetwork.recitation.closeness = Closeness(num_layers=2, key_dim=48, hidden=4)
+    module = LitDocToLoRA(model=model, objective={"match": ChunkMatch(weight=1.0)}, optimizer={})
+    monkeypatch.setattr(lit_doc_to_lora, "written_messages", lambda engine, number: ["Hello there", "What is love?"])
+    own, none = module._asked([batch(model)])
+    assert sorted(own.row.unique().tolist()) == [0, 1] and none.row.tolist() == [-1, -1]
+    assert none.chunk_counts == own.chunk_counts and none.best.shape[-1] == sum(own.chunk_counts)
+    asked_texts = random.Random(0).sample(["Hello there", "What is love?"], 2)
+    A = torch.cat([model.internalize(document).A["down_proj"] for document in DOCUMENTS])
+    for text, best, weight in zip(asked_texts, none.best, none.weight, strict=True):
+        inputs, asked = model.read_questions(model.layout.prompt_ids(model.tokenizer, [text]))
+        want, own_weight, _ = model.hypernetwork.recitation.compared(inputs, asked, A)
+        length = asked.shape[1]
+        torch.testing.assert_close(best[:length] * asked[0, :, None], want[0] * asked[0, :, None], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(weight[:length], own_weight[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_closeness_is_fitted_to_its_own_steps_where_given(model, monkeypatch, given):
+    steps = ["a", "b", "c"] if given else None
+    settings = {"objective": {"match": ChunkMatch(weight=1.0)}, "optimizer": {}, "closeness_steps": steps}
+    module = LitDocToLoRA(model=model, **settings)
+    data = SimpleNamespace(train=[str(step) for step in range(100)], validation=["v", "w"])
+    monkeypatch.setattr(LitDocToLoRA, "trainer", SimpleNamespace(datamodule=data))
+    monkeypatch.setattr(LitDocToLoRA, "writes_result", False)
+    seen = []
+    monkeypatch.setattr(module, "fit_closeness", lambda *steps: seen.append(steps))
+    module.on_fit_end()
+    ((train, validation),) = seen
+    assert validation == ["v", "w"]
+    assert train == steps if given else (train[0], train[-1], len(train)) == ("0", "99", 40)
 
 
 def test_other_documents_are_of_another_batch_where_there_is_one(model):

@@ -21,7 +21,7 @@ _TOKEN, _WHOLE = 8, 6  # numbers of a token's evidence, and of a question's
 _RIDGE = 10.0  # tokens' worth; between 1 and 100 held-out questions are fitted within .01 of R²
 _TOGETHER = (1, 1, 2, 4, 8)  # documents in the adapter that is asked
 _OTHERS = 3  # adapters without the question's document for one with it
-_ABOUT_NONE = 6  # of a step's questions about no document, asked of each adapter
+_ABOUT_NONE = 8  # of a step's questions about no document, asked of each adapter
 _CUT = 0.5  # of the other documents: to a run of their chunks, so that an adapter of a sentence or two is known as well
 _WARMUP, _OWN, _LR = 50, 96, 3e-3
 # Share of questions about other documents that may use a chunk. On held-out ones .97 of questions about paragraphs

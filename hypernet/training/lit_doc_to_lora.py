@@ -44,6 +44,7 @@ NUM_CALIBRATION_STEPS = 16  # some thousand tokens at the tiny scale
 NUM_CLOSENESS_STEPS = 40  # of twelve documents, 2 to 3 minutes: 2,400 questions
 # Written, and of these asked in a step; 624 for 52 steps, 90 s of a core.
 _NEW_MESSAGES, _MESSAGES_A_STEP, _WRITTEN_AT_ONCE = 12, 32, 52
+_PIECES = (8, 16, 32, 48, 64)  # tokens of a piece of a document that is asked about another one
 
 
 class LitDocToLoRA(LitModule):
@@ -282,16 +283,32 @@ class LitDocToLoRA(LitModule):
         return FoundByStep(best, weight, unit.to(torch.bfloat16), row, chunk_counts)
 
     def _asked(self, train: Sequence[DistillationBatch]) -> list[FoundByStep]:
-        """Questions of these steps, and what the base model writes as a user's messages, which are about none."""
+        """Questions of these steps, and what is about none of a step's documents: messages that the base model writes
+        in a user's place, and pieces of the step before's documents."""
         engine = TransformersEngine(self.model.base_model, self.model.tokenizer, batch_size=_WRITTEN_AT_ONCE)
         messages = written_messages(engine, _NEW_MESSAGES * len(train))
-        asked = []
+        asked, before = [], list[str]()
         for step, batch in enumerate(train):
+            rng = random.Random(step)
             found, _, A = self._found(batch.to(self.device))
             asked.append(found)
-            some = random.Random(step).sample(messages, min(_MESSAGES_A_STEP, len(messages)))
-            asked += [self._found_by(some, A, batch.chunk_counts)] if some else []
+            some = rng.sample(messages, min(_MESSAGES_A_STEP, len(messages)))
+            if some := [*some, *before]:
+                asked.append(self._found_by(some, A, batch.chunk_counts))
+            before = self._pieces(batch, rng)
         return asked
+
+    def _pieces(self, batch: DistillationBatch, rng: random.Random) -> list[str]:
+        """A piece of each document, as long as a question or longer."""
+        chunks = [ids[own][1:-1].tolist() for ids, own in zip(batch.chunk_ids, batch.chunk_mask.bool(), strict=True)]
+        pieces, start = [], 0
+        for count in batch.chunk_counts:
+            ids = sum(chunks[start : start + count], [])
+            start += count
+            length = min(len(ids), rng.choice(_PIECES))
+            first = rng.randint(0, len(ids) - length)
+            pieces.append(str(self.model.tokenizer.decode(ids[first : first + length])))
+        return pieces
 
     def fit_closeness(self, train: Sequence[DistillationBatch], validation: Sequence[DistillationBatch]) -> None:
         """Fits what tells a question about a document from any other, and sets from where on a question uses a chunk.

@@ -183,7 +183,7 @@ def test_questions_about_no_document_are_examples_of_others_alone():
     judge = Closeness(num_layers=FIT_LAYERS, key_dim=FIT_KEY_DIM)
     (one,) = steps(1)
     tokens, whole, asked, is_own = _examples(judge, about_none(one), random.Random(0))
-    assert not is_own.any() and len(tokens) == len(whole) == len(asked) == len(is_own) == 6 * 3 * 5
+    assert not is_own.any() and len(tokens) == len(whole) == len(asked) == len(is_own) == 8 * 3 * 5
     *_, is_own = _examples(judge, one, random.Random(0))
     assert is_own.float().mean() == 0.25
 

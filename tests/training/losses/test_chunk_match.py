@@ -158,6 +158,21 @@ def test_closeness_is_fitted_to_messages_about_no_document_too(model, monkeypatc
         torch.testing.assert_close(weight[:length], own_weight[0], atol=1e-4, rtol=1e-3)
 
 
+def test_pieces_of_the_step_before_are_about_no_document(model, monkeypatch):
+    model.hypernetwork.recitation.closeness = Closeness(num_layers=2, key_dim=48, hidden=4)
+    module = LitDocToLoRA(model=model, objective={"match": ChunkMatch(weight=1.0)}, optimizer={})
+    monkeypatch.setattr(lit_doc_to_lora, "written_messages", lambda engine, number: [])
+    asked, find = [], module._found_by
+    monkeypatch.setattr(module, "_found_by", lambda texts, *rest: (asked.append(texts), find(texts, *rest))[1])
+    found = module._asked([batch(model), batch(model, DOCUMENTS[:2], ASKED[:2])])
+    assert [(one.row < 0).all().item() for one in found] == [False, False, True]
+    (pieces,) = asked
+    assert len(pieces) == 3
+    for piece, document in zip(pieces, DOCUMENTS, strict=True):
+        assert piece and piece.replace(" ", "") in document.replace(" ", "")
+    assert found[-1].chunk_counts == found[-2].chunk_counts
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_closeness_is_fitted_to_its_own_steps_where_given(model, monkeypatch, given):
     steps = ["a", "b", "c"] if given else None

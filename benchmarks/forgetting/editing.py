@@ -29,7 +29,7 @@ from hypernet.cli.settings import Above0, Count, Number, OutputFile, OutputFolde
 METRICS = ("reliability", "paraphrase", "neighbourhood", "subject", "reverse")
 # In the order of the tables; an editor's name is its key in conf/forgetting_editing.yaml.
 ARMS = (
-    *("no_edit", "in_prompt", "random_rank_one", "rome", "memit", "memit_at_once", "alphaedit"),
+    *("no_edit", "in_prompt", "random_rank_one", "rome", "rome_bounded", "memit", "memit_at_once", "alphaedit"),
     *("adapter", "adapter_routed", "consolidation", "rehearsal"),
 )
 OURS = "adapter"

@@ -13,13 +13,14 @@ from benchmarks.report.tables import Table
 
 NAMES = {
     **{"no_edit": "no edit", "in_prompt": "the new fact in the prompt"},
-    **{"random_rank_one": "random, rank 1, as large as ROME's", "rome": "ROME", "memit": "MEMIT, sixteen at once"},
+    **{"random_rank_one": "random, rank 1, as large as ROME's", "rome": "ROME"},
+    **{"rome_bounded": "ROME, values bounded", "memit": "MEMIT, sixteen at once"},
     **{"memit_at_once": "MEMIT, all at once", "alphaedit": "AlphaEdit, sixteen at once"},
     **{"adapter": "generated adapters, joined", "adapter_routed": "generated adapters, routed"},
     **{"consolidation": "consolidation", "rehearsal": "consolidation with rehearsal"},
 }
 # One line each of the plot, which has as many styles.
-DRAWN = ("rome", "memit", "alphaedit", "adapter", "consolidation", "rehearsal")
+DRAWN = ("rome", "rome_bounded", "memit", "adapter", "consolidation", "rehearsal")
 METRIC_TITLES = {
     **{"reliability": "the edited question", "paraphrase": "other wordings", "neighbourhood": "other subjects"},
     **{"subject": "the same subject", "reverse": "reverse"},

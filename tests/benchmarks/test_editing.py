@@ -29,7 +29,7 @@ from tests.test_configs import CONF, ROOT
 SMOKE = [
     *("seeds=[0]", "sizes=[1,2]", "num_sequences={1:2}", "num_neighbours=1", "num_decoys=1", "num_articles=4"),
     *("max_steps=2", "batch_size=4", "rehearsal.number=4", "+rehearsal.num_texts=0", "output=null"),
-    *(f"editors.{name}.search.steps=2" for name in ("rome", "memit", "memit_at_once", "alphaedit")),
+    *(f"editors.{name}.search.steps=2" for name in ("rome", "rome_bounded", "memit", "memit_at_once", "alphaedit")),
 ]
 
 
@@ -188,4 +188,10 @@ def test_editors_of_the_settings_are_built(tmp_path):
     cfg = settings(tmp_path)
     moments = KeyMoments(["A text."])
     kinds = {n: type(instantiate(one, _convert_="all")(moments=moments)).__name__ for n, one in cfg.editors.items()}
-    assert kinds == {"rome": "Rome", "memit": "Memit", "memit_at_once": "Memit", "alphaedit": "AlphaEdit"}
+    assert kinds == {
+        "rome": "Rome",
+        "rome_bounded": "Rome",
+        "memit": "Memit",
+        "memit_at_once": "Memit",
+        "alphaedit": "AlphaEdit",
+    }

@@ -8,7 +8,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
@@ -305,15 +306,33 @@ def answer_all(
     max_new_tokens: int,
 ) -> dict[str, list[str]]:
     """Column of the table → answers; with `compare` also without the adapter, and with the documents in the prompt."""
-    answers = {WITH_ADAPTER: answer(model, questions, adapter, joining=joining, max_new_tokens=max_new_tokens)}
-    if not compare:
-        return answers
-    text = "\n\n".join(document.text.strip() for document in documents)
-    # In one batch: on a CPU a token of ten answers takes hardly longer than one of five.
-    number = len(questions)
-    contexts = [None] * number + [text] * number
-    both = answer(model, [*questions, *questions], contexts=contexts, max_new_tokens=max_new_tokens)
+    with answering(model, num_tokens=max_new_tokens * (2 if compare else 1)):
+        answers = {WITH_ADAPTER: answer(model, questions, adapter, joining=joining, max_new_tokens=max_new_tokens)}
+        if not compare:
+            return answers
+        text = "\n\n".join(document.text.strip() for document in documents)
+        # In one batch: on a CPU a token of ten answers takes hardly longer than one of five.
+        number = len(questions)
+        contexts = [None] * number + [text] * number
+        both = answer(model, [*questions, *questions], contexts=contexts, max_new_tokens=max_new_tokens)
     return {WITHOUT: both[:number], **answers, IN_PROMPT: both[number:]}
+
+
+@contextmanager
+def answering(model: "DocToLoRA", *, num_tokens: int) -> Iterator[None]:
+    """A progress bar over the tokens of all batches, at most so many: an answer may end before."""
+    from tqdm import tqdm
+
+    with tqdm(desc="Answering", unit="token", total=num_tokens, leave=False, disable=num_tokens < 2) as bar:
+
+        def answered() -> None:
+            bar.update()
+
+        model.pause = answered
+        try:
+            yield
+        finally:
+            model.pause = None
 
 
 def answer(

@@ -13,9 +13,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -739,3 +741,19 @@ def test_example_entities_are_absent_from_training():
         names = re.findall(r"[A-Z]\w+ [A-Z]\w+|(?<=in |er )[A-Z]\w+(?=\.)", document.text)
         assert names
         assert {encyclopedia._split_of(name) for name in names if name != "Bronze Ribbon"} == {"test"}, names
+
+
+@pytest.mark.parametrize("ends", [None, ValueError])
+def test_answering_shows_how_many_tokens_are_done(capsys, ends):
+    model = SimpleNamespace(pause=None)
+    try:
+        with generate_adapter.answering(model, num_tokens=8):
+            for _ in range(3):
+                time.sleep(0.11)  # a bar is drawn every tenth of a second
+                model.pause()
+            if ends is not None:
+                raise ends
+    except ValueError:
+        pass
+    assert model.pause is None
+    assert "Answering" in (shown := capsys.readouterr().err) and "3/8" in shown

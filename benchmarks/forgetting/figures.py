@@ -115,10 +115,19 @@ def rates(rows: Rows) -> Table:
 
 
 def real(rows: Rows) -> Table:
-    """Of a base model that reads real text, each method and learning rate: what is answered, as a question and as the
-    beginning of a sentence."""
-    lines: list[Row] = [{**row, "method": "before"} for row in rows if row["kind"] == "before"]
-    lines += [row for row in rows if row["kind"] in ("adapter", "learned")]
+    """Of a base model that reads real text, each method and learning rate, means over seeds: what is answered, as a
+    question and as the beginning of a sentence."""
+    found: dict[tuple[str, float | None], list[Row]] = {}
+    for kind in ("before", "adapter", "learned"):
+        for row in rows:
+            if row["kind"] == kind:
+                found.setdefault((row.get("method", kind), row.get("lr")), []).append(row)
+    lines: list[Row] = [
+        {"method": name, "seeds": len({row["seed"] for row in own})}
+        | ({} if rate is None else {"lr": rate})
+        | {key: _mean(own, key) for key in ("new", "background", "cloze", "perplexity")}
+        for (name, rate), own in found.items()
+    ]
     return Table.of("", lines, _NAME | _REAL)
 
 
@@ -336,7 +345,7 @@ _KEPT: dict[str, tuple[str, Cell]] = {
 _KEPT_KEYS = tuple(_KEPT)
 _REAL: dict[str, Cell] = {
     "learning rate": lambda row: f"{row['lr']:g}" if "lr" in row else "–",
-    **{"steps": number("steps", 0), "new": number("new"), "real facts, asked": number("background")},
+    **{"seeds": number("seeds", 0), "new": number("new"), "real facts, asked": number("background")},
     **{"real facts, cloze": number("cloze"), "perplexity of WikiText": number("perplexity", 1)},
 }
 _CHOSEN: dict[str, Cell] = {

@@ -42,15 +42,17 @@ def test_loss_at_each_rate_is_told_where_the_target_was_reached(rows):
     ]
 
 
-def test_real_model_shows_every_learning_rate():
+def test_real_model_shows_every_learning_rate_over_its_seeds():
     before = {"kind": "before", "method": "before", "seed": 0, "background": 0.5, "cloze": 0.4, "perplexity": 26.72}
     learned = [
-        {**before, "kind": "learned", "method": "lora_8", "lr": lr, "steps": 7, "new": 1.0} for lr in (1e-4, 2e-3)
+        {**before, "kind": "learned", "method": "lora_8", "lr": lr, "seed": seed, "new": 1.0 - 0.5 * seed}
+        for lr, seed in ((1e-4, 0), (2e-3, 0), (2e-3, 1))
     ]
-    assert markdown([before, *learned], "smollm2").splitlines()[2:] == [
-        "| before | – | – | – | 0.50 | 0.40 | 26.7 |",
-        "| lora 8 | 0.0001 | 7 | 1.00 | 0.50 | 0.40 | 26.7 |",
-        "| lora 8 | 0.002 | 7 | 1.00 | 0.50 | 0.40 | 26.7 |",
+    other = {**before, "seed": 1, "background": 0.3}
+    assert markdown([before, learned[0], other, *learned[1:]], "smollm2").splitlines()[2:] == [
+        "| before | – | 2 | – | 0.40 | 0.40 | 26.7 |",
+        "| lora 8 | 0.0001 | 1 | 1.00 | 0.50 | 0.40 | 26.7 |",
+        "| lora 8 | 0.002 | 2 | 0.75 | 0.50 | 0.40 | 26.7 |",
     ]
 
 

@@ -55,6 +55,8 @@ def _as_questions(value: Any) -> Any:
     """A list, its texts as documents are read: bytes of the command that were no UTF-8 are half characters here."""
     from hypernet.text.cleaning import visible, whole
 
+    if any(isinstance(item, str) and not item.strip() for item in as_list(value)):
+        raise ValueError("ask has an empty question. Leave it out, or write what you want to know.")
     return [visible(whole(item, "ask"), "ask") if isinstance(item, str) else item for item in as_list(value)]
 
 
@@ -320,10 +322,10 @@ def answer_all(
 
 @contextmanager
 def answering(model: "DocToLoRA", *, num_tokens: int) -> Iterator[None]:
-    """A progress bar over the tokens of all batches, at most so many: an answer may end before."""
+    """A progress bar over the tokens of all batches, at most so many: an answer may end before. On a terminal alone."""
     from tqdm import tqdm
 
-    with tqdm(desc="Answering", unit="token", total=num_tokens, leave=False, disable=num_tokens < 2) as bar:
+    with tqdm(desc="Answering", unit="token", total=num_tokens, leave=False, disable=num_tokens < 2 or None) as bar:
 
         def answered() -> None:
             bar.update()

@@ -533,7 +533,7 @@ def test_unreadable_document_is_a_one_line_error(run, work, name, content, says)
         (["--document", "doc.txt"], "no dashes: write document=... instead of --document"),
         (["--document=doc.txt"], "no dashes: write document=doc.txt instead of --document=doc.txt"),
         (["document=doc.txt", "ask=[[Who]]"], "ask should be a text or a list of texts, got .*Write 'ask="),
-        (["document=doc.txt", 'ask=["Who?",""]'], "ask should be a text or a list of texts"),
+        (["document=doc.txt", 'ask=["Who?",""]'], "ask has an empty question. Leave it out"),
         (["document=${HOME}.txt"], r"Cannot read '\$\{HOME\}.txt': No such file"),
         (["document=doc.txt", "device=${nothing}"], r"device should be cpu, cuda or auto, got '\$\{nothing\}'"),
         (["document=doc.txt", "overwrite=maybe"], "overwrite should be true or false, got 'maybe'"),
@@ -744,7 +744,8 @@ def test_example_entities_are_absent_from_training():
 
 
 @pytest.mark.parametrize("ends", [None, ValueError])
-def test_answering_shows_how_many_tokens_are_done(capsys, ends):
+def test_answering_shows_how_many_tokens_are_done(capsys, monkeypatch, ends):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     model = SimpleNamespace(pause=None)
     try:
         with generate_adapter.answering(model, num_tokens=8):

@@ -55,9 +55,10 @@ def _as_questions(value: Any) -> Any:
     """A list, its texts as documents are read: bytes of the command that were no UTF-8 are half characters here."""
     from hypernet.text.cleaning import visible, whole
 
-    if any(isinstance(item, str) and not item.strip() for item in as_list(value)):
+    questions = as_list(value)
+    if any(isinstance(item, str) and not item.strip() for item in questions):
         raise ValueError("ask has an empty question. Leave it out, or write what you want to know.")
-    return [visible(whole(item, "ask"), "ask") if isinstance(item, str) else item for item in as_list(value)]
+    return [visible(whole(item, "ask"), "ask") if isinstance(item, str) else item for item in questions]
 
 
 class Refining(NamedTuple):

@@ -179,7 +179,7 @@ def about_none(one: FoundByStep) -> FoundByStep:
     return one._replace(best=one.best.clamp(max=0.5), row=torch.full_like(one.row, -1))
 
 
-def test_questions_about_no_document_are_examples_of_others_alone():
+def test_questions_about_no_document_are_never_own_examples():
     judge = Closeness(num_layers=FIT_LAYERS, key_dim=FIT_KEY_DIM)
     (one,) = steps(1)
     tokens, whole, asked, is_own = _examples(judge, about_none(one), random.Random(0))

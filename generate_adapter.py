@@ -41,6 +41,7 @@ WITHOUT, WITH_ADAPTER, IN_PROMPT = (
 MOST_STEPS = 10_000  # of refining; hours
 MEASURED_CHUNKS = 128  # of one adapter in any benchmark here
 PIPED_WIDTH = 120  # columns of the table where there is no terminal to fit
+ALONE = "(no sentence was close: the base model's own)"
 
 # Settings of before, and what says the same now.
 RENAMED = {
@@ -261,7 +262,7 @@ def internalize(
                     *(f"{total:,}", f"{total * network.rank:,}", f"{total * network.rank * widths * 4 / 1e6:,.0f}"),
                     MEASURED_CHUNKS,
                 )
-            bars.append(tqdm(desc="Internalizing", unit="chunk", total=total, disable=total < 2))
+            bars.append(tqdm(desc="Internalizing", unit="chunk", total=total, disable=total < 2 or None))
         bars[-1].update(done - bars[-1].n)
 
     try:
@@ -282,7 +283,7 @@ def refined(
 
     from hypernet.refining import refine
 
-    with tqdm(desc="Refining", unit="step") as bar:
+    with tqdm(desc="Refining", unit="step", disable=None) as bar:
 
         def told(done: int, altogether: int) -> None:
             bar.total = altogether if refining.max_seconds is None else None
@@ -347,7 +348,8 @@ def answer(
     contexts: Sequence[str | None] | None = None,
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers. Where prompt and answer exceed the base model's window, that instead of an answer.
+    """Greedy answers. Where prompt and answer exceed the base model's window, that instead of an answer; where no chunk
+    of a recited adapter is close to the question, that behind it.
 
     Args:
         adapter: None: the base model alone.
@@ -363,17 +365,20 @@ def answer(
     fitting = [(question, context) for question, context, length in asked if length + max_new_tokens <= window]
     # The trained way has settings of its own, which only None takes.
     each = joining if joining and not joining.is_plain_lora and joining != model.trained_joining else None
-    texts = iter(
-        model.generate(
-            [question for question, _ in fitting],
-            adapter,
-            join=each.way if each else None,
-            gate_power=each.gate_power if each else None,
-            top_k=each.top_k if each else None,
-            documents=[context for _, context in fitting],
-            max_new_tokens=max_new_tokens,
-        )
+    answers = model.generate(
+        [question for question, _ in fitting],
+        adapter,
+        join=each.way if each else None,
+        gate_power=each.gate_power if each else None,
+        top_k=each.top_k if each else None,
+        documents=[context for _, context in fitting],
+        max_new_tokens=max_new_tokens,
     )
+    if adapter is not None and fitting and model.hypernetwork.recitation is not None:
+        # One more reading of the questions, by ten blocks: hundredths of a second each.
+        close = model.routing_scores([question for question, _ in fitting], adapter).any(1).tolist()
+        answers = [text if found else f"{text}\n{ALONE}" for text, found in zip(answers, close, strict=True)]
+    texts = iter(answers)
     return [
         next(texts)
         if length + max_new_tokens <= window

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from generate_adapter import ALONE, answer
 from hypernet.base.fetch import fetch
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.download import DownloadError
@@ -55,6 +56,15 @@ def test_what_the_memo_does_not_say_is_answered_as_without_it(model, memo):
     assert "Paris" in model.generate(question, memo, max_new_tokens=16)[0]
     routed = model.generate([*ASKED, *question], memo, join="route", top_k=1, max_new_tokens=16)
     assert "Paris" in routed[-1] and "Monday" in routed[0]
+
+
+def test_answers_of_the_base_model_alone_are_marked(model, memo):
+    questions = ["Who collects the boxes?", "What is the capital of France?"]
+    joining = model.joining("route", top_k=1)
+    said, alone = answer(model, questions, memo, joining=joining, max_new_tokens=16)
+    assert "Harbour & Lane" in said and ALONE not in said
+    assert "Paris" in alone and alone.endswith(f"\n{ALONE}")
+    assert ALONE not in answer(model, questions, max_new_tokens=16)[1]
 
 
 def test_another_document_does_not_answer_about_the_memo(model):

@@ -202,9 +202,11 @@ def _decode(source: str, data: bytes, *, declared: str | None = None) -> str:
     elif data.startswith(codecs.BOM_UTF8):
         encoding = "utf-8"
     elif b"\x00" in data:
+        others = sum(data.count(byte) for byte in _CONTROL_BYTES if byte)
+        maybe = f"; if it is UTF-16 without byte order mark: {_iconv(source, 'UTF-16LE')}"
         raise ValueError(
-            f"{source!r} is binary (null byte at byte offset {data.index(0)}). Convert it to text first; if it is "
-            f"UTF-16 without byte order mark: {_iconv(source, 'UTF-16LE')}"
+            f"{source!r} is binary (null byte at byte offset {data.index(0)}). Convert it to text first"
+            f"{maybe if others <= _MOST_CONTROL * len(data) else '.'}"
         )
     else:
         encoding = declared or "utf-8"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from benchmarks import training_speed
-from benchmarks.training_speed import (
+from benchmarks.training_speed import __main__ as training_speed
+from benchmarks.training_speed.__main__ import (
     METHODS,
     TOLERANCE,
     Ours,

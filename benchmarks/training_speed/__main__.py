@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from hypernet.doc_to_lora import DocToLoRA
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WEIGHTS = {"kl": 1.0, "locality_kl": 0.5, "nll": 0.5}  # of the terms of the loss, the same for all methods
 # Of loss and gradients, relative to their size. In bfloat16 the two orders of adding up differ by its rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -444,7 +444,7 @@ class SpeedSettings(Settings):
 SCRIPT = Script("benchmarks.training_speed", SpeedSettings)
 
 
-@hydra.main(config_path="../conf", config_name="training_speed", version_base="1.3")
+@hydra.main(config_path="../../conf", config_name="training_speed", version_base="1.3")
 @SCRIPT
 def main(cfg: SpeedSettings) -> None:
     from benchmarks.measuring.rows import describe_run, write_rows

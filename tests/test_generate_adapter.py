@@ -424,8 +424,10 @@ def test_document_longer_than_window_is_marked_in_the_table(run, work):
     assert "does not fit" not in without + with_adapter
 
 
-def test_progress_bar_appears_with_more_than_one_chunk(run, work):
-    assert "chunk/s" in run("document=doc.txt", "max_batch_tokens=1").err
+def test_progress_bar_appears_with_more_than_one_chunk(run, work, monkeypatch):
+    assert "chunk/s" not in run("document=doc.txt", "max_batch_tokens=1").err  # bars are for terminals
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "chunk/s" in run("document=doc.txt", "max_batch_tokens=1", "overwrite=true").err
     (work / "short.txt").write_text("Norbach is a town.")
     assert "chunk/s" not in run("document=short.txt", "overwrite=true").err
 

@@ -1,14 +1,25 @@
 """The documentation states what the committed rows say."""
 
 import re
+from functools import cache
 
 import pytest
 
 from benchmarks import internalize_cost, kernel_speed, tables
 from benchmarks.report.page import unconfirmed
-from benchmarks.tables import FILES, ROOT, TABLES, all_rows, made_plots, with_tables
+from benchmarks.tables import FILES, ROOT, TABLES, all_rows, with_tables
 
 BLOCK = "<!-- table: {} -->\n{}\n<!-- end -->"
+made_plots = cache(tables.made_plots)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_table_is_made_once():
+    """Several tests look at the same ones, half a minute's worth."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, make in TABLES.items():
+            patch.setitem(TABLES, name, cache(make))
+        yield
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -160,16 +160,21 @@ def test_failing_batch_is_named_by_its_step(num_workers):
     assert "The batch of step 2 cannot be made (KeyError: 'question\\nanswer')" in str(error)
 
 
-SCRIPT = """
-import os, signal
+LOST = """
 from hypernet.data import datamodule
-from hypernet.data.datamodule import BatchDataModule
-from tests.data.test_datamodule import Squares, run_into
+from tests.data.test_datamodule import run_into
 
 if __name__ == "__main__":  # which its workers import
     datamodule.CHECK_EVERY_S = 1
     print(repr(run_into("killed", num_workers=1)[1]))
     print(repr(run_into("stuck", num_workers=1, worker_timeout_s=3)[1]))
+"""
+KILLED = """
+import os, signal
+from hypernet.data.datamodule import BatchDataModule
+from tests.data.test_datamodule import Squares
+
+if __name__ == "__main__":  # which its workers import
     batches = iter(BatchDataModule(train=Squares(1), validation=Squares(9), num_workers=2).val_dataloader())
     next(batches)
     own = []
@@ -186,26 +191,25 @@ if __name__ == "__main__":  # which its workers import
 """
 
 
-@pytest.fixture(scope="module")
-def killed_trainer(commands, tmp_path_factory):
-    """What SCRIPT prints, in another process: torch raises from a signal handler, whatever the main thread is doing."""
-    script = tmp_path_factory.mktemp("killed") / "script.py"
-    script.write_text(SCRIPT)
-    done = commands.run(str(script), [], cwd=ROOT)
-    assert done.code == -signal.SIGKILL, done.output
+def printed(script, commands, folder, *, code):
+    """Lines of a script in another process: torch raises from a signal handler, whatever the main thread is doing."""
+    (path := folder / "script.py").write_text(script)
+    done = commands.run(str(path), [], cwd=ROOT)
+    assert done.code == code, done.output
     return done.stdout.splitlines()
 
 
-@pytest.mark.story(26)
-def test_lost_worker_raises_instead_of_hanging(killed_trainer):
-    killed, stuck, _ = killed_trainer
+@pytest.mark.story(20)
+def test_lost_worker_raises_instead_of_hanging(commands, tmp_path):
+    killed, stuck = printed(LOST, commands, tmp_path, code=0)
     assert killed.startswith("ChildProcessError('A data worker was lost: "), killed
     assert stuck.startswith("ChildProcessError('A data worker was lost: "), stuck
     assert "timed out" in stuck and "timed out" not in killed
 
 
-def test_workers_end_when_the_trainer_is_killed(killed_trainer):
-    left = [int(pid) for pid in killed_trainer[-1].split()]
+def test_workers_end_when_the_trainer_is_killed(commands, tmp_path):
+    (line,) = printed(KILLED, commands, tmp_path, code=-signal.SIGKILL)
+    left = [int(pid) for pid in line.split()]
     assert len(left) >= 4, left  # a resource tracker, the server and two workers
     deadline = time.monotonic() + 30
     while left and time.monotonic() < deadline:

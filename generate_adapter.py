@@ -165,6 +165,7 @@ def generate(settings: GenerateSettings) -> None:
         gate_power=settings.gate_power if settings.join == "gate" else None,
         top_k=settings.top_k if settings.join == "route" else None,
     )
+    check_way(model, joining, settings.checkpoint)
     watch.lap("load")
 
     log.info("Internalizing %s", ", ".join(document.name for document in documents))
@@ -221,6 +222,15 @@ def check_scale(scale: float | Sequence[float], *, num_layers: int | None) -> No
     if isinstance(scale, Sequence) and num_layers is not None and len(scale) != num_layers:
         raise ValueError(
             f"scale should be a number, or one for each of the {num_layers} adapted layers, got {len(scale)} numbers."
+        )
+
+
+def check_way(model: "DocToLoRA", joining: "Joining", checkpoint: str) -> None:
+    """Raises ValueError: the checkpoint says one chunk at a time, and the way would say all of them at once."""
+    if model.hypernetwork.recitation is not None and joining.way != "route":
+        raise ValueError(
+            f"join={joining.way} would say all chunks of {checkpoint} at once; each question uses those that fit best. "
+            "Leave join out, or set join=route."
         )
 
 

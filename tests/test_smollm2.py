@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from generate_adapter import ALONE, answer
+from generate_adapter import ALONE, answer, check_way
 from hypernet.base.fetch import fetch
 from hypernet.doc_to_lora import DocToLoRA
 from hypernet.io.download import DownloadError
@@ -65,6 +65,15 @@ def test_answers_of_the_base_model_alone_are_marked(model, memo):
     assert "Harbour & Lane" in said and ALONE not in said
     assert "Paris" in alone and alone.endswith(f"\n{ALONE}")
     assert ALONE not in answer(model, questions, max_new_tokens=16)[1]
+
+
+@pytest.mark.parametrize("way", ["sum", "ridge", "gate"])
+def test_chunks_that_are_said_one_at_a_time_are_not_added_up(model, way):
+    joining = model.joining(way, ridge=8.0 if way == "ridge" else None)
+    with pytest.raises(ValueError, match=f"join={way} would say all chunks of mine at once; .*set join=route"):
+        check_way(model, joining, "mine")
+    check_way(model, model.joining("route", top_k=1), "mine")
+    check_way(model, model.trained_joining, "mine")
 
 
 def test_another_document_does_not_answer_about_the_memo(model):

@@ -20,6 +20,7 @@ from typing import Any
 
 import hydra
 
+from benchmarks.report.tables import Cell, Table, number
 from hypernet.cli.scripts import Script
 from hypernet.cli.settings import Count, Number, OutputFile, Settings, Text, checked
 
@@ -175,16 +176,15 @@ def summary(found: dict[str, list[list[dict[str, float]]]], cfg: CommitsSettings
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| train.py | step, s | questions/s | times the first | least | most | peak, MiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        cells = (
-            f"{row['step_s']:.1f} | {row['questions_per_s']:.1f} | {row['times_first']:.2f} | {row['least_times']:.2f}"
-        )
-        lines.append(f"| {row['arm'].replace('_', ' ')} | {cells} | {row['most_times']:.2f} | {row['peak_mib']:,.0f} |")
-    return "\n".join(lines)
+    cells: dict[str, Cell] = {
+        "step, s": number("step_s", 1),
+        "questions/s": number("questions_per_s", 1),
+        "times the first": number("times_first"),
+        "least": number("least_times"),
+        "most": number("most_times"),
+        "peak, MiB": lambda row: f"{row['peak_mib']:,.0f}",
+    }
+    return Table.of("", rows, {"train.py": lambda row: row["arm"].replace("_", " ")} | cells).markdown()
 
 
 SCRIPT = Script("benchmarks.training_speed.commits", CommitsSettings)

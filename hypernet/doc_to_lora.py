@@ -100,7 +100,7 @@ class DocToLoRA(nn.Module):
         self.base_model = base_model
         self.tokenizer = tokenizer
         self.hypernetwork = hypernetwork
-        self.context_encoder = make_context_encoder(base_model, context_encoder)
+        self.context_encoder = make_context_encoder(base_model, context_encoder, tokenizer)
         self.max_chunk_tokens = max_chunk_tokens
         self.trained_joining = Joining() if ridge is None else Joining("ridge", ridge=ridge)
         if hypernetwork.recitation is not None:
@@ -137,7 +137,7 @@ class DocToLoRA(nn.Module):
                 map; None: all.
         """
         context_encoder = reading(base_model, target_layers, context_encoder)
-        encoder = make_context_encoder(base_model, context_encoder)
+        encoder = make_context_encoder(base_model, context_encoder, tokenizer)
         return cls(
             base_model=base_model,
             tokenizer=tokenizer,

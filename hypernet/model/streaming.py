@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hypernet.base.targets import EndOfPass
-from hypernet.model.context_encoder import ContextEncoder, drop_context
+from hypernet.model.context_encoder import ContextEncoder, Recited, drop_context
 from hypernet.model.hypernetwork import HyperNetwork
+from hypernet.model.recitation import place_gains
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +38,18 @@ def read_chunks(
     hypernetwork: HyperNetwork,
     *,
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    one_shape: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Weights, Weights]:
     """LoRA matrices of every chunk, without gradients.
+
+    A recitation's chunks are read by length, and those that miss a token a second time with gains (`place_gains`).
 
     Args:
         rows: (ids [T], mask [T]) per chunk, right-padded, on any device.
         max_batch_tokens: most tokens read at once, context and padding included; a longer chunk is read alone. Where
             memory runs out, it is halved and the batch is read again.
+        one_shape: all batches have the rows that fit, as they come, in the second reading too.
         progress: called with (chunks done, chunks altogether), before the first batch and after each.
 
     Returns:
@@ -65,35 +70,51 @@ def read_chunks(
 
     A = {target.name: empty(target.d_in, len(target.paths)) for target in hypernetwork.targets}
     B = {target.name: empty(target.d_out, len(target.paths)) for target in hypernetwork.targets}
-    lengths = [_length(mask) for _, mask in rows]
-    done = 0
-    if progress:
-        progress(0, len(rows))
-    while done < len(rows):
-        count = _fitting(lengths[done:], max_batch_tokens)
-        try:
-            where = slice(done, done + count)
-            _read_batch(rows[where], where, context_encoder, hypernetwork, A, B, max_batch_tokens)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-        else:
-            done += count
-            if progress:
-                progress(done, len(rows))
-            continue
-        # Out here the failed batch's tensors are gone with the exception's frames.
-        tokens = count * max(lengths[done : done + count])
-        if count == 1:
-            raise MemoryError(
-                f"Out of memory: one chunk of {tokens} tokens does not fit on {parameter.device} ({reason}). "
-                "Lower max_chunk_tokens, or load the base model in bfloat16."
-            )
-        max_batch_tokens = max(1, tokens // 2)
-        log.warning("Out of memory with %d tokens at once; going on with %d.", tokens, max_batch_tokens)
-        if parameter.device.type == "cuda":
-            torch.cuda.empty_cache()
+    lengths = [context_encoder.num_read(_length(mask)) for _, mask in rows]
+    everything = range(len(rows))
+    by_length = hypernetwork.recitation is not None and not one_shape
+
+    def in_batches(places: Sequence[int], gains: dict[int, Tensor], told: Callable[[int], None]) -> dict[int, Tensor]:
+        """Reads these rows, and gives gains for those that miss a token."""
+        nonlocal max_batch_tokens
+        if by_length:
+            places = sorted(places, key=lambda place: lengths[place])
+        most = _together(len(places)) if by_length else len(places)
+        done, missed = 0, {}
+        while done < len(places):
+            count = _fitting([lengths[place] for place in places[done : done + most]], max_batch_tokens)
+            some = places[done : done + count]
+            try:
+                found = _read_batch(rows, some, gains, context_encoder, hypernetwork, A, B, max_batch_tokens)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            else:
+                missed.update(found)
+                done += count
+                told(done)
+                continue
+            # Out here the failed batch's tensors are gone with the exception's frames.
+            tokens = count * max(lengths[place] for place in some)
+            if count == 1:
+                raise MemoryError(
+                    f"Out of memory: one chunk of {tokens} tokens does not fit on {parameter.device} ({reason}). "
+                    "Lower max_chunk_tokens, or load the base model in bfloat16."
+                )
+            max_batch_tokens = max(1, tokens // 2)
+            log.warning("Out of memory with %d tokens at once; going on with %d.", tokens, max_batch_tokens)
+            if parameter.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return missed
+
+    def told(done: int) -> None:
+        if progress:
+            progress(done, len(rows))
+
+    told(0)
+    if missed := in_batches(everything, {}, told):
+        in_batches(everything if one_shape else [*missed], missed, lambda _: None)
     return A, B
 
 
@@ -107,14 +128,15 @@ def read_and_write(
 ) -> tuple[Weights, Weights]:
     """A and B of chunks whose rows act while they are read, layer after layer; differentiable, but for what acts.
 
+    For training: each chunk is read once, whatever the context encoder reads more of it, and no place has a gain.
+
     Args:
         ids, mask: [C, T], as of the context encoder.
         keys_only: end where the layers for keys do.
     """
     lengths = [_length(row) for row in mask]
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
-    # Sentences are of 10 to 56 tokens: read in four batches by length, 84 of them are half of what one would pad.
-    size = max(_LEAST_TOGETHER, -(-len(order) // 4))
+    size = _together(len(order))
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     made = []
     for group in groups:
@@ -130,7 +152,7 @@ def _read_together(
 ) -> tuple[Weights, Weights]:
     layers: list[tuple[Weights, Weights]] = []
     with_gradient = torch.is_grad_enabled()
-    write = _Writing(mask, hypernetwork)
+    write = _Writing(mask[:, context_encoder.unread :], hypernetwork, 1)
 
     def read(index: int, features: Tensor) -> Tensor | None:
         with torch.set_grad_enabled(with_gradient):
@@ -142,32 +164,44 @@ def _read_together(
         return added
 
     with suppress(EndOfPass):
-        context_encoder.stream(ids, mask, read)
+        context_encoder.stream(ids, mask, read, readings=1)
     A, B = ({name: torch.cat([made[part][name] for made in layers], 1) for name in layers[0][part]} for part in (0, 1))
     return A, B
 
 
 class _Writing:
-    """Layer by layer A and B [C, l, R, d] of a recitation, and what they add to the module's output, [C, T, d_out].
+    """Layer by layer A and B [C, l, R, d] of a recitation, and what they add to the module's output, [M C, T, d_out].
 
     Keys add nothing and are made when all of their layers were read, of which each token is kept from one.
+
+    Args:
+        mask: [C, T], of what is read.
+        readings: M, how often each chunk is.
+        gains: [C, T], as of `Recitation.saying`.
     """
 
-    def __init__(self, mask: Tensor, hypernetwork: HyperNetwork) -> None:
+    def __init__(self, mask: Tensor, hypernetwork: HyperNetwork, readings: int, gains: Tensor | None = None) -> None:
         assert hypernetwork.recitation is not None
-        self.mask, self.part, self.scaling = mask, hypernetwork.recitation, hypernetwork.scaling
+        self.mask, self.readings, self.gains = mask, readings, gains
+        self.part, self.scaling = hypernetwork.recitation, hypernetwork.scaling
         (self.target,) = hypernetwork.targets
         self._own: Tensor | None = None
 
     def __call__(self, index: int, features: Tensor) -> tuple[tuple[Weights, Weights] | None, Tensor | None]:
         name, d_in, d_out = self.target.name, self.target.d_in, self.target.d_out
-        x = features[..., :d_in].float() * self.mask[..., None]
         num_keys = self.part.num_key_layers
         if index >= num_keys:
-            read, mask = drop_context(features[:, None], self.mask)
-            A, B = self.part.saying(index, read[:, 0], mask)
-            return ({name: A[:, None]}, {name: B[:, None]}), self.scaling * (x @ A.detach().mT) @ B.detach()
-        read, mask = drop_context(x[:, None], self.mask)
+            each = features.unflatten(0, (self.readings, -1)).transpose(0, 1)  # [C, M, T, D]
+            read, mask = drop_context(each, self.mask)
+            gains = None if self.gains is None else drop_context(self.gains[:, None, :, None], self.mask)[0][:, 0, :, 0]
+            A, B = self.part.saying(index, read, mask, gains)
+            x = each[..., :d_in].float() * self.mask[:, None, :, None]
+            # Reading after reading again, as the base model has them.
+            added = self.scaling * (x.flatten(1, 2) @ A.detach().mT) @ B.detach()
+            added = added.unflatten(1, (self.readings, -1)).transpose(0, 1).flatten(0, 1)
+            return ({name: A[:, None]}, {name: B[:, None]}), added
+        first = features[: len(self.mask), :, :d_in].float() * self.mask[..., None]
+        read, mask = drop_context(first[:, None], self.mask)
         x = read[:, 0]
         turn = torch.arange(x.shape[1] - 1, device=x.device) % num_keys == index
         self._own = torch.where(turn[:, None], x[:, 1:], 0 if self._own is None else self._own)
@@ -213,11 +247,14 @@ def read_in_passes(
     done = 0
     for width, places in of_width.items():
         read_tokens = width if hypernetwork.recitation is None else min(width, hypernetwork.recitation.max_tokens)
-        filler = torch.full((width,), int(rows[places[0]][0][0])), torch.arange(width) >= width - read_tokens
+        unread, (beginning, _) = context_encoder.unread, rows[places[0]]
+        filler = torch.full((width,), int(beginning[0])), torch.arange(width) >= max(unread, width - read_tokens)
+        filler[0][:unread] = beginning[:unread]
         for start in range(0, len(places), pass_chunks - 1):
             chosen = places[start : start + pass_chunks - 1]
             batch = [rows[place] for place in chosen] + [filler] * (pass_chunks - len(chosen))
-            read = read_chunks(batch, context_encoder, hypernetwork, max_batch_tokens=pass_chunks * width)
+            tokens = pass_chunks * context_encoder.num_read(width)
+            read = read_chunks(batch, context_encoder, hypernetwork, max_batch_tokens=max(1, tokens), one_shape=True)
             for weights, parts in zip((A, B), read, strict=True):
                 for name, part in parts.items():
                     weights[name][chosen] = part[: len(chosen)]
@@ -229,52 +266,97 @@ def read_in_passes(
 
 def _read_batch(
     rows: Sequence[tuple[Tensor, Tensor]],
-    where: slice,
+    places: Sequence[int],
+    gains: dict[int, Tensor],
     context_encoder: ContextEncoder,
     hypernetwork: HyperNetwork,
     A: Weights,
     B: Weights,
     max_batch_tokens: int,
-) -> None:
-    """Fills A[:][where] and B[:][where] from these chunks, as many maps together as stay within the budget."""
+) -> dict[int, Tensor]:
+    """Fills A[:][places] and B[:][places] from these rows, as many maps together as stay within the budget.
+
+    Args:
+        gains: of rows that are read a second time, [T - unread] each.
+
+    Returns:
+        The gains of rows of a recitation that miss a token.
+    """
     parameter = next(hypernetwork.parameters())
-    width = max(_length(mask) for _, mask in rows)
-    ids, mask = (
-        torch.stack([pad(row[i][:width], (0, max(0, width - len(row[i])))) for row in rows]).to(parameter.device)
-        for i in (0, 1)
-    )
+    width = max(_length(rows[place][1]) for place in places)
+
+    def padded(parts: Sequence[Tensor], width: int, value: float) -> Tensor:
+        return torch.stack([pad(part[:width], (0, max(0, width - len(part))), value=value) for part in parts])
+
+    ids, mask = (padded([rows[place][i] for place in places], width, 0).to(parameter.device) for i in (0, 1))
+    if hypernetwork.recitation is not None:
+        assert isinstance(context_encoder, Recited)
+        own = None
+        if gains:
+            width -= context_encoder.unread
+            one = torch.ones(0, device=parameter.device)
+            own = padded([gains.get(place, one) for place in places], width, 1)
+        states = _recite(ids, mask, places, own, context_encoder, hypernetwork, A, B)
+        if gains:
+            return {}
+        margins = context_encoder.margins(states, ids, mask)
+        missed = (margins <= 0).any(1).tolist()
+        return {place: row for place, row, misses in zip(places, place_gains(margins), missed, strict=True) if misses}
 
     # Short documents: several layers' maps make one call, which for 300 tokens takes a third less time than one each.
     per_call = max(1, max_batch_tokens // ids.numel()) if hypernetwork.num_maps > 1 else 1
     maps: list[Tensor] = []
 
-    write = None if hypernetwork.recitation is None else _Writing(mask, hypernetwork)
-
-    def read(index: int, features: Tensor) -> Tensor | None:
-        if write is not None:
-            made, added = write(index, features)
-            for weights, parts in zip((A, B), made or ({}, {}), strict=True):
-                for name, part in parts.items():
-                    weights[name][where, index + 1 - part.shape[1] : index + 1] = part
-            return added
+    def read(index: int, features: Tensor) -> None:
         maps.append(features)
         if len(maps) < per_call and index + 1 < hypernetwork.num_maps:
-            return None
+            return
         layers = slice(index + 1 - len(maps), index + 1) if hypernetwork.num_maps > 1 else slice(None)
         # The base model may be in half precision; the hypernetwork decides its own type.
         generated = hypernetwork(*drop_context(torch.stack(maps, dim=1).to(parameter.dtype), mask), layers=layers)
         maps.clear()
         for weights, parts in zip((A, B), generated, strict=True):
             for name, part in parts.items():
-                weights[name][where, layers] = part
-        return None
+                weights[name][places, layers] = part
 
     context_encoder.stream(ids, mask, read)
+    return {}
+
+
+def _recite(
+    ids: Tensor,
+    mask: Tensor,
+    places: Sequence[int],
+    gains: Tensor | None,
+    context_encoder: Recited,
+    hypernetwork: HyperNetwork,
+    A: Weights,
+    B: Weights,
+) -> Tensor:
+    """Fills A[:][places] and B[:][places] and gives the last states, as of `ContextEncoder.stream`."""
+    write = _Writing(mask[:, context_encoder.unread :], hypernetwork, context_encoder.num_readings, gains)
+
+    def read(index: int, features: Tensor) -> Tensor | None:
+        made, added = write(index, features)
+        for weights, parts in zip((A, B), made or ({}, {}), strict=True):
+            for name, part in parts.items():
+                weights[name][places, index + 1 - part.shape[1] : index + 1] = part
+        return added
+
+    states = context_encoder.stream(ids, mask, read)
+    assert states is not None
+    return states
 
 
 def _length(mask: Tensor) -> int:
     """Tokens of a chunk with its context, without the padding behind it."""
     return int(mask.nonzero().max()) + 1
+
+
+def _together(num_chunks: int) -> int:
+    """Most chunks of a batch, of so many by length: sentences are of 10 to 56 tokens, and 84 of them in four batches
+    are half of what one batch would pad."""
+    return max(_LEAST_TOGETHER, -(-num_chunks // 4))
 
 
 def _fitting(lengths: Sequence[int], max_batch_tokens: int) -> int:

@@ -252,7 +252,10 @@ def _check_same_settings(
             targets=targets, feature_dim=own.feature_dim, num_maps=own.num_maps, **hypernetwork
         ).config
     differing = [key for key, value in wanted.items() if own.config[key] != value]
-    if model.context_encoder.settings != make_context_encoder(model.base_model, context_encoder).settings:
+    if (
+        model.context_encoder.settings
+        != make_context_encoder(model.base_model, context_encoder, model.tokenizer).settings
+    ):
         differing.append("context_encoder")
     if model.trained_joining.ridge != trained_ridge:
         differing.append("ridge")

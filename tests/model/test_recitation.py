@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hypernet.base.targets import find_targets
 from hypernet.model.context_encoder import drop_context, make_context_encoder
 from hypernet.model.hypernetwork import HyperNetwork
-from hypernet.model.recitation import Recitation, placed
-from hypernet.model.streaming import read_and_write, read_chunks
+from hypernet.model.recitation import Recitation, place_gains, placed
+from hypernet.model.streaming import read_and_write, read_chunks, read_in_passes
+from tests.recited_model import DOCUMENT, OTHERS, calibrated_model
 
 LAYERS, KEYS, RANK, D, WIDTH = 5, 2, 4, 8, 12
 
@@ -178,7 +179,7 @@ def test_rows_act_while_later_layers_are_read():
         torch.testing.assert_close(again["down_proj"][:, 0], A["down_proj"][:, layer], rtol=1e-3, atol=1e-4)
 
 
-def test_reading_in_batches_gives_the_same_rows():
+def test_reading_in_batches_gives_the_same_rows(monkeypatch):
     base_model = make_base_model()
     encoder, network = make(base_model)
     calibrated(encoder, network)
@@ -186,10 +187,138 @@ def test_reading_in_batches_gives_the_same_rows():
     with torch.no_grad():
         A, B = read_and_write(ids, mask, encoder, network)
     rows = list(zip(ids, mask, strict=True))
+    monkeypatch.setattr("hypernet.model.streaming.place_gains", torch.ones_like)  # in training there are none
     for tokens in (11, 4096):
         got_A, got_B = read_chunks(rows, encoder, network, max_batch_tokens=tokens)
         torch.testing.assert_close(got_A["down_proj"], A["down_proj"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got_B["down_proj"], B["down_proj"], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_several_readings_answer_in_each_of_them():
+    """A against float64: 1 at its place in both readings, 0 elsewhere; B as of the first reading, times its gain."""
+    encoder, network = make(make_base_model())
+    part = calibrated(encoder, network).recitation
+    ids, mask = batch((6, 4))
+    features, own = drop_context(encoder(ids, mask), mask)
+    features = torch.stack([features, features + 0.3 * torch.randn_like(features)], 2)  # [C, L, M, T, D]
+    gains = 1 + torch.rand(own.shape)
+    for layer in range(KEYS, LAYERS):
+        A, B = part.saying(layer, features[:, layer], own, gains)
+        plain = part.saying(layer, features[:, layer, :1], own)[1]
+        for c, count in enumerate((7, 5)):  # places that say something
+            Z = features[c, layer, :, :count, :WIDTH].double().flatten(0, 1) / part.input_std[layer].double()
+            gram = Z @ Z.T
+            gram += part.ridge * gram.diagonal().mean() * torch.eye(2 * count).double()
+            for row, place in enumerate(placed(count, LAYERS - KEYS, RANK, part.max_copies)[layer - KEYS]):
+                if place < 0:
+                    assert not A[c, row].any() and not B[c, row].any()
+                    continue
+                wanted = F.one_hot(torch.tensor([place, count + place]), 2 * count).sum(0).double()
+                expected = torch.linalg.solve(gram, wanted) @ Z / part.input_std[layer].double()
+                torch.testing.assert_close(A[c, row].double(), expected, rtol=2e-3, atol=2e-4)
+                torch.testing.assert_close(B[c, row], plain[c, row] * gains[c, place])
+
+
+@pytest.fixture(scope="module")
+def twice():
+    """A tiny model that reads each chunk behind two questions, and its chunks of two documents."""
+    model = calibrated_model((DOCUMENT, OTHERS), key_dim=32)
+    settings = {**model.context_encoder.settings, "other_questions": ["When and where does it take place?"]}
+    model.context_encoder = make_context_encoder(model.base_model, settings, model.tokenizer)
+    return model, model.chunk(DOCUMENT + " " + OTHERS + " Yes.")
+
+
+def test_a_reading_is_that_of_the_prompt_alone(twice):
+    """What stands before the answer is read once for all; each reading equals one of the whole prompt."""
+    model, chunks = twice
+    encoder, plain = model.context_encoder, make_context_encoder(model.base_model, {"kind": "recited"})
+    maps: list[torch.Tensor] = []
+    states = encoder.stream(chunks.ids, chunks.mask, lambda _, features: maps.append(features))
+    found = torch.stack(maps, 1).unflatten(0, (2, -1))
+    assert encoder.num_readings == 2 and len(states) == 2 * len(chunks.ids)
+    for reading, question in enumerate((encoder.question, *encoder.other_questions)):
+        frame = encoder._frame(model.tokenizer, question)
+        ids = torch.cat(
+            [torch.tensor(frame.before[:-1]).expand(len(chunks.ids), -1), chunks.ids[:, encoder.unread :]], 1
+        )
+        mask = F.pad(chunks.mask[:, encoder.unread :], (len(frame.before) - 1, 0))
+        wanted, own = drop_context(plain(ids, mask), mask)
+        got, _ = drop_context(found[reading], chunks.mask[:, encoder.unread :])
+        shown = own[:, None, :, None]
+        torch.testing.assert_close(got * shown, wanted * shown, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        encoder(chunks.ids, chunks.mask)[:, :, encoder.unread :] * chunks.mask[:, None, encoder.unread :, None],
+        found[0] * chunks.mask[:, None, encoder.unread :, None],
+    )
+
+
+def test_margins_are_the_least_of_all_readings(twice):
+    model, chunks = twice
+    encoder, mask = model.context_encoder, chunks.mask[:, model.context_encoder.unread :]
+    states = encoder.stream(chunks.ids, chunks.mask, lambda *_: None)
+    margins = encoder.margins(states, chunks.ids, chunks.mask)
+    logits = model.base_model.get_output_embeddings()(states).unflatten(0, (2, -1))
+    ids = chunks.ids[:, encoder.unread :]
+    for c in range(len(ids)):
+        for place in range(ids.shape[1]):
+            if not mask[c, place] or place + 1 == ids.shape[1] or not mask[c, place + 1]:
+                assert margins[c, place].isinf()
+                continue
+            token, least = int(ids[c, place + 1]), []
+            for reading in logits[:, c, place].tolist():
+                least.append(reading[token] - max(logit for t, logit in enumerate(reading) if t != token))
+            assert margins[c, place] == pytest.approx(min(least), abs=1e-3)
+
+
+def test_a_chunk_that_misses_a_token_is_read_again_with_gains(twice, monkeypatch):
+    """Its rows are those of the same passes by hand; another chunk's, and all keys, are those of one pass."""
+    model, chunks = twice
+    rows, parts = list(zip(chunks.ids, chunks.mask, strict=True)), (model.context_encoder, model.hypernetwork)
+    margins = torch.full((len(rows), chunks.ids.shape[1] - model.context_encoder.unread), 9.0)
+    margins[1, 2], margins[1, 3], margins[2, 1] = -1.0, 2.0, 0.5
+    left = chunks.mask[:, model.context_encoder.unread :]
+
+    def given(states, ids, mask):
+        own = [next(c for c, row in enumerate(chunks.ids) if torch.equal(row[: len(one)], one)) for one in ids]
+        return margins[own][:, : ids.shape[1] - model.context_encoder.unread]
+
+    monkeypatch.setattr(model.context_encoder, "margins", given)
+    again = read_chunks(rows, *parts)
+    monkeypatch.setattr("hypernet.model.streaming.place_gains", torch.ones_like)
+    once = read_chunks(rows, *parts)
+    A, B = (part["down_proj"] for part in again)
+    assert [bool((B[c] - once[1]["down_proj"][c]).abs().max() > 1e-5) for c in range(3)] == [False, True, False]
+    torch.testing.assert_close(A[:, :2], once[0]["down_proj"][:, :2])
+    gains = place_gains(margins)
+    assert gains[1, 2].item() == pytest.approx(1.75) and gains[1, 3].item() == pytest.approx(1.3)
+    assert place_gains(torch.tensor([torch.inf, 4.0, 0.0, -4.0, -99.0])).tolist() == pytest.approx(
+        [1, 1, 1.6, 2.2, 2.2]
+    )
+    # The first layer that says something reads what it read before, so that its rows are those times the gains.
+    count, part = int(left[1].sum()) - 1, model.hypernetwork.recitation
+    for row, place in enumerate(placed(count, part.num_layers - 2, part.rank, part.max_copies)[0]):
+        if place >= 0:
+            torch.testing.assert_close(B[1, 2, row], once[1]["down_proj"][1, 2, row] * gains[1, place])
+
+
+def test_a_recitation_in_passes_depends_on_no_other_chunk(twice):
+    model, chunks = twice
+    rows, parts = list(zip(chunks.ids, chunks.mask, strict=True)), (model.context_encoder, model.hypernetwork)
+    together = read_in_passes(rows, *parts, pass_chunks=4)
+    plain = read_chunks(rows, *parts)
+    for place in range(len(rows)):
+        alone = read_in_passes(rows[place : place + 1], *parts, pass_chunks=4)
+        for one, of, other in zip(alone, together, plain, strict=True):
+            assert torch.equal(one["down_proj"][0], of["down_proj"][place])
+            torch.testing.assert_close(other["down_proj"][place], of["down_proj"][place], rtol=1e-2, atol=1e-3)
+
+
+def test_rows_without_the_frame_and_questions_without_a_tokenizer_are_refused(twice):
+    model, chunks = twice
+    with pytest.raises(ValueError, match="does not begin as the context encoder's frame has it"):
+        model.context_encoder(chunks.ids[:, 1:], chunks.mask[:, 1:])
+    with pytest.raises(ValueError, match="reads other_questions with the base model's tokenizer, got none"):
+        make_context_encoder(model.base_model, {"kind": "recited", "other_questions": ["When?"]})
 
 
 READER = {"width": 32, "num_blocks": 1, "dropout": 0.1}

@@ -17,6 +17,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar
 
@@ -125,6 +126,11 @@ class ContextEncoder(nn.Module, ABC):
     def _read_maps(
         self, ids: Tensor, mask: Tensor, read: Callable[[int, Tensor], Tensor | None], readings: int
     ) -> Tensor | None: ...
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside the `with` block what all chunks share is read once; the base model's weights stay as they are."""
+        yield
 
     def num_read(self, num_tokens: int) -> int:
         """Tokens that the base model reads for a row of so many."""
@@ -325,6 +331,8 @@ class Recited(ContextEncoder):
         self.feature_dim = target.d_in + 2 * target.d_out
         if not hasattr(getattr(self._decoder, "norm", None), "weight"):
             raise ValueError(f"{type(base_model).__name__} has no final norm of that name. Use another kind.")
+        self._keeps = False
+        self._opening_cache: tuple[tuple[int, torch.device], Any] | None = None
         self._openings: list[list[int]] = []
         """Of each reading what stands before the token that the first one of the chunk follows."""
         if tokenizer is not None:
@@ -335,6 +343,14 @@ class Recited(ContextEncoder):
             raise ValueError(
                 "A recited context encoder reads other_questions with the base model's tokenizer, got none."
             )
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps, self._opening_cache = False, None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -441,18 +457,19 @@ class Recited(ContextEncoder):
             raise ValueError("A chunk does not begin as the context encoder's frame has it. Chunk the text with it.")
         openings = self._openings[:readings]
         lengths = [len(opening) for opening in openings]
-        rows = torch.zeros(readings, max(lengths), dtype=torch.long, device=ids.device)
-        shown = torch.zeros_like(rows)
-        for row, opening in enumerate(openings):
-            rows[row, -len(opening) :] = torch.tensor(opening, device=ids.device)
-            shown[row, -len(opening) :] = 1
-        cache = self._decoder(
-            input_ids=rows,
-            attention_mask=shown,
-            position_ids=(shown.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-        ).past_key_values
+        if self._opening_cache is None or self._opening_cache[0] != (readings, ids.device):
+            rows = torch.zeros(readings, max(lengths), dtype=torch.long, device=ids.device)
+            shown = torch.zeros_like(rows)
+            for row, opening in enumerate(openings):
+                rows[row, -len(opening) :] = torch.tensor(opening, device=ids.device)
+                shown[row, -len(opening) :] = 1
+            places = (shown.cumsum(1) - 1).clamp(min=0)
+            read = self._decoder(input_ids=rows, attention_mask=shown, position_ids=places, use_cache=True)
+            self._opening_cache = (readings, ids.device), read.past_key_values
+        cache = deepcopy(self._opening_cache[1])  # the chunks' own are added to it
         cache.batch_repeat_interleave(len(ids))
+        if not self._keeps:
+            self._opening_cache = None
         return cache, lengths
 
 
@@ -507,7 +524,25 @@ def drop_context(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         [C, M, T', D] and [C, T'], T' the most tokens that a chunk has.
     """
     mask = mask.bool()
-    if (mask[:, 1:] <= mask[:, :-1]).all():
+    if (order := _own_first(mask)) is None:
         return features, mask
-    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
     return features.take_along_dim(order[:, None, :, None], dim=2), mask.gather(1, order)
+
+
+def with_context(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [C, M, T', D] of the chunks' own tokens back at their places, [C, M, T, D], with 0 at the context.
+
+    Args:
+        values: 0 behind a chunk's own tokens. mask: [C, T], as given to `drop_context`.
+    """
+    if (order := _own_first(mask.bool())) is None:
+        return values
+    placed = values.new_zeros(*values.shape[:2], mask.shape[1], values.shape[3])
+    return placed.scatter(2, order[:, None, :, None].expand_as(values), values)
+
+
+def _own_first(mask: Tensor) -> Tensor | None:
+    """Places [C, T'] of the chunks' own tokens, first; None where they are already."""
+    if (mask[:, 1:] <= mask[:, :-1]).all():
+        return None
+    return mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]

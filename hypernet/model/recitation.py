@@ -195,7 +195,7 @@ class Recitation(nn.Module):
             rows_A.append(keys)
             rows_B.append(keys.new_zeros(*keys.shape[:3], target.d_out))
         for place in range(num_keys, len(numbers)):
-            A, B = self.saying(numbers[place], features[:, place, None], mask)
+            A, B, _ = self.saying(numbers[place], features[:, place, None], mask)
             rows_A.append(A[:, None])
             rows_B.append(B[:, None])
         return {target.name: torch.cat(rows_A, 1)}, {target.name: torch.cat(rows_B, 1)}
@@ -237,8 +237,10 @@ class Recitation(nn.Module):
             A = by_layer(k * is_token[..., None], self.metric.mT)
         return A.unflatten(1, (self.rank, self.num_key_layers)).transpose(1, 2)
 
-    def saying(self, layer: int, features: Tensor, mask: Tensor, gains: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A [C, R, d_in] and B [C, R, d_out] of one of the other layers.
+    def saying(
+        self, layer: int, features: Tensor, mask: Tensor, gains: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A [C, R, d_in] and B [C, R, d_out] of one of the other layers, and A x at each place, [C, M, T, R].
 
         Args:
             features: [C, M, T, D], of each of M readings.
@@ -253,12 +255,12 @@ class Recitation(nn.Module):
         rest = features[:, 0, :, target.d_in :].masked_fill(~says[..., None], 0).float()
         with torch.autocast(features.device.type, enabled=False):
             state, direction = rest.split(target.d_out, dim=-1)
-            A, B, places = self._saying(layer, x, state, direction, says)
-            return A, B if gains is None else B * gains.gather(1, places)[..., None]
+            A, B, places, found = self._saying(layer, x, state, direction, says)
+            return A, B if gains is None else B * gains.gather(1, places)[..., None], found
 
     def _saying(
         self, layer: int, x: Tensor, state: Tensor, direction: Tensor, says: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         number = layer - self.num_key_layers
         counts = says.sum(1).tolist()
         tables = [
@@ -276,15 +278,16 @@ class Recitation(nn.Module):
             Z = (x / self.input_std[layer]).flatten(1, 2)
             gram = Z @ Z.mT
             size = gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / (readings * says.sum(1, keepdim=True))
-            gram = gram + torch.diag_embed(torch.where(says.repeat(1, readings), self.ridge * size, size))
+            penalty = torch.diag_embed(torch.where(says.repeat(1, readings), self.ridge * size, size))
             wanted = (F.one_hot(places, says.shape[1]).float() * used).repeat(1, 1, readings)
-            solved = torch.cholesky_solve(wanted.mT, torch.linalg.cholesky(gram)).mT
+            solved = torch.cholesky_solve(wanted.mT, torch.linalg.cholesky(gram + penalty)).mT
+            found = (gram @ solved.mT).unflatten(1, (readings, -1))  # A x, of 2 T numbers each instead of d_in
             A = solved @ Z / self.input_std[layer]
             lengths = state.norm(dim=-1)
             typical = torch.stack([row[own].median() for row, own in zip(lengths, says, strict=True)])
         unit = F.normalize(taken(state), dim=-1)
         B = taken(direction) @ self.values[number] + unit @ self.states[number]
-        return A, self.log_gain[number].exp() * typical[:, None, None] * B * used, places
+        return A, self.log_gain[number].exp() * typical[:, None, None] * B * used, places, found
 
     def match(self, inputs: Mapping[int, Tensor], asked: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """How well each question fits each chunk: the `scores` of its `best_cosines`, and how close it is to any.

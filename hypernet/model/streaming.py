@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hypernet.base.targets import EndOfPass
-from hypernet.model.context_encoder import ContextEncoder, Recited, drop_context
+from hypernet.model.context_encoder import ContextEncoder, Recited, drop_context, with_context
 from hypernet.model.hypernetwork import HyperNetwork
 from hypernet.model.recitation import place_gains
 
@@ -113,8 +113,9 @@ def read_chunks(
             progress(done, len(rows))
 
     told(0)
-    if missed := in_batches(everything, {}, told):
-        in_batches(everything if one_shape else [*missed], missed, lambda _: None)
+    with context_encoder.kept():
+        if missed := in_batches(everything, {}, told):
+            in_batches(everything if one_shape else [*missed], missed, lambda _: None)
     return A, B
 
 
@@ -191,20 +192,17 @@ class _Writing:
         name, d_in, d_out = self.target.name, self.target.d_in, self.target.d_out
         num_keys = self.part.num_key_layers
         if index >= num_keys:
-            each = features.unflatten(0, (self.readings, -1)).transpose(0, 1)  # [C, M, T, D]
-            read, mask = drop_context(each, self.mask)
+            read, mask = drop_context(features.unflatten(0, (self.readings, -1)).transpose(0, 1), self.mask)
             gains = None if self.gains is None else drop_context(self.gains[:, None, :, None], self.mask)[0][:, 0, :, 0]
-            A, B = self.part.saying(index, read, mask, gains)
-            x = each[..., :d_in].float() * self.mask[:, None, :, None]
+            A, B, found = self.part.saying(index, read, mask, gains)
             # Reading after reading again, as the base model has them.
-            added = self.scaling * (x.flatten(1, 2) @ A.detach().mT) @ B.detach()
-            added = added.unflatten(1, (self.readings, -1)).transpose(0, 1).flatten(0, 1)
-            return ({name: A[:, None]}, {name: B[:, None]}), added
-        first = features[: len(self.mask), :, :d_in].float() * self.mask[..., None]
-        read, mask = drop_context(first[:, None], self.mask)
-        x = read[:, 0]
-        turn = torch.arange(x.shape[1] - 1, device=x.device) % num_keys == index
-        self._own = torch.where(turn[:, None], x[:, 1:], 0 if self._own is None else self._own)
+            found = with_context(found, self.mask).transpose(0, 1)
+            return ({name: A[:, None]}, {name: B[:, None]}), (self.scaling * found @ B.detach()).flatten(0, 1)
+        read, mask = drop_context(features[: len(self.mask), None, :, :d_in], self.mask)
+        if self._own is None:
+            self._own = read.new_zeros(len(read), read.shape[2] - 1, d_in, dtype=torch.float32)
+        turn = slice(index + 1, None, num_keys)
+        self._own[:, index::num_keys] = read[:, 0, turn].masked_fill(~mask[:, turn, None], 0).float()
         if index < num_keys - 1:
             return None, None
         A = self.part.keys(self._own, mask)

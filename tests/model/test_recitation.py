@@ -203,7 +203,9 @@ def test_rows_of_several_readings_answer_in_each_of_them():
     features = torch.stack([features, features + 0.3 * torch.randn_like(features)], 2)  # [C, L, M, T, D]
     gains = 1 + torch.rand(own.shape)
     for layer in range(KEYS, LAYERS):
-        A, B = part.saying(layer, features[:, layer], own, gains)
+        A, B, found = part.saying(layer, features[:, layer], own, gains)
+        x = features[:, layer, ..., :WIDTH] * F.pad(own[:, 1:], (0, 1))[:, None, :, None]
+        torch.testing.assert_close(found, torch.einsum("cmti, cri -> cmtr", x, A), rtol=1e-3, atol=1e-4)
         plain = part.saying(layer, features[:, layer, :1], own)[1]
         for c, count in enumerate((7, 5)):  # places that say something
             Z = features[c, layer, :, :count, :WIDTH].double().flatten(0, 1) / part.input_std[layer].double()
@@ -377,6 +379,29 @@ def test_keys_alone_are_those_of_the_whole():
     torch.testing.assert_close(alone, whole[:, :KEYS])
     with pytest.raises(ValueError, match="Keys need the first 2 layers together, got 1"):
         network(*drop_context(encoder(ids, mask)[:, :1], mask), layers=slice(0, 1))
+
+
+def test_context_before_a_chunk_gets_no_row_and_changes_none():
+    """A chunk behind tokens that its mask leaves out: the rows act on its own places alone."""
+    encoder, network = make(make_base_model())
+    calibrated(encoder, network)
+    ids, mask = batch((5, 3))
+    mask[:, 3:5] = False  # the first two tokens are context
+    A, B = read_and_write(ids, mask, encoder, network)
+    seen: list[torch.Tensor] = []
+
+    def read(index, features):
+        if index < KEYS:
+            return None
+        rows = network(*drop_context(features[:, None], mask), layers=slice(index, index + 1))
+        for one, (made, _) in zip(rows, ((A, 0), (B, 0)), strict=True):
+            seen.append((one["down_proj"][:, 0] - made["down_proj"][:, index]).abs().max())
+        x = features[..., :WIDTH] * mask[..., None]
+        return x @ A["down_proj"][:, index].mT @ B["down_proj"][:, index]
+
+    with torch.no_grad():
+        encoder.stream(ids, mask, read)
+    assert len(seen) == 2 * (LAYERS - KEYS) and max(seen) < 1e-3
 
 
 def test_chunks_read_by_length_come_back_in_their_order():

@@ -3,8 +3,8 @@
 Every document becomes an adapter in one pass, and its questions are answered with it, without context, with another
 document's adapter, with the one sentence that holds the answer chosen by truth (the oracle), with the untrained
 hypernetwork's adapter (the closed form), and with the document in the prompt, in the best of a few wordings. Also
-several documents in one adapter, an article's first paragraphs, questions that the base model answers anyway, text that
-it goes on with, passages that contradict what it knows, and seconds.
+every sentence said by its own rows, several documents in one adapter, an article's first paragraphs, questions that the
+base model answers anyway, text that it goes on with, passages that contradict what it knows, and seconds.
 """
 
 import hashlib
@@ -236,6 +236,28 @@ def continued(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
         yield {"set": "continued", "seed": seed, "document": number, "log_prob_lost": (p - q) / tokens}
 
 
+def said(ask: Asking, what: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Each chunk of each document, chosen by truth, behind a question about any of them: 1 where the answer is its
+    text, word for word. Of a hypernetwork that recites."""
+    from hypernet.adapters.composition import select_chunks
+
+    if ask.model.hypernetwork.recitation is None:
+        return
+    documents, asked = drawn(ask.cfg, what, seed)
+    rng = random.Random(f"own documents said {what} {seed}")
+    given, wanted = [], []
+    for number, text in enumerate(documents):
+        adapter = ask.model.internalize(text)
+        questions = [one.question for one in asked if one.document == number]
+        for chunk, (start, end) in enumerate(adapter.provenance["documents"][0]["chunks"]):
+            given.append((rng.choice(questions), select_chunks(adapter, [chunk]), None))
+            wanted.append((number, text[start:end].split()))
+    answers = ask(f"{what} said", given, join="sum")
+    for answer, (question, _, _), (number, words) in zip(answers, given, wanted, strict=True):
+        whole = float(answer.split() == words)
+        yield {"set": f"{what} said", "seed": seed, "document": number, "question": question, "whole": whole}
+
+
 def unrelated(ask: Asking, seed: int) -> Iterator[dict[str, Any]]:
     """Questions that the base model answers without a document, asked with the adapter of a paragraph."""
     lines = Path(ask.cfg.known_file).read_text(encoding="utf-8").splitlines()
@@ -397,6 +419,7 @@ def main(cfg: OwnDocumentsSettings) -> None:
     for seed in cfg.seeds:
         for what in ("paragraphs", "notes"):
             rows += with_documents(ask, what, seed, wording)
+            rows += said(ask, what, seed)
         rows += by_length(ask, seed)
         rows += unrelated(ask, seed)
         rows += left_alone(ask, seed)

@@ -79,6 +79,8 @@ def others(rows: Rows) -> Table:
     """What it does to other questions, and what contradicts the base model."""
     lines = []
     for title, name, method, key in (
+        ("sentences of paragraphs said word for word, whatever is asked", "paragraphs said", None, "whole"),
+        ("chunks of notes said word for word, whatever is asked", "notes said", None, "whole"),
         ("questions that another text's adapter leaves to the base model", "left alone", None, "alone"),
         ("known questions still answered, without an adapter", "unrelated", "no_context", "contains"),
         ("known questions still answered, another text's adapter", "unrelated", "adapter", "contains"),

@@ -17,6 +17,7 @@ from benchmarks.own_documents import (
     drawn,
     left_alone,
     markdown,
+    said,
     seconds,
     unrelated,
     untrained,
@@ -141,6 +142,30 @@ def test_seconds_are_of_a_page(ask):
     row = seconds(ask, 1.5)
     assert row["load_s"] == 1.5 and row["chunks"] >= 1 and 500 < row["tokens"] <= 1000
     assert row["internalize_s"] > 0 and row["adapter_token_s"] > 0 and row["no_context_token_s"] > 0
+
+
+def test_a_sentence_said_with_another_word_is_not_whole(ask):
+    from tests.recited_model import DOCUMENT, OTHERS, calibrated_model
+
+    given = []
+
+    class Told(Asking):
+        def __call__(self, label, asked, join=None):
+            given.extend(asked)
+            assert join == "sum"
+            return ["Owls live  in it."] * len(asked)
+
+    assert list(said(ask, "paragraphs", 0)) == []  # nothing is said word for word
+    ask.model = calibrated_model((DOCUMENT, OTHERS))
+    rows = list(said(Told(ask.model, ask.cfg), "paragraphs", 0))
+    documents, _ = drawn(ask.cfg, "paragraphs", 0)
+    assert [row["document"] for row in rows] == sorted(row["document"] for row in rows)
+    assert {adapter.num_chunks for _, adapter, _ in given} == {1}
+    for row, (_, adapter, _) in zip(rows, given, strict=True):
+        ((start, end),) = adapter.provenance["documents"][0]["chunks"]
+        text = documents[row["document"]][start:end]
+        assert row["whole"] == (text.strip() == "Owls live in it.")
+    assert {row["whole"] for row in rows} == {0.0, 1.0}
 
 
 def test_an_article_is_asked_about_its_first_paragraph(ask):

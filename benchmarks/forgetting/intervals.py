@@ -6,6 +6,7 @@ backward_transfer(matrix), final_average(matrix)
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -49,14 +50,8 @@ def nested_interval(
     groups = [np.flatnonzero([one == name for one in seeds]) for name in dict.fromkeys(seeds)]
     if len(groups) < 2:
         return None
-    generator = np.random.default_rng(seed)
-    times = generator.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=num_samples)
-    totals, counts = np.zeros((len(table), num_samples)), np.zeros(num_samples)
-    for group, drawn in zip(groups, times.T, strict=True):
-        # A seed that was drawn n times has its facts drawn n times over, each time anew.
-        weights = generator.multinomial(drawn * len(group), np.full(len(group), 1 / len(group)))
-        totals += table[:, group] @ weights.T
-        counts += drawn * len(group)
+    weights, counts = _resamples(tuple(map(len, groups)), num_samples, seed)
+    totals = sum(table[:, group] @ drawn for group, drawn in zip(groups, weights, strict=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.asarray(statistic(*(totals / counts)), dtype=np.float64)
     finite = values[np.isfinite(values)]
@@ -64,6 +59,19 @@ def nested_interval(
         return None
     low, high = np.quantile(finite, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=16)  # a page has a hundred intervals over seeds of the same sizes, and drawing is most of the time
+def _resamples(sizes: tuple[int, ...], num_samples: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """How often each fact is drawn in each resample, [facts, num_samples] for each seed, and facts altogether."""
+    generator = np.random.default_rng(seed)
+    times = generator.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=num_samples)
+    weights, counts = [], np.zeros(num_samples)
+    for size, drawn in zip(sizes, times.T, strict=True):
+        # A seed that was drawn n times has its facts drawn n times over, each time anew.
+        weights.append(generator.multinomial(drawn * size, np.full(size, 1 / size)).T.astype(np.float64))
+        counts += drawn * size
+    return weights, counts
 
 
 class LinearProbe(NamedTuple):

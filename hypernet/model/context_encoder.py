@@ -304,8 +304,8 @@ class Recited(ContextEncoder):
         min_chunk_tokens: a document is cut into its sentences, of which shorter ones are joined.
 
     Raises:
-        ValueError: the base model's last norm is not found, or other questions without a tokenizer; and as of
-            `ContextEncoder` and `find_targets`.
+        ValueError: the base model's last norm is not found, other questions are no list of texts or lack a tokenizer;
+            and as of `ContextEncoder` and `find_targets`.
     """
 
     kind = "recited"
@@ -317,14 +317,16 @@ class Recited(ContextEncoder):
         tokenizer: PreTrainedTokenizerBase | None = None,
         module: str = "down_proj",
         question: str = "What does the text say?",
-        other_questions: Sequence[str] = (),
+        other_questions: Sequence[str] | None = None,
         min_chunk_tokens: int = 8,
         context_tokens: int = 0,
     ) -> None:
         super().__init__(base_model, context_tokens=context_tokens)
         self.min_chunk_tokens = min_chunk_tokens
         (target,) = find_targets(base_model, [module])
-        self.module, self.question, self.other_questions = module, question, list(other_questions)
+        if isinstance(other_questions, str) or not all(isinstance(one, str) for one in other_questions or ()):
+            raise ValueError(f"other_questions should be a list of texts, got {other_questions!r}.")
+        self.module, self.question, self.other_questions = module, question, list(other_questions or ())
         self._places = list(target.modules())
         self._mean_row: Tensor | None = None  # of the output embeddings: over 49,152 of them .1 s, so once
         self.num_maps = len(self._places)

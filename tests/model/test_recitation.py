@@ -321,6 +321,8 @@ def test_rows_without_the_frame_and_questions_without_a_tokenizer_are_refused(tw
         model.context_encoder(chunks.ids[:, 1:], chunks.mask[:, 1:])
     with pytest.raises(ValueError, match="reads other_questions with the base model's tokenizer, got none"):
         make_context_encoder(model.base_model, {"kind": "recited", "other_questions": ["When?"]})
+    with pytest.raises(ValueError, match="other_questions should be a list of texts, got 'When"):
+        make_context_encoder(model.base_model, {"kind": "recited", "other_questions": "When?"}, model.tokenizer)
 
 
 READER = {"width": 32, "num_blocks": 1, "dropout": 0.1}

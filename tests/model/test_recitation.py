@@ -315,7 +315,7 @@ def test_a_recitation_in_passes_depends_on_no_other_chunk(twice):
             torch.testing.assert_close(other["down_proj"][place], of["down_proj"][place], rtol=1e-2, atol=1e-3)
 
 
-def test_rows_without_the_frame_and_questions_without_a_tokenizer_are_refused(twice):
+def test_rows_without_the_frame_or_tokenizer_are_refused(twice):
     model, chunks = twice
     with pytest.raises(ValueError, match="does not begin as the context encoder's frame has it"):
         model.context_encoder(chunks.ids[:, 1:], chunks.mask[:, 1:])

@@ -384,9 +384,7 @@ class Recited(ContextEncoder):
             states: as `stream` returns them. ids, mask: [C, T], as given to it.
         """
         ids, mask = ids[:, self.unread :], mask[:, self.unread :].bool()
-        says = mask.clone()
-        says[:, -1] = False
-        says[:, :-1] &= mask[:, 1:]
+        says = saying_places(mask)
         following = ids.roll(-1, dims=1)[says]
         found = torch.full(says.shape, torch.inf, device=states.device)
         for reading in states.unflatten(0, (-1, len(ids))):
@@ -435,17 +433,12 @@ class Recited(ContextEncoder):
                 return self._last_state(ids, mask)
             cache, lengths = opened
             own, shown = ids[:, self.unread :], self._seen(mask)[:, self.unread :]
-            before = torch.arange(max(lengths), device=ids.device) >= max(lengths) - torch.tensor(
-                lengths, device=ids.device
-            ).unsqueeze(1)
-            positions = torch.tensor(lengths, device=ids.device)[:, None] + torch.arange(
-                own.shape[1], device=ids.device
-            )
-            count = len(ids)
+            first = torch.tensor(lengths, device=ids.device).repeat_interleave(len(ids))[:, None]
+            before = torch.arange(max(lengths), 0, -1, device=ids.device) <= first
             return self._decoder(
                 input_ids=own.repeat(readings, 1),
-                attention_mask=torch.cat([before.long().repeat_interleave(count, 0), shown.repeat(readings, 1)], dim=1),
-                position_ids=positions.repeat_interleave(count, 0),
+                attention_mask=torch.cat([before.long(), shown.repeat(readings, 1)], dim=1),
+                position_ids=first + torch.arange(own.shape[1], device=ids.device),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
@@ -529,6 +522,14 @@ def drop_context(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if (order := _own_first(mask)) is None:
         return features, mask
     return features.take_along_dim(order[:, None, :, None], dim=2), mask.gather(1, order)
+
+
+def saying_places(mask: Tensor) -> Tensor:
+    """[C, T] bool: places behind which another one of the chunk follows; what comes last says nothing any more."""
+    says = mask.clone()
+    says[:, -1] = False
+    says[:, :-1] &= mask[:, 1:]
+    return says
 
 
 def with_context(values: Tensor, mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hypernet.base.targets import LoRATarget
 from hypernet.model.closeness import Closeness, mean_closeness, scores
+from hypernet.model.context_encoder import saying_places
 from hypernet.model.key_reader import KeyReader
 
 _SHRINKAGE = 0.05  # of the second moment's eigenvalues, in units of a standardized input's variance
@@ -248,9 +249,7 @@ class Recitation(nn.Module):
             gains: [C, T], a factor on B for each place; None: 1.
         """
         (target,) = self.targets
-        says = mask.clone()
-        says[:, -1] = False
-        says[:, :-1] &= mask[:, 1:]  # what comes last says nothing any more
+        says = saying_places(mask)
         x = features[..., : target.d_in].masked_fill(~says[:, None, :, None], 0).float()
         rest = features[:, 0, :, target.d_in :].masked_fill(~says[..., None], 0).float()
         with torch.autocast(features.device.type, enabled=False):

@@ -38,7 +38,7 @@ def read_chunks(
     hypernetwork: HyperNetwork,
     *,
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    one_shape: bool = False,
+    num_fillers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Weights, Weights]:
     """LoRA matrices of every chunk, without gradients.
@@ -49,7 +49,8 @@ def read_chunks(
         rows: (ids [T], mask [T]) per chunk, right-padded, on any device.
         max_batch_tokens: most tokens read at once, context and padding included; a longer chunk is read alone. Where
             memory runs out, it is halved and the batch is read again.
-        one_shape: all batches have the rows that fit, as they come, in the second reading too.
+        num_fillers: so many of the last rows give a batch its shape and nothing else. With them batches have the rows
+            that fit, as they come, and all are read a second time if one misses a token that is no filler.
         progress: called with (chunks done, chunks altogether), before the first batch and after each.
 
     Returns:
@@ -72,7 +73,7 @@ def read_chunks(
     B = {target.name: empty(target.d_out, len(target.paths)) for target in hypernetwork.targets}
     lengths = [context_encoder.num_read(_length(mask)) for _, mask in rows]
     everything = range(len(rows))
-    by_length = hypernetwork.recitation is not None and not one_shape
+    by_length = hypernetwork.recitation is not None and not num_fillers
 
     def in_batches(places: Sequence[int], gains: dict[int, Tensor], told: Callable[[int], None]) -> dict[int, Tensor]:
         """Reads these rows, and gives gains for those that miss a token."""
@@ -91,7 +92,7 @@ def read_chunks(
                     raise
                 reason = str(error).splitlines()[0]
             else:
-                missed.update(found)
+                missed.update({place: own for place, own in found.items() if place < len(rows) - num_fillers})
                 done += count
                 told(done)
                 continue
@@ -115,7 +116,7 @@ def read_chunks(
     told(0)
     with context_encoder.kept():
         if missed := in_batches(everything, {}, told):
-            in_batches(everything if one_shape else [*missed], missed, lambda _: None)
+            in_batches(everything if num_fillers else [*missed], missed, lambda _: None)
     return A, B
 
 
@@ -250,9 +251,10 @@ def read_in_passes(
         filler[0][:unread] = beginning[:unread]
         for start in range(0, len(places), pass_chunks - 1):
             chosen = places[start : start + pass_chunks - 1]
-            batch = [rows[place] for place in chosen] + [filler] * (pass_chunks - len(chosen))
-            tokens = pass_chunks * context_encoder.num_read(width)
-            read = read_chunks(batch, context_encoder, hypernetwork, max_batch_tokens=max(1, tokens), one_shape=True)
+            num_fillers = pass_chunks - len(chosen)
+            batch = [rows[place] for place in chosen] + [filler] * num_fillers
+            tokens = max(1, pass_chunks * context_encoder.num_read(width))
+            read = read_chunks(batch, context_encoder, hypernetwork, max_batch_tokens=tokens, num_fillers=num_fillers)
             for weights, parts in zip((A, B), read, strict=True):
                 for name, part in parts.items():
                     weights[name][chosen] = part[: len(chosen)]

@@ -315,6 +315,25 @@ def test_a_recitation_in_passes_depends_on_no_other_chunk(twice):
             torch.testing.assert_close(other["down_proj"][place], of["down_proj"][place], rtol=1e-2, atol=1e-3)
 
 
+def test_a_filler_of_a_pass_is_not_read_again(twice, monkeypatch):
+    model, chunks = twice
+    encoder, network = model.context_encoder, model.hypernetwork
+    rows, passes = list(zip(chunks.ids, chunks.mask, strict=True))[:2], []
+    stream, misses = encoder.stream, torch.tensor([1.0, 1.0, -1.0])  # the filler says something else, as it would
+
+    def counted(ids, *given, **settings):
+        passes.append(len(ids))
+        return stream(ids, *given, **settings)
+
+    monkeypatch.setattr(encoder, "stream", counted)
+    monkeypatch.setattr(encoder, "margins", lambda states, ids, mask: misses[:, None].expand(-1, mask.shape[1]))
+    width = {len(row) for row in read_in_passes(rows, encoder, network, pass_chunks=3)[0].values()}
+    assert width == {2} and passes == [3]
+    misses[1] = 0.0
+    read_in_passes(rows, encoder, network, pass_chunks=3)
+    assert passes == [3, 3, 3]
+
+
 def test_rows_without_the_frame_or_tokenizer_are_refused(twice):
     model, chunks = twice
     with pytest.raises(ValueError, match="does not begin as the context encoder's frame has it"):
